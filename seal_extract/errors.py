@@ -1,0 +1,90 @@
+"""Everything this package refuses, as one family.
+
+    SealExtractError
+    ├── UsageError             what was asked cannot be meant: an unknown name, options that contradict
+    ├── SlideError             the slide
+    │   ├── SlideOpenError       missing, not a slide, damaged
+    │   ├── UnsupportedSlideError  opens, but is not 8-bit RGB brightfield
+    │   ├── ResolutionError      µm/px missing, implausible, or coarser than the target
+    │   └── ReadError            a region cannot be read; names its level-0 pixels
+    ├── GeometryError          tissue polygons, grids, coordinates of other tools
+    ├── EncoderError           the encoder
+    │   ├── CheckpointError      keys, shapes, dtypes, unsafe pickles
+    │   └── HubError             the Hub
+    │       ├── TokenError         no token, or one the Hub does not know
+    │       ├── GateError          the licence page was not accepted
+    │       ├── MissingOnHubError  repository, revision or file does not exist
+    │       └── NetworkError       the Hub cannot be reached, or must not be (offline)
+    └── OutputError            disk full, folder not writable, file of another run in the way
+
+A message is one line: what came, what is allowed, what to type instead. Errors of the libraries
+underneath are translated where they appear and stay reachable as ``__cause__``.
+"""
+
+
+class SealExtractError(Exception):
+    """Base of all errors raised on purpose; ``exit_status`` is what the command line returns."""
+
+    exit_status = 1
+
+
+class UsageError(SealExtractError, ValueError):
+    """What was asked for cannot be meant."""
+
+    exit_status = 2
+
+
+class SlideError(SealExtractError):
+    """Something about the slide."""
+
+
+class SlideOpenError(SlideError):
+    """The file is missing, is not a slide, or is damaged."""
+
+
+class UnsupportedSlideError(SlideError):
+    """The slide opens but is not 8-bit RGB brightfield."""
+
+
+class ResolutionError(SlideError):
+    """µm/px is missing, implausible, or coarser than the target."""
+
+
+class ReadError(SlideError):
+    """A region of the slide cannot be read; the message names its level-0 pixels."""
+
+
+class GeometryError(SealExtractError):
+    """Tissue polygons, a patch grid or another tool's coordinates do not fit the slide."""
+
+
+class EncoderError(SealExtractError):
+    """Something about the encoder."""
+
+
+class CheckpointError(EncoderError):
+    """A weight file does not hold exactly what the encoder needs."""
+
+
+class HubError(EncoderError):
+    """The Hub did not give the file."""
+
+
+class TokenError(HubError):
+    """No token, or one the Hub does not accept."""
+
+
+class GateError(HubError):
+    """The repository is gated and access was not granted to this account."""
+
+
+class MissingOnHubError(HubError):
+    """Repository, revision or file does not exist on the Hub."""
+
+
+class NetworkError(HubError):
+    """The Hub cannot be reached, or offline mode forbids to ask and the cache has no copy."""
+
+
+class OutputError(SealExtractError):
+    """The result cannot be written where it was asked for."""

@@ -1,0 +1,70 @@
+"""A file with its final name is complete: written beside it under a temporary name, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from seal_extract.errors import OutputError
+
+
+@contextmanager
+def publish(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of ``path``, made if need be; rename it when the block ends well.
+
+    An error in the block leaves neither file behind.
+
+    Raises:
+        OutputError: the folder or the file cannot be written.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield part
+        with writing(path):
+            with part.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(part, path)
+    finally:
+        if path.parent.is_dir():
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Translate what goes wrong while ``path`` is written.
+
+    Raises:
+        OutputError: in place of any OSError, and of the RuntimeError that HDF5 raises for one on closing.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as exc:
+        raise OutputError(f"cannot write {path}: {_why(exc)}; nothing half-written was left") from exc
+
+
+_ADVICE = {
+    errno.ENOSPC: "the disk is full; free some space or choose another -o",
+    errno.EDQUOT: "the disk quota is used up; free some space or choose another -o",
+    errno.EFBIG: "the file would be larger than this system allows; choose another -o",
+    errno.EACCES: "this user may not write there; choose another -o",
+    errno.EPERM: "this user may not write there; choose another -o",
+    errno.EROFS: "that disk is read-only; choose another -o",
+    errno.ENOTDIR: "a part of the path is a file; choose another -o",
+    errno.EEXIST: "a part of the path is a file; choose another -o",
+    errno.ENAMETOOLONG: "the name is too long for that disk; rename the slide or choose another -o",
+}
+
+
+def _why(exc: OSError | RuntimeError) -> str:
+    """HDF5 hides the system's errno in its text."""
+    hidden = re.search(r"errno = (\d+)", str(exc))
+    code = int(hidden[1]) if hidden else getattr(exc, "errno", None)
+    if code in _ADVICE:
+        return _ADVICE[code]
+    return (str(exc).splitlines() or [type(exc).__name__])[0]
