@@ -1,0 +1,97 @@
+"""The whole slide at low resolution: what tissue is found on and pictures are drawn over."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from seal_extract.errors import UnsupportedSlideError
+from seal_extract.readers import Array
+from seal_extract.slide import Slide, coarsest_level
+
+UNSCANNED_BELOW = 9  # brightest channel of the black that scanners leave around the scanned area
+FLUORESCENCE_BELOW = 80  # median of the brightest channel: glass lies above 200, dense tissue above 110
+BLOCK_PX = 2048  # side of the squares read at a time
+
+
+@dataclass(frozen=True)
+class Overview:
+    """The whole slide at low resolution.
+
+    Attributes:
+        rgb: uint8 [h, w, 3]; what was never scanned is white.
+        scanned: bool [h, w]; False where the file has no pixels or the scanner's black filling.
+        mpp: µm/px of `rgb`, by the slide's own µm/px.
+        downsample: level-0 px per px of `rgb`.
+    """
+
+    rgb: Array
+    scanned: NDArray[np.bool_]
+    mpp: float
+    downsample: float
+
+    def __repr__(self) -> str:
+        h, w = self.scanned.shape
+        return f"Overview({w} x {h} px, {self.mpp:.4g} µm/px, {self.scanned.mean():.0%} scanned)"
+
+
+def read_overview(slide: Slide, mpp: float, *, workers: int | None = None) -> Overview:
+    """Read the whole slide at ``mpp`` by area averages, block by block, in bounded memory.
+
+    Raises:
+        UnsupportedSlideError: the slide is dark where it was scanned: fluorescence, not brightfield.
+        ReadError: a region cannot be read.
+    """
+    downsample = max(1.0, mpp / slide.mpp)
+    width, height = (max(1, round(side / downsample)) for side in slide.size_l0)
+    rgb = np.empty((height, width, 3), np.uint8)
+    scanned = np.empty((height, width), np.bool_)
+    level = coarsest_level(slide, downsample)
+    step = max(1, int(BLOCK_PX * slide.levels[level].downsample / downsample))  # overview px per block
+
+    def fill(corner: tuple[int, int]) -> None:
+        x, y = corner
+        box = (x, y, min(x + step, width), min(y + step, height))
+        rgb[y : box[3], x : box[2]], scanned[y : box[3], x : box[2]] = _read_block(
+            slide, level, box, downsample
+        )
+
+    corners = [(x, y) for y in range(0, height, step) for x in range(0, width, step)]
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        for _ in pool.map(fill, corners):
+            pass
+    overview = Overview(rgb, scanned, slide.mpp * downsample, downsample)
+    _refuse_fluorescence(slide, overview)
+    return overview
+
+
+def _refuse_fluorescence(slide: Slide, overview: Overview) -> None:
+    bright = overview.rgb.max(axis=2)[overview.scanned]
+    median = float(np.median(bright)) if bright.size else 0.0
+    if median < FLUORESCENCE_BELOW:
+        why = f"its median brightness is {median:.0f} of 255" if bright.size else "nothing in it was scanned"
+        raise UnsupportedSlideError(
+            f"{slide.path}: not a brightfield slide: {why} (fluorescence, or an empty scan); "
+            f"allowed: 8-bit RGB brightfield, such as H&E"
+        )
+
+
+def _read_block(
+    slide: Slide, level: int, box: tuple[int, int, int, int], downsample: float
+) -> tuple[Array, NDArray[np.bool_]]:
+    """Overview pixels ``box`` (x0, y0, x1, y1) -> uint8 [h, w, 3] and bool [h, w]."""
+    per_px = downsample / slide.levels[level].downsample  # level px per overview px
+    x0, y0, x1, y1 = (round(v * per_px) for v in box)
+    xy_l0 = (round(box[0] * downsample), round(box[1] * downsample))
+    region = slide.read_region(xy_l0, level, (max(1, x1 - x0), max(1, y1 - y0)))
+    unscanned = region.max(axis=2) < UNSCANNED_BELOW
+    region = np.where(unscanned[..., None], np.uint8(255), region)
+    size = (box[2] - box[0], box[3] - box[1])
+    rgb = cv2.resize(region, size, interpolation=cv2.INTER_AREA)
+    share = cv2.resize(unscanned.astype(np.float32), size, interpolation=cv2.INTER_AREA)
+    return rgb.astype(np.uint8, copy=False), share < 0.5

@@ -1,0 +1,305 @@
+"""One class per reading library; each translates that library's errors and finds the file's µm/px.
+
+OpenSlide reads the scanners' formats and DICOM, tiffslide the TIFFs that OpenSlide refuses or opens without
+µm/px (OME-TIFF above all), Pillow plain PNG and JPEG images.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openslide
+import tiffslide
+from numpy.typing import NDArray
+from openslide.lowlevel import OpenSlideError, OpenSlideUnsupportedFormatError
+from PIL import Image, UnidentifiedImageError
+
+from seal_extract.errors import ReadError, ResolutionError, SlideOpenError, UnsupportedSlideError
+from seal_extract.tiff import ome_mpp, refuse_unless_rgb8, refuse_ycbcr_shown_as_rgb
+
+PLAUSIBLE_MPP = (0.05, 20.0)  # finer than any brightfield scanner, coarser than any thumbnail
+MAX_ANISOTROPY = 0.05  # µm/px may differ this much between x and y
+MAX_IMAGE_PX = 600_000_000  # a plain image is decoded whole: 3 bytes a pixel
+
+Array = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Level:
+    """One resolution of the pyramid."""
+
+    size_px: tuple[int, int]  # (width, height)
+    downsample: float  # level-0 px per px of this level
+    faithful: bool  # False for thumbnails and the like that lie among the levels with another aspect ratio
+
+
+def check_mpp(mpp: float, source: str, path: Path) -> None:
+    """Refuse a µm/px that no brightfield scan can have."""
+    low, high = PLAUSIBLE_MPP
+    if not low <= mpp <= high:  # also refuses NaN
+        raise ResolutionError(
+            f"{path}: {source} gives {mpp:.4g} µm/px, which cannot be true (allowed: {low} to {high}); "
+            f"look it up and type --slide-mpp VALUE"
+        )
+
+
+class _Reader:
+    """What the readers share: attributes, representation, closing."""
+
+    path: Path
+    reader: str
+    size_l0: tuple[int, int]
+    bounds_l0: tuple[int, int, int, int]
+    mpp: float
+    mpp_source: str
+    levels: tuple[Level, ...]
+
+    def _describe(self, sizes: list[tuple[int, int]], downsamples: list[float]) -> None:
+        self.size_l0 = sizes[0]
+        self.bounds_l0 = (0, 0, *sizes[0])
+        self.levels = tuple(
+            Level(size, downsample, _same_shape(sizes[0], size))
+            for size, downsample in zip(sizes, downsamples, strict=True)
+        )
+
+    def _set_mpp(self, given: float | None, found: list[tuple[str, float, float]], hint: str = "") -> None:
+        """Take the first plausible of ``found`` (source, µm/px in x, in y), or ``given`` in its place."""
+        refusal: ResolutionError | None = None
+        for source, x, y in found:
+            try:
+                check_mpp(x, source, self.path)
+                _check_square(x, y, source, self.path)
+            except ResolutionError as exc:
+                refusal = refusal or exc
+                continue
+            self.mpp, self.mpp_source = x, source
+            break
+        if given is not None:
+            file_says = f" (file: {self.mpp:.4g}, {self.mpp_source})" if hasattr(self, "mpp") else ""
+            self.mpp, self.mpp_source = float(given), "given" + file_says
+        elif not hasattr(self, "mpp"):
+            raise refusal or ResolutionError(
+                f"{self.path}: the file does not say how many µm a pixel measures{hint}; "
+                f"look it up and type --slide-mpp VALUE (20x is about 0.5, 40x about 0.25)"
+            )
+
+    def __repr__(self) -> str:
+        w, h = self.size_l0
+        return (
+            f"Slide({self.path.name}: {w} x {h} px, {self.mpp:.4g} µm/px by {self.mpp_source}, "
+            f"{len(self.levels)} level{'s' * (len(self.levels) > 1)}, {self.reader})"
+        )
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def _read_error(
+        self, xy_l0: tuple[int, int], level: int, size_px: tuple[int, int], why: object
+    ) -> ReadError:
+        return ReadError(
+            f"{self.path}: {self.reader.split()[0]} cannot read {size_px[0]} x {size_px[1]} px of level "
+            f"{level} at level-0 ({xy_l0[0]}, {xy_l0[1]}): {why}; the file is damaged there: "
+            "copy or scan it again"
+        )
+
+
+class OpenSlideReader(_Reader):
+    """A slide through OpenSlide."""
+
+    def __init__(self, path: Path, mpp: float | None = None) -> None:
+        self.path = path
+        self.reader = f"openslide {openslide.__library_version__}"
+        try:
+            self._handle = openslide.OpenSlide(path)
+        except OpenSlideUnsupportedFormatError as exc:
+            raise SlideOpenError("OpenSlide does not know the format") from exc
+        except OpenSlideError as exc:
+            raise SlideOpenError(f"OpenSlide: {exc}") from exc
+        try:
+            self._describe(list(self._handle.level_dimensions), list(self._handle.level_downsamples))
+            properties = self._handle.properties
+            self.bounds_l0 = self._bounds()
+            refuse_unless_rgb8(path, self.size_l0)
+            power = properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER)
+            hint = f" (only that its objective was {power}x, which is no measure)" if power else ""
+            self._set_mpp(mpp, _openslide_mpp(properties), hint)
+        except BaseException:
+            self._handle.close()
+            raise
+
+    def _bounds(self) -> tuple[int, int, int, int]:
+        names = ("BOUNDS_X", "BOUNDS_Y", "BOUNDS_WIDTH", "BOUNDS_HEIGHT")
+        values = [self._handle.properties.get(getattr(openslide, f"PROPERTY_NAME_{n}")) for n in names]
+        numbers = [int(v) for v in values if v is not None]
+        if len(numbers) < len(names):
+            return (0, 0, *self.size_l0)
+        x, y, w, h = numbers
+        return (x, y, min(w, self.size_l0[0] - x), min(h, self.size_l0[1] - y))
+
+    def read_region(self, xy_l0: tuple[int, int], level: int, size_px: tuple[int, int]) -> Array:
+        """See `Slide.read_region`."""
+        try:
+            rgba = self._handle.read_region(xy_l0, level, size_px)
+        except OpenSlideError as exc:
+            raise self._read_error(xy_l0, level, size_px, exc) from exc
+        return np.asarray(rgba.convert("RGB"))  # transparent becomes black, as in the field's other tools
+
+    def close(self) -> None:
+        """Release the file."""
+        self._handle.close()
+
+
+class TiffSlideReader(_Reader):
+    """A TIFF through tiffslide, with µm/px from OME-XML where there is some."""
+
+    def __init__(self, path: Path, mpp: float | None = None) -> None:
+        self.path = path
+        self.reader = f"tiffslide {version('tiffslide')}"
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # "metadata parsing only partially implemented"
+                self._handle = tiffslide.TiffSlide(path)
+        except Exception as exc:  # tifffile, zarr and codecs raise errors of every kind
+            raise SlideOpenError(f"tiffslide: {_first_line(exc)}") from exc
+        try:
+            self._describe(list(self._handle.level_dimensions), list(self._handle.level_downsamples))
+            refuse_unless_rgb8(path, self.size_l0)
+            refuse_ycbcr_shown_as_rgb(path)
+            self._set_mpp(mpp, ome_mpp(path) + _tiffslide_mpp(self._handle.properties))
+        except BaseException:
+            self._handle.close()
+            raise
+
+    def read_region(self, xy_l0: tuple[int, int], level: int, size_px: tuple[int, int]) -> Array:
+        """See `Slide.read_region`."""
+        try:
+            region = self._handle.read_region(xy_l0, level, size_px, as_array=True)
+        except Exception as exc:
+            raise self._read_error(xy_l0, level, size_px, _first_line(exc)) from exc
+        return np.ascontiguousarray(region[..., :3])
+
+    def close(self) -> None:
+        """Release the file."""
+        self._handle.close()
+
+
+class ImageReader(_Reader):
+    """A plain PNG or JPEG, decoded whole at the first read; its dpi says nothing about µm."""
+
+    def __init__(self, path: Path, mpp: float | None = None) -> None:
+        self.path = path
+        self.reader = f"pillow {version('pillow')}"
+        self._lock = threading.Lock()
+        with self._open() as image:
+            size, mode = image.size, image.mode
+        if mode not in ("RGB", "RGBA"):
+            raise UnsupportedSlideError(
+                f"{path}: an image of mode {mode}; allowed: 8-bit RGB; convert it with the tool that made it"
+            )
+        if size[0] * size[1] > MAX_IMAGE_PX:
+            raise UnsupportedSlideError(
+                f"{path}: a plain image of {size[0]} x {size[1]} px has to be decoded whole "
+                f"(allowed: {MAX_IMAGE_PX // 10**6} Mpx); convert it to a tiled TIFF: "
+                "vips tiffsave IN OUT.tif --tile --pyramid"
+            )
+        self._describe([size], [1.0])
+        self._set_mpp(mpp, [], " (a dpi in a plain image is the printer's, not the scanner's)")
+
+    @contextmanager
+    def _open(self) -> Iterator[Image.Image]:
+        try:
+            with _pillow_allows(MAX_IMAGE_PX * 4), Image.open(self.path, formats=("PNG", "JPEG")) as image:
+                yield image
+        except UnidentifiedImageError as exc:
+            raise SlideOpenError("Pillow: neither PNG nor JPEG") from exc
+        except Image.DecompressionBombError as exc:
+            raise SlideOpenError(f"Pillow: {_first_line(exc)}") from exc
+
+    @cached_property
+    def _pixels(self) -> Array:
+        with self._open() as image:
+            if image.mode == "RGB":
+                return np.asarray(image)
+            rgba = np.asarray(image)
+        return np.where(rgba[..., 3:] > 0, rgba[..., :3], np.uint8(0))
+
+    def read_region(self, xy_l0: tuple[int, int], level: int, size_px: tuple[int, int]) -> Array:
+        """See `Slide.read_region`."""
+        (x, y), (w, h) = xy_l0, size_px
+        try:
+            with self._lock:
+                pixels = self._pixels
+        except (OSError, SyntaxError, ValueError, SlideOpenError) as exc:  # SyntaxError: Pillow's broken PNG
+            raise self._read_error(xy_l0, level, size_px, _first_line(exc)) from exc
+        region = np.zeros((h, w, 3), np.uint8)
+        inside = pixels[max(y, 0) : max(y + h, 0), max(x, 0) : max(x + w, 0)]
+        top, left = max(-y, 0), max(-x, 0)
+        region[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
+        return region
+
+    def close(self) -> None:
+        """Forget the decoded image."""
+        self.__dict__.pop("_pixels", None)
+
+
+def _check_square(x: float, y: float, source: str, path: Path) -> None:
+    if abs(x / y - 1) > MAX_ANISOTROPY:
+        raise ResolutionError(
+            f"{path}: {source} gives {x:.4g} µm/px across and {y:.4g} down; allowed: square pixels within "
+            f"{MAX_ANISOTROPY:.0%}; find the true one and type --slide-mpp VALUE"
+        )
+
+
+def _same_shape(size_l0: tuple[int, int], size_px: tuple[int, int]) -> bool:
+    (w0, h0), (w, h) = size_l0, size_px
+    rounding = 2 / min(w, h)  # small levels are off by a pixel
+    return abs((w0 / w) / (h0 / h) - 1) < 0.01 + rounding
+
+
+def _openslide_mpp(properties: Any) -> list[tuple[str, float, float]]:
+    x = properties.get(openslide.PROPERTY_NAME_MPP_X)
+    y = properties.get(openslide.PROPERTY_NAME_MPP_Y)
+    if x is None:
+        return []
+    source = openslide.PROPERTY_NAME_MPP_X
+    if properties.get(openslide.PROPERTY_NAME_VENDOR) == "generic-tiff":
+        source += " (the TIFF's resolution tag)"
+    return [(source, float(x), float(y if y is not None else x))]
+
+
+def _tiffslide_mpp(properties: Any) -> list[tuple[str, float, float]]:
+    x, y = properties.get("tiffslide.mpp-x"), properties.get("tiffslide.mpp-y")
+    return [("tiffslide.mpp-x", float(x), float(y if y is not None else x))] if x is not None else []
+
+
+_pillow_lock = threading.Lock()
+
+
+@contextmanager
+def _pillow_allows(pixels: int) -> Iterator[None]:
+    """Raise Pillow's limit, a module global, while a file is opened: slides are larger than its default."""
+    with _pillow_lock:
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, pixels
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def _first_line(exc: BaseException) -> str:
+    return (str(exc).splitlines() or [type(exc).__name__])[0][:200] or type(exc).__name__

@@ -1,0 +1,129 @@
+"""Open a slide, whatever its format, with the reader that knows most about it.
+
+µm/px is settled here: where it is missing or cannot be true the slide is refused, because every length
+downstream hangs on it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from seal_extract.errors import ResolutionError, SlideOpenError
+from seal_extract.readers import Array, ImageReader, Level, OpenSlideReader, TiffSlideReader, check_mpp
+from seal_extract.tiff import refuse_truncated
+
+FORMATS = "SVS, NDPI, MRXS, SCN, BIF, VMS, Philips or generic tiled TIFF, OME-TIFF, DICOM, PNG, JPEG"
+
+
+class Slide(Protocol):
+    """A slide that is open: geometry in level-0 pixels, resolution in µm/px.
+
+    Attributes:
+        path: the file.
+        reader: ``"openslide"``, ``"tiffslide"`` or ``"pillow"``, with the library's version.
+        size_l0: (width, height) of level 0.
+        bounds_l0: (x, y, width, height) of the scanned area; the whole slide where the file names none.
+        mpp: µm/px at level 0.
+        mpp_source: where that number was read.
+        levels: finest first.
+    """
+
+    path: Path
+    reader: str
+    size_l0: tuple[int, int]
+    bounds_l0: tuple[int, int, int, int]
+    mpp: float
+    mpp_source: str
+    levels: tuple[Level, ...]
+
+    def read_region(self, xy_l0: tuple[int, int], level: int, size_px: tuple[int, int]) -> Array:
+        """Read ``size_px`` (width, height) pixels of ``level`` whose top-left corner is ``xy_l0``.
+
+        Safe to call from several threads. Pixels outside the slide are black.
+
+        Returns:
+            uint8 [height, width, 3], RGB.
+
+        Raises:
+            ReadError: the file is damaged there.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release the file."""
+        ...
+
+    def __enter__(self) -> Slide: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def open_slide(path: str | os.PathLike[str], *, mpp: float | None = None) -> Slide:
+    """Open a slide with the reader that knows most about it.
+
+    Args:
+        path: a slide file (or the ``.mrxs``, ``.vms`` or one ``.dcm`` file of a slide of several files).
+        mpp: µm/px at level 0, where the file has none or a false one; it then counts in place of the file's.
+
+    Raises:
+        SlideOpenError: missing, not a slide, damaged.
+        UnsupportedSlideError: not 8-bit RGB.
+        ResolutionError: no plausible µm/px, and none given.
+    """
+    path = Path(path)
+    _check_path(path)
+    if mpp is not None:
+        check_mpp(mpp, "--slide-mpp", path)
+    refusals: list[str] = []
+    without_mpp: ResolutionError | None = None
+    for reader in (OpenSlideReader, TiffSlideReader, ImageReader):
+        try:
+            return reader(path, mpp)
+        except ResolutionError as exc:  # another reader may know more
+            without_mpp = without_mpp or exc
+        except SlideOpenError as exc:
+            refuse_truncated(path)
+            refusals.append(str(exc))
+    raise without_mpp or SlideOpenError(
+        f"{path}: no reader opens it ({'; '.join(refusals)}); {_looks_like(path)}; allowed: {FORMATS}"
+    )
+
+
+def coarsest_level(slide: Slide, downsample: float) -> int:
+    """The coarsest faithful level that is still as fine as ``downsample`` (level-0 px per px wanted).
+
+    Level downsamples are seldom whole numbers (4.0001, 2.0005), so 1 % counts as equal.
+    """
+    fine_enough = [
+        i for i, level in enumerate(slide.levels) if level.faithful and level.downsample <= downsample * 1.01
+    ]
+    return max(fine_enough, key=lambda i: slide.levels[i].downsample, default=0)
+
+
+def _check_path(path: Path) -> None:
+    if path.is_dir():
+        raise SlideOpenError(f"{path} is a folder; give a slide file, for example {path / 'slide.svs'}")
+    if not path.exists():
+        raise SlideOpenError(f"{path} does not exist; check the path")
+    if not os.access(path, os.R_OK):
+        raise SlideOpenError(f"{path} may not be read by this user; check its permissions")
+    if path.stat().st_size == 0:
+        raise SlideOpenError(f"{path} is empty (0 bytes); copy it again")
+
+
+def _looks_like(path: Path) -> str:
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return "it begins as a TIFF"
+    if head.isascii() and all(c >= 32 or c in b"\t\r\n" for c in head):
+        return f"it is text, beginning {head[:16].decode()!r}"
+    return f"it begins with the bytes {head[:8].hex(' ')}"
+
+
+_: Callable[..., Slide] = OpenSlideReader  # mypy holds the readers to the protocol
+_ = TiffSlideReader
+_ = ImageReader
