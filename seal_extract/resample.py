@@ -1,0 +1,121 @@
+"""Resize 8-bit patches on whatever device they lie on, to the pixels that Pillow gives.
+
+Pillow filters rows with weights rounded to 22 bits, rounds to 8 bits, then filters columns. Torch's uint8
+kernel on the CPU has coarser weights: within 1 grey level at whole factors, 2 off now and then at others.
+So the CPU takes that kernel at whole factors and Pillow itself at others; other devices, where torch has no
+uint8 kernel, do Pillow's integer arithmetic exactly, as products of small float64 matrices.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from seal_extract.errors import UsageError
+
+Filter = Literal["bicubic", "bilinear"]
+PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+SUPPORT = {"bicubic": 2.0, "bilinear": 1.0}  # px of the output at which the filter ends
+WEIGHT_BITS = 22  # of Pillow's weights for 8-bit images
+
+
+def resample(patches: Tensor, size_px: tuple[int, int], filter: Filter = "bicubic") -> Tensor:
+    """Resize with antialiasing, within 1 grey level of ``PIL.Image.resize`` with the same filter.
+
+    Args:
+        patches: uint8 [B, 3, H, W] on any device.
+        size_px: (height, width) wanted.
+        filter: ``"bicubic"`` or ``"bilinear"``.
+
+    Returns:
+        uint8 [B, 3, height, width] on the same device; the input itself where the size is right already.
+
+    Raises:
+        UsageError: another dtype, shape or filter.
+    """
+    if patches.dtype != torch.uint8 or patches.ndim != 4:
+        raise UsageError(f"patches are {patches.dtype} {list(patches.shape)}; give uint8 [B, 3, H, W]")
+    if filter not in get_args(Filter):
+        raise UsageError(f"filter is {filter!r}; allowed: {', '.join(get_args(Filter))}")
+    before = (patches.shape[2], patches.shape[3])
+    if before == size_px:
+        return patches
+    if not len(patches):
+        return patches.new_empty((0, patches.shape[1], *size_px))
+    if patches.device.type != "cpu":
+        return exact_products(patches, size_px, filter)
+    if whole_factor(before, size_px):
+        # channels-last memory takes torch's vectorised kernel: three times faster than NCHW
+        packed = patches.contiguous(memory_format=torch.channels_last)
+        return interpolate(packed, size=size_px, mode=filter, antialias=True)
+    images = patches.permute(0, 2, 3, 1).contiguous().numpy()
+    resized = np.stack([resize_region(image, size_px, filter) for image in images])
+    return torch.from_numpy(resized).permute(0, 3, 1, 2)
+
+
+def resize_region(
+    region: NDArray[np.uint8], size_px: tuple[int, int], filter: Filter = "bicubic"
+) -> NDArray[np.uint8]:
+    """Pillow's resize of one uint8 [H, W, 3] to (height, width); it lets other threads run meanwhile."""
+    return np.asarray(Image.fromarray(region).resize((size_px[1], size_px[0]), PILLOW[filter]))
+
+
+def whole_factor(before: tuple[int, int], after: tuple[int, int]) -> bool:
+    """Whether both sides shrink by a whole number."""
+    return all(b % a == 0 for b, a in zip(before, after, strict=True))
+
+
+def exact_products(patches: Tensor, size_px: tuple[int, int], filter: Filter = "bicubic") -> Tensor:
+    """`resample` bit for bit as Pillow does it, for any device that has float64.
+
+    All values are whole numbers below 2^53, so float64 sums are exact in any order.
+    """
+    rows, columns = (
+        pillow_weights(b, a, filter).to(patches.device)
+        for b, a in zip(patches.shape[2:], size_px, strict=True)
+    )
+    across = _rounded(patches.double() @ columns.T)
+    return _rounded(rows @ across).to(torch.uint8)
+
+
+@lru_cache(maxsize=16)
+def pillow_weights(before: int, after: int, filter: Filter) -> Tensor:
+    """Pillow's resize of ``before`` px to ``after`` as a matrix: float64 [after, before] of whole numbers.
+
+    Each row is the filter, stretched when shrinking, sampled at pixel centres, normalised, times 2^22.
+    """
+    scale = before / after
+    stretch = max(scale, 1.0)
+    support = SUPPORT[filter] * stretch
+    weights = torch.zeros(after, before, dtype=torch.float64)
+    for i in range(after):
+        centre = (i + 0.5) * scale
+        first, last = max(0, int(centre - support + 0.5)), min(before, int(centre + support + 0.5))
+        taps = [_kernel((j - centre + 0.5) / stretch, filter) for j in range(first, last)]
+        total = sum(taps)
+        for j, tap in enumerate(taps, first):
+            weights[i, j] = math.trunc(math.copysign(0.5, tap) + tap / total * 2**WEIGHT_BITS)
+    return weights
+
+
+def _kernel(x: float, filter: Filter) -> float:
+    """Triangle, or the cubic of Keys with a = -0.5."""
+    x = abs(x)
+    if filter == "bilinear":
+        return max(0.0, 1.0 - x)
+    if x < 1:
+        return (1.5 * x - 2.5) * x * x + 1
+    return (((x - 5) * x + 8) * x - 4) * -0.5 if x < 2 else 0.0
+
+
+def _rounded(sums: Tensor) -> Tensor:
+    """Half up, as Pillow does, then clipped to 8 bits."""
+    return sums.div_(2**WEIGHT_BITS).add_(0.5).floor_().clamp_(0, 255)
