@@ -1,0 +1,236 @@
+"""Where weights come from when they are not on this disk: the Hugging Face Hub, and its cache.
+
+``HF_ENDPOINT``, ``HF_HOME``, ``HF_HUB_CACHE``, ``HF_HUB_OFFLINE`` and ``HF_TOKEN`` mean here what they mean
+to ``huggingface_hub``, and are read when a file is asked for. Nothing is asked while importing.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import constants, get_token, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    FileMetadataError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    XetDownloadError,
+)
+
+from seal_extract.errors import (
+    GateError,
+    HubError,
+    MissingOnHubError,
+    NetworkError,
+    OutputError,
+    SealExtractError,
+    TokenError,
+    UsageError,
+)
+
+# the root of all that the HTTP client raises: httpx.HTTPError for huggingface_hub 1, httpx2.HTTPError for 2
+_TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+_TRUE = {"1", "ON", "YES", "TRUE"}
+
+
+@dataclass(frozen=True)
+class FoundFile:
+    """A weight file on this disk.
+
+    Attributes:
+        path: where it lies.
+        source: the repository it came from, or its folder.
+        revision: commit of that repository; None for a file that came from elsewhere.
+        sha256: what its content must hash to, in hex, where the Hub said so.
+    """
+
+    path: Path
+    source: str
+    revision: str | None = None
+    sha256: str | None = None
+
+
+def fetch(
+    repo_id: str, filenames: Sequence[str], revision: str | None = None, offline: bool = False
+) -> FoundFile:
+    """Get one file of a repository, from the cache where it is there and current.
+
+    Args:
+        repo_id: ``owner/name``.
+        filenames: spellings of its name; the first that exists is taken.
+        revision: branch, tag or commit; the main branch by default.
+        offline: take it from the cache, touch no network. ``HF_HUB_OFFLINE=1`` does the same.
+
+    Raises:
+        TokenError: no token, an unknown one, or one without the right to read gated repositories.
+        GateError: this account has not been let through the gate.
+        MissingOnHubError: no such repository, revision or file.
+        NetworkError: the Hub cannot be reached, or must not be and the cache has no copy.
+        OutputError: the cache cannot be written.
+        UsageError: ``repo_id`` is none.
+    """
+    cache_only = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE
+    failure: Exception | None = None
+    for filename in filenames:
+        try:
+            path = _download(repo_id, filename, revision, cache_only)
+        except LocalEntryNotFoundError as exc:  # not asked or not reached: another spelling may be cached
+            failure, cache_only = failure or exc, True
+        except EntryNotFoundError as exc:
+            failure = failure or exc
+        except (
+            HfHubHTTPError,
+            _TRANSPORT_ERROR,
+            HFValidationError,
+            XetDownloadError,
+            OSError,
+            RuntimeError,
+        ) as exc:
+            raise translate(exc, repo_id, filenames, revision) from exc
+        else:
+            return FoundFile(path, repo_id, _commit(path), _promised_sha256(path))
+    assert failure is not None, "no file name was given"
+    raise translate(failure, repo_id, filenames, revision) from failure
+
+
+def _download(repo_id: str, filename: str, revision: str | None, cache_only: bool) -> Path:
+    path = hf_hub_download(
+        repo_id,
+        filename,
+        revision=revision,
+        endpoint=endpoint(),
+        cache_dir=cache_folder(),
+        local_files_only=cache_only,
+    )
+    return Path(path)
+
+
+def endpoint() -> str:
+    """The Hub that is asked, by the environment of this moment and not of the import."""
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or constants.ENDPOINT
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept, by the environment of this moment too."""
+    if cache := os.environ.get("HF_HUB_CACHE"):
+        return Path(cache).expanduser()
+    if home := os.environ.get("HF_HOME"):
+        return Path(home).expanduser() / "hub"
+    return Path(constants.HF_HUB_CACHE)
+
+
+def _commit(path: Path) -> str | None:
+    """The cache keeps files as ``.../snapshots/{commit}/{file}``."""
+    parts = path.parts
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
+
+
+def _promised_sha256(path: Path) -> str | None:
+    """The cache names the content of large files by the hash that the Hub gave, which no download checks."""
+    content = path.resolve().name
+    return content if re.fullmatch("[0-9a-f]{64}", content) else None
+
+
+def translate(
+    exc: Exception, repo_id: str, filenames: Sequence[str], revision: str | None
+) -> SealExtractError:
+    """What ``huggingface_hub`` raised, as the error that names the mending step."""
+    files, page = " or ".join(filenames), f"https://huggingface.co/{repo_id}"
+    if isinstance(exc, LocalEntryNotFoundError):
+        return _not_cached(exc, repo_id, filenames, revision)
+    if isinstance(exc, HFValidationError):
+        return UsageError(f"{repo_id!r} cannot be a Hub repository; give owner/name")
+    if isinstance(exc, RevisionNotFoundError):
+        return MissingOnHubError(
+            f"{repo_id} has no revision {revision!r}; choose one from {page}/commits/main"
+        )
+    if isinstance(exc, EntryNotFoundError):
+        where = f" at revision {revision}" if revision else ""
+        return MissingOnHubError(
+            f"{repo_id} has no file {files}{where}; see {page}/tree/{revision or 'main'}"
+        )
+    if isinstance(exc, HfHubHTTPError):
+        return _refused(exc, repo_id, page)
+    if isinstance(exc, FileMetadataError):
+        return NetworkError(
+            f"what answered for {repo_id} at {endpoint()} is no Hugging Face Hub; check HF_ENDPOINT and proxy"
+        )
+    if isinstance(exc, OSError) and exc.errno in _DISK:
+        return OutputError(f"cannot keep {files} in {cache_folder()}: {_DISK[exc.errno]}")
+    return NetworkError(
+        f"the download of {files} from {repo_id} broke off: {_one_line(exc)}; run it again, or use --offline "
+        "with a copy in the cache"
+    )
+
+
+_MOVE = "choose another folder with HF_HOME"
+_DISK = {
+    errno.ENOSPC: f"the disk is full; free some space or {_MOVE}",
+    errno.EDQUOT: f"the disk quota is used up; free some space or {_MOVE}",
+    errno.EACCES: f"this user may not write there; {_MOVE}",
+    errno.EPERM: f"this user may not write there; {_MOVE}",
+    errno.EROFS: f"that disk is read-only; {_MOVE}",
+}
+
+
+def _not_cached(
+    exc: LocalEntryNotFoundError, repo_id: str, filenames: Sequence[str], revision: str | None
+) -> SealExtractError:
+    """No copy in the cache; the cause tells whether the Hub was not asked, not reached, or answered badly."""
+    cause = exc.__cause__
+    if isinstance(cause, (HfHubHTTPError, FileMetadataError)):
+        return translate(cause, repo_id, filenames, revision)
+    at = f" --revision {revision}" if revision else ""
+    if cause is None or isinstance(cause, OfflineModeIsEnabled):
+        return NetworkError(
+            f"offline, and {repo_id} {' or '.join(filenames)} is not in the cache {cache_folder()}; "
+            f"on a machine with network, type: hf download {repo_id} {filenames[0]}{at}"
+        )
+    return NetworkError(
+        f"cannot reach {endpoint()} for {repo_id}: {_one_line(cause)}; "
+        "check network and proxy, or use --offline with a copy in the cache"
+    )
+
+
+def _refused(exc: HfHubHTTPError, repo_id: str, page: str) -> HubError:
+    """Tell token, gate and absence apart; the Hub answers 401 to all three when it does not know who asks."""
+    status, code = exc.response.status_code, exc.response.headers.get("X-Error-Code", "")
+    known = get_token() is not None
+    if isinstance(exc, GatedRepoError) and status == 403:
+        return GateError(f"{repo_id} is gated and this account has no access yet; ask for it at {page}")
+    if status == 401 and known and code != "RepoNotFound":
+        return TokenError(
+            f"the Hub does not accept the token for {repo_id}; type: hf auth login, or renew HF_TOKEN"
+        )
+    if status == 401 and not known:
+        return TokenError(
+            f"{repo_id} is gated, private or does not exist, and no token was sent; type: hf auth login, "
+            f"then accept the terms at {page}"
+        )
+    if isinstance(exc, RepositoryNotFoundError) or status == 404:
+        return MissingOnHubError(
+            f"there is no repository {repo_id} for this account; check the name at {page}"
+        )
+    if status == 403:
+        return TokenError(
+            f"the token may not read {repo_id}: {_one_line(exc.server_message or exc)}; allow it to read "
+            "gated repositories at https://huggingface.co/settings/tokens"
+        )
+    return NetworkError(
+        f"the Hub answered {status} for {repo_id}; try again later, or use --offline with a cached copy"
+    )
+
+
+def _one_line(what: object) -> str:
+    text = " ".join(str(what).split()) or type(what).__name__
+    return text[:200]

@@ -1,0 +1,118 @@
+"""The tower of a row, without weights: names and shapes to check a file against, then to fill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import timm.layers
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from seal_extract.encoders.conch import ConchTower
+from seal_extract.encoders.registry import EncoderSpec
+from seal_extract.errors import UsageError
+
+Shapes = dict[str, tuple[int, ...]]
+
+# what a config.json may pass to timm: nothing that fetches or reads a file
+KWARGS = (
+    *("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "qk_norm"),
+    *("init_values", "class_token", "no_embed_class", "reg_tokens", "pre_norm", "dynamic_img_size"),
+    *("mlp_layer", "act_layer", "norm_layer"),
+)
+MLP_LAYERS = ("Mlp", "SwiGLU", "SwiGLUPacked")
+_FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.randn)
+
+
+class _NoMemory(TorchFunctionMode):
+    """Parameters are made on the meta device: no memory, no time to initialise.
+
+    ``torch.device("meta")`` would do it too, but for older timm, which reads numbers back from a linspace.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _FACTORIES and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def empty_tower(spec: EncoderSpec) -> nn.Module:
+    """Build the tower of ``spec`` on the meta device, in evaluation mode.
+
+    Raises:
+        UsageError: timm cannot build it, or its embedding is not ``spec.dim`` long.
+    """
+    try:
+        with _NoMemory():
+            trunk: Any = timm.create_model(_model(spec), pretrained=False, num_classes=0, **_kwargs(spec))
+            width, prefix = int(trunk.num_features), int(trunk.num_prefix_tokens)
+            tower: nn.Module = ConchTower(trunk, width, spec.dim) if spec.pooling == "conch" else trunk
+    except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError, ArithmeticError) as exc:
+        if isinstance(exc, UsageError):
+            raise
+        raise UsageError(
+            f"encoder {spec.name} cannot be built as {spec.architecture}: {exc}; "
+            "allowed: vision transformers of timm"
+        ) from exc
+    dim = {"cls": width, "cls+mean": 2 * width}.get(spec.pooling, spec.dim)
+    if dim != spec.dim or not prefix:
+        raise UsageError(
+            f"encoder {spec.name}: its {spec.pooling} pooling gives {dim} numbers of {prefix} prefix tokens; "
+            f"allowed: dim {spec.dim}, at least one prefix token"
+        )
+    return tower.eval().requires_grad_(False)
+
+
+def _model(spec: EncoderSpec) -> str:
+    name = spec.architecture.timm
+    if not name.isidentifier() or not timm.is_model(name):  # no URL, no path, no tag of weights
+        raise UsageError(f"encoder {spec.name} is built on {name!r}, unknown to timm {timm.__version__}")
+    return name
+
+
+def _kwargs(spec: EncoderSpec) -> dict[str, Any]:
+    kwargs = dict(spec.architecture.kwargs)
+    refused = sorted(kwargs.keys() - set(KWARGS))
+    if refused:
+        raise UsageError(
+            f"encoder {spec.name} passes {', '.join(refused)} to timm; allowed: {', '.join(KWARGS)}"
+        )
+    if "mlp_layer" in kwargs:  # timm takes activations by name, but this one only as an object
+        kwargs["mlp_layer"] = _mlp(kwargs["mlp_layer"])
+    return kwargs
+
+
+def _mlp(name: object) -> Any:
+    if name not in MLP_LAYERS:
+        raise UsageError(f"mlp_layer is {name!r}; allowed: {', '.join(MLP_LAYERS)}")
+    return getattr(timm.layers, str(name))
+
+
+def tower_shapes(tower: nn.Module) -> Shapes:
+    """Every tensor that a full weight file of ``tower`` holds."""
+    return {key: tuple(value.shape) for key, value in tower.state_dict().items()}
+
+
+def fill(tower: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Make ``tensors``, already checked against `tower_shapes`, the tower's own memory, without a copy."""
+    tower.load_state_dict(tensors, strict=True, assign=True)
+    tower.requires_grad_(False)
+
+
+def embed(tower: nn.Module, pooling: str, images: Tensor) -> Tensor:
+    """Normalised images [B, 3, H, W] to embeddings [B, D]."""
+    trunk: Any = tower
+    if pooling == "conch":
+        embedding: Tensor = trunk(images)
+        return embedding
+    tokens: Tensor = trunk.forward_features(images)  # [B, prefix + N, D]
+    cls = tokens[:, 0]
+    if pooling == "cls":
+        return cls
+    return torch.cat([cls, tokens[:, trunk.num_prefix_tokens :].mean(1)], dim=1)

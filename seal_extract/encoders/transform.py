@@ -1,0 +1,117 @@
+"""From a patch to what the tower sees, on two paths that end in the same numbers: PIL, and the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from seal_extract.encoders.registry import EncoderSpec, InputRule
+from seal_extract.errors import UsageError
+from seal_extract.resample import resample
+
+
+@dataclass(frozen=True)
+class PatchTransform:
+    """A PIL image to the normalised tensor that the tower takes; can be pickled into DataLoader workers.
+
+    Attributes:
+        input: resize and crop, if any.
+        mean: per channel, of RGB in 0..1.
+        std: per channel, of RGB in 0..1.
+    """
+
+    input: InputRule
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, spec: EncoderSpec) -> PatchTransform:
+        """The transform of an encoder."""
+        return cls(spec.input, spec.mean, spec.std)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """An 8-bit image of any mode, made RGB, to float32 [3, H, W].
+
+        Raises:
+            UsageError: not a PIL image, or one of more than 8 bits.
+        """
+        if not isinstance(image, Image.Image):
+            raise UsageError(
+                f"the transform got {type(image).__name__}; give a PIL image, or encode(uint8 tensor)"
+            )
+        if image.mode[0] in "IF":
+            raise UsageError(
+                f"the patch is a PIL image of mode {image.mode}; allowed: 8 bits per channel, as RGB"
+            )
+        patch = np.array(self._fit(image.convert("RGB")))  # uint8 [H, W, 3], RGB
+        scaled = torch.from_numpy(patch).permute(2, 0, 1).float().div(255)
+        return scaled.sub(_per_channel(self.mean)).div(_per_channel(self.std))
+
+    def _fit(self, image: Image.Image) -> Image.Image:
+        side = self.input.resize_px
+        if side is None:
+            return image
+        height, width = scaled_size(image.height, image.width, side)
+        top, left = middle(height, side), middle(width, side)
+        resized = image.resize((width, height), Image.Resampling[self.input.filter.upper()])
+        return resized.crop((left, top, left + side, top + side))
+
+
+def fit(patches: Tensor, rule: InputRule) -> Tensor:
+    """Resize and crop uint8 [B, 3, H, W] on its device, within 1 grey level of `PatchTransform`."""
+    side = rule.resize_px
+    if side is None:
+        return patches
+    height, width = scaled_size(patches.shape[-2], patches.shape[-1], side)
+    top, left = middle(height, side), middle(width, side)
+    resized = resample(patches, (height, width), rule.filter)  # type: ignore[arg-type]
+    return resized[..., top : top + side, left : left + side]
+
+
+def scaled_size(height: int, width: int, side: int) -> tuple[int, int]:
+    """Height and width once the shorter of them is ``side``, rounded down as torchvision's Resize does."""
+    short = min(height, width)
+    return side * height // short, side * width // short
+
+
+def middle(length: int, side: int) -> int:
+    """Where the middle ``side`` pixels begin, rounded as torchvision's CenterCrop does."""
+    return round((length - side) / 2)
+
+
+def check_patches(patches: Tensor, name: str) -> None:
+    """Hold patches to uint8 [B, 3, H, W].
+
+    Raises:
+        UsageError: anything else.
+    """
+    if patches.ndim == 4 and patches.shape[1] == 3 and patches.dtype == torch.uint8:
+        return
+    kind = str(patches.dtype).removeprefix("torch.")
+    hint = "; drop the alpha channel: patches[:, :3]" if patches.ndim == 4 and patches.shape[1] == 4 else ""
+    raise UsageError(
+        f"{name} got patches {kind} {list(patches.shape)}; allowed: uint8 [B, 3, H, W], RGB{hint}"
+    )
+
+
+def check_sides(height: int, width: int, multiple: int, name: str) -> None:
+    """Hold what the tower sees to sides that its patches divide.
+
+    Raises:
+        UsageError: with the nearest size that fits.
+    """
+    if height % multiple == 0 and width % multiple == 0 and height and width:
+        return
+    near = max(1, round(min(height, width) / multiple)) * multiple
+    raise UsageError(
+        f"{name} got patches of {width} x {height} px; allowed: sides that are a multiple of {multiple}, "
+        f"as {near} x {near}"
+    )
+
+
+def _per_channel(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32).view(3, 1, 1)

@@ -1,0 +1,187 @@
+"""A local HTTP server that speaks what ``huggingface_hub`` asks of the Hub when it downloads a file.
+
+Written from the requests of huggingface_hub 1.0 and 2.4: HEAD and GET of
+``/{owner}/{name}/resolve/{revision}/{file}`` with commit, ETag and linked-size headers, large files behind a
+redirect to a CDN that knows ranges, the model API, and each refusal with the status and ``X-Error-Code`` by
+which the Hub tells them apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
+
+GOOD_TOKEN, OUTSIDE_TOKEN, NARROW_TOKEN = "hf_good", "hf_outside", "hf_narrow"
+TOKENS = {GOOD_TOKEN, OUTSIDE_TOKEN, NARROW_TOKEN}
+LFS = (".pth", ".bin", ".safetensors")
+
+
+@dataclass
+class Repo:
+    """Files of one commit, under the branch ``main`` and under its hash."""
+
+    files: dict[str, bytes]
+    gated: bool = False
+
+    @property
+    def commit(self) -> str:
+        digest = hashlib.sha1()
+        for name, content in sorted(self.files.items()):
+            digest.update(name.encode() + content)
+        return digest.hexdigest()
+
+
+@dataclass
+class FakeHub:
+    """What the server knows, what it was asked, and how it misbehaves.
+
+    Attributes:
+        repos: by ``owner/name``.
+        asked: every request as ``"METHOD path"``.
+        cut_at: the CDN closes the connection after this many bytes of a file.
+        status: answer everything with this status.
+        foreign: answer everything as a web server that is no Hub.
+    """
+
+    repos: dict[str, Repo] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
+    cut_at: int | None = None
+    status: int | None = None
+    foreign: bool = False
+    url: str = ""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: FakeHub
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def _answer(self, body: bool) -> None:
+        path = unquote(self.path)
+        self.hub.asked.append(f"{self.command} {path}")
+        if self.hub.status is not None:
+            return self._send(self.hub.status, b"")
+        if self.hub.foreign:
+            return self._send(200, b"<html>hello</html>" if body else b"")
+        if match := re.fullmatch(r"/cdn/([^/]+/[^/]+)/(.+)", path):
+            return self._send_range(self.hub.repos[match[1]].files[match[2]], body)
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+            return self._api(match[1], match[2] or "main")
+        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            return self._resolve(match[1], match[2], match[3], body)
+        return self._send(404, b"")
+
+    def _refusal(self, repo_id: str, revision: str) -> tuple[int, dict[str, str]] | None:
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ") or None
+        repo = self.hub.repos.get(repo_id)
+        if token is not None and token not in TOKENS:
+            return 401, {"X-Error-Message": "Invalid credentials in Authorization header"}
+        if repo is None and token is None:
+            return 401, {"X-Error-Message": "Invalid username or password."}
+        if repo is None:
+            return 404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
+        if repo.gated and token is None:
+            return 401, {
+                "X-Error-Code": "GatedRepo",
+                "X-Error-Message": "Access is restricted. Please log in.",
+            }
+        if repo.gated and token == OUTSIDE_TOKEN:
+            return 403, {
+                "X-Error-Code": "GatedRepo",
+                "X-Error-Message": "You are not in the authorized list.",
+            }
+        if repo.gated and token == NARROW_TOKEN:
+            return 403, {"X-Error-Message": "Please enable access to public gated repositories"}
+        if revision not in ("main", repo.commit):
+            return 404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": f"Invalid rev id: {revision}"}
+        return None
+
+    def _api(self, repo_id: str, revision: str) -> None:
+        if refused := self._refusal(repo_id, revision):
+            return self._send(refused[0], b"", refused[1])
+        repo = self.hub.repos[repo_id]
+        siblings = [{"rfilename": name} for name in repo.files]
+        info = {
+            "id": repo_id,
+            "sha": repo.commit,
+            "gated": "manual" if repo.gated else False,
+            "siblings": siblings,
+        }
+        return self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
+
+    def _resolve(self, repo_id: str, revision: str, name: str, body: bool) -> None:
+        if refused := self._refusal(repo_id, revision):
+            return self._send(refused[0], b"", refused[1])
+        repo = self.hub.repos[repo_id]
+        headers = {"X-Repo-Commit": repo.commit}
+        if name not in repo.files:
+            return self._send(404, b"", {**headers, "X-Error-Code": "EntryNotFound"})
+        content = repo.files[name]
+        if name.endswith(LFS):
+            headers |= {
+                "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"',
+                "X-Linked-Size": str(len(content)),
+                # another host, as the real one: the client keeps the headers above and drops the token
+                "Location": f"{self.hub.url.replace('127.0.0.1', 'localhost')}/cdn/{repo_id}/{name}",
+            }
+            return self._send(302, b"", headers)
+        headers["ETag"] = f'"{hashlib.sha1(content).hexdigest()}"'
+        return self._send(200, content, headers, send_body=body)
+
+    def _send_range(self, content: bytes, body: bool) -> None:
+        match = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start = int(match[1]) if match else 0
+        headers = {"Accept-Ranges": "bytes"}
+        if match:
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        self._send(206 if match else 200, content[start:], headers, send_body=body, cut_at=self.hub.cut_at)
+
+    def _send(
+        self,
+        status: int,
+        content: bytes,
+        headers: dict[str, str] | None = None,
+        *,
+        send_body: bool = True,
+        cut_at: int | None = None,
+    ) -> None:
+        self.send_response(status)
+        for key, value in {**(headers or {}), "Content-Length": str(len(content))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if send_body and self.command != "HEAD":
+            self.wfile.write(content[:cut_at])
+        if cut_at is not None:
+            self.close_connection = True
+
+
+@contextmanager
+def serve() -> Iterator[FakeHub]:
+    """Run a server on a free port of this machine until the block ends."""
+    hub = FakeHub()
+    handler = type("Handler", (_Handler,), {"hub": hub})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,519 @@
+"""Encoders from local files: every published form gives the same numbers, and those are the right ones."""
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from encoder_fixtures import (
+    PREFIX,
+    SEAL_TINY_CONCH,
+    SEAL_TINY_VIT,
+    TINY_CONCH,
+    TINY_VIT,
+    adapters,
+    add_tiny_rows,
+    as_batch,
+    base_file,
+    noise_patches,
+    save,
+    seal_file,
+    tower_tensors,
+    untrained_encoder,
+)
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from seal_extract.encoders import Encoder, EncoderSpec, find_spec, list_encoders, load_encoder, locate
+from seal_extract.encoders.conch import HEADS, AttentionalPooler
+from seal_extract.encoders.folder import from_config, to_config
+from seal_extract.encoders.registry import CLIP_MEAN, CLIP_STD, Architecture, InputRule
+from seal_extract.encoders.tower import empty_tower, tower_shapes
+from seal_extract.encoders.transform import middle, scaled_size
+from seal_extract.errors import EncoderError, UsageError
+
+ROWS = {row.name: row for row in list_encoders()}
+
+
+@pytest.fixture(autouse=True)
+def _tiny_rows(monkeypatch):
+    add_tiny_rows(monkeypatch)
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """A test in which the Hub must not be asked."""
+
+    def asked(*args, **kwargs):
+        raise AssertionError(f"the Hub was asked for {args}")
+
+    monkeypatch.setattr(locate, "fetch", asked)
+
+
+def load(name, checkpoint, **kwargs):
+    return load_encoder(name, checkpoint=checkpoint, device="cpu", **kwargs)
+
+
+@pytest.fixture
+def seal_conch(tmp_path):
+    return load("seal-tiny-conch", save(seal_file(SEAL_TINY_CONCH), tmp_path / "whole.pth"))
+
+
+@pytest.fixture
+def seal_vit(tmp_path):
+    return load("seal-tiny-vit", save(seal_file(SEAL_TINY_VIT), tmp_path / "whole.pth"))
+
+
+# --- rows ---------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_known_without_torch_or_timm():
+    code = (
+        "import sys; from seal_extract.encoders import list_encoders, find_spec; find_spec('conch')\n"
+        "print([m for m in ('torch', 'timm', 'numpy', 'huggingface_hub') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_four_encoders():
+    assert {n: (r.dim, r.precision) for n, r in ROWS.items()} == {
+        "seal-conch": (512, "float32"),
+        "seal-univ2": (1536, "bfloat16"),
+        "conch": (512, "float32"),
+        "univ2": (1536, "bfloat16"),
+    }
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_is_data_that_json_can_hold(name):
+    config = json.loads(json.dumps(to_config(ROWS[name])))
+    assert from_config(config) == replace(ROWS[name], published=None)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_introduces_itself_in_one_line(name):
+    assert repr(ROWS[name]).startswith(f"EncoderSpec({name}: {ROWS[name].dim} numbers per patch of ")
+    assert ROWS[name].page == f"https://huggingface.co/{ROWS[name].source}"
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_tower_takes_no_memory_until_it_is_filled(name):
+    tower = empty_tower(ROWS[name])
+    assert {p.device.type for p in tower.parameters()} == {"meta"}
+    assert not tower.training
+
+
+@pytest.mark.parametrize(
+    ("asked", "nearest"),
+    [("seal-conc", "seal-conch"), ("UNIV2", "univ2"), ("uni2", "univ2"), ("zzz", "Names")],
+)
+def test_an_unknown_name_is_answered_with_the_nearest(asked, nearest):
+    with pytest.raises(
+        UsageError, match=rf"no encoder '{asked}'.*{nearest}.*seal-conch, seal-univ2, conch, univ2"
+    ):
+        find_spec(asked)
+    with pytest.raises(UsageError, match=nearest):
+        load_encoder(asked)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"precision": "float64"}, "precision is 'float64'; allowed: float32, bfloat16, float16"),
+        ({"pooling": "mean"}, r"pooling is 'mean'; allowed: cls, cls\+mean, conch"),
+        ({"input": InputRule(16, 224, "lanczos")}, "filter is 'lanczos'; allowed: bilinear, bicubic"),
+        ({"input": InputRule(16, -1)}, "resize_px is -1; allowed: above 0"),
+        ({"std": (1.0, 1.0, 0.0)}, "std above 0"),
+        ({"mpp": 0.0}, "mpp is 0.0; allowed: above 0"),
+    ],
+)
+def test_a_row_checks_itself(change, complaint):
+    with pytest.raises(UsageError, match=complaint):
+        replace(TINY_CONCH, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"architecture": Architecture("hf-hub:lab/x")}, "unknown to timm"),
+        ({"architecture": Architecture("resnet18")}, "allowed: vision transformers of timm"),
+        (
+            {"architecture": Architecture("vit_tiny_patch16_224", {"pretrained": True})},
+            "passes pretrained to timm",
+        ),
+        ({"architecture": Architecture("vit_tiny_patch16_224", {"depth": "x"})}, "cannot be built"),
+        (
+            {"architecture": Architecture("vit_tiny_patch16_224", {"mlp_layer": "os"})},
+            "mlp_layer is 'os'; allowed: Mlp",
+        ),
+        ({"dim": 100, "pooling": "cls"}, r"cls pooling gives 32 numbers.*allowed: dim 100"),
+        ({"dim": HEADS + 1}, "cannot be built"),
+    ],
+)
+def test_an_architecture_that_cannot_be_built(change, complaint):
+    with pytest.raises(UsageError, match=complaint):
+        empty_tower(replace(TINY_CONCH, **change))
+
+
+# --- every published form -----------------------------------------------------------------------------------
+
+
+def whole(spec, folder):
+    return save(seal_file(spec), folder / "a.pth")
+
+
+def nested_and_prefixed(spec, folder):
+    inner = {f"module.{key}": value for key, value in seal_file(spec).items()}
+    return save({"epoch": 3, "state_dict": inner}, folder / "a.pth")
+
+
+def safetensors_by_any_name(spec, folder):
+    save_file(seal_file(spec), folder / "a.pth")
+    return folder / "a.pth"
+
+
+def before_torch_1_6(spec, folder):
+    torch.save(seal_file(spec), folder / "a.bin", _use_new_zipfile_serialization=False)
+    return folder / "a.bin"
+
+
+def without_unused_heads(spec, folder):
+    ignored = spec.published.ignored
+    return save(
+        {k: v for k, v in seal_file(spec).items() if not k.startswith(ignored or ("-",))}, folder / "a.pth"
+    )
+
+
+def adapters_beside_base(spec, folder):
+    save(base_file(find_spec(spec.published.base)), folder / "pytorch_model.bin")
+    return save(adapters(spec), folder / "a.pth")
+
+
+def adapters_beside_folder_of_base(spec, folder):
+    save({"not": torch.zeros(1)}, folder / "pytorch_model.bin")  # of some other encoder
+    save(base_file(find_spec(spec.published.base)), folder / spec.published.base / "pytorch_model.bin")
+    return save(adapters(spec), folder / "a.pth")
+
+
+def as_parameters(spec, folder):
+    return save({key: nn.Parameter(value) for key, value in seal_file(spec).items()}, folder / "a.pth")
+
+
+FORMS = [
+    whole,
+    nested_and_prefixed,
+    safetensors_by_any_name,
+    before_torch_1_6,
+    without_unused_heads,
+    adapters_beside_base,
+    adapters_beside_folder_of_base,
+    as_parameters,
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("spec", [SEAL_TINY_CONCH, SEAL_TINY_VIT], ids=lambda s: s.name)
+@pytest.mark.usefixtures("no_hub")
+def test_every_form_gives_the_adapters_merged_into_the_base(spec, form, tmp_path):
+    encoder = load(spec.name, form(spec, tmp_path))
+    base, extra, lora = tower_tensors(spec), adapters(spec), spec.published.lora
+    filled = encoder.tower.state_dict()
+    assert filled.keys() == base.keys()
+    for key, value in base.items():
+        target = key.removesuffix(".weight")
+        if target in lora.targets:
+            a, b = (extra[f"{PREFIX}{target}.lora_{x}.default.weight"].double() for x in "AB")
+            value = (value.double() + 8 / 4 * b @ a).float()
+        torch.testing.assert_close(filled[key], value, rtol=0, atol=1e-6)
+    adapted = f"{lora.targets[0]}.weight"
+    assert not torch.equal(filled[adapted], base[adapted])
+
+
+@pytest.mark.usefixtures("no_hub")
+@pytest.mark.parametrize("spec", [TINY_CONCH, TINY_VIT], ids=lambda s: s.name)
+def test_a_base_from_its_own_file(spec, tmp_path):
+    encoder = load(spec.name, save(base_file(spec), tmp_path / "pytorch_model.bin"))
+    filled = encoder.tower.state_dict()
+    assert all(torch.equal(filled[key], value) for key, value in tower_tensors(spec).items())
+
+
+def test_the_base_in_the_file_wins_over_one_beside_it(tmp_path):
+    save(base_file(TINY_CONCH, seed=5), tmp_path / "pytorch_model.bin")
+    encoder = load("seal-tiny-conch", whole(SEAL_TINY_CONCH, tmp_path))
+    assert [w.file for w in encoder.weights] == ["a.pth"]
+    assert torch.equal(
+        encoder.tower.state_dict()["trunk.cls_token"], tower_tensors(TINY_CONCH)["trunk.cls_token"]
+    )
+
+
+def test_merged_equals_unmerged(seal_vit):
+    """The adapters as PEFT runs them: beside the layer, not in it."""
+    bare = empty_tower(TINY_VIT)
+    bare.load_state_dict(tower_tensors(TINY_VIT), assign=True)
+    extra, lora = adapters(SEAL_TINY_VIT), SEAL_TINY_VIT.published.lora
+    for target in lora.targets:
+        a, b = (extra[f"{PREFIX}{target}.lora_{x}.default.weight"] for x in "AB")
+        bare.get_submodule(target).register_forward_hook(
+            lambda m, args, out, a=a, b=b: out + lora.alpha / lora.r * (args[0] @ a.T @ b.T)
+        )
+    images = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(seal_vit(images), bare.forward_features(images)[:, 0], rtol=1e-6, atol=1e-5)
+
+
+def test_weight_files_are_recorded(tmp_path):
+    path = adapters_beside_base(SEAL_TINY_CONCH, tmp_path)
+    first, second = load("seal-tiny-conch", path).weights
+    assert (first.file, second.file, first.source) == ("a.pth", "pytorch_model.bin", str(tmp_path))
+    assert (first.size, first.mtime_ns) == (path.stat().st_size, path.stat().st_mtime_ns)
+    digest = subprocess.run(["sha256sum", path], capture_output=True, text=True).stdout.split()[0]
+    assert first.sha256 == digest
+
+
+# --- the numbers --------------------------------------------------------------------------------------------
+
+
+def test_conch_pooler_is_textbook_attention_with_one_query():
+    generator = torch.Generator().manual_seed(0)
+    pooler = AttentionalPooler(16, 32).eval()
+    for p in pooler.parameters():
+        p.data = torch.randn(p.shape, generator=generator) / p.shape[-1] ** 0.5
+    tokens = torch.randn(2, 7, 32, generator=generator)
+    w = {k: v.detach().double().numpy() for k, v in pooler.state_dict().items()}
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    bias_q, bias_k, bias_v = np.split(w["attn.in_proj_bias"], 3)
+    keys = norm(tokens.double().numpy(), "ln_k")
+    q = (norm(w["query"], "ln_q") @ w["attn.q_proj_weight"].T + bias_q).reshape(HEADS, 2)
+    k = (keys @ w["attn.k_proj_weight"].T + bias_k).reshape(2, 7, HEADS, 2)
+    v = (keys @ w["attn.v_proj_weight"].T + bias_v).reshape(2, 7, HEADS, 2)
+    score = np.exp(np.einsum("hd,bnhd->bhn", q, k) / np.sqrt(2))
+    mixed = np.einsum("bhn,bnhd->bhd", score / score.sum(-1, keepdims=True), v).reshape(2, 16)
+    expected = mixed @ w["attn.out_proj.weight"].T + w["attn.out_proj.bias"]
+    np.testing.assert_allclose(pooler(tokens).detach().numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_cls_beside_the_mean_of_the_patch_tokens():
+    spec = replace(TINY_VIT, dim=48, pooling="cls+mean")
+    encoder = untrained_encoder(spec)
+    images = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    tokens = encoder.tower.forward_features(images)
+    assert tokens.shape == (2, 1 + 8 + 4, 24)  # CLS, registers, patches
+    assert torch.equal(encoder(images), torch.cat([tokens[:, 0], tokens[:, 9:].mean(1)], 1))
+
+
+@pytest.mark.parametrize("side", [32, 48, 64, 80])
+def test_two_paths_one_result_at_the_patchs_own_size(seal_conch, side):
+    patches = noise_patches(3, side)
+    by_pil = seal_conch(torch.stack([seal_conch.transform(Image.fromarray(p)) for p in patches]))
+    assert by_pil.shape == (3, 16)
+    assert torch.equal(seal_conch.encode(as_batch(patches)), by_pil)
+
+
+@pytest.mark.parametrize("side", [28, 40, 100, 17])
+def test_two_paths_one_result_with_a_resize(seal_vit, side):
+    patches = noise_patches(3, side)
+    by_pil = seal_vit(torch.stack([seal_vit.transform(Image.fromarray(p)) for p in patches]))
+    torch.testing.assert_close(seal_vit.encode(as_batch(patches)), by_pil, rtol=1e-3, atol=1e-3)
+
+
+def test_oblong_patches_keep_their_middle_square(seal_vit):
+    patches = np.ascontiguousarray(noise_patches(2, 60)[:, 5:45])  # 40 high, 60 wide
+    by_pil = seal_vit(torch.stack([seal_vit.transform(Image.fromarray(p)) for p in patches]))
+    torch.testing.assert_close(seal_vit.encode(as_batch(patches)), by_pil, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [(30, 45), (45, 30), (224, 224), (100, 333)])
+def test_resize_and_crop_round_as_torchvision_does(size):
+    from torchvision.transforms.v2.functional import center_crop, resize
+
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+    short = resize(image, [28], interpolation=Image.Resampling.BILINEAR)
+    assert scaled_size(*size, 28) == (short.height, short.width)
+    spec = replace(TINY_VIT, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    ours = untrained_encoder(spec).transform(image).mul(255).round().byte().permute(1, 2, 0).numpy()
+    assert np.array_equal(ours, np.asarray(center_crop(short, [28, 28])))
+    assert middle(31, 28) == 2  # torchvision rounds 1.5 to the even number
+
+
+def test_normalisation(seal_conch):
+    x = seal_conch.transform(Image.new("RGB", (32, 32), (255, 0, 51)))
+    assert x.dtype == torch.float32
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    expected = [(v - m) / s for v, m, s in zip((1.0, 0.0, 0.2), mean, std, strict=True)]
+    assert x[:, 5, 7].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "L", "LA", "P", "CMYK", "1"])
+def test_pil_images_of_any_8_bit_mode_become_rgb(seal_conch, mode):
+    image = Image.fromarray(noise_patches(1, 32)[0]).convert(mode)
+    assert torch.equal(seal_conch.transform(image), seal_conch.transform(image.convert("RGB")))
+
+
+@pytest.mark.parametrize(("short", "full"), [("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")])
+def test_precision_has_short_names(tmp_path, short, full):
+    path = whole(SEAL_TINY_CONCH, tmp_path)
+    kinds = [load("seal-tiny-conch", path, precision=p).precision for p in (short, full)]
+    assert kinds == [getattr(torch, full)] * 2
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_lower_precision_stays_near(tmp_path, precision):
+    path = whole(SEAL_TINY_CONCH, tmp_path)
+    patches = as_batch(noise_patches(4, 32))
+    exact, low = load("seal-tiny-conch", path), load("seal-tiny-conch", path, precision=precision)
+    out = low.encode(patches)
+    assert (out.dtype, exact.precision) == (torch.float32, torch.float32)
+    assert 0 < (out - exact.encode(patches)).norm() / out.norm() < 2e-2
+
+
+def test_float32_stays_float32_inside_somebody_elses_autocast(seal_conch):
+    patches = as_batch(noise_patches(2, 32))
+    alone = seal_conch.encode(patches)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(seal_conch.encode(patches), alone)
+
+
+def test_an_empty_batch_gives_no_rows(seal_conch):
+    assert seal_conch.encode(torch.empty(0, 3, 32, 32, dtype=torch.uint8)).shape == (0, 16)
+
+
+def test_nan_names_its_row_in_the_batch(seal_conch, monkeypatch):
+    def poisoned(images):
+        out = torch.zeros(len(images), 16)
+        out[3, 2], out[4, 0] = float("nan"), float("inf")
+        return out
+
+    monkeypatch.setattr(seal_conch.tower, "forward", poisoned)
+    with pytest.raises(
+        EncoderError, match=r"NaN or infinity for 2 of 5 patches, the first in row 3.*float32"
+    ):
+        seal_conch.encode(as_batch(noise_patches(5, 32)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [("float32", 1e-4), ("bfloat16", 3e-2), ("float16", 5e-3)]
+)
+@pytest.mark.parametrize(("spec", "side"), [(SEAL_TINY_CONCH, 48), (SEAL_TINY_VIT, 28), (SEAL_TINY_VIT, 50)])
+def test_gpu_agrees_with_cpu(spec, side, precision, tolerance, tmp_path):
+    """Resizing on the GPU may differ by 1 grey level, which moves an embedding by less than 1e-3."""
+    path, patches = whole(spec, tmp_path), as_batch(noise_patches(4, side))
+    on_gpu = load_encoder(spec.name, checkpoint=path, device="cuda:0", precision=precision)
+    assert on_gpu.device == torch.device("cuda:0")
+    got, expected = on_gpu.encode(patches).cpu(), load(spec.name, path).encode(patches)
+    assert (got - expected).norm() / expected.norm() < tolerance + 1e-3 * (side == 50)
+
+
+@pytest.mark.gpu
+def test_gpu_is_the_default_with_the_recommended_precision(tmp_path):
+    encoder = load_encoder("seal-tiny-vit", checkpoint=whole(SEAL_TINY_VIT, tmp_path))
+    assert (encoder.device.type, encoder.precision) == ("cuda", torch.bfloat16)
+
+
+# --- a drop-in ----------------------------------------------------------------------------------------------
+
+
+def test_what_trident_reads(seal_vit):
+    assert seal_vit.enc_name == "seal-tiny-vit"
+    assert seal_vit.embedding_dim == 24
+    assert seal_vit.precision is torch.float32
+    assert seal_vit.eval_transforms is seal_vit.transform
+
+
+def test_it_is_frozen_and_in_evaluation_mode(seal_conch):
+    assert isinstance(seal_conch, nn.Module)
+    assert not any(p.requires_grad for p in seal_conch.parameters())
+    assert not any(m.training for m in seal_conch.modules())
+
+
+def test_one_may_train_on_its_embeddings(seal_conch):
+    head = nn.Linear(16, 2)
+    head(seal_conch.encode(as_batch(noise_patches(2, 32)))).sum().backward()
+    assert head.weight.grad is not None
+
+
+def test_repr_is_one_line(seal_conch):
+    assert repr(seal_conch) == (
+        "Encoder(seal-tiny-conch: 16 numbers per patch of 448 px at 0.5 µm/px, float32 on cpu, whole.pth)"
+    )
+
+
+def test_identity_and_description_are_json(seal_conch):
+    assert json.loads(json.dumps(seal_conch.identity)) == {
+        "name": "seal-tiny-conch",
+        "weights": [seal_conch.weights[0].sha256],
+        "precision": "float32",
+        "input": f"own size, sides a multiple of 16 px; mean {list(CLIP_MEAN)}, std {list(CLIP_STD)}",
+        "pooling": "conch",
+    }
+    described = json.loads(json.dumps(seal_conch.description))
+    assert described["input"] == "own size, sides a multiple of 16 px"
+    assert described["weights"][0]["file"] == "whole.pth"
+
+
+def test_transform_and_encoder_travel(seal_conch):
+    image = Image.fromarray(noise_patches(1, 32)[0])
+    sent = pickle.loads(pickle.dumps(seal_conch.transform))
+    assert torch.equal(sent(image), seal_conch.transform(image))
+    patches = as_batch(noise_patches(2, 32))
+    assert torch.equal(copy.deepcopy(seal_conch).encode(patches), seal_conch.encode(patches))
+
+
+# --- our own format -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", [SEAL_TINY_CONCH, SEAL_TINY_VIT], ids=lambda s: s.name)
+def test_round_trip_is_bitwise(spec, tmp_path):
+    encoder = load(spec.name, whole(spec, tmp_path))
+    encoder.save_pretrained(tmp_path / "own")
+    again = load_encoder(tmp_path / "own", device="cpu")
+    assert again.spec == replace(spec, published=None)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in encoder.state_dict().items())
+    patches = as_batch(noise_patches(2, 32))
+    assert torch.equal(again.encode(patches), encoder.encode(patches))
+    again.save_pretrained(tmp_path / "twice")
+    first, second = ((tmp_path / d / "model.safetensors").read_bytes() for d in ("own", "twice"))
+    assert first == second
+
+
+def test_a_folder_holds_the_tower_alone(seal_conch, tmp_path):
+    seal_conch.save_pretrained(tmp_path / "own")
+    assert {p.name for p in (tmp_path / "own").iterdir()} == {"config.json", "model.safetensors"}
+    kept = load_file(tmp_path / "own" / "model.safetensors")
+    assert {k: tuple(v.shape) for k, v in kept.items()} == tower_shapes(seal_conch.tower)
+
+
+def test_a_folder_says_what_it_was_made_from_but_not_where(seal_conch, tmp_path):
+    seal_conch.save_pretrained(tmp_path / "own")
+    text = (tmp_path / "own" / "config.json").read_text(encoding="utf-8")
+    made_from = json.loads(text)["made_from"]
+    assert made_from == [{"file": "whole.pth", "sha256": seal_conch.weights[0].sha256}]
+    assert str(tmp_path) not in text
+
+
+def test_a_folder_may_be_named_like_an_encoder(seal_conch, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seal_conch.save_pretrained("conch")
+    assert load_encoder("./conch", device="cpu").spec.name == "seal-tiny-conch"
+    assert load_encoder(Path("conch"), device="cpu").spec.name == "seal-tiny-conch"
+
+
+def test_a_public_name_is_imported_when_it_is_used():
+    import seal_extract.encoders as package
+
+    assert package.Encoder is Encoder
+    assert package.EncoderSpec is EncoderSpec
+    assert set(package.__all__) <= set(dir(package))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = package.nothing
