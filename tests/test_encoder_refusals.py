@@ -375,7 +375,7 @@ def test_saving_where_one_may_not(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("seal_extract.encoders.folder.save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(OutputError, match="the disk is full"):
         untrained_encoder(TINY_CONCH).save_pretrained(tmp_path / "own")
     assert list((tmp_path / "own").iterdir()) == []

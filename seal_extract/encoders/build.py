@@ -16,7 +16,7 @@ from seal_extract.encoders.encoder import Encoder, WeightFile
 from seal_extract.encoders.hub import FoundFile
 from seal_extract.encoders.locate import layout_of, locate, locate_base
 from seal_extract.encoders.lora import adapter_keys, adapter_shapes, merge, wrapped_key
-from seal_extract.encoders.registry import Decoder, EncoderSpec, Published, find_spec
+from seal_extract.encoders.registry import Decoder, EncoderSpec, Published, check_precision, find_spec
 from seal_extract.encoders.tower import Shapes, empty_tower, fill, tower_shapes
 from seal_extract.errors import UsageError
 
@@ -24,15 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 Tensors = dict[str, Tensor]
-
-_PRECISIONS = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-}
 
 
 def load_encoder(
@@ -72,15 +63,14 @@ def load_encoder(
         raise UsageError(
             "adapter= is not supported by this version; give a checkpoint with the adapter in it"
         )
-    target = resolve_device(device)
+    target, asked = _device(device), check_precision(precision)
     spec, file = locate(name_or_path, checkpoint, revision, offline)
-    dtype = resolve_precision(precision, spec, target)
+    dtype: torch.dtype = getattr(torch, spec.precision_for(target.type, asked))
     tower, weights = _filled_tower(spec, file, offline)
     return Encoder(spec, tower, weights, dtype).to(target)
 
 
-def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for if it is there, or the first GPU, or the CPU."""
+def _device(device: str | torch.device | None) -> torch.device:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device is None:
         return torch.device("cuda" if gpus else "cpu")
@@ -93,14 +83,6 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
             f"device is {device}, but this machine has {gpus} CUDA devices; type cpu, or leave it out"
         )
     return wanted
-
-
-def resolve_precision(asked: str | None, spec: EncoderSpec, device: torch.device) -> torch.dtype:
-    """What to compute in: as asked, or as recommended on a GPU and float32 elsewhere."""
-    name = asked or (spec.precision if device.type == "cuda" else "float32")
-    if name not in _PRECISIONS:
-        raise UsageError(f"precision is {name!r}; allowed: float32, bfloat16, float16")
-    return _PRECISIONS[name]
 
 
 def _filled_tower(

@@ -117,7 +117,7 @@ class Encoder(nn.Module):
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the embedding of a patch, as JSON: two encoders of equal identity give equal ones."""
-        return describe_identity(self.spec, [w.sha256 for w in self.weights], self.precision)
+        return self.spec.identity([w.sha256 for w in self.weights], self._precision_name)
 
     @property
     def description(self) -> dict[str, Any]:
@@ -208,20 +208,3 @@ class Encoder(nn.Module):
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path} is a file; give a folder")
         folder.write(path, self.spec, self.tower, [asdict(w) for w in self.weights])
-
-
-def describe_identity(spec: EncoderSpec, sha256: list[str], precision: torch.dtype) -> dict[str, Any]:
-    """`Encoder.identity` of an encoder that need not be loaded.
-
-    Args:
-        spec: the row; of it counts what is done to a patch and to the tower's tokens.
-        sha256: of the weight files.
-        precision: computed in.
-    """
-    return {
-        "name": spec.name,
-        "weights": sha256,
-        "precision": str(precision).removeprefix("torch."),
-        "input": f"{spec.input}; mean {list(spec.mean)}, std {list(spec.std)}",
-        "pooling": spec.pooling,
-    }

@@ -6,15 +6,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import nn
 
 from seal_extract.encoders.registry import Architecture, EncoderSpec, InputRule
 from seal_extract.errors import CheckpointError, UsageError
 from seal_extract.publish import publish, writing
+
+if TYPE_CHECKING:
+    from torch import nn
 
 FORMAT, VERSION = "seal_extract", 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -32,6 +33,8 @@ def write(path: Path, spec: EncoderSpec, tower: nn.Module, origin: Sequence[Mapp
     Raises:
         OutputError: it cannot be written.
     """
+    from safetensors.torch import save_file
+
     tensors = {key: value.detach().cpu().contiguous() for key, value in tower.state_dict().items()}
     with publish(path / WEIGHTS) as part, writing(path / WEIGHTS):
         try:

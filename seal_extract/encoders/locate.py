@@ -25,7 +25,7 @@ def locate(
         CheckpointError: a folder that holds no encoder.
         HubError: the Hub does not give the file.
     """
-    if _is_name(name_or_path):
+    if is_name(name_or_path):
         spec = find_spec(str(name_or_path))
         return spec, _official_file(spec, checkpoint, revision, offline)
     if checkpoint is not None:
@@ -35,7 +35,7 @@ def locate(
     return _own_file(name_or_path, revision, offline)
 
 
-def _is_name(asked: str | os.PathLike[str]) -> bool:
+def is_name(asked: str | os.PathLike[str]) -> bool:
     """A name of an encoder, or what was meant to be one, and not a path."""
     if not isinstance(asked, str):
         return False

@@ -6,7 +6,7 @@ imports nothing heavy, so that a table of encoders is printed at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from seal_extract.errors import UsageError
 
 PRECISIONS = ("float32", "bfloat16", "float16")
+PRECISION_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 POOLINGS = ("cls", "cls+mean", "conch")
 FILTERS = ("bilinear", "bicubic")
 
@@ -166,10 +167,41 @@ class EncoderSpec:
             f"at {self.mpp:g} µm/px, {self.precision}, {self.source or 'local'})"
         )
 
+    def precision_for(self, device: str, asked: str | None = None) -> str:
+        """What to compute in on a device type: as asked, or as recommended on a GPU and float32 elsewhere."""
+        return asked or (self.precision if device == "cuda" else "float32")
+
+    def identity(self, sha256: Sequence[str], precision: str) -> dict[str, Any]:
+        """What decides the embedding of a patch, as JSON: encoders of equal identity give equal ones.
+
+        Args:
+            sha256: of the weight files.
+            precision: computed in.
+        """
+        return {
+            "name": self.name,
+            "weights": list(sha256),
+            "precision": precision,
+            "input": f"{self.input}; mean {list(self.mean)}, std {list(self.std)}",
+            "pooling": self.pooling,
+        }
+
     @property
     def page(self) -> str:
         """The page with the licence, and the gate if there is one; empty without a source."""
         return f"https://huggingface.co/{self.source}" if self.source else ""
+
+
+def check_precision(asked: str | None) -> str | None:
+    """The full name of a precision, or None for none.
+
+    Raises:
+        UsageError: there is no such precision.
+    """
+    name = PRECISION_ALIASES.get(asked, asked) if asked is not None else None
+    if name is not None:
+        _allow("precision", name, PRECISIONS)
+    return name
 
 
 def _allow(what: str, value: str, allowed: tuple[str, ...]) -> None:
