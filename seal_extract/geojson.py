@@ -1,0 +1,241 @@
+"""Polygons between a mask, level-0 pixels and QuPath: traced, filled, written to GeoJSON, read back.
+
+Rings follow the edges between pixels, so that a mask traced and filled again is the same mask. Orientation
+is RFC 7946's (exterior counter-clockwise, holes clockwise, by the formula; on a screen, with y downwards, it
+looks the other way round).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from seal_extract.errors import GeometryError
+from seal_extract.publish import publish
+
+Mask: TypeAlias = NDArray[np.bool_]
+Ring: TypeAlias = NDArray[np.float64]  # [K, 2], (x, y), the first point not repeated
+
+ALLOWED = "Polygon, MultiPolygon and collections of these"
+IN_QUPATH = "in QuPath: select the annotations, File > Export objects as GeoJSON"
+TISSUE_RGB = (0, 128, 128)
+
+
+class Polygon(NamedTuple):
+    """A ring and the rings of its holes, each [K, 2] of (x, y)."""
+
+    exterior: Ring
+    holes: tuple[Ring, ...] = ()
+
+
+# --- mask to polygons and back ----------------------------------------------------------------
+
+
+def trace_polygons(mask: Mask) -> list[Polygon]:
+    """Trace the connected parts of ``mask`` along pixel edges.
+
+    Args:
+        mask: bool [h, w].
+
+    Returns:
+        Polygons in pixels of the mask, (0, 0) its top-left corner. Pixels that touch only at a corner are
+        bridged by a third, because a ring that touches itself is no valid polygon.
+    """
+    doubled = cv2.resize(
+        _bridge_corners(mask).view(np.uint8), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST
+    )
+    contours, hierarchy = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    polygons = []
+    for index, contour in enumerate(contours):
+        _, _, child, parent = hierarchy[0][index]
+        if parent >= 0:
+            continue
+        holes = []
+        while child >= 0:
+            holes.append(_corners(np.asarray(contours[child]), counter_clockwise=False))
+            child = hierarchy[0][child][0]
+        polygons.append(Polygon(_corners(np.asarray(contour), counter_clockwise=True), tuple(holes)))
+    return polygons
+
+
+def fill_polygons(polygons: Iterable[Polygon], shape: tuple[int, int]) -> Mask:
+    """Set the pixels whose centre lies in any of ``polygons``, given in pixels of the mask: bool [h, w]."""
+    mask = np.zeros(shape, np.bool_)
+    for exterior, holes in polygons:
+        left, top = np.clip(np.floor(exterior.min(axis=0)), 0, shape[::-1]).astype(int)
+        right, bottom = np.clip(np.ceil(exterior.max(axis=0)), 0, shape[::-1]).astype(int)
+        if right > left and bottom > top:
+            rings = [ring - (left, top) for ring in (exterior, *holes)]
+            mask[top:bottom, left:right] |= _fill_even_odd(rings, (bottom - top, right - left))
+    return mask
+
+
+def _bridge_corners(mask: Mask) -> Mask:
+    """A copy in which no two pixels touch only at a corner."""
+    mask = mask.copy()
+    while True:
+        a, b, c, d = mask[:-1, :-1], mask[:-1, 1:], mask[1:, :-1], mask[1:, 1:]
+        falling, rising = a & d & ~b & ~c, b & c & ~a & ~d
+        if not (falling.any() or rising.any()):
+            return mask
+        b |= falling
+        a |= rising
+
+
+def _corners(contour: NDArray[np.integer], *, counter_clockwise: bool) -> Ring:
+    """The corners of a contour of the doubled mask, in pixel edges of the mask.
+
+    Pixel 2i of the doubled mask lies along edge i, pixel 2i + 1 along edge i + 1: rounding up the half of a
+    border pixel's index puts it on the edge that it borders.
+    """
+    ring = (contour[:, 0] + 1) // 2
+    ring = ring[(ring != np.roll(ring, 1, axis=0)).any(axis=1)]
+    before, after = ring - np.roll(ring, 1, axis=0), np.roll(ring, -1, axis=0) - ring
+    ring = ring[before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]].astype(np.float64)
+    return ring if (signed_area(ring) > 0) == counter_clockwise else ring[::-1]
+
+
+def signed_area(ring: Ring) -> float:
+    """Area of a ring, positive where it runs counter-clockwise (shoelace formula)."""
+    following = np.roll(ring, -1, axis=0)
+    return float((ring[:, 0] * following[:, 1] - following[:, 0] * ring[:, 1]).sum() / 2)
+
+
+def _fill_even_odd(rings: Sequence[Ring], shape: tuple[int, int]) -> Mask:
+    """Pixels whose centre has an odd number of edges to its left."""
+    height, width = shape
+    start = np.concatenate(rings)
+    end = np.concatenate([np.roll(ring, -1, axis=0) for ring in rings])
+    ends_y = np.stack([start[:, 1], end[:, 1]])
+    first, stop = (
+        np.clip(np.ceil(y - 0.5), 0, height).astype(int) for y in (ends_y.min(axis=0), ends_y.max(axis=0))
+    )
+    crossed = stop - first  # rows whose centre line each edge crosses
+
+    edge = np.repeat(np.arange(len(start)), crossed)
+    row = np.arange(len(edge)) - np.repeat(np.cumsum(crossed) - crossed, crossed) + first[edge]
+    (x0, y0), (x1, y1) = start[edge].T, end[edge].T
+    x = x0 + (row + 0.5 - y0) * (x1 - x0) / (y1 - y0)
+    column = np.clip(np.ceil(x - 0.5), 0, width).astype(int)
+
+    toggles = np.zeros((height, width + 1), np.uint8)
+    np.add.at(toggles, (row, column), 1)
+    return np.asarray(np.bitwise_xor.accumulate(toggles & 1, axis=1)[:, :width] > 0)
+
+
+# --- GeoJSON ----------------------------------------------------------------------------------
+
+
+def write_polygons(path: Path, polygons: Iterable[Polygon], name: str = "Tissue") -> None:
+    """Write level-0 polygons as annotations that QuPath imports, classified ``name``.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    properties = {"objectType": "annotation", "classification": {"name": name, "color": TISSUE_RGB}}
+    features = [
+        {
+            "type": "Feature",
+            "geometry": {"type": "Polygon", "coordinates": [_closed(ring) for ring in (exterior, *holes)]},
+            "properties": properties,
+        }
+        for exterior, holes in polygons
+    ]
+    with publish(path) as part:
+        part.write_text(json.dumps({"type": "FeatureCollection", "features": features}), encoding="utf-8")
+
+
+def read_polygons(path: Path) -> tuple[list[Polygon], list[Polygon]]:
+    """Read the polygons of a GeoJSON file: a FeatureCollection, a Feature, a geometry, or a list of these.
+
+    Returns:
+        Those that are tissue, and those of a class that QuPath ignores (its name ends in ``*``).
+
+    Raises:
+        GeometryError: not GeoJSON, or a geometry other than polygons.
+    """
+    kept: list[Polygon] = []
+    ignored: list[Polygon] = []
+    for geometry, properties in _geometries(path, _load(path), {}):
+        polygons = ignored if _is_ignored(properties) else kept
+        several = geometry["type"] == "MultiPolygon"
+        for rings in _list(path, geometry.get("coordinates")) if several else [geometry.get("coordinates")]:
+            exterior, *holes = (_open(path, ring) for ring in _list(path, rings) or [None])
+            polygons.append(Polygon(exterior, tuple(holes)))
+    return kept, ignored
+
+
+def _load(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as exc:
+        raise GeometryError(f"cannot read {path}: {exc.strerror or exc}; give a GeoJSON file") from exc
+    except (ValueError, RecursionError) as exc:  # both JSON and UTF-8
+        raise GeometryError(f"{path} is not GeoJSON ({exc}); {IN_QUPATH}") from exc
+
+
+def _geometries(path: Path, node: Any, properties: Any) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Walk to the polygons; each comes with the properties of the feature it belongs to."""
+    members: Any
+    if isinstance(node, list):
+        members = node
+    elif not isinstance(node, dict):
+        raise GeometryError(
+            f"{path} holds a {type(node).__name__} where a GeoJSON object belongs; {IN_QUPATH}"
+        )
+    elif node.get("type") in ("Polygon", "MultiPolygon"):
+        yield node, properties
+        return
+    elif node.get("type") == "Feature":
+        members, properties = [node.get("geometry")], node.get("properties")
+    elif node.get("type") == "FeatureCollection":
+        members = _list(path, node.get("features"))
+    elif node.get("type") == "GeometryCollection":
+        members = _list(path, node.get("geometries"))
+    else:
+        raise GeometryError(
+            f"{path} holds a {node.get('type')}; allowed: {ALLOWED}; {IN_QUPATH} of areas only"
+        )
+    for member in members:
+        yield from _geometries(path, member, properties)
+
+
+def _is_ignored(properties: Any) -> bool:
+    """QuPath's convention: classes such as ``Ignore*`` are to be left out."""
+    found = properties.get("classification") if isinstance(properties, dict) else None
+    if not isinstance(found, dict):
+        return False
+    names = found.get("names") or [found.get("name")]
+    return any(str(name).endswith("*") for name in names)
+
+
+def _list(path: Path, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise GeometryError(f"{path}: a {type(value).__name__} where GeoJSON has a list; {IN_QUPATH}")
+    return value
+
+
+def _open(path: Path, ring: Any) -> Ring:
+    """[[x, y], ...] with the first point repeated at the end -> float64 [K, 2] without it."""
+    try:
+        points = np.array([point[:2] for point in ring], np.float64)
+    except (TypeError, ValueError, IndexError, KeyError):
+        points = np.empty(0)
+    if points.ndim == 2 and len(points) > 1 and (points[0] == points[-1]).all():
+        points = points[:-1]
+    if points.ndim != 2 or points.shape[1] != 2 or len(points) < 3 or not np.isfinite(points).all():
+        raise GeometryError(
+            f"{path}: a ring is not a list of 3 or more points [x, y] in level-0 pixels; {IN_QUPATH}"
+        )
+    return points
+
+
+def _closed(ring: Ring) -> list[list[int]]:
+    points: list[list[int]] = np.round(ring).astype(np.int64).tolist()
+    return [*points, points[0]]

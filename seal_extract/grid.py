@@ -1,0 +1,255 @@
+"""Where the patches lie: a grid over the tissue, asked for in µm/px, kept in level-0 pixels.
+
+Coordinates that TRIDENT, CLAM or AtlasPatch wrote become the same record by `read_grid`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from seal_extract.errors import GeometryError, ResolutionError, UsageError
+from seal_extract.readers import PLAUSIBLE_MPP
+from seal_extract.slide import Slide, coarsest_level
+from seal_extract.tissue import TissueMask
+
+NOMINAL_MPP = (0.125, 0.25, 0.5, 1.0, 2.0)  # what 80x, 40x, 20x, 10x and 5x mean to the scanners' makers
+MPP_TOLERANCE = 0.05  # a scan this close to a nominal µm/px is cut as if it had it
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """Square patches of one slide, row by row from the top.
+
+    Attributes:
+        xy_l0: int64 [N, 2], top-left corners (x, y) in level-0 pixels.
+        patch_px: side of the patch that the encoder sees.
+        mpp: µm/px of that patch.
+        patch_size_l0: its side in level-0 pixels.
+        overlap_px: overlap of neighbours, in pixels of the patch.
+        level: level to read.
+        read_px: side to read there; the patch is resampled from it to ``patch_px``.
+        origin: ``"grid"``, or the tool whose coordinates these are.
+    """
+
+    xy_l0: NDArray[np.int64]
+    patch_px: int
+    mpp: float
+    patch_size_l0: int
+    overlap_px: int
+    level: int
+    read_px: int
+    origin: str = "grid"
+
+    def __post_init__(self) -> None:
+        if self.xy_l0.ndim != 2 or self.xy_l0.shape[1] != 2 or self.xy_l0.dtype != np.int64:
+            raise GeometryError(
+                f"xy_l0 is {self.xy_l0.dtype} {list(self.xy_l0.shape)}; allowed: int64 [N, 2]"
+            )
+        for name in ("patch_px", "patch_size_l0", "read_px"):
+            if getattr(self, name) < 1:
+                raise GeometryError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
+
+    def __len__(self) -> int:
+        return len(self.xy_l0)
+
+    def __repr__(self) -> str:
+        return (
+            f"PatchGrid({len(self)} patches of {self.patch_px} px at {self.mpp:.4g} µm/px = "
+            f"{self.patch_size_l0} level-0 px, read {self.read_px} px of level {self.level})"
+        )
+
+    @property
+    def nominal_mpp_l0(self) -> float:
+        """µm/px that level 0 was taken to have when the patches were cut."""
+        return self.mpp * self.patch_px / self.patch_size_l0
+
+
+def make_grid(
+    slide: Slide,
+    mask: TissueMask,
+    patch_px: int = 224,
+    mpp: float = 0.5,
+    *,
+    overlap_px: int = 0,
+    min_tissue: float = 0.5,
+    mpp_tolerance: float = MPP_TOLERANCE,
+    allow_upsampling: bool = False,
+) -> PatchGrid:
+    """Lay patches of ``patch_px`` at ``mpp`` over the tissue; all lie whole inside the slide.
+
+    Args:
+        slide: gives the size, the µm/px and the levels.
+        mask: a patch stays if at least ``min_tissue`` of its area is tissue in it.
+        patch_px: side of a patch as the encoder sees it.
+        mpp: µm/px of a patch as the encoder sees it.
+        overlap_px: overlap of neighbours, in pixels of the patch.
+        min_tissue: 0 (every patch that touches tissue) to 1.
+        mpp_tolerance: a slide within this share of a nominal µm/px (0.125, 0.25, 0.5, 1, 2) is cut as if it
+            had that, so that all slides of a patient have patches of one level-0 size; 0 cuts exactly.
+        allow_upsampling: permit a target finer than the slide.
+
+    Raises:
+        UsageError: a size, share or µm/px that cannot be meant.
+        ResolutionError: the target is finer than the slide.
+        GeometryError: not one patch fits into the slide.
+    """
+    _check_request(patch_px, mpp, overlap_px, min_tissue, mpp_tolerance)
+    mpp_l0 = nominal_mpp(slide.mpp, mpp_tolerance)
+    if mpp < mpp_l0 * (1 - 1e-9) and not allow_upsampling:
+        raise ResolutionError(
+            f"{slide.path}: {mpp:.4g} µm/px asked, but the slide has only {slide.mpp:.4g}; "
+            f"type --mpp {mpp_l0:.4g} or coarser, or --allow-upsampling to invent the missing detail"
+        )
+    patch_size_l0 = max(1, round(patch_px * mpp / mpp_l0))
+    xy_l0 = _cells(slide, patch_size_l0, step=_step(patch_px, overlap_px, patch_size_l0))
+    share = mask.share(xy_l0, patch_size_l0)
+    kept = xy_l0[(share >= min_tissue) & (share > 0)]
+    level, read_px = level_to_read(slide, patch_px, patch_size_l0)
+    return PatchGrid(kept, patch_px, mpp, patch_size_l0, overlap_px, level, read_px)
+
+
+def nominal_mpp(mpp: float, tolerance: float = MPP_TOLERANCE) -> float:
+    """The nominal µm/px that ``mpp`` lies within ``tolerance`` of, or ``mpp`` itself."""
+    nearest = min(NOMINAL_MPP, key=lambda nominal: abs(mpp / nominal - 1))
+    return nearest if abs(mpp / nearest - 1) <= tolerance else mpp
+
+
+def level_to_read(slide: Slide, patch_px: int, patch_size_l0: int) -> tuple[int, int]:
+    """The coarsest level at least as fine as the patch, and the side of the patch in its pixels."""
+    level = coarsest_level(slide, patch_size_l0 / patch_px)
+    return level, max(1, round(patch_size_l0 / slide.levels[level].downsample))
+
+
+def read_grid(path: str | os.PathLike[str], slide: Slide) -> PatchGrid:
+    """Take the coordinates of another tool's HDF5 file, told apart by what it holds.
+
+    TRIDENT says ``patch_size_level0`` on ``coords``, CLAM ``patch_level`` and ``patch_size`` in pixels of
+    that level, AtlasPatch writes rows of (x, y, read_w, read_h, level) and says the sizes at the root.
+
+    Raises:
+        GeometryError: not such a file, or coordinates that are not of this slide.
+    """
+    path = Path(path)
+    coords, attrs, root = _read_coords(path)
+    if coords.shape[1] == 5:
+        sizes, origin = _atlaspatch_sizes(path, root), "AtlasPatch"
+    elif "patch_size_level0" in attrs:
+        sizes, origin = _trident_sizes(path, attrs), "TRIDENT"
+    elif "patch_level" in attrs:
+        sizes, origin = _clam_sizes(path, attrs, slide), "CLAM"
+    else:
+        raise GeometryError(
+            f"{path}: its coords carry neither patch_size_level0 (TRIDENT) nor patch_level (CLAM), so their "
+            f"size is unknown; give the tool's coordinates file (patches/...h5), not its features"
+        )
+    patch_px, patch_size_l0, overlap_px = sizes
+    xy_l0 = coords[:, :2].astype(np.int64)
+    _check_on_slide(path, slide, xy_l0, attrs)
+    level, read_px = level_to_read(slide, patch_px, patch_size_l0)
+    mpp = nominal_mpp(slide.mpp) * patch_size_l0 / patch_px
+    return PatchGrid(xy_l0, patch_px, mpp, patch_size_l0, overlap_px, level, read_px, origin)
+
+
+def _check_request(
+    patch_px: int, mpp: float, overlap_px: int, min_tissue: float, mpp_tolerance: float
+) -> None:
+    if patch_px < 1:
+        raise UsageError(f"--patch-px is {patch_px}; allowed: 1 or more, for example 224")
+    if not PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1]:
+        raise UsageError(f"--mpp is {mpp:.4g} µm/px; allowed: {PLAUSIBLE_MPP[0]} to {PLAUSIBLE_MPP[1]}")
+    if not 0 <= overlap_px < patch_px:
+        raise UsageError(f"--overlap-px is {overlap_px}; allowed: 0 to {patch_px - 1}, less than --patch-px")
+    if not 0 <= min_tissue <= 1:
+        raise UsageError(f"--min-tissue is {min_tissue:.4g}; allowed: 0 to 1, a share of the patch")
+    if not 0 <= mpp_tolerance <= 0.2:
+        raise UsageError(f"--mpp-tolerance is {mpp_tolerance:.4g}; allowed: 0 to 0.2, a share of the µm/px")
+
+
+def _step(patch_px: int, overlap_px: int, patch_size_l0: int) -> int:
+    """Level-0 pixels from one patch to the next."""
+    return max(1, round(patch_size_l0 * (patch_px - overlap_px) / patch_px))
+
+
+def _cells(slide: Slide, patch_size_l0: int, step: int) -> NDArray[np.int64]:
+    """All patches inside the scanned bounds, row by row: int64 [N, 2]."""
+    left, top, width, height = slide.bounds_l0
+    if patch_size_l0 > min(width, height):
+        raise GeometryError(
+            f"{slide.path}: a patch is {patch_size_l0} level-0 px wide and the slide only {width} x {height}"
+            "; type a smaller --patch-px or a finer --mpp"
+        )
+    x = np.arange(left, left + width - patch_size_l0 + 1, step, dtype=np.int64)
+    y = np.arange(top, top + height - patch_size_l0 + 1, step, dtype=np.int64)
+    return np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
+
+
+def _read_coords(path: Path) -> tuple[NDArray[Any], dict[str, Any], dict[str, Any]]:
+    """``coords`` [N, 2 or 5], its attributes, the root's attributes."""
+    if not path.is_file():
+        raise GeometryError(f"{path} does not exist; give a coordinates file of TRIDENT, CLAM or AtlasPatch")
+    try:
+        with h5py.File(path, "r") as file:
+            if not isinstance(file.get("coords"), h5py.Dataset):
+                raise GeometryError(
+                    f"{path} holds {sorted(file)}, no dataset 'coords'; give a coordinates file"
+                )
+            dataset = file["coords"]
+            coords, attrs, root = dataset[()], dict(dataset.attrs), dict(file.attrs)
+    except OSError as exc:
+        raise GeometryError(f"{path} is not an HDF5 file that can be read ({exc}); write it again") from exc
+    if coords.ndim != 2 or coords.shape[1] not in (2, 5) or not np.issubdtype(coords.dtype, np.integer):
+        raise GeometryError(
+            f"{path}: coords are {coords.dtype} {list(coords.shape)}; allowed: integers [N, 2] in level-0 "
+            "px, or AtlasPatch's [N, 5] (STAMP's coords are µm: give the file they were made from)"
+        )
+    return coords, attrs, root
+
+
+def _whole(path: Path, attrs: dict[str, Any], name: str) -> int:
+    value = np.asarray(attrs.get(name, np.nan), dtype=float)
+    if value.size != 1 or not np.isfinite(value).all() or value < 1 or value != np.round(value):
+        raise GeometryError(f"{path}: {name} is {attrs.get(name)!r}; allowed: a whole number of pixels")
+    return int(value)
+
+
+def _trident_sizes(path: Path, attrs: dict[str, Any]) -> tuple[int, int, int]:
+    patch_px = _whole(path, attrs, "patch_size")
+    return patch_px, _whole(path, attrs, "patch_size_level0"), int(attrs.get("overlap", 0))
+
+
+def _atlaspatch_sizes(path: Path, root: dict[str, Any]) -> tuple[int, int, int]:
+    return _whole(path, root, "patch_size"), _whole(path, root, "patch_size_level0"), 0
+
+
+def _clam_sizes(path: Path, attrs: dict[str, Any], slide: Slide) -> tuple[int, int, int]:
+    patch_px, level = _whole(path, attrs, "patch_size"), int(attrs["patch_level"])
+    if not 0 <= level < len(slide.levels):
+        raise GeometryError(
+            f"{path}: patch_level is {level}, but {slide.path.name} has levels 0 to {len(slide.levels) - 1}; "
+            f"give the coordinates of this slide"
+        )
+    return patch_px, round(patch_px * slide.levels[level].downsample), 0
+
+
+def _check_on_slide(path: Path, slide: Slide, xy_l0: NDArray[np.int64], attrs: dict[str, Any]) -> None:
+    width, height = slide.size_l0
+    said = (attrs.get("level0_width", width), attrs.get("level0_height", height))
+    if said != (width, height):
+        raise GeometryError(
+            f"{path}: made for a slide of {said[0]} x {said[1]} px, but {slide.path.name} is "
+            f"{width} x {height}; give the coordinates of this slide"
+        )
+    outside = np.flatnonzero(((xy_l0 < 0) | (xy_l0 >= (width, height))).any(axis=1))
+    if outside.size:
+        x, y = xy_l0[outside[0]]
+        raise GeometryError(
+            f"{path}: {outside.size} of {len(xy_l0)} patches begin outside {slide.path.name} "
+            f"({width} x {height} px), the first at ({x}, {y}); give the coordinates of this slide"
+        )

@@ -1,0 +1,78 @@
+"""Slides one can draw, and the real ones where they lie beside the project."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from seal_extract.readers import Level
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def shared(*parts: str) -> Path:
+    """A file of the real data, or a skip that says what is missing."""
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"../shared/{'/'.join(parts)} is not there")
+    return path
+
+
+@dataclass
+class DrawnSlide:
+    """A slide held in memory: its lower levels are subsampled from level 0."""
+
+    pixels: NDArray[np.uint8]  # [H, W, 3]
+    mpp: float = 0.25
+    downsamples: tuple[float, ...] = (1.0,)
+    path: Path = Path("drawn.svs")
+    reader: str = "drawn 1"
+    mpp_source: str = "drawn"
+    bounds_l0: tuple[int, int, int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.bounds_l0 = (0, 0, *self.size_l0)
+
+    @property
+    def size_l0(self) -> tuple[int, int]:
+        return self.pixels.shape[1], self.pixels.shape[0]
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        w, h = self.size_l0
+        return tuple(Level((int(w / d), int(h / d)), d, True) for d in self.downsamples)
+
+    def read_region(self, xy_l0: tuple[int, int], level: int, size_px: tuple[int, int]) -> NDArray[np.uint8]:
+        step = self.downsamples[level]
+        (x, y), (w, h) = xy_l0, size_px
+        cols, rows = x + (np.arange(w) * step).astype(int), y + (np.arange(h) * step).astype(int)
+        region = np.zeros((h, w, 3), np.uint8)
+        inside_x = (cols >= 0) & (cols < self.size_l0[0])
+        inside_y = (rows >= 0) & (rows < self.size_l0[1])
+        region[np.ix_(inside_y, inside_x)] = self.pixels[np.ix_(rows[inside_y], cols[inside_x])]
+        return region
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self) -> DrawnSlide:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@pytest.fixture
+def drawn() -> Callable[..., DrawnSlide]:
+    """Make a slide of noise: ``drawn(width, height, mpp=..., downsamples=...)``."""
+
+    def make(width: int, height: int, **kwargs: object) -> DrawnSlide:
+        rng = np.random.default_rng(width * 10_007 + height)
+        return DrawnSlide(rng.integers(90, 256, (height, width, 3), dtype=np.uint8), **kwargs)  # type: ignore[arg-type]
+
+    return make
