@@ -1,0 +1,55 @@
+"""What ``seal-extract demo`` runs on: a synthetic slide, and an encoder with random weights that says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from seal_extract.encoders import EncoderSpec
+from seal_extract.encoders.encoder import Encoder
+from seal_extract.encoders.registry import IMAGENET_MEAN, IMAGENET_STD, Architecture, InputRule
+from seal_extract.encoders.tower import empty_tower, fill, tower_shapes
+from seal_extract.synthetic import write_synthetic_slide
+
+DEMO_SLIDE_PX = (12_000, 9_000)  # 3.0 x 2.25 mm at 0.25 µm/px
+
+UNTRAINED = EncoderSpec(
+    name="untrained-demo",
+    dim=192,
+    patch_px=224,
+    mpp=0.5,
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+    precision="float32",
+    licence="Apache-2.0 (random weights: for trying the pipeline, never for science)",
+    source="",
+    architecture=Architecture("vit_tiny_patch16_224"),
+    pooling="cls",
+    input=InputRule(multiple_of=16, resize_px=224),
+)
+
+
+def write_demo_slide(folder: Path) -> Path:
+    """The synthetic slide in ``folder``, made if it is not there yet."""
+    path = folder / "synthetic.svs"
+    return path if path.exists() else write_synthetic_slide(path, DEMO_SLIDE_PX, mpp=0.25)
+
+
+def write_untrained_encoder(folder: Path, spec: EncoderSpec = UNTRAINED, seed: int = 0) -> Path:
+    """Write an encoder of random weights, the same for the same seed, as `load_encoder` reads it."""
+    tower = empty_tower(spec)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {key: _random(key, shape, generator) for key, shape in tower_shapes(tower).items()}
+    fill(tower, tensors)
+    Encoder(spec, tower, (), torch.float32).save_pretrained(folder)
+    return folder
+
+
+def _random(key: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Variance preserved from layer to layer; LayerNorm scales at one."""
+    if len(shape) == 1:
+        return torch.ones(shape) if key.endswith("weight") else torch.zeros(shape)
+    fan_in = max(1, torch.Size(shape[1:]).numel())
+    weights: torch.Tensor = torch.randn(shape, generator=generator) / fan_in**0.5
+    return weights

@@ -1,0 +1,111 @@
+"""What made a file: the request that decides its numbers, and all that one may want to know later."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from seal_extract.plan import ExtractOptions, SlidePlan, coords_file, roi_file
+from seal_extract.slide import Slide
+from seal_extract.store import grid_fields
+
+PIPELINE = 1  # raised whenever the same request gives other numbers than before
+WITHOUT_EFFECT = ("batch_size", "workers", "overwrite")  # options that leave the numbers as they are
+LIBRARIES = (
+    "seal-extract",
+    "torch",
+    "timm",
+    "numpy",
+    "opencv-python-headless",
+    "openslide-python",
+    "tiffslide",
+)
+
+
+def describe_request(slide: Slide, encoder: dict[str, Any], options: ExtractOptions) -> dict[str, Any]:
+    """All that decides the numbers in a features file, as JSON; equal requests give equal files.
+
+    Args:
+        slide: the open slide; its name, size in bytes and geometry count, not its folder.
+        encoder: `Encoder.identity`.
+        options: all choices; files are counted by their content.
+    """
+    choices = {k: v for k, v in asdict(options).items() if k not in WITHOUT_EFFECT}
+    if options.coords is not None:
+        choices["coords"] = sha256(coords_file(slide, options.coords))
+    if options.roi is not None:
+        choices["roi"] = sha256(roi_file(slide, options.roi))
+    return {
+        "pipeline": PIPELINE,
+        "slide": {
+            "file": slide.path.name,
+            "bytes": slide.path.stat().st_size,
+            "size_l0": list(slide.size_l0),
+            "mpp": slide.mpp,
+            "reader": slide.reader.split()[0],
+        },
+        "options": choices,
+        "encoder": encoder,
+    }
+
+
+def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """The first entry in which two requests differ, in words; None if they are equal."""
+    for key in dict.fromkeys([*old, *new]):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            deeper = first_difference(before, after)
+            if deeper:
+                return f"{key} {deeper}"
+        elif before != after:
+            return f"{key} {_short(before)}, now {_short(after)}"
+    return None
+
+
+def describe(
+    plan: SlidePlan, request: dict[str, Any], encoder: dict[str, Any], decoder: str
+) -> dict[str, Any]:
+    """The whole provenance of a features file, as JSON.
+
+    Args:
+        plan: slide, tissue and grid.
+        request: from `describe_request`.
+        encoder: what is worth knowing of the encoder beside its identity.
+        decoder: how the patches were decoded.
+    """
+    slide = plan.slide
+    return {
+        "request": request,
+        "slide": {
+            "path": str(slide.path.resolve()),
+            "size_l0": list(slide.size_l0),
+            "mpp": slide.mpp,
+            "mpp_source": slide.mpp_source,
+            "reader": slide.reader,
+            "decoder": decoder,
+        },
+        "tissue": None if plan.mask is None else {"mpp": plan.mask.mpp, "area_mm2": plan.mask.area_mm2},
+        "grid": grid_fields(plan.grid),
+        "encoder": encoder,
+        "read_errors": 0,  # a slide with an unreadable region is not written at all
+        "versions": {name: version(name) for name in LIBRARIES},
+        "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else text[:12] + "..."

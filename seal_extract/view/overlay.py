@@ -1,0 +1,146 @@
+"""A picture per slide: the overview, the tissue's outline, the patches, and a caption with a scale bar."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from seal_extract.grid import PatchGrid
+from seal_extract.overview import Overview, read_overview
+from seal_extract.publish import publish, writing
+from seal_extract.readers import Array
+from seal_extract.slide import Slide
+from seal_extract.tissue import TissueMask
+
+PATCH_RGB = (0, 120, 110)
+TISSUE_RGB = (25, 35, 160)
+FAINT, DENSE = 0.12, 0.32  # how much of the patch colour covers it: with its border drawn, and without
+BORDER_FROM_PX = 6  # patches smaller than this in the picture are filled, not framed
+MIN_PX = 900  # small slides are enlarged to this
+
+
+def draw_overlay(
+    slide: Slide,
+    mask: TissueMask | None,
+    grid: PatchGrid,
+    path: str | os.PathLike[str],
+    *,
+    max_px: int = 2048,
+) -> None:
+    """Draw tissue and patches over the slide into a JPEG.
+
+    Args:
+        slide: seen from above, at most ``max_px`` wide or high.
+        mask: outlined; None where the coordinates came from elsewhere.
+        grid: every patch is drawn.
+        path: the JPEG; its folder is made.
+        max_px: longest side of the picture without its caption.
+
+    Raises:
+        OutputError: the picture cannot be written.
+    """
+    overview = read_overview(slide, slide.mpp * max(slide.size_l0) / max_px)
+    canvas, scale = _enlarged(overview)
+    _draw_patches(canvas, grid, scale)
+    if mask is not None:
+        _draw_tissue(canvas, mask, scale)
+    picture = _with_caption(canvas, _caption(slide, mask, grid), slide.mpp / scale)
+    path = Path(path)
+    with publish(path) as part, writing(path):
+        picture.save(part, "JPEG", quality=88)
+
+
+def _enlarged(overview: Overview) -> tuple[Array, float]:
+    """The picture to draw on, uint8 [h, w, 3], and its pixels per level-0 pixel."""
+    height, width = overview.scanned.shape
+    factor = max(1.0, MIN_PX / max(height, width))
+    size = (round(width * factor), round(height * factor))
+    canvas = (
+        cv2.resize(overview.rgb, size, interpolation=cv2.INTER_CUBIC) if factor > 1 else overview.rgb.copy()
+    )
+    return np.asarray(canvas, np.uint8), factor / overview.downsample
+
+
+def _draw_patches(canvas: Array, grid: PatchGrid, scale: float) -> None:
+    """Faintly filled squares with a thin border; where they are tiny only the fill."""
+    side = grid.patch_size_l0 * scale
+    corners = [_box(x, y, grid.patch_size_l0, scale) for x, y in grid.xy_l0.tolist()]
+    covered = np.zeros(canvas.shape[:2], np.uint8)
+    for start, end in corners:
+        cv2.rectangle(covered, start, end, 1, cv2.FILLED)
+    share = FAINT if side >= BORDER_FROM_PX else DENSE
+    tint = canvas * (1 - share) + np.array(PATCH_RGB) * share
+    np.copyto(canvas, tint.astype(np.uint8), where=covered[..., None] > 0)
+    if side >= BORDER_FROM_PX:
+        thickness = 1 if side < 60 else 2
+        for start, end in corners:
+            cv2.rectangle(canvas, start, end, PATCH_RGB, thickness, cv2.LINE_AA)
+
+
+def _box(x: int, y: int, size_l0: int, scale: float) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Top-left and bottom-right pixel of a patch in the picture."""
+    return (round(x * scale), round(y * scale)), (
+        max(round(x * scale), round((x + size_l0) * scale) - 1),
+        max(round(y * scale), round((y + size_l0) * scale) - 1),
+    )
+
+
+def _draw_tissue(canvas: Array, mask: TissueMask, scale: float) -> None:
+    rings = [ring for p in mask.polygons_l0 for ring in (p.exterior, *p.holes)]
+    lines = [np.round(ring * scale).astype(np.int32) for ring in rings]
+    cv2.polylines(canvas, lines, True, TISSUE_RGB, 2, cv2.LINE_AA)
+
+
+def _caption(slide: Slide, mask: TissueMask | None, grid: PatchGrid) -> str:
+    # Pillow's own font has neither µ nor ²
+    tissue = f"{mask.area_mm2:.3g} mm2 tissue" if mask is not None else f"coordinates of {grid.origin}"
+    return (
+        f"{slide.path.name}   {slide.mpp:.4g} um/px   {tissue}   "
+        f"{len(grid):,} patches of {grid.patch_px} px at {grid.mpp:.4g} um/px"
+    )
+
+
+def _with_caption(canvas: Array, text: str, um_per_px: float) -> Image.Image:
+    """The canvas above a white strip with the text on the left and a scale bar on the right."""
+    height, width = canvas.shape[:2]
+    bar_um = _round_length(0.12 * width * um_per_px)
+    bar_px = bar_um / um_per_px
+    length = f"{bar_um / 1000:g} mm" if bar_um >= 1000 else f"{bar_um:g} um"
+    font = _fitting_font(text, width - bar_px - 60)
+    strip = round(font.size * 2.2)
+    picture = Image.new("RGB", (width, height + strip), "white")
+    picture.paste(Image.fromarray(canvas))
+    draw = ImageDraw.Draw(picture)
+    middle = height + strip / 2
+    draw.text((12, middle), text, fill=(40, 40, 40), font=font, anchor="lm")
+    right = width - 14
+    draw.line(
+        [(right - bar_px, middle + font.size * 0.55), (right, middle + font.size * 0.55)], (40, 40, 40), 3
+    )
+    draw.text((right - bar_px / 2, middle - font.size * 0.15), length, (40, 40, 40), font, anchor="mm")
+    return picture
+
+
+def _fitting_font(text: str, width: float) -> ImageFont.FreeTypeFont:
+    """The largest font up to 22 px in which the text is at most ``width`` wide, but never below 10 px."""
+    for size in range(22, 10, -1):
+        font = _font(size)
+        if font.getlength(text) <= width:
+            return font
+    return _font(10)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    font = ImageFont.load_default(size)
+    assert isinstance(font, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
+    return font
+
+
+def _round_length(um: float) -> float:
+    """The largest of 1, 2 and 5 times a power of ten that is not above ``um``."""
+    power = 10.0 ** np.floor(np.log10(um))
+    return float(max(step for step in (1, 2, 5) if step * power <= um * (1 + 1e-9)) * power)

@@ -1,0 +1,94 @@
+"""The picture per slide shows the tissue's outline, every patch, and says what it shows."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from seal_extract.errors import OutputError
+from seal_extract.grid import make_grid
+from seal_extract.tissue import TissueMask
+from seal_extract.view.overlay import PATCH_RGB, TISSUE_RGB, _round_length, draw_overlay
+
+
+def half_tissue(slide, downsample=16.0):
+    width, height = slide.size_l0
+    mask = np.zeros((round(height / downsample), round(width / downsample)), bool)
+    mask[:, : mask.shape[1] // 2] = True
+    return TissueMask(mask, slide.mpp * downsample, downsample, slide.size_l0)
+
+
+def near(picture, rgb, tolerance=40):
+    """Where the picture has about this colour: bool [h, w]."""
+    return (np.abs(picture.astype(int) - rgb) < tolerance).all(axis=2)
+
+
+@pytest.fixture
+def white(drawn):
+    slide = drawn(2400, 1600, mpp=0.5)
+    slide.pixels[:] = 250
+    return slide
+
+
+def draw(path, slide, mask, grid, **kwargs):
+    draw_overlay(slide, mask, grid, path, **kwargs)
+    return np.asarray(Image.open(path))
+
+
+def test_patches_and_outline_lie_where_they_should(white, tmp_path):
+    mask = half_tissue(white)
+    grid = make_grid(white, mask, 200, 0.5)
+    picture = draw(tmp_path / "a.jpg", white, mask, grid, max_px=1200)
+    assert picture.shape[1] == 1200
+    assert picture.shape[0] > 800  # the caption is added below
+    canvas = picture[:800]
+    lines = near(canvas, PATCH_RGB)
+    assert lines[:, :598].any(axis=0).sum() > 500
+    assert not lines[:, 610:].any()
+    outline = near(canvas, TISSUE_RGB)
+    assert outline[:, 590:610].any()
+    assert not outline[:, 620:].any()
+    inside, outside = canvas[20:80, 120:180].mean(), canvas[20:80, 900:1100].mean()
+    assert inside < outside - 10  # patches are tinted
+
+
+def test_tiny_patches_are_filled_instead_of_framed(white, tmp_path):
+    mask = half_tissue(white)
+    picture = draw(tmp_path / "a.jpg", white, mask, make_grid(white, mask, 8, 0.5), max_px=1200)
+    assert picture[100:700, 50:550].std(axis=(0, 1)).max() < 12
+    assert picture[400, 300, 0] < picture[400, 900, 0] - 50
+
+
+def test_no_patches_and_no_mask_still_give_a_picture(white, tmp_path):
+    empty = TissueMask(np.zeros((100, 150), bool), 8.0, 16.0, white.size_l0)
+    picture = draw(tmp_path / "a.jpg", white, None, make_grid(white, empty, 200, 0.5))
+    assert not near(picture, PATCH_RGB).any()
+    assert not near(picture, TISSUE_RGB).any()
+
+
+def test_small_slides_are_enlarged_and_large_ones_reduced(drawn, tmp_path):
+    for side in (300, 5000):
+        slide = drawn(side, side, mpp=0.5)
+        mask = half_tissue(slide)
+        picture = draw(tmp_path / f"{side}.jpg", slide, mask, make_grid(slide, mask, 64, 0.5))
+        assert 900 <= picture.shape[1] <= 2048
+
+
+def test_the_caption_is_legible_and_fits(white, tmp_path):
+    white.path = tmp_path / ("a-rather-long-slide-name-" * 3 + ".svs")
+    mask = half_tissue(white)
+    picture = draw(tmp_path / "a.jpg", white, mask, make_grid(white, mask, 200, 0.5), max_px=1200)
+    ink = picture[800:].mean(axis=2) < 128
+    assert ink.sum() > 500
+    assert not ink[:, -8:].any()  # nothing is cut off at the right
+
+
+@pytest.mark.parametrize(("um", "bar"), [(130, 100), (1999, 1000), (2000, 2000), (740, 500), (0.9, 0.5)])
+def test_scale_bars_are_round(um, bar):
+    assert _round_length(um) == pytest.approx(bar)
+
+
+def test_a_place_that_cannot_be_written_is_one_line(white, tmp_path):
+    (tmp_path / "file").touch()
+    mask = half_tissue(white)
+    with pytest.raises(OutputError, match="a part of the path is a file"):
+        draw_overlay(white, mask, make_grid(white, mask, 200, 0.5), tmp_path / "file" / "a.jpg")

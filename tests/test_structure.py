@@ -1,0 +1,140 @@
+"""The shape of the house: who may import whom, what is public, how fast it answers, how long a file is."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+import seal_extract
+from seal_extract import errors
+
+PACKAGE = Path(__file__).parents[1] / "seal_extract"
+
+# each part may import itself and the parts named; imports inside functions and for types count too
+READING = {
+    "errors",
+    "publish",
+    "tiff",
+    "readers",
+    "slide",
+    "overview",
+    "evidence",
+    "geojson",
+    "tissue",
+    "grid",
+}
+ALLOWED = {
+    "reading": set(),
+    "pixels": {"errors"},
+    "patches": {"reading", "pixels"},
+    "encoders": {"errors", "publish", "pixels"},
+    "results": {"reading", "encoders"},
+    "story": {"reading", "pixels", "patches", "encoders", "results", "view"},
+    "view": {"reading", "results"},
+    "synthetic": {"errors", "publish"},
+    "demo": {"synthetic", "encoders", "errors", "publish"},
+    "cli": {"reading", "encoders", "results", "story", "demo"},
+}
+PARTS = {
+    **dict.fromkeys(READING, "reading"),
+    "resample": "pixels",
+    "decode": "patches",
+    "batches": "patches",
+    "encoders": "encoders",
+    "store": "results",
+    "plan": "results",
+    "provenance": "results",
+    "finished": "results",
+    "extract": "story",
+    "view": "view",
+    "synthetic": "synthetic",
+    "demo": "demo",
+    "cli": "cli",
+}
+
+
+def sources():
+    return sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+
+
+def home(path):
+    """The top-level name a file belongs to: decode/regions.py -> decode."""
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0].removesuffix(".py")
+
+
+def imported(path):
+    """Top-level modules of this package that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("seal_extract"):
+            below = node.module.split(".")[1:]
+            names |= {below[0]} if below else {alias.name for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    part = PARTS[home(path)]
+    for name in imported(path):
+        other = PARTS[name]
+        assert other == part or {other, name} & ALLOWED[part], (
+            f"{path.name} ({part}) imports {name} ({other})"
+        )
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_are_short_enough_to_read(path):
+    assert len(path.read_text().splitlines()) <= 380
+
+
+def test_reading_never_imports_torch():
+    modules = ", ".join(
+        f"seal_extract.{name}" for name in sorted(READING) if (PACKAGE / f"{name}.py").exists()
+    )
+    run(f"import sys, {modules}; assert 'torch' not in sys.modules")
+
+
+def test_the_command_line_and_the_encoder_table_answer_without_torch_or_numpy():
+    run("""
+        import sys, seal_extract.cli, seal_extract.encoders
+        assert not {"torch", "timm", "numpy"} & set(sys.modules)
+    """)
+
+
+def test_a_finished_slide_is_recognised_without_torch():
+    run("""
+        import sys, seal_extract.finished, seal_extract.encoders.request
+        assert not {"torch", "timm"} & set(sys.modules)
+    """)
+
+
+def run(code):
+    done = subprocess.run([sys.executable, "-c", dedent(code)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_is_there_and_documented():
+    assert set(seal_extract.__all__) == set(seal_extract._HOME)
+    for name in seal_extract.__all__:
+        assert getattr(seal_extract, name).__doc__, name
+
+
+def test_the_function_extract_is_not_hidden_by_its_module():
+    for first in (
+        "import seal_extract.extract",
+        "from seal_extract.extract import extract",
+        "import seal_extract",
+    ):
+        run(f"{first}; from seal_extract import extract; assert callable(extract)")
+
+
+def test_the_error_tree_in_the_docstring_is_the_real_one():
+    drawn = {word for word in errors.__doc__.split() if word.endswith("Error")} - {"OSError"}
+    real = {
+        n for n, v in vars(errors).items() if isinstance(v, type) and issubclass(v, errors.SealExtractError)
+    }
+    assert drawn == real
