@@ -1,0 +1,47 @@
+"""The examples run as they are written."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from seal_extract.demo import write_untrained_encoder
+from seal_extract.synthetic import write_synthetic_slide
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("examples")
+    write_untrained_encoder(folder / "encoder")
+    write_synthetic_slide(folder / "slides" / "a.svs", (3000, 2400), mpp=0.25)
+    write_synthetic_slide(folder / "slides" / "b.svs", (2600, 2400), mpp=0.25, seed=2)
+    Image.new("RGB", (300, 300)).save(folder / "slides" / "no_mpp.png")
+    return folder
+
+
+def test_one_slide(place, capsys):
+    main = runpy.run_path(str(EXAMPLES / "01_one_slide.py"))["main"]
+    main(str(place / "slides" / "a.svs"), str(place / "encoder"), str(place / "out1"))
+    printed = capsys.readouterr().out
+    assert printed.startswith("Slide(a.svs: 3000 x 2400 px, 0.25 µm/px by openslide.mpp-x")
+    assert "TissueMask(" in printed
+    assert "PatchGrid(" in printed
+    assert "features float32 (" in printed
+    assert (place / "out1/20x_224px_0px_overlap/features_untrained-demo/a.h5").exists()
+
+
+def test_folder(place, capsys):
+    main = runpy.run_path(str(EXAMPLES / "02_folder.py"))["main"]
+    assert main(str(place / "slides"), str(place / "encoder"), str(place / "out2")) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in printed[:2]] == ["a.svs", "b.svs"]
+    assert printed[2].startswith("FAILED")
+    assert "--slide-mpp" in printed[2]
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)
+def test_examples_are_short(path):
+    assert len(path.read_text().splitlines()) < 60
