@@ -89,9 +89,10 @@ def _read_block(
     x0, y0, x1, y1 = (round(v * per_px) for v in box)
     xy_l0 = (round(box[0] * downsample), round(box[1] * downsample))
     region = slide.read_region(xy_l0, level, (max(1, x1 - x0), max(1, y1 - y0)))
-    unscanned = region.max(axis=2) < UNSCANNED_BELOW
-    region = np.where(unscanned[..., None], np.uint8(255), region)
     size = (box[2] - box[0], box[3] - box[1])
+    unscanned = cv2.inRange(region, (0, 0, 0), (UNSCANNED_BELOW - 1,) * 3)  # 255 there, 0 elsewhere
+    if unscanned.any():
+        region = np.where(unscanned[..., None] > 0, np.uint8(255), region)
     rgb = cv2.resize(region, size, interpolation=cv2.INTER_AREA)
-    share = cv2.resize(unscanned.astype(np.float32), size, interpolation=cv2.INTER_AREA)
-    return rgb.astype(np.uint8, copy=False), share < 0.5
+    share = cv2.resize(unscanned, size, interpolation=cv2.INTER_AREA)
+    return np.asarray(rgb, np.uint8), np.asarray(share < 128)
