@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,11 +39,11 @@ def writing(path: Path) -> Iterator[None]:
     """Translate what goes wrong while ``path`` is written.
 
     Raises:
-        OutputError: in place of any OSError, and of the RuntimeError that HDF5 raises for one on closing.
+        OutputError: in place of any OSError.
     """
     try:
         yield
-    except (OSError, RuntimeError) as exc:
+    except OSError as exc:
         raise OutputError(f"cannot write {path}: {_why(exc)}; nothing half-written was left") from exc
 
 
@@ -61,10 +60,7 @@ _ADVICE = {
 }
 
 
-def _why(exc: OSError | RuntimeError) -> str:
-    """HDF5 hides the system's errno in its text."""
-    hidden = re.search(r"errno = (\d+)", str(exc))
-    code = int(hidden[1]) if hidden else getattr(exc, "errno", None)
-    if code in _ADVICE:
-        return _ADVICE[code]
+def _why(exc: OSError) -> str:
+    if exc.errno in _ADVICE:
+        return _ADVICE[exc.errno]
     return (str(exc).splitlines() or [type(exc).__name__])[0]

@@ -13,9 +13,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +93,10 @@ class TridentLayout:
 class FeatureWriter:
     """Takes rows of features in grid order; made by `write_features`."""
 
-    def __init__(self, path: Path, dataset: h5py.Dataset) -> None:
+    def __init__(self, path: Path, dataset: h5py.Dataset, disk: _Disk) -> None:
         self.path = path
         self.rows = 0
-        self._dataset = dataset
+        self._dataset, self._disk = dataset, disk
 
     def append(self, features: NDArray[np.float32]) -> None:
         """Write the next rows: float32 [B, D]."""
@@ -107,6 +108,7 @@ class FeatureWriter:
             )
         with writing(self.path):
             self._dataset[self.rows : self.rows + len(features)] = features
+            self._disk.check()
         self.rows += len(features)
 
 
@@ -119,16 +121,14 @@ def write_features(
     Raises:
         OutputError: it cannot be written, or not as many rows came as the grid has.
     """
-    with publish(path) as part, _hdf5(part, path) as file:
-        with writing(path):
-            shape = (len(grid), dim)
-            rows = max(1, min(len(grid), CHUNK_BYTES // (4 * dim)))
-            chunks = (rows, dim) if len(grid) else None  # HDF5 has no chunks of nothing
-            dataset = file.create_dataset("features", shape, np.float32, chunks=chunks)
-            dataset.attrs.update(name=slide.path.stem, savetodir=str(path.parent), encoder=encoder)
-            _create_coords(file, slide, grid, path.parent)
-            file.attrs[PROVENANCE] = json.dumps(provenance)
-        writer = FeatureWriter(path, dataset)
+    with publish(path) as part, _hdf5(part, path) as (file, disk):
+        rows = max(1, min(len(grid), CHUNK_BYTES // (4 * dim)))
+        chunks = (rows, dim) if len(grid) else None  # HDF5 has no chunks of nothing
+        dataset = file.create_dataset("features", (len(grid), dim), np.float32, chunks=chunks)
+        dataset.attrs.update(name=slide.path.stem, savetodir=str(path.parent), encoder=encoder)
+        _create_coords(file, slide, grid, path.parent)
+        file.attrs[PROVENANCE] = json.dumps(provenance)
+        writer = FeatureWriter(path, dataset, disk)
         yield writer
         if writer.rows != len(grid):
             raise OutputError(f"{path}: {writer.rows} rows came for {len(grid)} patches; nothing was kept")
@@ -140,7 +140,7 @@ def write_coords(path: Path, slide: Slide, grid: PatchGrid, provenance: dict[str
     Raises:
         OutputError: it cannot be written.
     """
-    with publish(path) as part, _hdf5(part, path) as file, writing(path):
+    with publish(path) as part, _hdf5(part, path) as (file, _):
         _create_coords(file, slide, grid, path.parent)
         file.attrs[PROVENANCE] = json.dumps(provenance)
 
@@ -177,18 +177,43 @@ def grid_fields(grid: PatchGrid) -> dict[str, Any]:
     return {f.name: getattr(grid, f.name) for f in fields(grid) if f.name != "xy_l0"}
 
 
+class _Disk(FileIO):
+    """A file that keeps its failure to itself: HDF5 would meet it again on closing, and not close."""
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            view = memoryview(data)
+            while len(view) and self.failure is None:
+                view = view[super().write(view) :]  # a disk about to be full takes a part
+        except OSError as exc:
+            self.failure = exc
+        return len(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as exc:
+            self.failure = self.failure or exc
+            return size or 0
+
+    def check(self) -> None:
+        """Raise what failed since the file was opened."""
+        if self.failure is not None:
+            raise self.failure
+
+
 @contextmanager
-def _hdf5(part: Path, path: Path) -> Iterator[h5py.File]:
+def _hdf5(part: Path, path: Path) -> Iterator[tuple[h5py.File, _Disk]]:
+    """A new HDF5 file on ``part``, complete on the disk when the block ends well."""
     with writing(path):
-        file = h5py.File(part, "w")
-    try:
-        yield file
-    except BaseException:
-        with suppress(OSError, RuntimeError):  # a full disk fails again on closing; the first error is told
-            file.close()
-        raise
-    with writing(path):
-        file.close()
+        disk = _Disk(part, "w+")
+    with disk:
+        with h5py.File(disk, "w") as file:
+            yield file, disk
+        with writing(path):
+            disk.check()
 
 
 def _create_coords(file: h5py.File, slide: Slide, grid: PatchGrid, folder: Path) -> None:

@@ -203,7 +203,7 @@ def test_a_folder_without_permission_is_one_line(tmp_path, slide, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("h5py.File", refuse)
+    monkeypatch.setattr("seal_extract.store._Disk.__init__", refuse)
     with pytest.raises(OutputError, match=r"this user may not write there; choose another -o"):
         write(tmp_path / "a.h5", slide, grid_of(3))
 
