@@ -37,13 +37,17 @@ def write_demo_slide(folder: Path) -> Path:
 
 
 def write_untrained_encoder(folder: Path, spec: EncoderSpec = UNTRAINED, seed: int = 0) -> Path:
-    """Write an encoder of random weights, the same for the same seed, as `load_encoder` reads it."""
+    """Write `untrained_encoder` into a folder, as `load_encoder` reads it."""
+    untrained_encoder(spec, seed).save_pretrained(folder)
+    return folder
+
+
+def untrained_encoder(spec: EncoderSpec = UNTRAINED, seed: int = 0) -> Encoder:
+    """An encoder of random weights on the CPU, the same for the same seed."""
     tower = empty_tower(spec)
     generator = torch.Generator().manual_seed(seed)
-    tensors = {key: _random(key, shape, generator) for key, shape in tower_shapes(tower).items()}
-    fill(tower, tensors)
-    Encoder(spec, tower, (), torch.float32).save_pretrained(folder)
-    return folder
+    fill(tower, {key: _random(key, shape, generator) for key, shape in tower_shapes(tower).items()})
+    return Encoder(spec, tower, (), torch.float32)
 
 
 def _random(key: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

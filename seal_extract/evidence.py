@@ -28,7 +28,7 @@ Floats: TypeAlias = NDArray[np.float32]
 DETAIL_UM = 12.0  # sigma: finer than this is texture (nuclei, fibres, walls of fat cells)
 FINE_UM = 5.0  # sigma: finer than this is lost in ink out of focus, and not in tissue
 WINDOW_UM = 36.0  # radius over which texture is pooled: reaches across fat cells
-MIN_TEXTURE = 0.008  # rms optical density; glass below 0.004, the palest fat above 0.014
+MIN_TEXTURE = 0.006  # rms optical density; glass below 0.004, the palest fat above 0.014
 MIN_CHROMA = 0.15  # (max - min) / max over R, G, B of optical density: edges of glass below, stain above 0.3
 SMOOTH_INK = 0.15  # fine texture / optical density: ink below, even over tissue; most tissue in focus above
 SMOOTH_LIKE_STAIN = 0.1  # the same for inks whose colour is not far from eosin's or haematoxylin's
@@ -60,7 +60,7 @@ def gather_evidence(overview: Overview, factor: int = 1, min_texture: float = MI
     """
     glass = _glass_od(overview)
     height, width = (math.ceil(side / factor) for side in overview.scanned.shape)
-    halo = math.ceil((WINDOW_UM + 3 * DETAIL_UM) / (overview.mpp * factor))
+    halo = math.ceil((WINDOW_UM + 4 * DETAIL_UM) / (overview.mpp * factor))
     rows = max(halo, STRIP_PX // (width * factor**2))
     evidence = np.empty((height, width), np.uint8)
     for top in range(0, height, rows):
@@ -111,11 +111,11 @@ def _judge(rgb: Array, unscanned: Mask, glass: Floats, mpp: float, factor: int, 
     od[rim > 0] = 0
     small = _shrunk(od, factor)  # float32 [h, w, 3], as all that follows
     density = _pooled(small, mpp * factor)
-    fine = _root_mean(_shrunk(_denser(od, od, FINE_UM / mpp), factor), mpp * factor)
-    texture = _root_mean(_shrunk(_denser(od, od, DETAIL_UM / mpp), factor), mpp * factor)
+    fine = _root_mean(_shrunk(_denser(od, FINE_UM / mpp), factor), mpp * factor)
+    texture = _root_mean(_shrunk(_denser(od, DETAIL_UM / mpp), factor), mpp * factor)
 
     textured = _rms(texture) > min_texture
-    high, chroma = density.max(axis=2), _chroma(density)
+    high, chroma = _highest(density), _chroma(density)
     coloured = (high > STAINED) & (chroma > MIN_CHROMA)
     grey = (high > GREY) & (chroma < MIN_CHROMA)
     if mpp > COLOUR_ONLY_MPP:
@@ -141,21 +141,20 @@ def _shrunk(values: Floats, factor: int) -> Floats:
     return np.asarray(cv2.resize(values, size, interpolation=cv2.INTER_AREA), np.float32)
 
 
-def _denser(od: Floats, surroundings: Floats, sigma_px: float) -> Floats:
+def _denser(od: Floats, sigma_px: float) -> Floats:
     """Square of what is denser than its surroundings, doubled for the half that is left out.
 
     That half, the lighter, would reach beyond the edge of the tissue onto the glass.
     """
-    difference = np.maximum(od - cv2.GaussianBlur(surroundings, (0, 0), max(sigma_px, 0.8)), 0)
+    difference = np.maximum(od - cv2.GaussianBlur(od, (0, 0), max(sigma_px, 0.8)), 0)
     return np.asarray(2 * difference * difference, np.float32)
 
 
 def _pooled(values: Floats, mpp: float) -> Floats:
     """Mean over a disc of ``WINDOW_UM``."""
     kernel = disc(WINDOW_UM / mpp).astype(np.float32)
-    return np.asarray(
-        cv2.filter2D(values, -1, kernel / kernel.sum(), borderType=cv2.BORDER_REFLECT), np.float32
-    )
+    kernel /= kernel.sum()
+    return np.asarray(cv2.filter2D(values, -1, kernel, borderType=cv2.BORDER_REFLECT), np.float32)
 
 
 def _root_mean(squares: Floats, mpp: float) -> Floats:
@@ -163,13 +162,21 @@ def _root_mean(squares: Floats, mpp: float) -> Floats:
 
 
 def _rms(values: Floats) -> Floats:
-    return np.asarray(np.sqrt((values**2).mean(axis=2)))
+    return np.asarray(np.sqrt(np.einsum("hwc,hwc->hw", values, values) / 3))
+
+
+def _highest(values: Floats) -> Floats:
+    return np.asarray(np.maximum.reduce(cv2.split(values)))  # numpy is slow along an axis of 3
+
+
+def _lowest(values: Floats) -> Floats:
+    return np.asarray(np.minimum.reduce(cv2.split(values)))
 
 
 def _chroma(values: Floats) -> Floats:
     """0 where R, G and B are alike, 1 where one of them is missing."""
-    high = values.max(axis=2)
-    return np.asarray((high - values.min(axis=2)) / np.maximum(high, 1e-4))
+    high = _highest(values)
+    return np.asarray((high - _lowest(values)) / np.maximum(high, 1e-4))
 
 
 def _ink(density: Floats, roughness: Floats) -> tuple[Mask, Mask]:
@@ -179,8 +186,8 @@ def _ink(density: Floats, roughness: Floats) -> tuple[Mask, Mask]:
     differ: black, grey and mixed ones absorb blue as much as green; green and blue ones absorb red far more
     than blue; red ones absorb next to no red (blood: 0.15 to 0.25 of green).
     """
-    red, green, blue = np.moveaxis(density, 2, 0)
-    low, high = density.min(axis=2), density.max(axis=2)
+    red, green, blue = cv2.split(density)
+    low, high = _lowest(density), _highest(density)
     brown = (blue > 1.1 * green) & (blue < 2 * green)
     greyish = (blue > 0.75 * green) & ~brown
     black_over_tissue = (low > 0.3) & (high - low < 0.45 * high)

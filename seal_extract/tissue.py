@@ -36,8 +36,8 @@ from seal_extract.slide import Slide
 
 WORK_MPP = 4.0  # µm/px to look at: walls of fat cells still show, ink is still seen to be blurred
 MAX_WORK_PX = 64_000_000  # larger slides are looked at more coarsely: 200 MB of pixels at most
-MPP_RANGE = (1.0, 64.0)  # of masks, µm/px
-HALO_UM = 12.0  # what is left, in favour of pale borders, of the width that pooling added to the texture
+MPP_RANGE = (1.0, 20.0)  # of masks, µm/px; coarser pixels would be wider than what is taken off the outline
+HALO_UM = 12.0  # of the width that pooling adds to texture, this is left, in favour of pale borders
 PEN_UM = 30.0  # half the width of the thinnest stroke
 OUTLINE_UM = 12.0  # half the width of the threads that are trimmed off
 SMOOTH_HOLES = 20  # smooth stained holes (colloid, mucin) are filled up to this many times the size of others
@@ -60,7 +60,7 @@ class TissueMask:
     size_l0: tuple[int, int]
 
     def __post_init__(self) -> None:
-        if self.mask.ndim != 2 or self.mask.dtype != np.bool_:
+        if self.mask.ndim != 2 or not self.mask.size or self.mask.dtype != np.bool_:
             raise GeometryError(f"mask is {self.mask.dtype} {list(self.mask.shape)}; allowed: bool [h, w]")
         if not (self.mpp > 0 and self.downsample > 0):
             raise GeometryError(f"mpp is {self.mpp}, downsample {self.downsample}; allowed: above 0")
@@ -85,7 +85,7 @@ class TissueMask:
 
     @cached_property
     def polygons_l0(self) -> tuple[Polygon, ...]:
-        """Exterior and holes of each connected part in whole level-0 pixels, along edges of mask pixels."""
+        """Exterior and holes of each connected part in level-0 pixels (or halves), along mask pixels."""
         return tuple(
             Polygon(self._to_l0(exterior), tuple(self._to_l0(hole) for hole in holes))
             for exterior, holes in trace_polygons(self.mask)
@@ -140,7 +140,7 @@ class TissueMask:
         Args:
             path: GeoJSON.
             slide: the slide that it was drawn on.
-            mpp: µm/px of the mask, 1 to 64; coarser where the slide itself is, or is very large.
+            mpp: µm/px of the mask, 1 to 20; coarser where the slide itself is, or is very large.
 
         Raises:
             GeometryError: not GeoJSON, no polygons, other geometries, or all of it outside the slide.
@@ -151,7 +151,9 @@ class TissueMask:
         _check_on_slide(path, kept, slide)
         work_mpp, factor = _resolution(slide, mpp)
         downsample = work_mpp * factor / slide.mpp
-        width, height = (max(1, math.ceil(side / downsample - 1e-9)) for side in slide.size_l0)
+        # rounded as by read_overview, so that the mask has the shape of find_tissue's
+        read_px = (max(1, round(side * slide.mpp / work_mpp)) for side in slide.size_l0)
+        width, height = (math.ceil(side / factor) for side in read_px)
         mask = fill_polygons(_scaled(kept, 1 / downsample), (height, width))
         mask &= ~fill_polygons(_scaled(ignored, 1 / downsample), (height, width))
         return cls(mask, slide.mpp * downsample, downsample, slide.size_l0)
@@ -165,7 +167,7 @@ class TissueMask:
         return np.asarray(np.clip(xy_l0 / self.downsample, 0, end))
 
     def _to_l0(self, ring: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.minimum(np.round(ring * self.downsample), self.size_l0)
+        return np.minimum(np.round(ring * self.downsample * 2) / 2, self.size_l0)
 
     def _area_before(self, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
         """Tissue above and to the left of points, in mask pixels."""
@@ -193,7 +195,7 @@ def find_tissue(
 
     Args:
         slide: an open slide.
-        mpp: µm/px of the mask, 1 to 64; coarser where the slide itself is, or is very large.
+        mpp: µm/px of the mask, 1 to 20; coarser where the slide itself is, or is very large.
         min_texture: optical density (rms, on the scale of cells) from which on something is tissue.
         min_area_mm2: smaller pieces are dropped; by default those below a patch of 224 px at 0.5 µm/px.
         max_hole_mm2: smaller holes are filled; by default lumina and clefts up to 250 µm across.
@@ -279,6 +281,6 @@ def _check_on_slide(path: Path, polygons: list[Polygon], slide: Slide) -> None:
     width, height = slide.size_l0
     if x1 <= 0 or y1 <= 0 or x0 >= width or y0 >= height:
         raise GeometryError(
-            f"{path}: polygons span x {x0:.0f} to {x1:.0f}, y {y0:.0f} to {y1:.0f}, but {slide.path.name} has "
-            f"x 0 to {width}, y 0 to {height}; give the polygons of this slide, in pixels of level 0"
+            f"{path}: polygons span x {x0:.0f} to {x1:.0f}, y {y0:.0f} to {y1:.0f}, but "
+            f"{slide.path.name} has x 0 to {width}, y 0 to {height}; give this slide's, in level-0 pixels"
         )
