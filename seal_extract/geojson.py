@@ -94,7 +94,7 @@ def _corners(contour: NDArray[np.integer], *, counter_clockwise: bool) -> Ring:
     ring = ring[(ring != np.roll(ring, 1, axis=0)).any(axis=1)]
     before, after = ring - np.roll(ring, 1, axis=0), np.roll(ring, -1, axis=0) - ring
     ring = ring[before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]]
-    return ring if (signed_area(ring) > 0) == counter_clockwise else ring[::-1]
+    return np.asarray(ring if (signed_area(ring) > 0) == counter_clockwise else ring[::-1])
 
 
 def signed_area(ring: Ring) -> float:
