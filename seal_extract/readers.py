@@ -23,7 +23,13 @@ from numpy.typing import NDArray
 from openslide.lowlevel import OpenSlideError, OpenSlideUnsupportedFormatError
 from PIL import Image, UnidentifiedImageError
 
-from seal_extract.errors import ReadError, ResolutionError, SlideOpenError, UnsupportedSlideError
+from seal_extract.errors import (
+    ReadError,
+    ResolutionError,
+    SealExtractError,
+    SlideOpenError,
+    UnsupportedSlideError,
+)
 from seal_extract.tiff import ome_mpp, refuse_unless_rgb8, refuse_ycbcr_shown_as_rgb
 
 PLAUSIBLE_MPP = (0.05, 20.0)  # finer than any brightfield scanner, coarser than any thumbnail
@@ -130,7 +136,7 @@ class OpenSlideReader(_Reader):
             raise SlideOpenError("OpenSlide does not know the format") from exc
         except OpenSlideError as exc:
             raise SlideOpenError(f"OpenSlide: {exc}") from exc
-        try:
+        with _closing_on_error(self._handle, "OpenSlide"):
             self._describe(list(self._handle.level_dimensions), list(self._handle.level_downsamples))
             properties = self._handle.properties
             self.bounds_l0 = self._bounds()
@@ -138,9 +144,6 @@ class OpenSlideReader(_Reader):
             power = properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER)
             hint = f" (only that its objective was {power}x, which is no measure)" if power else ""
             self._set_mpp(mpp, _openslide_mpp(properties), hint)
-        except BaseException:
-            self._handle.close()
-            raise
 
     def _bounds(self) -> tuple[int, int, int, int]:
         names = ("BOUNDS_X", "BOUNDS_Y", "BOUNDS_WIDTH", "BOUNDS_HEIGHT")
@@ -176,14 +179,11 @@ class TiffSlideReader(_Reader):
                 self._handle = tiffslide.TiffSlide(path)
         except Exception as exc:  # tifffile, zarr and codecs raise errors of every kind
             raise SlideOpenError(f"tiffslide: {_first_line(exc)}") from exc
-        try:
+        with _closing_on_error(self._handle, "tiffslide"):
             self._describe(list(self._handle.level_dimensions), list(self._handle.level_downsamples))
             refuse_unless_rgb8(path, self.size_l0)
             refuse_ycbcr_shown_as_rgb(path)
             self._set_mpp(mpp, ome_mpp(path) + _tiffslide_mpp(self._handle.properties))
-        except BaseException:
-            self._handle.close()
-            raise
 
     def read_region(self, xy_l0: tuple[int, int], level: int, size_px: tuple[int, int]) -> Array:
         """See `Slide.read_region`."""
@@ -255,6 +255,18 @@ class ImageReader(_Reader):
     def close(self) -> None:
         """Forget the decoded image."""
         self.__dict__.pop("_pixels", None)
+
+
+@contextmanager
+def _closing_on_error(handle: Any, library: str) -> Iterator[None]:
+    """Close what was opened if the rest of opening fails; a damaged header lets anything be raised."""
+    try:
+        yield
+    except BaseException as exc:
+        handle.close()
+        if isinstance(exc, Exception) and not isinstance(exc, SealExtractError):
+            raise SlideOpenError(f"{library}: damaged header: {_first_line(exc)}") from exc
+        raise
 
 
 def _check_square(x: float, y: float, source: str, path: Path) -> None:

@@ -82,17 +82,21 @@ def refuse_truncated(path: Path) -> None:
     except Exception:  # not a TIFF
         return
     size = path.stat().st_size
-    with tif:
-        pages = [p for p in tif.pages if isinstance(p, tifffile.TiffPage)]
-        ends = [o + n for p in pages for o, n in zip(p.dataoffsets, p.databytecounts, strict=False)]
-        ndpi = tif.is_ndpi  # keeps the upper halves of its offsets elsewhere
-    with path.open("rb") as file:
-        missing = max(ends, default=0) > size or not (ndpi or _directories_end(file, size))
+    try:
+        with tif, path.open("rb") as file:
+            pages = [p for p in tif.pages if isinstance(p, tifffile.TiffPage)]
+            ends = [o + n for p in pages for o, n in zip(p.dataoffsets, p.databytecounts, strict=False)]
+            # NDPI keeps the upper halves of its offsets elsewhere
+            missing = max(ends, default=0) > size or not (tif.is_ndpi or _directories_end(file))
+    except Exception as exc:  # tifffile raises errors of every kind over damaged directories
+        raise SlideOpenError(
+            f"{path} is a damaged TIFF ({type(exc).__name__}: {exc}); copy it again"
+        ) from exc
     if missing:
         raise SlideOpenError(f"{path} is truncated: {size} bytes are there and it needs more; copy it again")
 
 
-def _directories_end(file: BinaryIO, size: int) -> bool:
+def _directories_end(file: BinaryIO) -> bool:
     """Follow the chain of directories to its end; False if it leads out of the file or in a circle."""
     head = file.read(16)
     order = "<" if head[:2] == b"II" else ">"

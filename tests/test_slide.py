@@ -8,7 +8,7 @@ import openslide
 import pytest
 import tifffile
 from conftest import shared
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -327,7 +327,8 @@ def test_damaged_jpeg_is_refused_when_it_is_read(tmp_path):
         slide.read_region((0, 0), 0, (10, 10))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(places=[(0.0001, 1)])  # a width of zero
 @given(places=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=12))
 def test_mutated_slides_end_in_pixels_or_in_one_of_our_errors(svs, tmp_path, places):
     data = bytearray(svs.read_bytes())
