@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from seal_extract.encoders import Encoder, EncoderSpec, list_encoders, load_encoder
     from seal_extract.errors import SealExtractError
     from seal_extract.extract import extract
+    from seal_extract.genes import OmicsEncoder, load_omics
     from seal_extract.grid import PatchGrid, make_grid, read_grid
     from seal_extract.plan import ExtractOptions
     from seal_extract.slide import Slide, open_slide
@@ -32,6 +33,8 @@ _HOME = {
     "list_encoders": "encoders",
     "Encoder": "encoders",
     "EncoderSpec": "encoders",
+    "load_omics": "genes",
+    "OmicsEncoder": "genes",
     "extract": "extract",
     "ExtractOptions": "plan",
     "read_features": "store",
@@ -43,6 +46,7 @@ __all__ = [
     "Encoder",
     "EncoderSpec",
     "ExtractOptions",
+    "OmicsEncoder",
     "PatchGrid",
     "SealExtractError",
     "Slide",
@@ -52,6 +56,7 @@ __all__ = [
     "find_tissue",
     "list_encoders",
     "load_encoder",
+    "load_omics",
     "make_grid",
     "open_slide",
     "read_features",

@@ -3,11 +3,13 @@
 Written from the requests of huggingface_hub 1.0 and 2.4: HEAD and GET of
 ``/{owner}/{name}/resolve/{revision}/{file}`` with commit, ETag and linked-size headers, large files behind a
 redirect to a CDN that knows ranges, the model API, and each refusal with the status and ``X-Error-Code`` by
-which the Hub tells them apart.
+which the Hub tells them apart; and of uploads: a repository made, a model card checked, files of any size
+sent in the commit itself.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -21,6 +23,7 @@ from urllib.parse import unquote
 GOOD_TOKEN, OUTSIDE_TOKEN, NARROW_TOKEN = "hf_good", "hf_outside", "hf_narrow"
 TOKENS = {GOOD_TOKEN, OUTSIDE_TOKEN, NARROW_TOKEN}
 LFS = (".pth", ".bin", ".safetensors")
+LICENCES = {"apache-2.0", "mit", "cc-by-nc-nd-4.0", "other"}
 
 
 @dataclass
@@ -29,6 +32,7 @@ class Repo:
 
     files: dict[str, bytes]
     gated: bool = False
+    private: bool = False
 
     @property
     def commit(self) -> str:
@@ -68,6 +72,65 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer(body=True)
 
+    def do_POST(self) -> None:
+        path = unquote(self.path).split("?")[0]
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            body = self._chunks()
+        self.hub.asked.append(f"POST {path}")
+        if self.hub.status is not None:
+            return self._send(self.hub.status, b"")
+        if path == "/api/validate-yaml":
+            return self._card(json.loads(body)["content"])
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token != GOOD_TOKEN:
+            return self._send(
+                403 if token in TOKENS else 401, b"", {"X-Error-Message": "You may not write here"}
+            )
+        if path == "/api/repos/create":
+            return self._create(json.loads(body))
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", path):
+            files = [{"path": f["path"], "uploadMode": "regular"} for f in json.loads(body)["files"]]
+            return self._json({"files": [{**f, "shouldIgnore": False} for f in files]})
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
+            return self._commit(match[1], [json.loads(line) for line in body.splitlines()])
+        return self._send(404, b"")
+
+    def _chunks(self) -> bytes:
+        whole = b""
+        while size := int(self.rfile.readline(), 16):
+            whole += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return whole
+
+    def _json(self, answer: object, status: int = 200) -> None:
+        self._send(status, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+
+    def _card(self, content: str) -> None:
+        """A licence that the Hub does not know is refused, as one of a card without any front matter."""
+        licence = re.match(r"---\n(?:.*\n)*?license: (\S+)\n(?:.*\n)*?---\n", content)
+        if licence is None or licence[1] not in LICENCES:
+            return self._json({"errors": [{"message": '"license" must be one of many'}], "warnings": []}, 400)
+        return self._json({"errors": [], "warnings": []})
+
+    def _create(self, asked: dict[str, object]) -> None:
+        repo_id = f"{asked['organization'] or 'lab'}/{asked['name']}"
+        answer = {"url": f"{self.hub.url}/{repo_id}", "name": repo_id}
+        if repo_id in self.hub.repos:
+            return self._json({**answer, "error": "You already created this model repo"}, 409)
+        private = asked.get("visibility") == "private" or bool(asked.get("private"))
+        self.hub.repos[repo_id] = Repo({}, private=private)
+        return self._json(answer)
+
+    def _commit(self, repo_id: str, lines: list[dict[str, dict[str, str]]]) -> None:
+        repo = self.hub.repos[repo_id]
+        for line in lines:
+            if line["key"] == "file":
+                repo.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+        url = f"{self.hub.url}/{repo_id}/commit/{repo.commit}"
+        return self._json({"success": True, "commitUrl": url, "commitOid": repo.commit})
+
     def log_message(self, format: str, *args: object) -> None:
         pass
 
@@ -80,11 +143,22 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(200, b"<html>hello</html>" if body else b"")
         if match := re.fullmatch(r"/cdn/([^/]+/[^/]+)/(.+)", path):
             return self._send_range(self.hub.repos[match[1]].files[match[2]], body)
+        if path == "/api/whoami-v2":
+            return self._whoami()
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/auth-check", path):
+            status, headers = self._refusal(match[1], "main") or (200, {})
+            return self._send(status, b"", headers)
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             return self._api(match[1], match[2] or "main")
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self._resolve(match[1], match[2], match[3], body)
         return self._send(404, b"")
+
+    def _whoami(self) -> None:
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token not in TOKENS:
+            return self._send(401, b"", {"X-Error-Message": "Invalid credentials in Authorization header"})
+        return self._json({"name": token.removeprefix("hf_"), "type": "user"})
 
     def _refusal(self, repo_id: str, revision: str) -> tuple[int, dict[str, str]] | None:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ") or None

@@ -302,7 +302,7 @@ def test_missing_path(tmp_path):
 
 
 def test_a_folder_as_checkpoint(tmp_path):
-    refuse(tmp_path, "is a folder; a checkpoint is a file")
+    refuse(tmp_path, "is a folder without a weight file of seal-tiny-conch", "seal_tiny-conch_vision.pth")
 
 
 # --- folders of our own format ------------------------------------------------------------------------------
@@ -375,7 +375,7 @@ def test_saving_where_one_may_not(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr("seal_extract.encoders.folder.write_weights", full)
     with pytest.raises(OutputError, match="the disk is full"):
         untrained_encoder(TINY_CONCH).save_pretrained(tmp_path / "own")
     assert list((tmp_path / "own").iterdir()) == []
@@ -387,7 +387,6 @@ def test_saving_where_one_may_not(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [
-        ({"adapter": "a"}, "adapter= is not supported by this version"),
         ({"precision": "int8"}, "precision is 'int8'; allowed: float32, bfloat16, float16"),
         ({"device": "gpu"}, "device is 'gpu'; allowed: cpu, cuda"),
         ({"device": "cuda:99"}, "device is cuda:99, but this machine has"),

@@ -31,12 +31,14 @@ ALLOWED = {
     "pixels": {"errors"},
     "patches": {"reading", "pixels"},
     "encoders": {"errors", "publish", "pixels"},
+    "genes": {"errors", "encoders"},
     "results": {"reading", "encoders"},
     "story": {"reading", "pixels", "patches", "encoders", "results", "view"},
     "view": {"reading", "results"},
     "synthetic": {"errors", "publish"},
     "demo": {"synthetic", "encoders", "errors", "publish"},
-    "cli": {"reading", "encoders", "results", "story", "demo"},
+    "doctor": {"encoders", "patches", "results", "reading", "demo"},
+    "cli": {"doctor", "reading", "encoders", "results", "story", "demo"},
 }
 PARTS = {
     **dict.fromkeys(READING, "reading"),
@@ -44,6 +46,7 @@ PARTS = {
     "decode": "patches",
     "batches": "patches",
     "encoders": "encoders",
+    "genes": "genes",
     "store": "results",
     "plan": "results",
     "provenance": "results",
@@ -52,6 +55,7 @@ PARTS = {
     "view": "view",
     "synthetic": "synthetic",
     "demo": "demo",
+    "doctor": "doctor",
     "cli": "cli",
 }
 

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from seal_extract.encoders import folder
+from seal_extract.encoders.adapter import read_adapter, read_adapter_config
 from seal_extract.encoders.checkpoint import check_tensors, read_tensors
+from seal_extract.encoders.custom import as_timm_reads
 from seal_extract.encoders.encoder import Encoder, WeightFile
+from seal_extract.encoders.expression import (
+    ExpressionDecoder,
+    decoder_shapes,
+    filled_decoder,
+    official_key,
+    own_key,
+)
 from seal_extract.encoders.hub import FoundFile
-from seal_extract.encoders.locate import layout_of, locate, locate_base
-from seal_extract.encoders.lora import adapter_keys, adapter_shapes, merge, wrapped_key
+from seal_extract.encoders.locate import adapted, layout_of, locate, locate_adapter, locate_base
+from seal_extract.encoders.lora import Update, adapter_shapes, lora_updates, merge, wrapped_key
 from seal_extract.encoders.registry import Decoder, EncoderSpec, Published, check_precision, find_spec
+from seal_extract.encoders.spellings import as_row_spells
 from seal_extract.encoders.tower import Shapes, empty_tower, fill, tower_shapes
 from seal_extract.errors import UsageError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 Tensors = dict[str, Tensor]
 
@@ -45,9 +52,12 @@ def load_encoder(
 
     Args:
         name_or_path: a name of `list_encoders`; or a folder or Hub repository ``owner/name`` with
-            ``config.json`` and ``model.safetensors``. A folder with an encoder's name is written ``./name``.
-        checkpoint: the authors' weight file on this disk, in place of the Hub's; only with a name.
-        adapter: not in this version.
+            ``config.json`` and ``model.safetensors``; or ``timm:NAME``, any model of timm. A folder with an
+            encoder's name is written ``./name``.
+        checkpoint: the authors' weight file on this disk, or the folder it lies in under a published name, in
+            place of the Hub's; only with a name. A ``config.yaml`` beside a SEAL file is held to it.
+        adapter: a LoRA adapter to merge: a folder or Hub repository of PEFT, with ``adapter_config.json`` and
+            ``adapter_model.safetensors``. The encoder's name becomes ``name+adapter``.
         revision: branch, tag or commit of the repository asked for; a base is taken from its main branch.
         device: ``"cuda"`` where there is one and ``"cpu"`` elsewhere by default.
         precision: ``"float32"``, ``"bfloat16"`` or ``"float16"``; by default the recommended one on a GPU and
@@ -59,18 +69,23 @@ def load_encoder(
         CheckpointError: a file that does not hold exactly what is needed, or would run code.
         HubError: its children tell token, gate, absence and network apart.
     """
-    if adapter is not None:
-        raise UsageError(
-            "adapter= is not supported by this version; give a checkpoint with the adapter in it"
-        )
-    target, asked = _device(device), check_precision(precision)
+    target, asked = pick_device(device), check_precision(precision)
+    files = None if adapter is None else locate_adapter(adapter, offline)
     spec, file = locate(name_or_path, checkpoint, revision, offline)
     dtype: torch.dtype = getattr(torch, spec.precision_for(target.type, asked))
-    tower, weights = _filled_tower(spec, file, offline)
-    return Encoder(spec, tower, weights, dtype).to(target)
+    loaded = _load(spec, file, files, offline)
+    named = spec if adapter is None else adapted(spec, adapter)
+    encoder = Encoder(named, loaded.tower, loaded.weights, dtype, loaded.decoder)
+    encoder.genes = loaded.genes
+    return encoder.to(target)
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or the GPU where there is one.
+
+    Raises:
+        UsageError: there is no such device.
+    """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device is None:
         return torch.device("cuda" if gpus else "cpu")
@@ -85,72 +100,147 @@ def _device(device: str | torch.device | None) -> torch.device:
     return wanted
 
 
-def _filled_tower(
-    spec: EncoderSpec, file: FoundFile, offline: bool
-) -> tuple[nn.Module, tuple[WeightFile, ...]]:
-    """The tower over the mapped file; the files are hashed meanwhile, by another thread."""
+@dataclass(frozen=True)
+class _Loaded:
+    """What the files of an encoder hold."""
+
+    tower: nn.Module
+    decoder: ExpressionDecoder | None
+    genes: tuple[str, ...] | None
+    weights: tuple[WeightFile, ...]
+
+
+def _load(
+    spec: EncoderSpec, file: FoundFile, adapter: tuple[FoundFile, FoundFile] | None, offline: bool
+) -> _Loaded:
+    """Tower and decoder over the mapped files, which another thread hashes meanwhile."""
     tower = empty_tower(spec)
     shapes = tower_shapes(tower)
-    with _hashing_reader() as (read, hashes):
-        if spec.published is None:
-            tensors = read(file)
-            check_tensors(tensors, shapes, (), file.path, spec.name)
-        else:
-            tensors = _official_tensors(spec, shapes, file, read, offline)
-        fill(tower, tensors)
-        return tower, tuple(h.result() for h in hashes)
-
-
-@contextmanager
-def _hashing_reader() -> Iterator[tuple[Callable[[FoundFile], Tensors], list[Future[WeightFile]]]]:
-    """A `read_tensors` that has every file it reads hashed in the background."""
     with ThreadPoolExecutor(1) as pool:
-        hashes: list[Future[WeightFile]] = []
+        reader = _Reader(pool)
+        config = file.path.with_name(folder.CONFIG)
+        if spec.published is None and config.is_file():
+            shape, genes = folder.read_decoder(config)
+            tensors, head = _own_tensors(spec, shapes, shape, file, reader)
+        elif spec.pooling == "own":
+            shape, genes, head = None, None, {}
+            tensors = _timm_tensors(spec, tower, file, reader)
+        else:
+            shape, genes = layout_of(spec).decoder, None
+            tensors, head = _official_tensors(spec, shapes, file, reader, offline)
+        if adapter is not None:
+            tensors = merge(tensors, _updates(spec, shapes, adapter, reader))
+        fill(tower, tensors)
+        return _Loaded(tower, filled_decoder(spec.dim, shape, head), genes, reader.weights())
 
-        def read(file: FoundFile) -> Tensors:
-            tensors = read_tensors(file.path)
-            hashes.append(pool.submit(WeightFile.of, file))
-            return tensors
 
-        yield read, hashes
+class _Reader:
+    """Reads weight files, and has each of them hashed in the background."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+        self._hashes: list[Future[WeightFile]] = []
+
+    def __call__(self, file: FoundFile) -> Tensors:
+        tensors = read_tensors(file.path)
+        _read_ahead(file.path)
+        self.note(file)
+        if file.settings is not None:
+            self.note(FoundFile(file.settings, file.source, file.revision))
+        return tensors
+
+    def note(self, file: FoundFile) -> None:
+        """Count a file that was read otherwise."""
+        self._hashes.append(self._pool.submit(WeightFile.of, file))
+
+    def weights(self) -> tuple[WeightFile, ...]:
+        """All files so far, the main one first."""
+        return tuple(h.result() for h in self._hashes)
+
+
+def _read_ahead(path: Path) -> None:
+    """Have the system fetch the whole file in large pieces; mapped pages alone come in small ones."""
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+
+def _own_tensors(
+    spec: EncoderSpec, shapes: Shapes, shape: Decoder | None, file: FoundFile, read: _Reader
+) -> tuple[Tensors, Tensors]:
+    """Tower's and decoder's tensors out of a file in this package's own format, checked."""
+    tensors = read(file)
+    head = {folder.DECODER + key: s for key, s in decoder_shapes(spec.dim, shape).items()}
+    counters = [key for key in shapes if _counts(key)]
+    check_tensors(tensors, _without_counters(shapes) | head, counters, file.path, spec.name)
+    tower = _with_counters({key: tensors[key] for key in shapes if not _counts(key)}, shapes)
+    return tower, {key.removeprefix(folder.DECODER): tensors[key] for key in head}
+
+
+def _timm_tensors(spec: EncoderSpec, tower: nn.Module, file: FoundFile, read: _Reader) -> Tensors:
+    """A timm model's tensors out of its published file: checked, its classes left out."""
+    shapes, layout, tensors = tower_shapes(tower), layout_of(spec), read(file)
+    needed = _without_counters(shapes)
+    if needed.keys() != {key for key in tensors if not (key.startswith(layout.ignored) or _counts(key))}:
+        tensors = as_timm_reads(tensors, tower)
+    counters = [key for key in tensors if _counts(key)]
+    check_tensors(tensors, needed, (*layout.ignored, *counters), file.path, spec.name)
+    return _with_counters({key: tensors[key] for key in needed}, shapes)
+
+
+def _counts(key: str) -> bool:
+    """A BatchNorm's count of training steps: int64, and no embedding needs it."""
+    return key.endswith(".num_batches_tracked")
+
+
+def _without_counters(shapes: Shapes) -> Shapes:
+    return {key: shape for key, shape in shapes.items() if not _counts(key)}
+
+
+def _with_counters(tensors: Tensors, shapes: Shapes) -> Tensors:
+    return tensors | {key: torch.zeros((), dtype=torch.int64) for key in shapes if _counts(key)}
 
 
 def _official_tensors(
-    spec: EncoderSpec, shapes: Shapes, file: FoundFile, read: Callable[[FoundFile], Tensors], offline: bool
-) -> Tensors:
-    """The tower's tensors out of the authors' file: checked, adapters merged, the base fetched if need be."""
+    spec: EncoderSpec, shapes: Shapes, file: FoundFile, read: _Reader, offline: bool
+) -> tuple[Tensors, Tensors]:
+    """Tower's and decoder's tensors out of the authors' file.
+
+    They are checked, adapters are merged, and the base is fetched if need be.
+    """
     layout = layout_of(spec)
-    tensors = read(file)
+    published = read(file)
+    tensors = as_row_spells(published, layout)
     wrapped = {key: layout.prefix + (wrapped_key(key, layout.lora) if layout.lora else key) for key in shapes}
     needed = {wrapped[key]: shape for key, shape in shapes.items()}
-    if layout.lora is None:
-        check_tensors(tensors, needed, layout.ignored, file.path, spec.name)
-        return {key: tensors[name] for key, name in wrapped.items()}
-
-    extra = {layout.prefix + key: shape for key, shape in adapter_shapes(shapes, layout.lora).items()}
-    extra |= _decoder_shapes(layout.decoder, spec.dim)
+    head = {official_key(key): shape for key, shape in decoder_shapes(spec.dim, layout.decoder).items()}
+    extra = dict(head)
+    if layout.lora is not None:
+        extra |= {layout.prefix + key: s for key, s in adapter_shapes(shapes, layout.lora).items()}
     if _holds_adapters_only(tensors, layout):
-        check_tensors(tensors, extra, (), file.path, spec.name)
+        check_tensors(tensors, extra, (), file.path, spec.name, published)
         base = find_spec(str(layout.base))
-        tower = _official_tensors(base, shapes, locate_base(base, file.path, offline), read, offline)
+        found = locate_base(base, file.path, offline)
+        tower, _ = _official_tensors(base, shapes, found, read, offline)
     else:
-        check_tensors(tensors, needed | extra, layout.ignored, file.path, spec.name)
+        check_tensors(tensors, needed | extra, layout.ignored, file.path, spec.name, published)
         tower = {key: tensors[name] for key, name in wrapped.items()}
-    names = [key for target in layout.lora.targets for key in adapter_keys(target)]
-    return merge(tower, {key: tensors[layout.prefix + key] for key in names}, layout.lora)
+    if layout.lora is not None:
+        tower = merge(tower, lora_updates(tensors, layout.lora, layout.prefix))
+    return tower, {own_key(name): tensors[name] for name in head}
 
 
 def _holds_adapters_only(tensors: Tensors, layout: Published) -> bool:
     inside = [key for key in tensors if key.startswith(layout.prefix)]
-    return bool(inside) and all(".lora_" in key for key in inside)
+    return layout.lora is not None and bool(inside) and all(".lora_" in key for key in inside)
 
 
-def _decoder_shapes(decoder: Decoder | None, dim: int) -> Shapes:
-    if decoder is None:
-        return {}
-    return {
-        "decoder.decoder.0.weight": (decoder.hidden, dim),
-        "decoder.decoder.0.bias": (decoder.hidden,),
-        "decoder.decoder.3.weight": (decoder.genes, decoder.hidden),
-        "decoder.decoder.3.bias": (decoder.genes,),
-    }
+def _updates(
+    spec: EncoderSpec, shapes: Shapes, adapter: tuple[FoundFile, FoundFile], read: _Reader
+) -> list[Update]:
+    """What an adapter adds to the tower; its config, which sets the scale, counts as a weight file too."""
+    weights, config = adapter
+    settings = read_adapter_config(config.path)
+    updates = read_adapter(settings, read(weights), weights.path).updates(spec, shapes)
+    read.note(config)
+    return updates

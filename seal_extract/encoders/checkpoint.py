@@ -60,14 +60,22 @@ def _reader(path: Path) -> Any:
             f"cannot read the checkpoint {path}: {exc.strerror}; give the path of a file"
         ) from exc
     if head.startswith(_ZIP):
-        return lambda p: torch.load(p, map_location="cpu", weights_only=True, mmap=True)
-    if head.startswith(_PICKLE):
-        return lambda p: torch.load(p, map_location="cpu", weights_only=True)
-    if head[8:9] == b"{":  # after the length of the header
+        return lambda p: _load_torch(p, mapped=True)
+    # after the length of the header, whose first byte may well be that of a pickle
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
         return load_file
+    if head.startswith(_PICKLE):
+        return lambda p: _load_torch(p, mapped=False)
     if head.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path} is a git-lfs pointer, not the weights; type: git lfs pull")
     raise CheckpointError(f"{path} is not a weight file; allowed: .pth or .bin of torch, .safetensors")
+
+
+def _load_torch(path: Path, mapped: bool) -> Any:
+    if path.suffix == ".safetensors":  # newer torch would go by this name
+        with path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def _unsafe(path: Path, exc: Exception) -> str:
@@ -105,7 +113,12 @@ def _kind(value: object) -> str:
 
 
 def check_tensors(
-    tensors: Mapping[str, Tensor], needed: Shapes, ignored: Collection[str], path: Path, name: str
+    tensors: Mapping[str, Tensor],
+    needed: Shapes,
+    ignored: Collection[str],
+    path: Path,
+    name: str,
+    as_published: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Hold a file to float32 tensors of exactly these names and shapes, all finite.
 
@@ -115,6 +128,8 @@ def check_tensors(
         ignored: further names that may be there; one that ends in a dot stands for all that begin with it.
         path: the file, for the message.
         name: the encoder, for the message.
+        as_published: the same under the file's own names, where ``tensors`` have others; they tell best which
+            encoder it is of.
 
     Raises:
         CheckpointError: everything that is wrong, in one line, with the encoder that the file looks like.
@@ -145,7 +160,9 @@ def check_tensors(
         )
         found = bad and f"{bad}; fetch the file again"
     if found:
-        raise CheckpointError(f"{path} is not a weight file of {name}: {found}{_advice(tensors, name)}")
+        raise CheckpointError(
+            f"{path} is not a weight file of {name}: {found}{_advice(as_published or tensors, name)}"
+        )
 
 
 def _complaint(what: str, keys: list[str]) -> str:

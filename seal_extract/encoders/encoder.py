@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from seal_extract.encoders import folder
+from seal_extract.encoders.expression import ExpressionDecoder, as_rows
 from seal_extract.encoders.hub import FoundFile
-from seal_extract.encoders.registry import EncoderSpec
+from seal_extract.encoders.panel import check_panel
+from seal_extract.encoders.registry import EncoderSpec, list_encoders
 from seal_extract.encoders.tower import embed
 from seal_extract.encoders.transform import PatchTransform, check_patches, check_sides, fit
 from seal_extract.errors import CheckpointError, EncoderError, UsageError
@@ -71,18 +75,28 @@ class Encoder(nn.Module):
         weights: the files that the weights came from.
         precision: what `encode` computes in; the weights stay float32.
         transform: PIL image to normalised tensor.
+        decoder: predicts expression; None where the weight file has none.
     """
 
     mean: Tensor
     std: Tensor
 
+    decoder: ExpressionDecoder | None
+
     def __init__(
-        self, spec: EncoderSpec, tower: nn.Module, weights: tuple[WeightFile, ...], precision: torch.dtype
+        self,
+        spec: EncoderSpec,
+        tower: nn.Module,
+        weights: tuple[WeightFile, ...],
+        precision: torch.dtype,
+        decoder: ExpressionDecoder | None = None,
     ) -> None:
         super().__init__()
         self.spec, self.weights, self.precision = spec, weights, precision
         self.transform = PatchTransform.of(spec)
         self.tower = tower
+        self.decoder = decoder
+        self._genes: tuple[str, ...] | None = None
         self.register_buffer("mean", torch.tensor(spec.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(3, 1, 1), persistent=False)
         self.eval().requires_grad_(False)
@@ -90,8 +104,8 @@ class Encoder(nn.Module):
     def __repr__(self) -> str:
         files = ", ".join(w.file for w in self.weights) or "no weight file"
         return (
-            f"Encoder({self.spec.name}: {self.spec.dim} numbers per patch of {self.spec.patch_px} px at "
-            f"{self.spec.mpp:g} µm/px, {self._precision_name} on {self.device}, {files})"
+            f"Encoder({self.spec.name}: {self.spec.dim} numbers per patch of {self.spec.trained_at}, "
+            f"{self._precision_name} on {self.device}, {files})"
         )
 
     @property
@@ -113,6 +127,21 @@ class Encoder(nn.Module):
     def eval_transforms(self) -> PatchTransform:
         """The transform, as TRIDENT asks for it."""
         return self.transform
+
+    @property
+    def genes(self) -> tuple[str, ...] | None:
+        """The gene of each column of `predict_expression`; None until a panel is given.
+
+        No list of SEAL's genes is published. A panel of one's own is assigned, ``encoder.genes = names``, is
+        held to one name per column with a `UsageError`, and is kept by `save_pretrained`.
+        """
+        return self._genes
+
+    @genes.setter
+    def genes(self, names: Sequence[str] | None) -> None:
+        self._genes = (
+            None if names is None else check_panel(names, self._decoder().shape.genes, self.spec.name)
+        )
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -177,6 +206,33 @@ class Encoder(nn.Module):
         self._check_finite(embeddings)
         return embeddings.clone()  # out of inference mode: one may train on it
 
+    def predict_expression(self, embeddings: Any) -> Tensor:
+        """Predict gene expression from embeddings (SEAL, arXiv 2602.14177).
+
+        Args:
+            embeddings: float [B, D], tensor or array, as `encode` gave them.
+
+        Returns:
+            float32 [B, G], 0 or above, on the encoder's device; the columns are named by `genes`, if at all.
+
+        Raises:
+            EncoderError: this encoder has no expression decoder.
+            UsageError: another shape or dtype, or NaN.
+        """
+        decoder = self._decoder()
+        rows = as_rows(embeddings, self.spec.dim, f"embeddings for {self.spec.name}", self.device)
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+            expression: Tensor = decoder(rows)
+        return expression.clone()
+
+    def _decoder(self) -> ExpressionDecoder:
+        if self.decoder is None:
+            names = [s.name for s in list_encoders() if s.published and s.published.decoder]
+            raise EncoderError(
+                f"{self.spec.name} has no expression decoder; those that have: {', '.join(names)}"
+            )
+        return self.decoder
+
     def _autocast(self) -> torch.autocast:
         if self.precision == torch.float32:
             return torch.autocast(self.device.type, enabled=False)
@@ -192,13 +248,13 @@ class Encoder(nn.Module):
             )
 
     def save_pretrained(self, folder_path: str | os.PathLike[str]) -> None:
-        """Write ``config.json`` and ``model.safetensors``, from which `load_encoder` makes the same encoder.
+        """Write ``config.json``, ``model.safetensors`` and a model card ``README.md``.
 
-        Loading that folder is quicker than loading the authors' file: adapters are merged, what the embedding
-        does not need is gone, and the weights are mapped from the file. The expression decoder is not kept.
+        `load_encoder` makes the same encoder of that folder, and quicker than of the authors' file: adapters
+        are merged, what neither embedding nor expression needs is gone, the weights are mapped from the file.
 
         Args:
-            folder_path: made if need be; these two files in it are replaced.
+            folder_path: made if need be; these three files in it are replaced.
 
         Raises:
             OutputError: it cannot be written.
@@ -207,4 +263,40 @@ class Encoder(nn.Module):
         path = Path(folder_path)
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path} is a file; give a folder")
-        folder.write(path, self.spec, self.tower, [asdict(w) for w in self.weights])
+        origin = [asdict(w) for w in self.weights]
+        folder.write(path, self.spec, self.tower, origin, self.decoder, self.genes)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = True,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Put what `save_pretrained` writes into a Hub repository, from which `load_encoder` takes it.
+
+        Args:
+            repo_id: ``owner/name``; made if need be.
+            private: of a new repository. Most licences of pathology encoders forbid to publish them again.
+            revision: branch to commit to; the main branch by default.
+            commit_message: says which encoder it is by default.
+            create_pr: propose the commit instead.
+
+        Returns:
+            The page of the commit, or of what was proposed.
+
+        Raises:
+            TokenError: no token, or one that may not write there.
+            HubError: the Hub is out of reach.
+            OutputError: the files cannot be written to the temporary folder first.
+        """
+        from seal_extract.encoders.upload import upload
+
+        message = commit_message or f"Add {self.spec.name}"
+        with TemporaryDirectory(prefix="seal_extract_") as made:
+            self.save_pretrained(made)
+            return upload(
+                Path(made), repo_id, private=private, revision=revision, message=message, create_pr=create_pr
+            )

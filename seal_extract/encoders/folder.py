@@ -1,49 +1,95 @@
-"""This package's own format: a folder, or Hub repository, of config.json and model.safetensors."""
+"""This package's own format: a folder, or Hub repository, of config.json, model.safetensors and a card."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from safetensors import SafetensorError
-
-from seal_extract.encoders.registry import Architecture, EncoderSpec, InputRule
+from seal_extract.encoders.card import model_card
+from seal_extract.encoders.panel import check_panel
+from seal_extract.encoders.registry import Architecture, Decoder, EncoderSpec, InputRule
 from seal_extract.errors import CheckpointError, UsageError
 from seal_extract.publish import publish, writing
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
+
+    from seal_extract.encoders.expression import ExpressionDecoder
 
 FORMAT, VERSION = "seal_extract", 1
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+ALIGNMENT = 64  # bytes, of torch's own memory on a CPU
+_DTYPES = {"torch.float32": "F32", "torch.int64": "I64"}  # all that a tower holds
+DECODER = "expression_decoder."  # in front of its tensors in the weight file; the tower's have nothing there
+
+T = TypeVar("T")
 
 
-def write(path: Path, spec: EncoderSpec, tower: nn.Module, origin: Sequence[Mapping[str, Any]]) -> None:
-    """Write both files, the weights first: a folder with a config is complete.
+def write(
+    path: Path,
+    spec: EncoderSpec,
+    tower: nn.Module,
+    origin: Sequence[Mapping[str, Any]],
+    decoder: ExpressionDecoder | None = None,
+    genes: Sequence[str] | None = None,
+) -> None:
+    """Write weights, model card and config, in this order: a folder with a config is complete.
 
     Args:
         path: the folder.
         spec: the row; how the authors lay out their file is left out.
         tower: filled.
         origin: the weight files it was made from; folders of this machine are left out.
+        decoder: the expression decoder, if it has one.
+        genes: the gene of each of its columns, if known.
 
     Raises:
         OutputError: it cannot be written.
     """
-    from safetensors.torch import save_file
-
-    tensors = {key: value.detach().cpu().contiguous() for key, value in tower.state_dict().items()}
+    tensors = {**tower.state_dict(), **_prefixed(decoder.state_dict() if decoder else {})}
+    config = to_config(spec, origin) | _decoder_config(decoder, genes)
     with publish(path / WEIGHTS) as part, writing(path / WEIGHTS):
-        try:
-            save_file(tensors, part, metadata={"format": "pt"})
-        except SafetensorError as exc:  # how it reports a full disk
-            raise OSError(str(exc)) from exc
-    text = json.dumps(to_config(spec, origin), indent=2, ensure_ascii=False)
+        write_weights(tensors, part)
+    with publish(path / CARD) as part, writing(path / CARD):
+        part.write_text(model_card(config), encoding="utf-8")
     with publish(path / CONFIG) as part, writing(path / CONFIG):
-        part.write_text(text + "\n", encoding="utf-8")
+        part.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write safetensors whose data, mapped, lie as they would in memory of one's own.
+
+    The last bits of a matrix product depend on where its factors begin. The library's own writer starts the
+    data at any multiple of 8 bytes; here the header is padded, and sizes that would shift others come last.
+    """
+    held = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    order = sorted(held, key=lambda k: (held[k].nbytes % ALIGNMENT != 0, -held[k].element_size(), k))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key in order:
+        begin, end = end, end + held[key].nbytes
+        kind, shape = _DTYPES[str(held[key].dtype)], list(held[key].shape)
+        header[key] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in order:
+            file.write(held[key].numpy().tobytes())
+
+
+def _prefixed(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    return {DECODER + key: value for key, value in tensors.items()}
+
+
+def _decoder_config(decoder: ExpressionDecoder | None, genes: Sequence[str] | None) -> dict[str, Any]:
+    return {
+        "decoder": None if decoder is None else asdict(decoder.shape),
+        "genes": None if genes is None else list(genes),
+    }
 
 
 def to_config(spec: EncoderSpec, origin: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
@@ -58,11 +104,24 @@ def to_config(spec: EncoderSpec, origin: Sequence[Mapping[str, Any]] = ()) -> di
 
 
 def read_config(path: Path) -> EncoderSpec:
-    """Read a config.json.
+    """The row in a config.json.
 
     Raises:
         CheckpointError: missing, not JSON, of another tool or version, or with a field that does not fit.
     """
+    return _parse(path, from_config)
+
+
+def read_decoder(path: Path) -> tuple[Decoder | None, tuple[str, ...] | None]:
+    """The expression decoder in a config.json, and its gene panel.
+
+    Raises:
+        CheckpointError: as `read_config`.
+    """
+    return _parse(path, _decoder)
+
+
+def _parse(path: Path, parse: Callable[[Mapping[str, Any]], T]) -> T:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as exc:
@@ -77,8 +136,8 @@ def read_config(path: Path) -> EncoderSpec:
             "type: pip install -U seal-extract"
         )
     try:
-        return from_config(config)
-    except (KeyError, TypeError, ValueError, UsageError) as exc:
+        return parse(config)
+    except (AttributeError, KeyError, TypeError, ValueError, UsageError) as exc:
         missing = f"{exc} is missing" if isinstance(exc, KeyError) else exc
         raise CheckpointError(f"{path} does not describe an encoder: {missing}; {_ALLOWED}") from exc
 
@@ -88,14 +147,18 @@ _ALLOWED = f"allowed: a folder or repository with {CONFIG} and {WEIGHTS}, as sav
 
 def from_config(config: Mapping[str, Any]) -> EncoderSpec:
     """The row that `to_config` was given, without the layout of the authors' file."""
-    architecture = Architecture(_text(config["architecture"], "timm"), dict(config["architecture"]["kwargs"]))
+    architecture = Architecture(
+        _text(config["architecture"], "timm"),
+        dict(config["architecture"]["kwargs"]),
+        bool(config["architecture"].get("antialias", True)),
+    )
     rule = config["input"]
     resize_px = rule["resize_px"]
     return EncoderSpec(
-        name=_name(config),
+        name=plain_word(_text(config, "name")),
         dim=int(config["dim"]),
         patch_px=int(config["patch_px"]),
-        mpp=float(config["mpp"]),
+        mpp=None if config["mpp"] is None else float(config["mpp"]),
         mean=tuple(float(v) for v in config["mean"]),
         std=tuple(float(v) for v in config["std"]),
         precision=_text(config, "precision"),
@@ -103,9 +166,27 @@ def from_config(config: Mapping[str, Any]) -> EncoderSpec:
         source=_text(config, "source"),
         architecture=architecture,
         pooling=_text(config, "pooling"),
-        input=InputRule(int(rule["multiple_of"]), resize_px and int(resize_px), _text(rule, "filter")),
+        input=InputRule(
+            int(rule["multiple_of"]),
+            resize_px and int(resize_px),
+            _text(rule, "filter"),
+            rule.get("crop_px") and int(rule["crop_px"]),
+        ),
         paper=_text(config, "paper"),
+        also_mpp=tuple(float(v) for v in config.get("also_mpp", ())),
     )
+
+
+def _decoder(config: Mapping[str, Any]) -> tuple[Decoder | None, tuple[str, ...] | None]:
+    shape, genes = config.get("decoder"), config.get("genes")
+    decoder = None if shape is None else Decoder(int(shape["hidden"]), int(shape["genes"]))
+    if decoder is None and genes is not None:
+        raise ValueError("genes without a decoder")
+    if decoder is not None and min(decoder.hidden, decoder.genes) < 1:
+        raise ValueError(f"decoder is {shape}, with sizes below 1")
+    if decoder is None or genes is None:
+        return decoder, None
+    return decoder, check_panel(genes, decoder.genes, "its decoder")
 
 
 def _text(values: Mapping[str, Any], key: str) -> str:
@@ -114,9 +195,12 @@ def _text(values: Mapping[str, Any], key: str) -> str:
     return str(values[key])
 
 
-def _name(config: Mapping[str, Any]) -> str:
-    """The name becomes part of file names in results."""
-    name = _text(config, "name")
+def plain_word(name: str) -> str:
+    """A name as it may become part of file names in results.
+
+    Raises:
+        ValueError: it may not.
+    """
     if not name or name.startswith(".") or any(c in name for c in '/\\:*?"<>|\n\t '):
         raise ValueError(f"name is {name!r}, not a plain word")
     return name

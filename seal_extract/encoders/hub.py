@@ -13,7 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import constants, get_token, hf_hub_download
+from huggingface_hub import (
+    constants,
+    get_token,
+    hf_hub_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     FileMetadataError,
@@ -52,12 +57,14 @@ class FoundFile:
         source: the repository it came from, or its folder.
         revision: commit of that repository; None for a file that came from elsewhere.
         sha256: what its content must hash to, in hex, where the Hub said so.
+        settings: a file beside it that changes what is made of it.
     """
 
     path: Path
     source: str
     revision: str | None = None
     sha256: str | None = None
+    settings: Path | None = None
 
 
 def fetch(
@@ -79,7 +86,7 @@ def fetch(
         OutputError: the cache cannot be written.
         UsageError: ``repo_id`` is none.
     """
-    cache_only = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE
+    cache_only = _cache_only(offline)
     failure: Exception | None = None
     for filename in filenames:
         try:
@@ -101,6 +108,33 @@ def fetch(
             return FoundFile(path, repo_id, _commit(path), _promised_sha256(path))
     assert failure is not None, "no file name was given"
     raise translate(failure, repo_id, filenames, revision) from failure
+
+
+def fetch_beside(file: FoundFile, filename: str, offline: bool = False) -> Path | None:
+    """A small file beside another one, in its folder or at its commit on the Hub; None where there is none.
+
+    Offline, a file that was never fetched counts as not there. What the cache knows of that commit, the
+    absence of a file included, is not asked again.
+
+    Raises:
+        HubError: the Hub does not say whether it is there.
+    """
+    if file.revision is None:
+        path = file.path.with_name(filename)
+        return path if path.is_file() else None
+    cached = try_to_load_from_cache(file.source, filename, cache_dir=cache_folder(), revision=file.revision)
+    if isinstance(cached, str):
+        return Path(cached)
+    if cached is not None or _cache_only(offline):
+        return None
+    try:
+        return fetch(file.source, [filename], file.revision).path
+    except MissingOnHubError:
+        return None
+
+
+def _cache_only(offline: bool) -> bool:
+    return offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE
 
 
 def _download(repo_id: str, filename: str, revision: str | None, cache_only: bool) -> Path:
@@ -127,6 +161,12 @@ def cache_folder() -> Path:
     if home := os.environ.get("HF_HOME"):
         return Path(home).expanduser() / "hub"
     return Path(constants.HF_HUB_CACHE)
+
+
+def is_cached(repo_id: str, filenames: Sequence[str]) -> bool:
+    """Whether any spelling of a file lies in the cache; asks no network."""
+    found = (try_to_load_from_cache(repo_id, name, cache_dir=cache_folder()) for name in filenames)
+    return any(isinstance(path, str) for path in found)
 
 
 def _commit(path: Path) -> str | None:

@@ -1,15 +1,20 @@
-"""Which file the weights of an encoder lie in: beside the user, in a folder of ours, or on the Hub."""
+"""Which files an encoder and its adapter lie in: beside the user, in a folder of ours, or on the Hub."""
 
 from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from seal_extract.encoders import folder
 from seal_extract.encoders.hub import FoundFile, fetch
-from seal_extract.encoders.registry import ROWS, EncoderSpec, Published, find_spec
+from seal_extract.encoders.registry import ALIASES, ROWS, EncoderSpec, Published, find_spec
+from seal_extract.encoders.settings import with_settings
 from seal_extract.errors import CheckpointError, HubError, UsageError
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def locate(
@@ -25,9 +30,9 @@ def locate(
         CheckpointError: a folder that holds no encoder.
         HubError: the Hub does not give the file.
     """
-    if is_name(name_or_path):
-        spec = find_spec(str(name_or_path))
-        return spec, _official_file(spec, checkpoint, revision, offline)
+    if is_name(name_or_path) or is_timm(name_or_path):
+        spec = named_spec(str(name_or_path))
+        return with_settings(spec, _official_file(spec, checkpoint, revision, offline), offline)
     if checkpoint is not None:
         raise UsageError(
             f"checkpoint= goes with the name of an encoder, not with {name_or_path}; leave it out"
@@ -35,21 +40,54 @@ def locate(
     return _own_file(name_or_path, revision, offline)
 
 
+def named_spec(name: str) -> EncoderSpec:
+    """The row of a name of `list_encoders`, or of ``timm:NAME``.
+
+    Raises:
+        UsageError: no such name.
+    """
+    if not is_timm(name):
+        return find_spec(name)
+    from seal_extract.encoders.custom import timm_spec  # imports torch and timm
+
+    return timm_spec(name)
+
+
+def is_timm(asked: str | os.PathLike[str]) -> bool:
+    """A model of timm."""
+    return isinstance(asked, str) and asked.startswith("timm:")
+
+
 def is_name(asked: str | os.PathLike[str]) -> bool:
     """A name of an encoder, or what was meant to be one, and not a path."""
-    if not isinstance(asked, str):
+    if not isinstance(asked, str) or is_timm(asked):
         return False
-    return asked in ROWS or (Path(asked).name == asked and not Path(asked).exists())
+    return asked in ROWS or asked in ALIASES or (Path(asked).name == asked and not Path(asked).exists())
 
 
 def _official_file(
     spec: EncoderSpec, checkpoint: str | os.PathLike[str] | None, revision: str | None, offline: bool
 ) -> FoundFile:
     if checkpoint is None:
+        if not spec.source:
+            raise UsageError(f"nobody says where the weights of {spec.name} are; give them as checkpoint=")
         return fetch(spec.source, layout_of(spec).files, revision, offline)
     if revision is not None:
         raise UsageError("revision= names a revision on the Hub, checkpoint= a file here; leave one out")
-    return _local(Path(checkpoint).expanduser())
+    path = Path(checkpoint).expanduser()
+    return _local(_in_folder(path, spec) if path.is_dir() else path)
+
+
+def _in_folder(path: Path, spec: EncoderSpec) -> Path:
+    """The weight file in a folder, under any name that the authors gave it."""
+    names = layout_of(spec).files
+    for name in names:
+        if (path / name).is_file():
+            return path / name
+    raise CheckpointError(
+        f"{path} is a folder without a weight file of {spec.name}; allowed: a file, or a folder with one of "
+        + ", ".join(names)
+    )
 
 
 def _local(path: Path) -> FoundFile:
@@ -85,7 +123,7 @@ def _own_file(
         return folder.read_config(path / folder.CONFIG), _local(path / folder.WEIGHTS)
     if path.is_file():
         raise UsageError(f"{name} is a file; give the encoder's name and this file as checkpoint=")
-    if isinstance(name_or_path, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+    if _is_repository(name_or_path):
         return _own_repository(name, revision, offline)
     raise CheckpointError(f"there is no folder {name}; give one with {folder.CONFIG} and {folder.WEIGHTS}")
 
@@ -104,6 +142,38 @@ def _own_repository(repo_id: str, revision: str | None, offline: bool) -> tuple[
 
 
 def layout_of(spec: EncoderSpec) -> Published:
-    """How the authors lay out their file; only for rows that have one."""
-    assert spec.published is not None, f"{spec.name} is in this package's own format"
-    return spec.published
+    """How the authors lay out their file; as in our own folders where the row does not say."""
+    return spec.published or Published(files=(folder.WEIGHTS,))
+
+
+def locate_adapter(adapter: str | os.PathLike[str], offline: bool = False) -> tuple[FoundFile, FoundFile]:
+    """Weights and config of an adapter: of a folder, or of a Hub repository at one and the same commit.
+
+    Raises:
+        CheckpointError: there is no such folder, or it holds no adapter.
+        HubError: the Hub does not give the files.
+    """
+    path, name = Path(adapter).expanduser(), str(adapter)
+    if path.is_dir():
+        weights = [path / f for f in ADAPTER_WEIGHTS if (path / f).is_file()]
+        if not weights or not (path / ADAPTER_CONFIG).is_file():
+            raise CheckpointError(f"{path} holds no adapter; {_ADAPTER_ALLOWED}")
+        return _local(weights[0]), _local(path / ADAPTER_CONFIG)
+    if path.is_file() or not _is_repository(adapter):
+        what = "is a file" if path.is_file() else "does not exist"
+        raise CheckpointError(f"the adapter {name} {what}; {_ADAPTER_ALLOWED}")
+    config = fetch(name, [ADAPTER_CONFIG], None, offline)
+    return fetch(name, ADAPTER_WEIGHTS, config.revision, offline), config
+
+
+_ADAPTER_ALLOWED = f"allowed: a folder of PEFT with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS[0]}"
+
+
+def adapted(spec: EncoderSpec, adapter: str | os.PathLike[str]) -> EncoderSpec:
+    """The row once an adapter is merged: its results must not pass for those of the base."""
+    word = re.sub(r"[^\w.-]+", "-", Path(adapter).expanduser().absolute().name).strip("-.")
+    return replace(spec, name=f"{spec.name}+{word or 'adapter'}")
+
+
+def _is_repository(asked: str | os.PathLike[str]) -> bool:
+    return isinstance(asked, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", asked) is not None

@@ -6,228 +6,87 @@ imports nothing heavy, so that a table of encoders is printed at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from difflib import get_close_matches
-from typing import Any
 
+from seal_extract.encoders.spec import (
+    FILTERS,
+    PRECISIONS,
+    Architecture,
+    Decoder,
+    EncoderSpec,
+    InputRule,
+    Lora,
+    Published,
+    check_precision,
+)
 from seal_extract.errors import UsageError
 
-PRECISIONS = ("float32", "bfloat16", "float16")
-PRECISION_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-POOLINGS = ("cls", "cls+mean", "conch")
-FILTERS = ("bilinear", "bicubic")
+__all__ = [
+    "ALIASES",
+    "FILTERS",
+    "PRECISIONS",
+    "ROWS",
+    "Architecture",
+    "Decoder",
+    "EncoderSpec",
+    "InputRule",
+    "Lora",
+    "Published",
+    "check_precision",
+    "find_spec",
+    "list_encoders",
+]
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """A timm vision transformer, as JSON could hold it.
+# in front of a tower's keys in a SEAL file: PEFT's own names, behind the attribute of the authors' model
+_PEFT = "encoder.base_model.model."
+_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
-    Attributes:
-        timm: name of the model function in timm, without weights.
-        kwargs: its arguments; layers by their timm names.
+
+def _seal(
+    base: EncoderSpec,
+    block: str,
+    *,
+    layers: tuple[str, ...] = _LAYERS,
+    wrapped: bool = False,
+    ignored: tuple[str, ...] = (),
+    also_called: tuple[str, ...] = (),
+) -> EncoderSpec:
+    """The SEAL row on ``base``: adapters on Linear layers of one block, and an expression decoder.
+
+    Args:
+        base: the finetuned encoder.
+        block: name of the block.
+        layers: those in it that have adapters.
+        wrapped: its authors' code keeps the tower under one more name.
+        ignored: keys of the base's file that the embedding does not need.
+        also_called: further names of the base in file names.
     """
-
-    timm: str
-    kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
-
-
-@dataclass(frozen=True)
-class InputRule:
-    """What happens to a patch before it is normalised.
-
-    Attributes:
-        multiple_of: sides of what the encoder sees, in pixels, are multiples of this.
-        resize_px: the shorter side becomes this many pixels and the middle square is kept;
-            None leaves the patch at its own size.
-        filter: antialiased filter of that resize.
-    """
-
-    multiple_of: int
-    resize_px: int | None = None
-    filter: str = "bicubic"
-
-    def __str__(self) -> str:
-        if self.resize_px is None:
-            return f"own size, sides a multiple of {self.multiple_of} px"
-        return f"resized to {self.resize_px} px, {self.filter}, middle square"
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Low-rank adapters, merged at load: W + (alpha / r) B A (Hu et al., arXiv 2106.09685).
-
-    Attributes:
-        targets: the adapted Linear layers, as the tower names them.
-        r: rank.
-        alpha: numerator of the scale.
-    """
-
-    targets: tuple[str, ...]
-    r: int = 8
-    alpha: float = 8.0
-
-    @property
-    def scale(self) -> float:
-        """What the product B A is multiplied by."""
-        return self.alpha / self.r
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """The head that predicts expression: Linear(dim, hidden), ReLU, Linear(hidden, genes), ReLU."""
-
-    hidden: int = 512
-    genes: int = 2000
-
-
-@dataclass(frozen=True)
-class Published:
-    """How the authors' own weight file is named and laid out.
-
-    Attributes:
-        files: its names on the Hub, the current spelling first.
-        prefix: what stands in front of the tower's keys.
-        ignored: keys that the embedding does not need; one that ends in a dot stands for all below it.
-        base: the encoder that a file holding only adapters and decoder was trained on.
-        lora: the adapters in the file.
-        decoder: the expression head in the file.
-    """
-
-    files: tuple[str, ...]
-    prefix: str = ""
-    ignored: tuple[str, ...] = ()
-    base: str | None = None
-    lora: Lora | None = None
-    decoder: Decoder | None = None
-
-
-@dataclass(frozen=True, repr=False)
-class EncoderSpec:
-    """Everything known of an encoder before its weights are seen.
-
-    Attributes:
-        name: what `load_encoder` is asked for.
-        dim: length of an embedding.
-        patch_px: side of the patches it was trained on.
-        mpp: their µm/px.
-        mean: per channel, of RGB in 0..1.
-        std: per channel, of RGB in 0..1.
-        precision: recommended for computing on a GPU.
-        licence: of the weights, as far as its page states one.
-        source: repository on the Hub, gated where the authors gate it.
-        architecture: the tower.
-        pooling: ``cls``; ``cls+mean`` (CLS beside the mean of the patch tokens, registers left out);
-            ``conch`` (attentional pooler with one query, then LayerNorm).
-        input: from patch to what the tower sees.
-        paper: where it is described.
-        published: the authors' weight file; None for an encoder in this package's own format.
-
-    Raises:
-        UsageError: a value outside what is allowed.
-    """
-
-    name: str
-    dim: int
-    patch_px: int
-    mpp: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    precision: str
-    licence: str
-    source: str
-    architecture: Architecture
-    pooling: str
-    input: InputRule
-    paper: str = ""
-    published: Published | None = None
-
-    def __post_init__(self) -> None:
-        _allow("precision", self.precision, PRECISIONS)
-        _allow("pooling", self.pooling, POOLINGS)
-        _allow("filter", self.input.filter, FILTERS)
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise UsageError(f"mean {self.mean} and std {self.std}: three numbers each, std above 0")
-        sizes = {
-            "dim": self.dim,
-            "patch_px": self.patch_px,
-            "mpp": self.mpp,
-            "multiple_of": self.input.multiple_of,
-        }
-        for what, value in {**sizes, "resize_px": self.input.resize_px or 1}.items():
-            if value <= 0:
-                raise UsageError(f"{what} is {value}; allowed: above 0")
-
-    def __repr__(self) -> str:
-        return (
-            f"EncoderSpec({self.name}: {self.dim} numbers per patch of {self.patch_px} px "
-            f"at {self.mpp:g} µm/px, {self.precision}, {self.source or 'local'})"
-        )
-
-    def precision_for(self, device: str, asked: str | None = None) -> str:
-        """What to compute in on a device type: as asked, or as recommended on a GPU and float32 elsewhere."""
-        return asked or (self.precision if device == "cuda" else "float32")
-
-    def identity(self, sha256: Sequence[str], precision: str) -> dict[str, Any]:
-        """What decides the embedding of a patch, as JSON: encoders of equal identity give equal ones.
-
-        Args:
-            sha256: of the weight files.
-            precision: computed in.
-        """
-        return {
-            "name": self.name,
-            "weights": list(sha256),
-            "precision": precision,
-            "input": f"{self.input}; mean {list(self.mean)}, std {list(self.std)}",
-            "pooling": self.pooling,
-        }
-
-    @property
-    def page(self) -> str:
-        """The page with the licence, and the gate if there is one; empty without a source."""
-        return f"https://huggingface.co/{self.source}" if self.source else ""
-
-
-def check_precision(asked: str | None) -> str | None:
-    """The full name of a precision, or None for none.
-
-    Raises:
-        UsageError: there is no such precision.
-    """
-    name = PRECISION_ALIASES.get(asked, asked) if asked is not None else None
-    if name is not None:
-        _allow("precision", name, PRECISIONS)
-    return name
-
-
-def _allow(what: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UsageError(f"{what} is {value!r}; allowed: {', '.join(allowed)}")
-
-
-def _seal(base: EncoderSpec, block: str, ignored: tuple[str, ...] = ()) -> EncoderSpec:
-    """The SEAL row on ``base``: adapters on four Linear layers of one block, and an expression decoder."""
-    prefix = "encoder.base_model.model."
-    layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    prefix = _PEFT + ("model." if wrapped else "")
+    names = (base.name, *also_called)
     return replace(
         base,
         name=f"seal-{base.name}",
         patch_px=224,
         mpp=0.5,
+        also_mpp=(),
         licence="not stated; of the base: " + base.licence,
         source="MahmoodLab/SEAL",
         paper="arXiv 2602.14177",
         published=Published(
-            files=(f"seal_{base.name}_vision.pth", f"{base.name}-seal-vision.pth"),
+            files=tuple(f for n in names for f in (f"seal_{n}_vision.pth", f"{n}-seal-vision.pth")),
             prefix=prefix,
+            other_prefixes=(_PEFT + "encoder.",) if wrapped else (),
+            layer_names=base.published.layer_names if base.published else "timm",
             ignored=tuple(prefix + key for key in ignored),
             base=base.name,
             lora=Lora(tuple(f"{block}.{layer}" for layer in layers)),
             decoder=Decoder(),
+            settings="config.yaml",
         ),
     )
 
@@ -290,33 +149,151 @@ UNIV2 = EncoderSpec(
     published=Published(files=("pytorch_model.bin",)),
 )
 
+UNI = EncoderSpec(
+    name="uni",
+    dim=1024,
+    patch_px=224,
+    mpp=0.5,
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+    precision="float32",
+    licence="CC-BY-NC-ND-4.0",
+    source="MahmoodLab/UNI",
+    architecture=Architecture(
+        "vit_large_patch16_224", {"img_size": 224, "init_values": 1e-5, "dynamic_img_size": True}
+    ),
+    pooling="cls",
+    # torchvision's Resize(224) in its authors' example: bilinear by default
+    input=InputRule(multiple_of=16, resize_px=224, filter="bilinear"),
+    paper="doi 10.1038/s41591-024-02857-3",
+    published=Published(files=("pytorch_model.bin",)),
+)
+
+VIRCHOW2 = EncoderSpec(
+    name="virchow2",
+    dim=2560,
+    patch_px=224,
+    mpp=0.5,
+    also_mpp=(0.25, 1.0, 2.0),
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+    precision="float16",
+    licence="CC-BY-NC-ND-4.0",
+    source="paige-ai/Virchow2",
+    architecture=Architecture(
+        "vit_huge_patch14_224",
+        {
+            "img_size": 224,
+            "init_values": 1e-5,
+            "reg_tokens": 4,
+            "mlp_ratio": 5.3375,
+            "mlp_layer": "SwiGLUPacked",
+            "act_layer": "silu",
+        },
+    ),
+    pooling="cls+mean",
+    input=InputRule(multiple_of=14, resize_px=224),
+    paper="arXiv 2408.00738",
+    published=Published(files=("model.safetensors", "pytorch_model.bin")),
+)
+
+H0MINI = EncoderSpec(
+    name="h0mini",
+    dim=1536,
+    patch_px=224,
+    mpp=0.5,
+    mean=(0.707223, 0.578729, 0.703617),
+    std=(0.211883, 0.230117, 0.177517),
+    precision="float32",
+    licence="CC-BY-NC-ND-4.0",
+    source="bioptimus/H0-mini",
+    architecture=Architecture(
+        "vit_base_patch14_reg4_dinov2",
+        {"img_size": 224, "mlp_ratio": 5.33334, "mlp_layer": "SwiGLUPacked", "act_layer": "silu"},
+    ),
+    pooling="cls+mean",
+    input=InputRule(multiple_of=14, resize_px=224),
+    paper="arXiv 2501.16239",
+    published=Published(files=("model.safetensors", "pytorch_model.bin"), settings="config.json"),
+)
+
+PHIKON2 = EncoderSpec(
+    name="phikon2",
+    dim=1024,
+    patch_px=224,
+    mpp=0.5,
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+    precision="float32",
+    licence="Owkin non-commercial licence",
+    source="owkin/phikon-v2",
+    # Dinov2Model of transformers, which resamples positions without antialiasing
+    architecture=Architecture(
+        "vit_large_patch16_224",
+        {"img_size": 224, "init_values": 1e-5, "dynamic_img_size": True},
+        antialias=False,
+    ),
+    pooling="cls",
+    # as SEAL feeds it
+    input=InputRule(multiple_of=16),
+    paper="arXiv 2409.09173",
+    published=Published(
+        files=("model.safetensors",), layer_names="transformers", ignored=("embeddings.mask_token",)
+    ),
+)
+
 ROWS: dict[str, EncoderSpec] = {
     row.name: row
     for row in (
-        _seal(CONCH, "trunk.blocks.11", _CONCH_UNUSED),
+        _seal(CONCH, "trunk.blocks.11", ignored=_CONCH_UNUSED),
         _seal(UNIV2, "blocks.23"),
+        _seal(VIRCHOW2, "blocks.31", wrapped=True),
+        _seal(H0MINI, "blocks.11", wrapped=True),
+        _seal(
+            PHIKON2,
+            "blocks.23",
+            layers=("mlp.fc1", "mlp.fc2"),
+            wrapped=True,
+            ignored=("embeddings.mask_token",),
+            also_called=("phikonv2",),
+        ),
         CONCH,
         UNIV2,
+        VIRCHOW2,
+        H0MINI,
+        PHIKON2,
+        UNI,
     )
 }
+ALIASES = {"phikonv2": "phikon2", "seal-phikonv2": "seal-phikon2"}
 
 
 def list_encoders() -> tuple[EncoderSpec, ...]:
-    """All encoders that have a name, the SEAL ones first."""
-    return tuple(ROWS.values())
+    """All encoders that have a name, the SEAL ones first, those of installed plugins last."""
+    return tuple(_all_rows().values())
+
+
+def _all_rows() -> dict[str, EncoderSpec]:
+    from seal_extract.encoders.plugins import plugin_rows  # asks what is installed: not while importing
+
+    return {**ROWS, **plugin_rows()}
 
 
 def find_spec(name: str) -> EncoderSpec:
-    """The row of a name.
+    """The row of a name, or of another spelling of it.
 
     Raises:
         UsageError: no such name; the nearest ones are in the message.
     """
+    name = ALIASES.get(name, name)
     if name in ROWS:
         return ROWS[name]
-    near = get_close_matches(name.lower(), ROWS, n=2, cutoff=0.5)
+    rows = _all_rows()
+    if name in rows:
+        return rows[name]
+    near = get_close_matches(name.lower(), rows, n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise UsageError(
-        f"there is no encoder {name!r}; {hint}Names: {', '.join(ROWS)}; or give a folder or Hub repository "
+        f"there is no encoder {name!r}; {hint}Names: {', '.join(rows)}; or give a folder or Hub repository "
         "with config.json and model.safetensors"
     )

@@ -7,10 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seal_extract.encoders.hub import FoundFile
-from seal_extract.encoders.locate import is_name, locate
+from seal_extract.encoders.locate import ADAPTER_CONFIG, adapted, is_name, locate, locate_adapter
 from seal_extract.encoders.registry import EncoderSpec, check_precision, find_spec
 from seal_extract.errors import UsageError
 
@@ -28,6 +29,7 @@ class EncoderRequest:
     device: str | None = None
     precision: str | None = None
     offline: bool = False
+    adapter: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what can be refused before the network is asked.
@@ -43,15 +45,16 @@ class EncoderRequest:
 
     @property
     def spec(self) -> EncoderSpec:
-        """The row asked for; a name is looked up without the network."""
-        return find_spec(str(self.name_or_path)) if is_name(self.name_or_path) else self._located[0]
+        """The row asked for, under the name of its results; a name is looked up without the network."""
+        spec = find_spec(str(self.name_or_path)) if is_name(self.name_or_path) else self._located[0]
+        return spec if self.adapter is None else adapted(spec, self.adapter)
 
     def load(self) -> Encoder:
         """The encoder, loaded at the first call; see `load_encoder` for what can go wrong."""
         return self._encoder
 
     def identity_if_unchanged(self, recorded: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-        """`Encoder.identity`, told from size and time of the weight file without reading it.
+        """`Encoder.identity`, told from size and time of the files without reading them.
 
         Args:
             recorded: the weight files that a former run wrote down, the main one first.
@@ -59,14 +62,23 @@ class EncoderRequest:
         Returns:
             None where the file is not the recorded one to all appearance, so that its hash has to be taken.
         """
-        if not recorded:
+        adapter = () if self.adapter is None else locate_adapter(self.adapter, self.offline)
+        with_adapter = bool(recorded) and recorded[-1]["file"] == ADAPTER_CONFIG
+        if not recorded or with_adapter != bool(adapter):
             return None
-        file, before = self._located[1].path, recorded[0]
-        stat = file.stat() if file.is_file() else None
-        seen = stat and (file.name, stat.st_size, stat.st_mtime_ns)
-        if seen != (before["file"], before["size"], before["mtime_ns"]):
+        spec, file = self._located
+        settings = () if file.settings is None else (file.settings,)
+        with_settings = spec.published is not None and spec.published.settings in [
+            w["file"] for w in recorded
+        ]
+        if with_settings != bool(settings):
             return None
-        return self.spec.identity([w["sha256"] for w in recorded], self._precision)
+        files = (file.path, *settings, *(f.path for f in adapter))
+        before = (*recorded[: 1 + len(settings)], *recorded[len(recorded) - len(adapter) :])
+        if not all(_is_unchanged(path, b) for path, b in zip(files, before, strict=True)):
+            return None
+        spec = spec if self.adapter is None else adapted(spec, self.adapter)
+        return spec.identity([w["sha256"] for w in recorded], self._precision)
 
     @property
     def _precision(self) -> str:
@@ -88,3 +100,9 @@ class EncoderRequest:
         from seal_extract.encoders.build import load_encoder
 
         return load_encoder(**asdict(self))
+
+
+def _is_unchanged(path: Path, before: Mapping[str, Any]) -> bool:
+    stat = path.stat() if path.is_file() else None
+    seen = stat and (path.name, stat.st_size, stat.st_mtime_ns)
+    return seen == (before["file"], before["size"], before["mtime_ns"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import timm
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from seal_extract.encoders.conch import ConchTower
+from seal_extract.encoders.positions import with_plain_positions
 from seal_extract.encoders.registry import EncoderSpec
 from seal_extract.errors import UsageError
 
@@ -48,25 +51,61 @@ def empty_tower(spec: EncoderSpec) -> nn.Module:
     Raises:
         UsageError: timm cannot build it, or its embedding is not ``spec.dim`` long.
     """
-    try:
-        with _NoMemory():
-            trunk: Any = timm.create_model(_model(spec), pretrained=False, num_classes=0, **_kwargs(spec))
-            width, prefix = int(trunk.num_features), int(trunk.num_prefix_tokens)
-            tower: nn.Module = ConchTower(trunk, width, spec.dim) if spec.pooling == "conch" else trunk
-    except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError, ArithmeticError) as exc:
-        if isinstance(exc, UsageError):
-            raise
-        raise UsageError(
-            f"encoder {spec.name} cannot be built as {spec.architecture}: {exc}; "
-            "allowed: vision transformers of timm"
-        ) from exc
-    dim = {"cls": width, "cls+mean": 2 * width}.get(spec.pooling, spec.dim)
+    trunk, own = _timm_model(spec), spec.pooling == "own"
+    with _building(spec), _NoMemory():
+        width, prefix = int(trunk.num_features), 1 if own else int(trunk.num_prefix_tokens)
+        tower: nn.Module = ConchTower(trunk, width, spec.dim) if spec.pooling == "conch" else trunk
+    dims = {"cls": width, "cls+mean": 2 * width, "own": _own_dim(trunk)}
+    dim = dims.get(spec.pooling, spec.dim)
     if dim != spec.dim or not prefix:
         raise UsageError(
             f"encoder {spec.name}: its {spec.pooling} pooling gives {dim} numbers of {prefix} prefix tokens; "
             f"allowed: dim {spec.dim}, at least one prefix token"
         )
     return tower.eval().requires_grad_(False)
+
+
+def own_dim(spec: EncoderSpec) -> int:
+    """Length of what the model of ``spec`` gives, pooling by itself; ``spec.dim`` is not looked at.
+
+    Raises:
+        UsageError: timm cannot build it.
+    """
+    return _own_dim(_timm_model(spec))
+
+
+def _own_dim(model: Any) -> int:
+    return int(getattr(model, "head_hidden_size", None) or model.num_features)
+
+
+def _timm_model(spec: EncoderSpec) -> Any:
+    build = partial(timm.create_model, _model(spec), pretrained=False, num_classes=0, **_kwargs(spec))
+    with _building(spec):
+        with _NoMemory():
+            model = build()
+        if any(value.is_meta for value in _constants(model)):
+            model = build()  # window tables, rotary frequencies and the like are in no file: made for real
+        return model if spec.architecture.antialias else with_plain_positions(model)
+
+
+def _constants(model: nn.Module) -> list[Tensor]:
+    """Buffers that a weight file does not hold."""
+    held = model.state_dict()
+    return [value for key, value in model.named_buffers() if key not in held]
+
+
+@contextmanager
+def _building(spec: EncoderSpec) -> Iterator[None]:
+    """Whatever timm makes of arguments that do not go together, as our one line."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError, ArithmeticError) as exc:
+        kind = "models of timm" if spec.pooling == "own" else "vision transformers of timm"
+        raise UsageError(
+            f"encoder {spec.name} cannot be built as {spec.architecture}: {exc}; allowed: {kind}"
+        ) from exc
 
 
 def _model(spec: EncoderSpec) -> str:
@@ -108,7 +147,7 @@ def fill(tower: nn.Module, tensors: dict[str, Tensor]) -> None:
 def embed(tower: nn.Module, pooling: str, images: Tensor) -> Tensor:
     """Normalised images [B, 3, H, W] to embeddings [B, D]."""
     trunk: Any = tower
-    if pooling == "conch":
+    if pooling in ("conch", "own"):
         embedding: Tensor = trunk(images)
         return embedding
     tokens: Tensor = trunk.forward_features(images)  # [B, prefix + N, D]

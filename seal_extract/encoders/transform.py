@@ -11,7 +11,9 @@ from torch import Tensor
 
 from seal_extract.encoders.registry import EncoderSpec, InputRule
 from seal_extract.errors import UsageError
-from seal_extract.resample import resample
+from seal_extract.resample import resample, resize_region
+
+_PREMULTIPLIED = ("La", "RGBa")  # Pillow makes no RGB of the one, and darkens where the other is transparent
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class PatchTransform:
             raise UsageError(
                 f"the transform got {type(image).__name__}; give a PIL image, or encode(uint8 tensor)"
             )
-        if image.mode[0] in "IF":
+        if image.mode[0] in "IF" or image.mode in _PREMULTIPLIED:
             raise UsageError(
                 f"the patch is a PIL image of mode {image.mode}; allowed: 8 bits per channel, as RGB"
             )
@@ -52,24 +54,35 @@ class PatchTransform:
         return scaled.sub(_per_channel(self.mean)).div(_per_channel(self.std))
 
     def _fit(self, image: Image.Image) -> Image.Image:
-        side = self.input.resize_px
-        if side is None:
+        short, side = self.input.resize_px, self.input.side_px
+        if short is None or side is None:
             return image
-        height, width = scaled_size(image.height, image.width, side)
+        height, width = scaled_size(image.height, image.width, short)
         top, left = middle(height, side), middle(width, side)
         resized = image.resize((width, height), Image.Resampling[self.input.filter.upper()])
         return resized.crop((left, top, left + side, top + side))
 
 
 def fit(patches: Tensor, rule: InputRule) -> Tensor:
-    """Resize and crop uint8 [B, 3, H, W] on its device, within 1 grey level of `PatchTransform`."""
-    side = rule.resize_px
-    if side is None:
+    """Resize and crop uint8 [B, 3, H, W] on its device, to the pixels of `PatchTransform`.
+
+    On the CPU it is Pillow too that resizes; other devices do its integer arithmetic.
+    """
+    short, side = rule.resize_px, rule.side_px
+    if short is None or side is None:
         return patches
-    height, width = scaled_size(patches.shape[-2], patches.shape[-1], side)
+    height, width = scaled_size(patches.shape[-2], patches.shape[-1], short)
     top, left = middle(height, side), middle(width, side)
-    resized = resample(patches, (height, width), rule.filter)  # type: ignore[arg-type]
+    resized = _resized(patches, (height, width), rule.filter)
     return resized[..., top : top + side, left : left + side]
+
+
+def _resized(patches: Tensor, size_px: tuple[int, int], filter: str) -> Tensor:
+    if patches.device.type != "cpu" or tuple(patches.shape[2:]) == size_px:
+        return resample(patches, size_px, filter)  # type: ignore[arg-type]
+    images = patches.permute(0, 2, 3, 1).contiguous().numpy()
+    by_pillow = np.stack([resize_region(image, size_px, filter) for image in images])  # type: ignore[arg-type]
+    return torch.from_numpy(by_pillow).permute(0, 3, 1, 2)
 
 
 def scaled_size(height: int, width: int, side: int) -> tuple[int, int]:

@@ -1,0 +1,205 @@
+"""SEAL's expression encoder: a variational autoencoder over genes, in the space of the image embeddings.
+
+Source: SEAL (arXiv 2602.14177); planar flows after Rezende and Mohamed (arXiv 1505.05770, equation 10).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seal_extract.encoders.build import pick_device
+from seal_extract.encoders.checkpoint import check_tensors, looks_like, read_tensors
+from seal_extract.encoders.expression import as_rows
+from seal_extract.encoders.hub import FoundFile, fetch
+from seal_extract.encoders.panel import check_panel
+from seal_extract.encoders.registry import find_spec, list_encoders
+from seal_extract.errors import CheckpointError, UsageError
+
+HIDDEN = (1024, 512)
+FLOWS = 3
+_COUNTERS = tuple(f"encoder.{i}.num_batches_tracked" for i in (1, 5))  # of training; no embedding needs them
+
+
+class PlanarFlow(nn.Module):
+    """z + u tanh(w . z + b)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.u, self.w = nn.Parameter(torch.empty(dim)), nn.Parameter(torch.empty(dim))
+        self.b = nn.Parameter(torch.empty(1))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """[B, D] to [B, D]."""
+        return z + self.u * torch.tanh(z @ self.w + self.b)[:, None]
+
+
+class OmicsEncoder(nn.Module):
+    """Expression to embedding and back; made by `load_omics`. Its names are those of the weight file.
+
+    Attributes:
+        name: the SEAL encoder whose other half it is, or the file's name.
+        dim: length of an embedding.
+        n_genes: how many genes it takes.
+        source: the file that the weights came from.
+    """
+
+    def __init__(self, name: str, dim: int, n_genes: int, source: FoundFile) -> None:
+        super().__init__()
+        self.name, self.dim, self.n_genes, self.source = name, dim, n_genes, source
+        self._genes: tuple[str, ...] | None = None
+        wide, narrow = HIDDEN
+        self.encoder = nn.Sequential(
+            *(nn.Linear(n_genes, wide), nn.BatchNorm1d(wide), nn.ReLU(), nn.Identity()),
+            *(nn.Linear(wide, narrow), nn.BatchNorm1d(narrow), nn.ReLU()),
+        )
+        self.fc_mu, self.fc_logvar = nn.Linear(narrow, dim), nn.Linear(narrow, dim)
+        self.flows = nn.Sequential(*(PlanarFlow(dim) for _ in range(FLOWS)))
+        self.decoder = nn.Sequential(
+            *(nn.Linear(dim, narrow), nn.ReLU()),
+            *(nn.Linear(narrow, wide), nn.ReLU(), nn.Identity()),
+            nn.Linear(wide, n_genes),
+        )
+        self.eval().requires_grad_(False)
+
+    def __repr__(self) -> str:
+        return f"OmicsEncoder({self.name}: {self.n_genes} genes to {self.dim} numbers, on {self.device})"
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.fc_mu.weight.device
+
+    @property
+    def genes(self) -> tuple[str, ...] | None:
+        """The gene of each column; None until one is given, for none is published.
+
+        Setting it raises a `UsageError` where the names are not one per column.
+        """
+        return self._genes
+
+    @genes.setter
+    def genes(self, names: Sequence[str] | None) -> None:
+        self._genes = None if names is None else check_panel(names, self.n_genes, self.name)
+
+    def distribution(self, expression: Any) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of the latent, before the flows; see `encode`.
+
+        Returns:
+            Two float32 [B, D].
+        """
+        rows = as_rows(expression, self.n_genes, f"expression for {self.name}", self.device)
+        if len(rows) and rows.min() < 0:
+            raise UsageError(f"expression for {self.name} holds {rows.min():g}; allowed: log1p, 0 and above")
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+            hidden = self.encoder(rows)
+            mu, logvar = self.fc_mu(hidden), self.fc_logvar(hidden)
+        return mu.clone(), logvar.clone()
+
+    def encode(self, expression: Any) -> Tensor:
+        """Embed expression: the flows of the mean, the same for the same input.
+
+        The authors' own code draws a sample around the mean even in evaluation mode; this is that for a draw
+        of zero.
+
+        Args:
+            expression: float [B, G], tensor or array: log1p of counts scaled to 10,000 per spot or cell, the
+                genes in the order of training.
+
+        Returns:
+            float32 [B, D] on the encoder's device.
+
+        Raises:
+            UsageError: another shape or dtype, NaN, or numbers below 0.
+        """
+        mu, _ = self.distribution(expression)
+        with torch.autocast(self.device.type, enabled=False):
+            embeddings: Tensor = self.flows(mu)
+        return embeddings
+
+    def decode(self, embeddings: Any) -> Tensor:
+        """Reconstruct expression.
+
+        Args:
+            embeddings: float [B, D], as `encode` gives them.
+
+        Returns:
+            float32 [B, G] on the encoder's device; log1p, and unlike counts it may fall below 0.
+
+        Raises:
+            UsageError: another shape or dtype, or NaN.
+        """
+        rows = as_rows(embeddings, self.dim, f"embeddings for {self.name}", self.device)
+        with torch.autocast(self.device.type, enabled=False):
+            expression: Tensor = self.decoder(rows)
+        return expression
+
+
+def load_omics(
+    name_or_path: str | os.PathLike[str],
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    device: str | torch.device | None = "cpu",
+    offline: bool = False,
+) -> OmicsEncoder:
+    """Build SEAL's expression encoder and fill it with exactly the weights of its file.
+
+    Args:
+        name_or_path: a SEAL encoder of `list_encoders`; or an omics file, which says its sizes itself.
+        checkpoint: a file on this disk, in place of the Hub's; only with a name.
+        revision: branch, tag or commit on the Hub.
+        device: a small network: a CPU will do.
+        offline: take the file from the Hub's cache only.
+
+    Raises:
+        UsageError: not a SEAL encoder, or arguments that contradict each other.
+        CheckpointError: a file that does not hold exactly what is needed, or would run code.
+        HubError: its children tell token, gate, absence and network apart.
+    """
+    target, path = pick_device(device), Path(name_or_path).expanduser()
+    if path.is_file():
+        if checkpoint is not None or revision is not None:
+            raise UsageError(f"{path} is a file; leave checkpoint= and revision= out")
+        return _load(path.stem, FoundFile(path, str(path.absolute().parent)), None).to(target)
+    spec = find_spec(os.fspath(name_or_path))
+    layout = spec.published
+    if layout is None or layout.decoder is None:
+        names = [s.name for s in list_encoders() if s.published and s.published.decoder]
+        raise UsageError(f"{spec.name} has no expression half; those that have: {', '.join(names)}")
+    if checkpoint is not None and revision is not None:
+        raise UsageError("revision= names a revision on the Hub, checkpoint= a file here; leave one out")
+    if checkpoint is not None:
+        local = Path(checkpoint).expanduser()
+        file = FoundFile(local, str(local.absolute().parent))
+    else:
+        files = [name.replace("vision", "omics") for name in layout.files]
+        file = fetch(spec.source, files, revision, offline)
+    return _load(spec.name, file, (spec.dim, layout.decoder.genes)).to(target)
+
+
+def _load(name: str, file: FoundFile, sizes: tuple[int, int] | None) -> OmicsEncoder:
+    tensors = read_tensors(file.path)
+    dim, n_genes = sizes or _sizes(tensors, file.path)
+    with torch.device("meta"):
+        omics = OmicsEncoder(name, dim, n_genes, file)
+    needed = {key: tuple(v.shape) for key, v in omics.state_dict().items() if key not in _COUNTERS}
+    check_tensors(tensors, needed, _COUNTERS, file.path, f"the expression half of {name}")
+    counters = dict.fromkeys(_COUNTERS, torch.tensor(0))
+    omics.load_state_dict({key: tensors[key] for key in needed} | counters, strict=True, assign=True)
+    return omics.requires_grad_(False)
+
+
+def _sizes(tensors: dict[str, Tensor], path: Path) -> tuple[int, int]:
+    """Embedding length and number of genes, by the shapes in the file."""
+    first, last = tensors.get("encoder.0.weight"), tensors.get("fc_mu.weight")
+    if first is None or last is None or first.ndim != 2 or last.ndim != 2:
+        other = looks_like(tensors)
+        hint = f"; it looks like {other}" if other else ""
+        raise CheckpointError(f"{path} is not the expression half of a SEAL checkpoint{hint}")
+    return last.shape[0], first.shape[1]

@@ -1,0 +1,457 @@
+"""Adapters in PEFT's folders: merged into what they were trained on, or refused by the field in the way."""
+
+import json
+import math
+
+import pytest
+import torch
+from encoder_fixtures import (
+    SEAL_TINY_VIT,
+    TINY_CONCH,
+    TINY_VIT,
+    add_tiny_rows,
+    as_batch,
+    base_file,
+    local_hub,
+    noise_patches,
+    random_tensors,
+    save,
+    seal_file,
+    tower_tensors,
+    untrained_encoder,
+)
+from hub_server import Repo
+from safetensors.torch import save_file
+from torch import nn
+
+from seal_extract.encoders import load_encoder
+from seal_extract.encoders.layers import find_places
+from seal_extract.encoders.request import EncoderRequest
+from seal_extract.encoders.tower import empty_tower, tower_shapes
+from seal_extract.errors import CheckpointError, MissingOnHubError
+
+VIT_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["qkv", "proj", "fc1", "fc2"]}
+
+
+@pytest.fixture(autouse=True)
+def _tiny_rows(monkeypatch):
+    add_tiny_rows(monkeypatch)
+
+
+@pytest.fixture
+def base(tmp_path):
+    """The weight file of the tiny vision transformer."""
+    return save(base_file(TINY_VIT), tmp_path / "base" / "pytorch_model.bin")
+
+
+def halves(shapes, r=4, seed=3):
+    """A and B of layers given as {name: (out, in)}, under PEFT's names."""
+    wanted = {}
+    for layer, (outputs, inputs) in shapes.items():
+        wanted[f"base_model.model.{layer}.lora_A.weight"] = (r, inputs)
+        wanted[f"base_model.model.{layer}.lora_B.weight"] = (outputs, r)
+    return random_tensors(wanted, seed)
+
+
+def vit_layers(*endings, front="blocks"):
+    shapes = tower_shapes(empty_tower(TINY_VIT))
+    return {f"{front}.{i}.{e}": shapes[f"blocks.{i}.{e}.weight"] for i in (0, 1) for e in endings}
+
+
+def write(folder, tensors, **changes):
+    """An adapter's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {k: v for k, v in {**CONFIG, **changes}.items() if v is not ...}
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def load(name, checkpoint, adapter, **kwargs):
+    return load_encoder(name, checkpoint=checkpoint, adapter=adapter, device="cpu", **kwargs)
+
+
+def product(tensors, layer):
+    a, b = (tensors[f"base_model.model.{layer}.lora_{half}.weight"].double() for half in "AB")
+    return b @ a
+
+
+def hold(encoder, expected):
+    """The tower's weights are the base's, but for these."""
+    before, after = tower_tensors(TINY_VIT), encoder.tower.state_dict()
+    for key, value in before.items():
+        update = expected.get(key.removesuffix(".weight"))
+        if update is None:
+            assert torch.equal(after[key], value), key
+        else:
+            assert not torch.equal(after[key], value)
+            torch.testing.assert_close(after[key].double(), value.double() + update, rtol=0, atol=1e-6)
+
+
+# --- what is merged -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 8 / 4), (True, 8 / math.sqrt(4))])
+def test_every_adapted_layer_gets_its_product(base, tmp_path, rslora, scale):
+    tensors = halves(vit_layers(*VIT_LAYERS))
+    encoder = load("tiny-vit", base, write(tmp_path / "a", tensors, use_rslora=rslora))
+    hold(encoder, {layer: scale * product(tensors, layer) for layer in vit_layers(*VIT_LAYERS)})
+
+
+def test_merged_equals_unmerged(base, tmp_path):
+    """The adapters as PEFT runs them: beside the layer, not in it."""
+    tensors = halves(vit_layers(*VIT_LAYERS))
+    merged = load("tiny-vit", base, write(tmp_path / "a", tensors))
+    bare = untrained_encoder(TINY_VIT)
+    for layer in vit_layers(*VIT_LAYERS):
+        a, b = (tensors[f"base_model.model.{layer}.lora_{half}.weight"] for half in "AB")
+        bare.tower.get_submodule(layer).register_forward_hook(
+            lambda m, args, out, a=a, b=b: out + 2 * (args[0] @ a.T @ b.T)
+        )
+    images = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    got, expected = merged(images), bare(images)
+    assert (got - expected).norm() / expected.norm() < 1e-6
+    assert (got - untrained_encoder(TINY_VIT)(images)).norm() / expected.norm() > 1e-2
+
+
+def test_patterns_of_rank_and_alpha(base, tmp_path):
+    narrow, wide = vit_layers("attn.qkv"), vit_layers("mlp.fc1")
+    tensors = halves(narrow, r=4) | halves(wide, r=2)
+    adapter = write(
+        tmp_path / "a",
+        tensors,
+        target_modules=r".*\.(qkv|fc1)",
+        rank_pattern={"fc1": 2},
+        alpha_pattern={r"blocks\.1\.attn\.qkv": 3.0},
+    )
+    scales = {"blocks.0.attn.qkv": 8 / 4, "blocks.1.attn.qkv": 3 / 4} | dict.fromkeys(wide, 8 / 2)
+    hold(load("tiny-vit", base, adapter), {k: s * product(tensors, k) for k, s in scales.items()})
+
+
+def test_q_and_v_apart_are_rows_of_the_fused_layer(base, tmp_path):
+    """As trained on the model of transformers, by its names."""
+    names = {
+        f"encoder.layer.{i}.attention.attention.{q}": (24, 24) for i in (0, 1) for q in ("query", "value")
+    }
+    tensors = halves(names)
+    encoder = load("tiny-vit", base, write(tmp_path / "a", tensors, target_modules=["query", "value"]))
+    expected = {}
+    for i in (0, 1):
+        update = torch.zeros(72, 24, dtype=torch.float64)
+        update[:24] = 2 * product(tensors, f"encoder.layer.{i}.attention.attention.query")
+        update[48:] = 2 * product(tensors, f"encoder.layer.{i}.attention.attention.value")
+        expected[f"blocks.{i}.attn.qkv"] = update
+    hold(encoder, expected)
+
+
+SHAPES = tower_shapes(empty_tower(TINY_VIT))
+
+
+@pytest.mark.parametrize(
+    ("layer", "place"),
+    [
+        ("blocks.1.attn.k_proj", ("blocks.1.attn.qkv.weight", 24, 48)),
+        ("blocks.1.attn.q", ("blocks.1.attn.qkv.weight", 0, 24)),
+        ("model.blocks.1.attn.qkv", ("blocks.1.attn.qkv.weight", 0, 72)),
+        ("layers.1.attention.v_proj", ("blocks.1.attn.qkv.weight", 48, 72)),
+        ("dinov2.encoder.layer.1.attention.o_proj", ("blocks.1.attn.proj.weight", 0, 24)),
+        ("encoder.layer.0.attention.output.dense", ("blocks.0.attn.proj.weight", 0, 24)),
+        ("encoder.layer.0.mlp.weights_in", ("blocks.0.mlp.fc1.weight", 0, 96)),
+        ("encoder.layer.0.mlp.gate_proj", ("blocks.0.mlp.fc1.weight", 0, 48)),
+        ("encoder.layer.0.mlp.up_proj", ("blocks.0.mlp.fc1.weight", 48, 96)),
+        ("encoder.layer.0.mlp.down_proj", ("blocks.0.mlp.fc2.weight", 0, 24)),
+    ],
+)
+def test_where_layers_of_other_builds_lie(layer, place):
+    key, first, last = place
+    (found,) = find_places({layer: (last - first, SHAPES[key][1])}, SHAPES)[layer]
+    assert (found.key, found.rows) == (key, slice(first, last))
+
+
+def test_a_fused_adapter_on_a_tower_with_q_k_v_apart():
+    tower = {f"blocks.0.attn.{q}_proj.weight": (8, 8) for q in "qkv"}
+    places = find_places({"blocks.0.attn.qkv": (24, 8)}, tower)["blocks.0.attn.qkv"]
+    assert [(p.key[14:15], p.rows, p.of_update) for p in places] == [
+        ("q", slice(0, 8), slice(0, 8)),
+        ("k", slice(0, 8), slice(8, 16)),
+        ("v", slice(0, 8), slice(16, 24)),
+    ]
+
+
+def test_trained_on_the_trunk_of_conch_alone(tmp_path):
+    checkpoint = save(base_file(TINY_CONCH), tmp_path / "c" / "pytorch_model.bin")
+    tensors = halves({"blocks.1.attn.qkv": (96, 32)})
+    encoder = load("tiny-conch", checkpoint, write(tmp_path / "a", tensors, target_modules=["qkv"]))
+    key = "trunk.blocks.1.attn.qkv.weight"
+    expected = tower_tensors(TINY_CONCH)[key].double() + 2 * product(tensors, "blocks.1.attn.qkv")
+    torch.testing.assert_close(encoder.tower.state_dict()[key].double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_adapters_in_half_precision_are_merged_in_float32(base, tmp_path, dtype):
+    tensors = {k: v.to(dtype) for k, v in halves(vit_layers("mlp.fc2")).items()}
+    encoder = load("tiny-vit", base, write(tmp_path / "a", tensors, target_modules=["fc2"]))
+    hold(encoder, {layer: 2 * product(tensors, layer) for layer in vit_layers("mlp.fc2")})
+
+
+def test_on_top_of_the_adapters_of_a_seal_file(tmp_path):
+    checkpoint = save(seal_file(SEAL_TINY_VIT), tmp_path / "whole.pth")
+    tensors = halves(vit_layers("attn.qkv"))
+    adapter = write(tmp_path / "a", tensors, target_modules=["qkv"])
+    plain, both = load("seal-tiny-vit", checkpoint, None), load("seal-tiny-vit", checkpoint, adapter)
+    for layer in vit_layers("attn.qkv"):
+        before, after = (e.tower.state_dict()[f"{layer}.weight"].double() for e in (plain, both))
+        torch.testing.assert_close(after, before + 2 * product(tensors, layer), rtol=0, atol=1e-6)
+    assert both.decoder is not None
+
+
+def test_on_a_folder_of_our_own_and_saved_again(base, tmp_path):
+    adapter = write(tmp_path / "mine", halves(vit_layers(*VIT_LAYERS)))
+    load("tiny-vit", base, None).save_pretrained(tmp_path / "own")
+    merged = load(tmp_path / "own", None, adapter)
+    merged.save_pretrained(tmp_path / "merged")
+    again = load_encoder(tmp_path / "merged", device="cpu")
+    assert again.spec.name == "tiny-vit+mine"
+    patches = as_batch(noise_patches(2, 28))
+    assert torch.equal(again.encode(patches), load("tiny-vit", base, adapter).encode(patches))
+
+
+def test_fields_without_effect_are_let_pass(base, tmp_path):
+    neutral = {
+        "auto_mapping": {"parent_library": "timm"},
+        "lora_dropout": 0.1,
+        "bias": "none",
+        "init_lora_weights": "gaussian",
+        "megatron_core": "megatron.core",
+        "qalora_group_size": 16,
+        "loftq_config": {},
+        "task_type": None,
+        "some_future_field": False,
+    }
+    load("tiny-vit", base, write(tmp_path / "a", halves(vit_layers(*VIT_LAYERS)), **neutral))
+
+
+# --- what is recorded ---------------------------------------------------------------------------------------
+
+
+def test_the_adapter_counts_in_name_weights_and_identity(base, tmp_path):
+    adapter = write(tmp_path / "my stain", halves(vit_layers(*VIT_LAYERS)))
+    plain, merged = load("tiny-vit", base, None), load("tiny-vit", base, adapter)
+    assert merged.spec.name == merged.enc_name == "tiny-vit+my-stain"
+    assert [w.file for w in merged.weights] == [
+        "pytorch_model.bin",
+        "adapter_model.safetensors",
+        "adapter_config.json",
+    ]
+    assert merged.identity["weights"][:1] == plain.identity["weights"]
+    write(adapter, halves(vit_layers(*VIT_LAYERS)), lora_alpha=16)
+    assert load("tiny-vit", base, adapter).identity != merged.identity
+
+
+def test_a_request_knows_the_identity_without_loading(base, tmp_path):
+    adapter = write(tmp_path / "a", halves(vit_layers(*VIT_LAYERS)))
+    request = EncoderRequest("tiny-vit", checkpoint=base, adapter=adapter, device="cpu")
+    assert request.spec.name == "tiny-vit+a"
+    encoder = request.load()
+    recorded = encoder.description["weights"]
+    assert request.identity_if_unchanged(recorded) == encoder.identity
+    without = EncoderRequest("tiny-vit", checkpoint=base, device="cpu")
+    assert without.identity_if_unchanged(recorded) is None
+    assert request.identity_if_unchanged(without.load().description["weights"]) is None
+    write(adapter, halves(vit_layers(*VIT_LAYERS)), lora_alpha=16)
+    assert request.identity_if_unchanged(recorded) is None
+
+
+def test_from_the_hub(base, tmp_path, monkeypatch):
+    folder = write(tmp_path / "a", halves(vit_layers(*VIT_LAYERS)))
+    with local_hub(tmp_path / "hf", monkeypatch) as hub:
+        hub.repos["lab/stain"] = Repo({p.name: p.read_bytes() for p in folder.iterdir()})
+        encoder = load("tiny-vit", base, "lab/stain")
+        hub.repos["lab/other"] = Repo({"README.md": b""})
+        with pytest.raises(MissingOnHubError, match=r"lab/other has no file adapter_config.json"):
+            load("tiny-vit", base, "lab/other")
+    assert encoder.weights[1].revision == hub.repos["lab/stain"].commit
+    assert torch.equal(
+        encoder.tower.state_dict()["blocks.0.attn.qkv.weight"],
+        load("tiny-vit", base, folder).tower.state_dict()["blocks.0.attn.qkv.weight"],
+    )
+
+
+# --- what is refused ----------------------------------------------------------------------------------------
+
+
+def refuse(base, adapter, *words, name="tiny-vit"):
+    with pytest.raises(CheckpointError) as caught:
+        load(name, base, adapter)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("peft_type", "LOHA"),
+        ("peft_type", "PROMPT_TUNING"),
+        ("use_dora", True),
+        ("bias", "all"),
+        ("bias", "lora_only"),
+        ("lora_bias", True),
+        ("modules_to_save", ["norm"]),
+        ("fan_in_fan_out", True),
+        ("target_parameters", ["experts"]),
+        ("layer_replication", [[0, 1]]),
+        ("trainable_token_indices", [1]),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "olora"),
+        ("loftq_config", {"loftq_bits": 4}),
+        ("use_qalora", True),
+        ("megatron_config", {"a": 1}),
+        ("some_future_field", "on"),
+    ],
+)
+def test_another_kind_of_adapter(base, tmp_path, field, value):
+    adapter = write(tmp_path / "a", halves(vit_layers(*VIT_LAYERS)), **{field: value})
+    refuse(base, adapter, f"has {field} {json.dumps(value)}", "not merged", "plain LoRA on Linear layers")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"peft_type": ...}, "peft_type is missing"),
+        ({"r": 0}, "r is 0, not a number above 0"),
+        ({"r": "8"}, "r is '8'"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"rank_pattern": {"fc1": 1.5}}, "rank_pattern fc1 is 1.5"),
+        ({"rank_pattern": ["fc1"]}, "rank_pattern is ['fc1']"),
+        ({"target_modules": None}, "target_modules is None"),
+        ({"target_modules": "(qkv"}, "does not describe an adapter"),
+        ({"target_modules": [3]}, "target_modules is [3]"),
+    ],
+)
+def test_a_config_that_does_not_fit(base, tmp_path, changes, words):
+    refuse(base, write(tmp_path / "a", halves(vit_layers(*VIT_LAYERS)), **changes), words)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3"])
+def test_a_config_that_is_no_json_object(base, tmp_path, text):
+    adapter = write(tmp_path / "a", halves(vit_layers(*VIT_LAYERS)))
+    (adapter / "adapter_config.json").write_text(text)
+    refuse(base, adapter, "adapter_config.json", "allowed: a folder of PEFT")
+
+
+def test_an_adapter_for_another_base_names_what_it_fits(base, tmp_path):
+    tensors = halves({"trunk.blocks.1.attn.qkv": (96, 32)})
+    adapter = write(tmp_path / "a", tensors, target_modules=["qkv"], base_model_name_or_path="lab/x")
+    words = ("trained on lab/x", "does not fit tiny-vit", "[96, 32]", "[72, 24]", "it fits tiny-conch")
+    refuse(base, adapter, *words)
+
+
+def test_an_adapter_for_nothing_here(base, tmp_path):
+    adapter = write(tmp_path / "a", halves({"h.0.attn.c_attn": (96, 32)}), target_modules=["c_attn"])
+    refuse(base, adapter, "has no layer h.0.attn.c_attn", "fits none of the named encoders")
+
+
+def test_more_blocks_than_the_tower_has(base, tmp_path):
+    adapter = write(
+        tmp_path / "a", halves({f"blocks.{i}.mlp.fc2": (24, 48) for i in range(9)}), target_modules=["fc2"]
+    )
+    refuse(base, adapter, "has no layer blocks.2.mlp.fc2 and 6 more")
+
+
+def test_a_convolution(base, tmp_path):
+    tensors = {
+        "base_model.model.patch_embed.proj.lora_A.weight": torch.zeros(4, 3, 14, 14),
+        "base_model.model.patch_embed.proj.lora_B.weight": torch.zeros(24, 4, 1, 1),
+    }
+    adapter = write(tmp_path / "a", tensors, target_modules=["proj"])
+    refuse(base, adapter, "patch_embed.proj.lora_A.weight has 4 dimensions, as of a convolution")
+
+
+def test_a_layer_that_is_no_linear_one(base, tmp_path):
+    adapter = write(tmp_path / "a", halves({"patch_embed.proj": (24, 588)}), target_modules=["proj"])
+    refuse(base, adapter, "patch_embed.proj was adapted as [24, 588]", "[24, 3, 14, 14]")
+
+
+LAYER = "base_model.model.blocks.0.attn.qkv"
+
+
+def change(tensors, key, value):
+    if value is None:
+        return {k: v for k, v in tensors.items() if k != key}
+    return tensors | {key: value}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        (f"{LAYER}.lora_B.weight", None, "blocks.0.attn.qkv has no lora_B"),
+        (f"{LAYER}.lora_A.weight", torch.ones(5, 24), "blocks.0.attn.qkv has rank 5 and 4, not 4"),
+        (f"{LAYER}.lora_A.weight", torch.full((4, 24), math.nan), "lora_A.weight holds NaN"),
+        (f"{LAYER}.lora_A.weight", torch.ones(4, 24, dtype=torch.float64), "is float64, not float32"),
+        (f"{LAYER}.lora_magnitude_vector", torch.ones(72), "is no LoRA weight of a Linear layer"),
+        ("base_model.model.norm.weight", torch.ones(24), "norm.weight is no LoRA weight"),
+        ("base_model.model.head.lora_A.weight", torch.ones(4, 24), "head has no lora_B"),
+    ],
+)
+def test_weights_that_do_not_belong_to_the_config(base, tmp_path, key, value, words):
+    refuse(base, write(tmp_path / "a", change(halves(vit_layers(*VIT_LAYERS)), key, value)), words)
+
+
+def test_a_target_without_weights(base, tmp_path):
+    refuse(
+        base, write(tmp_path / "a", halves(vit_layers("attn.qkv"))), "no weights for proj of target_modules"
+    )
+
+
+def test_a_layer_that_was_not_targeted(base, tmp_path):
+    adapter = write(tmp_path / "a", halves(vit_layers("attn.qkv")), target_modules=r".*\.1\..*")
+    refuse(base, adapter, "blocks.0.attn.qkv is not among its target_modules")
+
+
+def test_a_truncated_file(base, tmp_path):
+    adapter = write(tmp_path / "a", halves(vit_layers(*VIT_LAYERS)))
+    path = adapter / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    refuse(base, adapter, "adapter_model.safetensors is damaged, cut short")
+
+
+def test_not_an_adapter(base, tmp_path):
+    refuse(base, tmp_path / "none", "does not exist", "adapter_config.json and adapter_model.safetensors")
+    refuse(base, base, "is a file", "allowed: a folder of PEFT")
+    refuse(base, tmp_path, "holds no adapter")
+
+
+# --- held to PEFT itself ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["list", "regex", "patterns", "rslora"])
+def test_peft_gives_the_same(base, tmp_path, kind):
+    peft = pytest.importorskip("peft", reason="peft is not installed; it is needed by no other test")
+    settings = {
+        "list": {"target_modules": list(VIT_LAYERS)},
+        "regex": {"target_modules": r"blocks\.1\..*\.(qkv|fc2)"},
+        "patterns": {
+            "target_modules": ["qkv", "fc1"],
+            "rank_pattern": {"fc1": 2},
+            "alpha_pattern": {"blocks.1.attn.qkv": 3},
+        },
+        "rslora": {
+            "target_modules": ["proj", "qkv"],
+            "exclude_modules": ["patch_embed.proj"],
+            "use_rslora": True,
+        },
+    }[kind]
+    torch.manual_seed(0)
+    model: nn.Module = untrained_encoder(TINY_VIT).tower
+    settings = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, **settings}
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**settings)).eval()
+    wrapped.save_pretrained(tmp_path / "a")
+    encoder = load("tiny-vit", base, tmp_path / "a")
+    images = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = wrapped.base_model.model.forward_features(images)[:, 0]
+        got = encoder(images)
+    assert (got - expected).norm() / expected.norm() < 1e-6

@@ -1,0 +1,169 @@
+"""What the table says of each encoder, and what happens to a patch before its tower sees it."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import timm
+import torch
+from encoder_fixtures import as_batch, noise_patches
+from PIL import Image
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+
+from seal_extract.encoders import find_spec, list_encoders
+from seal_extract.encoders.registry import ALIASES, ROWS
+from seal_extract.encoders.tower import empty_tower, tower_shapes
+from seal_extract.encoders.transform import PatchTransform, fit
+from seal_extract.errors import UsageError
+
+SEAL = ("seal-conch", "seal-univ2", "seal-virchow2", "seal-h0mini", "seal-phikon2")
+BASES = ("conch", "univ2", "virchow2", "h0mini", "phikon2", "uni")
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+H0 = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
+
+
+def test_all_names_the_seal_encoders_first():
+    assert tuple(row.name for row in list_encoders())[:11] == SEAL + BASES
+
+
+@pytest.mark.parametrize(
+    ("name", "dim", "precision", "statistics", "source"),
+    [
+        ("conch", 512, "float32", CLIP, "MahmoodLab/conch"),
+        ("univ2", 1536, "bfloat16", IMAGENET, "MahmoodLab/UNI2-h"),
+        ("virchow2", 2560, "float16", IMAGENET, "paige-ai/Virchow2"),
+        ("h0mini", 1536, "float32", H0, "bioptimus/H0-mini"),
+        ("phikon2", 1024, "float32", IMAGENET, "owkin/phikon-v2"),
+        ("uni", 1024, "float32", IMAGENET, "MahmoodLab/UNI"),
+    ],
+)
+def test_the_facts_of_a_base_and_of_its_finetune(name, dim, precision, statistics, source):
+    rows = [find_spec(name)] + ([find_spec(f"seal-{name}")] if f"seal-{name}" in ROWS else [])
+    for row in rows:
+        assert (row.dim, row.precision, (row.mean, row.std)) == (dim, precision, statistics)
+        assert row.input == rows[0].input
+        assert row.architecture == rows[0].architecture
+    assert rows[0].source == source
+    assert rows[0].page == f"https://huggingface.co/{source}"
+
+
+@pytest.mark.parametrize("name", SEAL + BASES)
+def test_a_row_states_licence_and_paper(name):
+    row = find_spec(name)
+    licence = r"CC-BY-NC-ND-4\.0|Owkin non-commercial licence"
+    assert re.search(f"({licence})$", row.licence)
+    assert re.match(r"(doi 10\.|arXiv \d{4}\.)", row.paper)
+
+
+@pytest.mark.parametrize("name", SEAL)
+def test_a_seal_row(name):
+    row = find_spec(name)
+    base = name.removeprefix("seal-")
+    assert (row.patch_px, row.mpp, row.also_mpp, row.source) == (224, 0.5, (), "MahmoodLab/SEAL")
+    assert row.published.files[:2] == (f"seal_{base}_vision.pth", f"{base}-seal-vision.pth")
+    assert row.published.lora.scale == 1
+    assert row.published.base == base
+
+
+@pytest.mark.parametrize(("alias", "name"), ALIASES.items())
+def test_another_spelling_of_a_name(alias, name):
+    assert find_spec(alias) is ROWS[name]
+
+
+def test_the_tower_of_uni_is_that_of_its_authors_example():
+    with torch.device("meta"):
+        theirs = timm.create_model(
+            "vit_large_patch16_224",
+            img_size=224,
+            patch_size=16,
+            init_values=1e-5,
+            num_classes=0,
+            dynamic_img_size=True,
+        )
+    ours = empty_tower(find_spec("uni"))
+    assert tower_shapes(ours) == tower_shapes(theirs)
+    assert repr(ours) == repr(theirs)
+
+
+# --- patches of another size --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "patch_px", "mpp", "told"),
+    [
+        ("seal-conch", 224, 0.5, None),
+        ("seal-conch", 224, 0.4958, None),
+        ("seal-conch", 256, 0.5, "224 px at 0.5 µm/px; these are 256 px at 0.5 µm/px"),
+        ("seal-univ2", 224, 0.25, "224 px at 0.5 µm/px; these are 224 px at 0.25 µm/px"),
+        ("conch", 448, 0.5, None),
+        ("conch", 224, 0.5, "448 px at 0.5 µm/px; these are 224 px at 0.5 µm/px"),
+        ("virchow2", 224, 0.25, None),
+        ("virchow2", 224, 0.75, "224 px at 0.5, 0.25, 1, 2 µm/px; these are 224 px at 0.75 µm/px"),
+        ("seal-virchow2", 224, 0.25, "224 px at 0.5 µm/px; these are 224 px at 0.25 µm/px"),
+    ],
+)
+def test_patches_unlike_those_of_the_training_are_told(name, patch_px, mpp, told):
+    expected = told and f"{name} was trained on patches of {told}"
+    assert find_spec(name).mismatch(patch_px, mpp) == expected
+
+
+# --- what the tower sees ------------------------------------------------------------------------------------
+
+BILINEAR, BICUBIC = InterpolationMode.BILINEAR, InterpolationMode.BICUBIC
+RESIZED = {"univ2": BILINEAR, "uni": BILINEAR, "virchow2": BICUBIC, "h0mini": BICUBIC}
+OWN_SIZE = ("conch", "phikon2")
+
+
+@pytest.mark.parametrize("size", [(224, 224), (256, 256), (448, 448), (100, 100), (301, 420)])
+@pytest.mark.parametrize("name", RESIZED)
+def test_pixels_are_those_of_torchvision(name, size):
+    patch = np.ascontiguousarray(noise_patches(1, max(size))[0, : size[0], : size[1]])
+    by_torchvision = Compose([Resize(224, RESIZED[name]), CenterCrop(224)])(Image.fromarray(patch))
+    expected = np.asarray(by_torchvision).astype(int)
+    for row in (find_spec(name), ROWS.get(f"seal-{name}", find_spec(name))):
+        on_device = fit(as_batch(patch[None]), row.input)[0].permute(1, 2, 0).numpy()
+        assert np.array_equal(on_device, expected)
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (row.mean, row.std))
+        by_pil = (PatchTransform.of(row)(Image.fromarray(patch)) * std + mean) * 255
+        assert np.array_equal(by_pil.round().permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize("size", [224, 256, 448])
+@pytest.mark.parametrize("name", OWN_SIZE)
+def test_a_patch_keeps_its_own_size(name, size):
+    patches = noise_patches(2, size)
+    for row in (find_spec(name), find_spec(f"seal-{name}")):
+        assert np.array_equal(fit(as_batch(patches), row.input), as_batch(patches))
+        assert PatchTransform.of(row)(Image.fromarray(patches[0])).shape == (3, size, size)
+
+
+@pytest.mark.parametrize("name", SEAL + BASES)
+@pytest.mark.parametrize("mode", ["RGBA", "L", "LA", "P"])
+def test_every_row_takes_images_of_other_8_bit_modes(name, mode):
+    transform = PatchTransform.of(find_spec(name))
+    image = Image.fromarray(noise_patches(1, 224)[0]).convert(mode)
+    assert torch.equal(transform(image), transform(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("name", SEAL + BASES)
+def test_no_row_takes_images_of_16_bits(name):
+    image = Image.fromarray(noise_patches(1, 224)[0, ..., 0].astype(np.uint16))
+    with pytest.raises(UsageError, match=r"mode I;16; allowed: 8 bits"):
+        PatchTransform.of(find_spec(name))(image)
+
+
+@pytest.mark.parametrize("mode", ["La", "RGBa"])
+def test_a_mode_that_pillow_cannot_convert(mode):
+    with pytest.raises(UsageError, match=f"mode {mode}; allowed: 8 bits"):
+        PatchTransform.of(find_spec("uni"))(Image.new(mode, (224, 224)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [256, 448, 301])
+@pytest.mark.parametrize("name", RESIZED)
+def test_the_gpu_resizes_to_the_same_pixels(name, size):
+    patches, rule = as_batch(noise_patches(2, size)), find_spec(name).input
+    assert torch.equal(fit(patches.cuda(), rule).cpu(), fit(patches, rule))
