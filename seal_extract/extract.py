@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,7 +63,10 @@ def encode_slide(
     layout = layout_for(slide, out, options)
     decoder = open_decoder(slide, grid, encoder.device)
     request = describe_request(slide, encoder.identity, options)
-    provenance = describe(plan, request, encoder.description, decoder.name)
+    mismatch = encoder.spec.mismatch(grid.patch_px, grid.mpp)
+    if mismatch is not None:
+        warnings.warn(mismatch, stacklevel=3)
+    provenance = describe(plan, request, encoder.description | {"mismatch": mismatch}, decoder.name)
 
     if plan.mask is not None:
         plan.mask.to_geojson(layout.tissue(name))

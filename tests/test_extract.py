@@ -149,7 +149,9 @@ def test_coordinates_of_clam_decide_patch_size_and_folder(svs, encoder, tmp_path
     with h5py.File(tmp_path / "small.h5", "w") as file:
         file["coords"] = np.array([[512, 512], [1024, 512]])
         file["coords"].attrs.update(patch_level=0, patch_size=256)
-    result = extract(svs, encoder, tmp_path / "out", options=ExtractOptions(coords=tmp_path))
+    with pytest.warns(UserWarning, match=r"trained on .*224 px at 0.5 µm/px; these are 256 px at 0.25 µm/px"):
+        result = extract(svs, encoder, tmp_path / "out", options=ExtractOptions(coords=tmp_path))
+    assert result.provenance["encoder"]["mismatch"].startswith("untrained-demo was trained on")
     assert result.path.parts[-3:] == ("40x_256px_0px_overlap", "features_untrained-demo", "small.h5")
     assert result.features.shape == (2, 192)
 

@@ -1,0 +1,166 @@
+"""Is this machine ready? Each thing a run depends on is tried by itself, so that causes are told apart."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+from seal_extract.encoders.hub import cache_folder, endpoint, translate
+from seal_extract.encoders.registry import list_encoders
+from seal_extract.errors import SealExtractError
+
+State = Literal["ok", "note", "FAILS"]
+ENOUGH_DISK_GB = 20  # the largest encoder's files and some thousand slides' features
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What came of one check; ``note`` is worth knowing and stops nothing that is installed for."""
+
+    subject: str
+    state: State
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.state:<5}  {self.subject:<10}  {self.text}"
+
+
+def examine(
+    slide: Path | None = None, *, slide_mpp: float | None = None, offline: bool = False
+) -> Iterator[Finding]:
+    """Try everything, one finding at a time.
+
+    Args:
+        slide: opened, its tissue found and 8 patches encoded (by an untrained encoder) if given.
+        slide_mpp: its µm/px, if it does not say it.
+        offline: leave out what asks the network.
+    """
+    yield from (_checked("python", _python), _checked("readers", _readers), _checked("device", _device))
+    yield from (_checked("disk", _disk), _checked("cache", _cache))
+    if not offline:
+        network = _checked("network", _network)
+        yield network
+        if network.state == "ok":
+            yield _checked("token", _token)
+            yield from (_checked("gate", partial(_gate, repo_id)) for repo_id in _repositories())
+    if slide is not None:
+        yield _checked("slide", partial(_slide, slide, slide_mpp))
+
+
+def _checked(subject: str, check: Callable[[], tuple[State, str]]) -> Finding:
+    try:
+        return Finding(subject, *check())
+    except SealExtractError as exc:
+        return Finding(subject, "FAILS", str(exc))
+    except Exception as exc:  # a broken installation may raise anything; the other checks go on
+        return Finding(subject, "FAILS", f"{type(exc).__name__}: {' '.join(str(exc).split())[:300]}")
+
+
+def _python() -> tuple[State, str]:
+    names = ("seal-extract", "torch", "timm", "huggingface_hub")
+    return "ok", f"{platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in names)
+
+
+def _readers() -> tuple[State, str]:
+    import openslide
+    import tiffslide  # noqa: F401  imported to see that it can be
+
+    return "ok", f"OpenSlide {openslide.__library_version__}, tiffslide {version('tiffslide')}"
+
+
+def _device() -> tuple[State, str]:
+    import torch
+
+    if torch.cuda.is_available():
+        cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        return "ok", ", ".join(f"{card.name} ({card.total_memory / 2**30:.0f} GiB)" for card in cards)
+    if shutil.which("nvidia-smi"):
+        return "FAILS", (
+            f"an NVIDIA driver is here, but torch {torch.__version__} (CUDA {torch.version.cuda}) sees no "
+            "card; install the torch build that fits the driver"
+        )
+    return "note", f"no NVIDIA card: encoders run on {torch.get_num_threads()} CPU threads, slowly"
+
+
+def _disk() -> tuple[State, str]:
+    free = shutil.disk_usage(Path.cwd()).free / 1e9
+    return ("ok" if free > ENOUGH_DISK_GB else "note"), f"{free:.0f} GB free in the current folder"
+
+
+def _cache() -> tuple[State, str]:
+    folder = cache_folder()
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    free = shutil.disk_usage(existing).free / 1e9
+    probe = existing / ".seal_extract_probe"
+    try:
+        probe.touch()
+    except OSError as exc:
+        return "FAILS", f"{folder} cannot be written ({exc.strerror}); choose another folder with HF_HOME"
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+    return ("ok" if free > ENOUGH_DISK_GB else "note"), f"{folder}, {free:.0f} GB free"
+
+
+def _network() -> tuple[State, str]:
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi(endpoint=endpoint()).model_info("gpt2", token=False, timeout=10)
+    except Exception as exc:
+        if getattr(exc, "response", None) is None:  # a refusal is an answer too
+            return "FAILS", (
+                f"cannot reach {endpoint()} ({' '.join(str(exc).split())[:100]}); check network and proxy, "
+                "or work with --offline and a filled cache"
+            )
+    return "ok", f"{endpoint()} answers"
+
+
+def _token() -> tuple[State, str]:
+    from huggingface_hub import HfApi, get_token
+
+    if get_token() is None:
+        return "note", "none; gated encoders need one: hf auth login"
+    try:
+        return "ok", f"of {HfApi(endpoint=endpoint()).whoami()['name']}"
+    except Exception as exc:
+        return "FAILS", f"the Hub does not accept it ({' '.join(str(exc).split())[:80]}); type: hf auth login"
+
+
+def _repositories() -> list[str]:
+    return list(dict.fromkeys(spec.source for spec in list_encoders() if spec.source))
+
+
+def _gate(repo_id: str) -> tuple[State, str]:
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi(endpoint=endpoint()).auth_check(repo_id)
+    except Exception as exc:
+        return "note", str(translate(exc, repo_id, ["its files"], None))
+    return "ok", f"{repo_id} may be downloaded"
+
+
+def _slide(path: Path, mpp: float | None) -> tuple[State, str]:
+    from dataclasses import replace
+
+    from seal_extract.batches import stream_batches
+    from seal_extract.decode import open_decoder
+    from seal_extract.demo import untrained_encoder
+    from seal_extract.plan import ExtractOptions, plan_slide
+    from seal_extract.slide import open_slide
+
+    with open_slide(path, mpp=mpp) as slide:
+        plan = plan_slide(slide, ExtractOptions(allow_upsampling=True))
+        encoder = untrained_encoder()
+        few = replace(plan.grid, xy_l0=plan.grid.xy_l0[:8])
+        stream = stream_batches([open_decoder(slide, few, encoder.device)], 8, device=encoder.device)
+        shapes = [list(encoder.encode(batch.patches).shape) for batch in stream]
+        return "ok", f"{slide}, {plan.grid}, first batch encoded: {shapes[0] if shapes else 'no tissue'}"

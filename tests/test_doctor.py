@@ -1,0 +1,88 @@
+"""The doctor tells causes apart; download fills the cache that offline nodes live on."""
+
+import pytest
+from encoder_fixtures import local_hub
+from hub_server import GOOD_TOKEN, OUTSIDE_TOKEN, Repo
+
+from seal_extract.cli import main
+from seal_extract.doctor import examine
+from seal_extract.encoders import list_encoders
+from seal_extract.synthetic import write_synthetic_slide
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    with local_hub(tmp_path / "hf", monkeypatch) as hub:
+        for source in {spec.source for spec in list_encoders()}:
+            hub.repos[source] = Repo({"config.json": b"{}"}, gated=True)
+        yield hub
+
+
+def findings(*args, **kwargs):
+    """{subject: [(state, text), ...]}"""
+    found = {}
+    for finding in examine(*args, **kwargs):
+        found.setdefault(finding.subject, []).append((finding.state, finding.text))
+    return found
+
+
+def test_with_token_and_accepted_gates_all_is_well(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", GOOD_TOKEN)
+    found = findings()
+    assert found["network"] == [("ok", f"{hub.url} answers")]
+    assert found["token"] == [("ok", "of good")]
+    sources = {spec.source for spec in list_encoders()}
+    assert {text.split()[0] for state, text in found["gate"] if state == "ok"} == sources
+
+
+def test_no_token_is_told_from_a_refused_one_and_from_a_closed_gate(hub, monkeypatch):
+    assert findings()["token"] == [("note", "none; gated encoders need one: hf auth login")]
+    monkeypatch.setenv("HF_TOKEN", "hf_unknown")
+    ((state, text),) = findings()["token"]
+    assert state == "FAILS"
+    assert "does not accept it" in text
+    monkeypatch.setenv("HF_TOKEN", OUTSIDE_TOKEN)
+    found = findings()
+    assert found["token"][0][0] == "ok"
+    assert all("no access yet; ask for it at https://huggingface.co/" in text for _, text in found["gate"])
+
+
+def test_no_network_is_told_from_the_rest(hub, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    found = findings()
+    ((state, text),) = found["network"]
+    assert state == "FAILS"
+    assert text.startswith("cannot reach http://127.0.0.1:9")
+    assert "token" not in found
+    assert "network" not in findings(offline=True)
+
+
+def test_a_cache_that_cannot_be_written_is_named(hub, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "file" / "below"))
+    ((state, text),) = findings(offline=True)["cache"]
+    assert state == "FAILS"
+    assert "choose another folder with HF_HOME" in text
+
+
+def test_a_slide_is_read_and_encoded(hub, tmp_path):
+    slide = write_synthetic_slide(tmp_path / "a.svs", (3000, 2400))
+    ((state, text),) = findings(slide, offline=True)["slide"]
+    assert state == "ok"
+    assert text.startswith("Slide(a.svs: 3000 x 2400 px")
+    assert text.endswith("first batch encoded: [8, 192]")
+
+
+def test_a_bad_slide_is_a_finding_and_the_exit_status(hub, tmp_path, capsys):
+    (tmp_path / "a.svs").write_text("no")
+    assert main(["doctor", str(tmp_path / "a.svs"), "--offline"]) == 1
+    out, err = capsys.readouterr()
+    assert "FAILS  slide" in out
+    assert "it is text" in out
+    assert err == "seal-extract: 1 of the things above fail\n"
+
+
+def test_nothing_wrong_exits_with_0(hub, capsys):
+    assert main(["doctor", "--offline"]) == 0
+    out, _ = capsys.readouterr()
+    assert [line.split()[1] for line in out.splitlines()] == ["python", "readers", "device", "disk", "cache"]
