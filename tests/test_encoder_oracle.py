@@ -226,7 +226,7 @@ def independent(backbone, tensors):
     with torch.device("meta"):
         model = BUILDERS[backbone]()
     base = {rule_key(backbone, k): v for k, v in tensors.items() if not is_own(k)}
-    model.load_state_dict(as_installed(backbone, base), strict=True, assign=True)
+    model.load_state_dict(as_installed(model, base), strict=True, assign=True)
     model.eval().requires_grad_(False)
     mean, std = STATISTICS[backbone]
     resize = [Resize(224, InterpolationMode.BICUBIC), CenterCrop(224)] if backbone != "phikon2" else []
@@ -243,9 +243,9 @@ def independent(backbone, tensors):
     return model, embed
 
 
-def as_installed(backbone, base):
-    """The base's arrays under the names that the installed transformers uses."""
-    if backbone != "phikon2":
+def as_installed(model, base):
+    """The base's arrays under the names that the installed timm or transformers uses."""
+    if model.state_dict().keys() == base.keys():
         return base
     parts = {"attention.query": "q_proj", "attention.key": "k_proj", "attention.value": "v_proj"}
     for old, new in {**parts, "output.dense": "o_proj"}.items():

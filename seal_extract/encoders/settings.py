@@ -144,7 +144,7 @@ Leaf = tuple[tuple[str, ...], Any]
 
 
 def _yaml(path: Path) -> Any:
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     try:
         with path.open("rb") as file:
