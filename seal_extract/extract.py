@@ -38,7 +38,7 @@ def extract(
         encoder: from `load_encoder`.
         out: folder for the results.
         options: all choices.
-        progress: called with (patches done, patches in all) at the start and after each batch.
+        progress: called with (patches done, patches in all) after each batch.
 
     Raises:
         SealExtractError: one of its children; nothing half-written is left.
