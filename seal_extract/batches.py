@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from time import sleep
 
 import torch
 from torch import Tensor
 
-from seal_extract.decode import RegionDecoder
+from seal_extract.decode import Decoded, Decoder
+from seal_extract.errors import ReadError, SealExtractError
 
 ROWS_PER_JOB = 8  # patches a thread reads at a time: large enough that handing over costs nothing
+JOB_BYTES = 32 * 2**20  # fewer where patches are huge
 READ_AHEAD_BYTES = 256 * 2**20  # host memory that decoded regions may fill
+
+POLL_S = 0.005  # between two looks whether the next slide is ready, when there is nothing else to do
+
+OnFailure = Callable[[int, SealExtractError], None]
 
 
 @dataclass(frozen=True)
@@ -26,11 +32,16 @@ class PatchBatch:
         patches: uint8 [B, 3, S, S].
         slide: int64 [B], position of the patch's slide in the stream.
         row: int64 [B], row of the patch in that slide's grid.
+        unreadable: why, for each position in the batch whose patch could not be read; its pixels are black.
     """
 
     patches: Tensor
     slide: Tensor
     row: Tensor
+    unreadable: dict[int, str]
+
+    def __len__(self) -> int:
+        return len(self.row)
 
     def __repr__(self) -> str:
         slides = sorted(set(self.slide.tolist()))
@@ -42,78 +53,188 @@ class _Job:
     """Consecutive rows of one slide, for one thread."""
 
     slide: int
-    decoder: RegionDecoder
+    decoder: Decoder
     rows: range
+    pixels: Future[Decoded]
+
+    @property
+    def bytes(self) -> int:
+        return len(self.rows) * 3 * self.decoder.side_px**2
+
+    @property
+    def is_last(self) -> bool:
+        return self.rows.stop == len(self.decoder.grid)
 
 
 def stream_batches(
-    decoders: Iterable[RegionDecoder],
+    decoders: Iterable[Decoder | None],
     batch_size: int,
     *,
     device: torch.device | str = "cpu",
     workers: int | None = None,
+    max_read_errors: int = 0,
+    on_failure: OnFailure | None = None,
+    on_read: Callable[[int], None] | None = None,
 ) -> Iterator[PatchBatch]:
     """Decode the grids of ``decoders`` one after the other into batches of exactly ``batch_size``.
 
     Batches cross slide borders while the patch size stays the same; only the last of a size may be smaller.
-    Order does not depend on ``workers``. Decoders are taken from the iterable as their turn comes near.
+    Order does not depend on ``workers``. Decoders are taken from the iterable as their turn comes near, and
+    closed when their last patch is read.
 
     Args:
-        decoders: one per slide.
+        decoders: one per slide; None as long as the next one is not ready.
         batch_size: patches per batch.
         device: where patches are resampled and handed out.
         workers: reading threads; all cores by default.
+        max_read_errors: patches of a slide that may be unreadable before it fails.
+        on_failure: told the slide and its error; the stream then goes on without that slide's other patches.
+        on_read: told the slide from which nothing is read any more.
 
     Raises:
-        ReadError: from a decoder, as soon as its turn has come.
+        ReadError: a slide has failed, as soon as its turn has come, and there is no ``on_failure``.
     """
     device = torch.device(device)
     workers = workers or os.cpu_count() or 1
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="read")
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="read", initializer=_compute_alone)
+    threads = torch.get_num_threads()
+    stream = _Stream(pool, workers, device, max_read_errors, on_failure, on_read or (lambda _: None))
     try:
-        yield from _collect(_decoded(pool, workers, _jobs(decoders), device), batch_size)
+        yield from _collect(stream.decoded(decoders), batch_size)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
-def _jobs(decoders: Iterable[RegionDecoder]) -> Iterator[_Job]:
-    for slide, decoder in enumerate(decoders):
-        for start in range(0, len(decoder.grid), ROWS_PER_JOB):
-            yield _Job(slide, decoder, range(start, min(start + ROWS_PER_JOB, len(decoder.grid))))
+def _compute_alone() -> None:
+    """Let torch compute in the calling thread alone: the threads of a pool are the parallelism."""
+    torch.set_num_threads(1)
 
 
-def _decoded(
-    pool: ThreadPoolExecutor, workers: int, jobs: Iterator[_Job], device: torch.device
-) -> Iterator[tuple[_Job, Tensor]]:
+class _Stream:
     """Jobs in order with their patches; as many are being read ahead as fit the memory set aside."""
-    waiting: deque[tuple[_Job, Future[Tensor]]] = deque()
-    while True:
-        for job in islice(jobs, _room(waiting, workers)):
-            waiting.append((job, pool.submit(job.decoder.read, job.rows)))
-        if not waiting:
-            return
-        job, future = waiting.popleft()
-        yield job, job.decoder.to_patches(future.result().to(device))
+
+    def __init__(
+        self,
+        pool: ThreadPoolExecutor,
+        workers: int,
+        device: torch.device,
+        max_read_errors: int,
+        on_failure: OnFailure | None,
+        on_read: Callable[[int], None],
+    ) -> None:
+        self._pool, self._workers, self._upload = pool, workers, _Upload(device)
+        self._max_read_errors, self._on_failure, self._on_read = max_read_errors, on_failure, on_read
+        self._errors: dict[int, int] = {}  # unreadable patches of each slide
+        self._failed: set[int] = set()
+
+    def decoded(self, decoders: Iterable[Decoder | None]) -> Iterator[tuple[_Job, Tensor, dict[int, str]]]:
+        jobs = self._jobs(decoders)
+        waiting: deque[_Job] = deque()
+        more = True
+        while more or waiting:
+            while more and self._has_room(waiting):
+                try:
+                    following = next(jobs)
+                except StopIteration:
+                    more = False
+                    break
+                if following is not None:
+                    waiting.append(following)
+                elif waiting:
+                    break
+                else:
+                    sleep(POLL_S)
+            if not waiting:
+                continue
+            job = waiting.popleft()
+            decoded = self._result(job)
+            if job.is_last or (job.slide in self._failed and all(w.slide != job.slide for w in waiting)):
+                self._close(job.slide, job.decoder)
+            if decoded is not None:
+                yield job, self._upload(job.decoder, decoded.pixels), dict(decoded.unreadable)
+
+    def _jobs(self, decoders: Iterable[Decoder | None]) -> Iterator[_Job | None]:
+        slide = -1
+        for decoder in decoders:
+            if decoder is None:
+                yield None
+                continue
+            slide += 1
+            rows = len(decoder.grid)
+            step = max(1, min(ROWS_PER_JOB, JOB_BYTES // (3 * decoder.side_px**2)))
+            for start in range(0, rows, step):
+                if slide in self._failed:
+                    break
+                part = range(start, min(start + step, rows))
+                yield _Job(slide, decoder, part, self._pool.submit(decoder.read, part))
+            if not rows:
+                self._close(slide, decoder)
+
+    def _close(self, slide: int, decoder: Decoder) -> None:
+        decoder.close()
+        self._on_read(slide)
+
+    def _has_room(self, waiting: deque[_Job]) -> bool:
+        """Two jobs a thread, and more while they fit READ_AHEAD_BYTES."""
+        if len(waiting) < 2 * self._workers:
+            return True
+        return len(waiting) < 16 * self._workers and sum(job.bytes for job in waiting) < READ_AHEAD_BYTES
+
+    def _result(self, job: _Job) -> Decoded | None:
+        """What a job has read; None if its slide has failed."""
+        try:
+            decoded = job.pixels.result()
+            if job.slide not in self._failed:
+                self._count(job, decoded)
+        except SealExtractError as exc:
+            if self._on_failure is None:
+                raise
+            if job.slide not in self._failed:
+                self._failed.add(job.slide)
+                self._on_failure(job.slide, exc)
+        return None if job.slide in self._failed else decoded
+
+    def _count(self, job: _Job, decoded: Decoded) -> None:
+        errors = self._errors[job.slide] = self._errors.get(job.slide, 0) + len(decoded.unreadable)
+        if errors > self._max_read_errors:
+            first = next(iter(decoded.unreadable.values()))
+            raise ReadError(
+                first
+                if not self._max_read_errors
+                else f"{first} (patch {errors} of this slide that cannot be read; --max-read-errors allows "
+                f"{self._max_read_errors})"
+            )
 
 
-def _room(waiting: deque[tuple[_Job, Future[Tensor]]], workers: int) -> int:
-    """How many more jobs may start: two a thread at least, more while they fit READ_AHEAD_BYTES."""
-    if not waiting:
-        return 2 * workers
-    side = waiting[-1][0].decoder.grid.read_px
-    affordable = READ_AHEAD_BYTES // (ROWS_PER_JOB * side * side * 3)
-    return max(0, max(2 * workers, min(affordable, 16 * workers)) - len(waiting))
+class _Upload:
+    """Brings what was read to the device; on a GPU beside the computing, not in its way."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def __call__(self, decoder: Decoder, pixels: Tensor) -> Tensor:
+        if self._stream is None:
+            return decoder.to_patches(pixels.to(self._device))
+        with torch.cuda.stream(self._stream):
+            patches = decoder.to_patches(pixels.to(self._device, non_blocking=True))
+        computing = torch.cuda.current_stream(self._device)
+        computing.wait_stream(self._stream)
+        patches.record_stream(computing)
+        return patches
 
 
-def _collect(decoded: Iterable[tuple[_Job, Tensor]], batch_size: int) -> Iterator[PatchBatch]:
+def _collect(decoded: Iterable[tuple[_Job, Tensor, dict[int, str]]], batch_size: int) -> Iterator[PatchBatch]:
     parts: list[PatchBatch] = []
     held = 0
-    for job, patches in decoded:
+    for job, patches, unreadable in decoded:
         if parts and parts[0].patches.shape[-1] != patches.shape[-1]:
             yield _join(parts)
             parts, held = [], 0
         rows = torch.arange(job.rows.start, job.rows.stop)
-        parts.append(PatchBatch(patches, torch.full_like(rows, job.slide), rows))
+        why = {row - job.rows.start: reason for row, reason in unreadable.items()}
+        parts.append(PatchBatch(patches, torch.full_like(rows, job.slide), rows, why))
         held += len(rows)
         while held >= batch_size:
             batch, rest = _split(_join(parts), batch_size)
@@ -125,10 +246,23 @@ def _collect(decoded: Iterable[tuple[_Job, Tensor]], batch_size: int) -> Iterato
 
 
 def _join(parts: list[PatchBatch]) -> PatchBatch:
-    fields = ([p.patches for p in parts], [p.slide for p in parts], [p.row for p in parts])
-    return PatchBatch(*(torch.cat(field) for field in fields))
+    unreadable: dict[int, str] = {}
+    start = 0
+    for part in parts:
+        unreadable |= {start + i: why for i, why in part.unreadable.items()}
+        start += len(part)
+    return PatchBatch(
+        torch.cat([p.patches for p in parts]),
+        torch.cat([p.slide for p in parts]),
+        torch.cat([p.row for p in parts]),
+        unreadable,
+    )
 
 
 def _split(batch: PatchBatch, at: int) -> tuple[PatchBatch, PatchBatch]:
-    fields = (batch.patches, batch.slide, batch.row)
-    return PatchBatch(*(f[:at] for f in fields)), PatchBatch(*(f[at:] for f in fields))
+    before = {i: why for i, why in batch.unreadable.items() if i < at}
+    after = {i - at: why for i, why in batch.unreadable.items() if i >= at}
+    return (
+        PatchBatch(batch.patches[:at], batch.slide[:at], batch.row[:at], before),
+        PatchBatch(batch.patches[at:], batch.slide[at:], batch.row[at:], after),
+    )

@@ -43,6 +43,8 @@ def find_finished(
             f"{path} exists, made with another request ({difference}); "
             f"type --overwrite to replace it, or another -o"
         )
+    if provenance["read_errors"] > options.max_read_errors:
+        return None
     return read_features(path)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from seal_extract.errors import GeometryError, UsageError
 from seal_extract.grid import MPP_TOLERANCE, PatchGrid, make_grid, read_grid
 from seal_extract.slide import Slide
 from seal_extract.tissue import TissueMask, find_tissue
 
+Resampling = Literal["bicubic", "area"]
 COORDS_NAMES = ("{}_patches.h5", "{}.h5")
 ROI_NAMES = ("{}.geojson", "{}.json")
 
@@ -28,7 +30,10 @@ class ExtractOptions:
         slide_mpp: µm/px at level 0, for slides that do not say it.
         roi: GeoJSON of the tissue, or a folder of ``{slide}.geojson``, in place of finding it.
         coords: coordinates of TRIDENT, CLAM or AtlasPatch, a file or a folder, in place of a grid.
-        batch_size: patches per forward pass; 64 on a GPU and 16 on a CPU by default.
+        resample: ``"bicubic"``, as the field's other tools, or ``"area"``, which is faster.
+        fast_decode: decode JPEG at reduced scale where patches shrink by a multiple of 2: other pixels.
+        max_read_errors: patches of a slide that may be unreadable before it fails; their features are zeros.
+        batch_size: patches per forward pass; found by trying on a GPU by default.
         workers: reading threads; all cores by default.
         overwrite: replace a file that other options made.
     """
@@ -42,6 +47,9 @@ class ExtractOptions:
     slide_mpp: float | None = None
     roi: Path | None = None
     coords: Path | None = None
+    resample: Resampling = "bicubic"
+    fast_decode: bool = False
+    max_read_errors: int = 0
     batch_size: int | None = None
     workers: int | None = None
     overwrite: bool = False
@@ -49,6 +57,10 @@ class ExtractOptions:
     def __post_init__(self) -> None:
         if self.roi is not None and self.coords is not None:
             raise UsageError("--roi and --coords both say where the patches lie; give one of them")
+        if self.resample not in get_args(Resampling):
+            raise UsageError(f"--resample is {self.resample!r}; allowed: {', '.join(get_args(Resampling))}")
+        if self.max_read_errors < 0:
+            raise UsageError(f"--max-read-errors is {self.max_read_errors}; allowed: 0 or more")
         for name in ("batch_size", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -14,13 +14,20 @@ from seal_extract.slide import Slide
 from seal_extract.store import grid_fields
 
 PIPELINE = 1  # raised whenever the same request gives other numbers than before
-WITHOUT_EFFECT = ("batch_size", "workers", "overwrite")  # options that leave the numbers as they are
+WITHOUT_EFFECT = (
+    "max_read_errors",
+    "batch_size",
+    "workers",
+    "overwrite",
+)  # options that leave the numbers as they are
 LIBRARIES = (
     "seal-extract",
     "torch",
     "timm",
     "numpy",
     "opencv-python-headless",
+    "simplejpeg",
+    "imagecodecs",
     "openslide-python",
     "tiffslide",
 )
@@ -91,7 +98,8 @@ def describe(
         "tissue": None if plan.mask is None else {"mpp": plan.mask.mpp, "area_mm2": plan.mask.area_mm2},
         "grid": grid_fields(plan.grid),
         "encoder": encoder,
-        "read_errors": 0,  # a slide with an unreadable region is not written at all
+        "read_errors": 0,
+        "unreadable": [],  # row, xy_l0 and reason of each patch whose features are zeros
         "versions": {name: version(name) for name in LIBRARIES},
         "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

@@ -130,6 +130,7 @@ class OpenSlideReader(_Reader):
     def __init__(self, path: Path, mpp: float | None = None) -> None:
         self.path = path
         self.reader = f"openslide {openslide.__library_version__}"
+        self._lock = threading.Lock()
         try:
             self._handle = openslide.OpenSlide(path)
         except OpenSlideUnsupportedFormatError as exc:
@@ -156,11 +157,37 @@ class OpenSlideReader(_Reader):
 
     def read_region(self, xy_l0: tuple[int, int], level: int, size_px: tuple[int, int]) -> Array:
         """See `Slide.read_region`."""
+        handle = self._handle
         try:
-            rgba = self._handle.read_region(xy_l0, level, size_px)
-        except OpenSlideError as exc:
-            raise self._read_error(xy_l0, level, size_px, exc) from exc
+            rgba = handle.read_region(xy_l0, level, size_px)
+        except OpenSlideError:
+            rgba = self._read_afresh(handle, xy_l0, level, size_px)
         return np.asarray(rgba.convert("RGB"))  # transparent becomes black, as in the field's other tools
+
+    def _read_afresh(
+        self, failed: Any, xy_l0: tuple[int, int], level: int, size_px: tuple[int, int]
+    ) -> Image.Image:
+        """Once a read has failed its handle fails for ever, for other threads and other regions too."""
+        try:
+            fresh = openslide.OpenSlide(self.path)
+        except (OpenSlideError, OSError) as exc:
+            raise self._read_error(xy_l0, level, size_px, exc) from exc
+        try:
+            rgba = fresh.read_region(xy_l0, level, size_px)
+        except OpenSlideError as exc:
+            fresh.close()
+            self._renew(failed)
+            raise self._read_error(xy_l0, level, size_px, exc) from exc
+        self._renew(failed, fresh)
+        return rgba
+
+    def _renew(self, failed: Any, fresh: Any = None) -> None:
+        """Put another handle in the place of ``failed``, which closes itself when no thread uses it."""
+        with self._lock:
+            if self._handle is failed:
+                self._handle = fresh or openslide.OpenSlide(self.path)
+            elif fresh is not None:
+                fresh.close()
 
     def close(self) -> None:
         """Release the file."""

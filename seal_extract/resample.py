@@ -12,6 +12,7 @@ import math
 from functools import lru_cache
 from typing import Literal, get_args
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ from torch.nn.functional import interpolate
 
 from seal_extract.errors import UsageError
 
-Filter = Literal["bicubic", "bilinear"]
+Filter = Literal["bicubic", "bilinear", "area"]
 PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 SUPPORT = {"bicubic": 2.0, "bilinear": 1.0}  # px of the output at which the filter ends
 WEIGHT_BITS = 22  # of Pillow's weights for 8-bit images
@@ -33,7 +34,7 @@ def resample(patches: Tensor, size_px: tuple[int, int], filter: Filter = "bicubi
     Args:
         patches: uint8 [B, 3, H, W] on any device.
         size_px: (height, width) wanted.
-        filter: ``"bicubic"`` or ``"bilinear"``.
+        filter: ``"bicubic"``, ``"bilinear"``, or ``"area"``, the mean over a new pixel, which only shrinks.
 
     Returns:
         uint8 [B, 3, height, width] on the same device; the input itself where the size is right already.
@@ -50,6 +51,8 @@ def resample(patches: Tensor, size_px: tuple[int, int], filter: Filter = "bicubi
         return patches
     if not len(patches):
         return patches.new_empty((0, patches.shape[1], *size_px))
+    if filter == "area":
+        return area_means(patches, size_px)
     if patches.device.type != "cpu":
         return exact_products(patches, size_px, filter)
     if whole_factor(before, size_px):
@@ -71,6 +74,36 @@ def resize_region(
 def whole_factor(before: tuple[int, int], after: tuple[int, int]) -> bool:
     """Whether both sides shrink by a whole number."""
     return all(b % a == 0 for b, a in zip(before, after, strict=True))
+
+
+def area_means(patches: Tensor, size_px: tuple[int, int]) -> Tensor:
+    """`resample` by the mean over the area of each new pixel, rounded once.
+
+    Raises:
+        UsageError: it would enlarge.
+    """
+    height, width = patches.shape[2:]
+    if height < size_px[0] or width < size_px[1]:
+        raise UsageError(f"area cannot enlarge {width} px to {size_px[1]}; type --resample bicubic")
+    if patches.device.type == "cpu":
+        images = patches.permute(0, 2, 3, 1).contiguous().numpy()
+        resized = np.empty((len(images), *size_px, 3), np.uint8)
+        for image, out in zip(images, resized, strict=True):
+            cv2.resize(image, (size_px[1], size_px[0]), dst=out, interpolation=cv2.INTER_AREA)
+        return torch.from_numpy(resized).permute(0, 3, 1, 2)
+    rows, columns = (
+        area_weights(b, a).to(patches.device) for b, a in zip(patches.shape[2:], size_px, strict=True)
+    )
+    return (rows @ (patches.double() @ columns.T)).add_(0.5).floor_().to(torch.uint8)
+
+
+@lru_cache(maxsize=16)
+def area_weights(before: int, after: int) -> Tensor:
+    """The share of each of ``before`` px in each of ``after``: float64 [after, before]."""
+    scale = before / after
+    edges = torch.arange(after, dtype=torch.float64)[:, None] * scale
+    pixels = torch.arange(before, dtype=torch.float64)
+    return (torch.minimum(edges + scale, pixels + 1) - torch.maximum(edges, pixels)).clamp_(0) / scale
 
 
 def exact_products(patches: Tensor, size_px: tuple[int, int], filter: Filter = "bicubic") -> Tensor:

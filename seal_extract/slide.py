@@ -6,15 +6,17 @@ downstream hangs on it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from seal_extract.errors import ResolutionError, SlideOpenError
+from seal_extract.errors import ResolutionError, SlideError, SlideOpenError
 from seal_extract.readers import Array, ImageReader, Level, OpenSlideReader, TiffSlideReader, check_mpp
 from seal_extract.tiff import refuse_truncated
 
+READERS = (OpenSlideReader, TiffSlideReader, ImageReader)
 FORMATS = "SVS, NDPI, MRXS, SCN, BIF, VMS, Philips or generic tiled TIFF, OME-TIFF, DICOM, PNG, JPEG"
 
 
@@ -79,7 +81,7 @@ def open_slide(path: str | os.PathLike[str], *, mpp: float | None = None) -> Sli
         check_mpp(mpp, "--slide-mpp", path)
     refusals: list[str] = []
     without_mpp: ResolutionError | None = None
-    for reader in (OpenSlideReader, TiffSlideReader, ImageReader):
+    for reader in READERS:
         try:
             return reader(path, mpp)
         except ResolutionError as exc:  # another reader may know more
@@ -90,6 +92,19 @@ def open_slide(path: str | os.PathLike[str], *, mpp: float | None = None) -> Sli
     raise without_mpp or SlideOpenError(
         f"{path}: no reader opens it ({'; '.join(refusals)}); {_looks_like(path)}; allowed: {FORMATS}"
     )
+
+
+def open_with_another_reader(slide: Slide) -> Slide | None:
+    """The same slide, level by level, through a library that did not open it; None if no other can."""
+    for reader in READERS:
+        if isinstance(slide, reader):
+            continue
+        with contextlib.suppress(SlideError, OSError):
+            other: Slide = reader(slide.path, slide.mpp)
+            if [level.size_px for level in other.levels] == [level.size_px for level in slide.levels]:
+                return other
+            other.close()
+    return None
 
 
 def coarsest_level(slide: Slide, downsample: float) -> int:

@@ -118,6 +118,8 @@ def write_features(
 ) -> Iterator[FeatureWriter]:
     """Open the features file of a slide; it appears under its name when the block ends with all rows in.
 
+    ``provenance`` is written last, as it then is.
+
     Raises:
         OutputError: it cannot be written, or not as many rows came as the grid has.
     """
@@ -127,11 +129,11 @@ def write_features(
         dataset = file.create_dataset("features", (len(grid), dim), np.float32, chunks=chunks)
         dataset.attrs.update(name=slide.path.stem, savetodir=str(path.parent), encoder=encoder)
         _create_coords(file, slide, grid, path.parent)
-        file.attrs[PROVENANCE] = json.dumps(provenance)
         writer = FeatureWriter(path, dataset, disk)
         yield writer
         if writer.rows != len(grid):
             raise OutputError(f"{path}: {writer.rows} rows came for {len(grid)} patches; nothing was kept")
+        file.attrs[PROVENANCE] = json.dumps(provenance)
 
 
 def write_coords(path: Path, slide: Slide, grid: PatchGrid, provenance: dict[str, Any]) -> None:

@@ -23,6 +23,12 @@ def shared(*parts: str) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tests remember of weight files does not go to the user's own cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @dataclass
 class DrawnSlide:
     """A slide held in memory: its lower levels are subsampled from level 0."""

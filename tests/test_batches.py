@@ -12,7 +12,7 @@ from PIL import Image
 
 from seal_extract import batches
 from seal_extract.batches import stream_batches
-from seal_extract.decode import open_decoder
+from seal_extract.decode import Decoded, open_decoder
 from seal_extract.errors import ReadError
 from seal_extract.grid import PatchGrid, level_to_read
 from seal_extract.slide import open_slide
@@ -119,7 +119,7 @@ def test_no_more_is_read_ahead_than_the_memory_set_aside(drawn, monkeypatch):
     monkeypatch.setattr(
         type(decoder),
         "read",
-        lambda self, rows: read.append(rows) or torch.zeros(len(rows), 3, 32, 32, dtype=torch.uint8),
+        lambda self, rows: read.append(rows) or Decoded(torch.zeros(len(rows), 3, 32, 32, dtype=torch.uint8)),
     )
     stream = stream_batches([decoder], batches.ROWS_PER_JOB, workers=1)
     for i in range(5):

@@ -12,8 +12,9 @@ from encoder_fixtures import as_batch, noise_patches
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
+from seal_extract.cli import main
 from seal_extract.encoders import find_spec, list_encoders
-from seal_extract.encoders.registry import ALIASES, ROWS
+from seal_extract.encoders.registry import ALIASES, PRECISIONS, ROWS
 from seal_extract.encoders.tower import empty_tower, tower_shapes
 from seal_extract.encoders.transform import PatchTransform, fit
 from seal_extract.errors import UsageError
@@ -56,6 +57,20 @@ def test_a_row_states_licence_and_paper(name):
     licence = r"CC-BY-NC-ND-4\.0|Owkin non-commercial licence"
     assert re.search(f"({licence})$", row.licence)
     assert re.match(r"(doi 10\.|arXiv \d{4}\.)", row.paper)
+
+
+def test_the_table_shows_every_resolution_and_gate_in_columns(capsys):
+    assert main(["encoders"]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line for line in lines}
+    assert "224 px at 0.5, 0.25, 1, 2 µm/px  " in rows["virchow2"]
+    for column, words in {"precision": PRECISIONS, "gated": ("yes", "no"), "weights": ("https://",)}.items():
+        at = head.index(column)
+        for name in SEAL + BASES:
+            assert rows[name][at - 2 : at] == "  "
+            assert rows[name][at:].startswith(words), (name, column)
+    gated = {name for name in SEAL + BASES if rows[name][head.index("gated") :].startswith("yes")}
+    assert gated == {*SEAL, *BASES} - {"phikon2"}
 
 
 @pytest.mark.parametrize("name", SEAL)

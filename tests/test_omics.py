@@ -8,9 +8,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import shared
-from encoder_fixtures import local_hub, save
+from encoder_fixtures import (
+    SEAL_TINY_CONCH,
+    TINY_CONCH,
+    add_tiny_rows,
+    base_file,
+    local_hub,
+    save,
+    seal_file,
+)
 from hub_server import GOOD_TOKEN, Repo
 
+from seal_extract.cli import main
+from seal_extract.encoders import load_encoder
+from seal_extract.encoders.hub import fetch
 from seal_extract.errors import CheckpointError, MissingOnHubError, TokenError, UsageError
 from seal_extract.genes import load_omics, read_panel
 
@@ -113,7 +124,7 @@ def test_it_is_frozen_and_introduces_itself(omics):
     assert not any(p.requires_grad for p in omics.parameters())
     assert not any(m.training for m in omics.modules())
     assert repr(omics) == "OmicsEncoder(seal_small_omics: 6 genes to 4 numbers, on cpu)"
-    assert omics.source.path.name == "seal_small_omics.pth"
+    assert omics.weights.file == "seal_small_omics.pth"
 
 
 def test_one_may_train_on_its_embeddings(omics):
@@ -134,8 +145,8 @@ def test_from_the_hub_by_either_spelling(tmp_path, monkeypatch, file):
             load_omics("seal-conch")
         monkeypatch.setenv("HF_TOKEN", GOOD_TOKEN)
         omics = load_omics("seal-conch")
-        assert (omics.name, omics.source.path.name) == ("seal-conch", file)
-        assert load_omics("seal-conch", offline=True).source == omics.source
+        assert (omics.name, omics.weights.file) == ("seal-conch", file)
+        assert load_omics("seal-conch", offline=True).weights == omics.weights
         del hub.repos["MahmoodLab/SEAL"].files[file]
         with pytest.raises(MissingOnHubError, match=r"seal_univ2_omics.pth or univ2-seal-omics.pth"):
             load_omics("seal-univ2")
@@ -154,6 +165,67 @@ def test_arguments_that_cannot_be_meant(tmp_path):
         load_omics("seal-konch")
     with pytest.raises(UsageError, match="device is 'gpu'"):
         load_omics(path, device="gpu")
+
+
+# --- both halves by one command -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    """A Hub with both halves of a tiny SEAL encoder, and its base."""
+    add_tiny_rows(monkeypatch)
+    layout = SEAL_TINY_CONCH.published
+    files = {
+        "seal_tiny-conch_vision.pth": seal_file(SEAL_TINY_CONCH),
+        "seal_tiny-conch_omics.pth": small_file(layout.decoder.genes, SEAL_TINY_CONCH.dim),
+    }
+    saved = {name: save(tensors, tmp_path / name).read_bytes() for name, tensors in files.items()}
+    base = save(base_file(TINY_CONCH), tmp_path / "base.bin").read_bytes()
+    with local_hub(tmp_path / "hf", monkeypatch) as hub:
+        hub.repos["lab/SEAL"] = Repo(saved)
+        hub.repos["lab/tiny-conch"] = Repo({"pytorch_model.bin": base})
+        yield hub
+
+
+def test_download_fetches_both_halves_for_nodes_without_network(lab, capsys):
+    assert main(["download", "seal-tiny-conch"]) == 0
+    out, err = capsys.readouterr()
+    said = [line.split(",")[0] for line in out.splitlines()]
+    files = ("seal_tiny-conch_vision.pth", "seal_tiny-conch_omics.pth")
+    assert (said, err) == ([f"seal-tiny-conch: {file} of lab/SEAL" for file in files], "")
+    lab.asked.clear()
+    encoder = load_encoder("seal-tiny-conch", device="cpu", offline=True)
+    assert load_omics("seal-tiny-conch", offline=True).dim == encoder.embedding_dim
+    assert lab.asked == []
+
+
+def test_download_where_there_is_no_expression_half(lab, capsys):
+    del lab.repos["lab/SEAL"].files["seal_tiny-conch_omics.pth"]
+    assert main(["download", "seal-tiny-conch", "tiny-conch"]) == 0
+    out, err = capsys.readouterr()
+    first, second, third = out.splitlines()
+    assert first.startswith("seal-tiny-conch: without the expression encoder, which embeddings do not need: ")
+    assert "lab/SEAL has no file seal_tiny-conch_omics.pth or tiny-conch-seal-omics.pth" in first
+    assert second.startswith("seal-tiny-conch: seal_tiny-conch_vision.pth of lab/SEAL")
+    assert third.startswith("tiny-conch: pytorch_model.bin of lab/tiny-conch")  # a base has none: no word
+    assert err == ""
+
+
+def test_download_of_an_expression_half_that_does_not_fit(lab, tmp_path, capsys):
+    other = save(small_file(3, 2), tmp_path / "other.pth").read_bytes()
+    lab.repos["lab/SEAL"].files["seal_tiny-conch_omics.pth"] = other
+    assert main(["download", "seal-tiny-conch"]) == 1
+    assert "not a weight file of the expression half of seal-tiny-conch" in capsys.readouterr().err
+
+
+def test_a_copy_that_was_damaged_in_the_cache(lab):
+    load_omics("seal-tiny-conch")
+    blob = fetch("lab/SEAL", ["seal_tiny-conch_omics.pth"]).path.resolve()
+    content = bytearray(blob.read_bytes())
+    content[-2000:-1900] = bytes(100)
+    blob.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"is damaged.*fetch it again"):
+        load_omics("seal-tiny-conch")
 
 
 # --- names --------------------------------------------------------------------------------------------------

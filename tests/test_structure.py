@@ -20,6 +20,7 @@ READING = {
     "tiff",
     "readers",
     "slide",
+    "slide_list",
     "overview",
     "evidence",
     "geojson",
@@ -38,7 +39,7 @@ ALLOWED = {
     "synthetic": {"errors", "publish"},
     "demo": {"synthetic", "encoders", "errors", "publish"},
     "doctor": {"encoders", "patches", "results", "reading", "demo"},
-    "cli": {"doctor", "reading", "encoders", "results", "story", "demo"},
+    "cli": {"doctor", "reading", "encoders", "genes", "results", "story", "demo"},
 }
 PARTS = {
     **dict.fromkeys(READING, "reading"),
@@ -52,6 +53,7 @@ PARTS = {
     "provenance": "results",
     "finished": "results",
     "extract": "story",
+    "forward": "story",
     "view": "view",
     "synthetic": "synthetic",
     "demo": "demo",

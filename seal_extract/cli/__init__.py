@@ -104,10 +104,23 @@ def _extract_parser() -> argparse.ArgumentParser:
     patches.add_argument(
         "--coords", type=Path, metavar="PATH", help="coordinates of TRIDENT, CLAM or AtlasPatch"
     )
+    patches.add_argument(
+        "--resample", choices=["bicubic", "area"], default="bicubic", help="area is faster (default: bicubic)"
+    )
+    patches.add_argument(
+        "--fast-decode", action="store_true", help="decode JPEG at reduced scale: other pixels, see README"
+    )
 
     run = p.add_argument_group("run")
     run.add_argument(
-        "--batch-size", type=int, metavar="N", help="patches per forward (default: GPU 64, CPU 16)"
+        "--batch-size", type=int, metavar="N", help="patches per forward (default: tried out on a GPU)"
+    )
+    run.add_argument(
+        "--max-read-errors",
+        type=int,
+        default=0,
+        metavar="N",
+        help="unreadable patches before a slide fails; their features are zeros (default: 0)",
     )
     run.add_argument("--workers", type=int, metavar="N", help="reading threads (default: all cores)")
     run.add_argument("--dry-run", action="store_true", help="only print what would be read")

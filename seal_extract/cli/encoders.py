@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from seal_extract.cli.fail import fail
-from seal_extract.cli.slides import embed_one
+from seal_extract.cli.slides import embed
+from seal_extract.errors import MissingOnHubError
+
+if TYPE_CHECKING:
+    from seal_extract.encoders import Encoder, WeightFile
 
 
 def run_table(args: argparse.Namespace) -> int:
@@ -13,23 +18,49 @@ def run_table(args: argparse.Namespace) -> int:
     from seal_extract.encoders import list_encoders
     from seal_extract.encoders.hub import is_cached
 
-    row = "{:<14} {:>5}  {:<20} {:<9} {:<7} {:<46} {}".format
-    print(row("name", "D", "trained at", "precision", "cached", "weights, and their gate", "licence"))
+    rows = [("name", "D", "trained at", "precision", "cached", "gated", "weights", "licence")]
     for s in list_encoders():
-        cached = "yes" if s.source and is_cached(s.source, s.published.files if s.published else ()) else "no"
-        print(row(s.name, s.dim, s.trained_at, s.precision, cached, s.page, s.licence))
+        cached = bool(s.source) and is_cached(s.source, s.published.files if s.published else ())
+        gated = s.published is not None and s.published.gated
+        ours = (s.name, str(s.dim), s.trained_at, s.precision, _yes(cached), _yes(gated), s.page, s.licence)
+        rows.append(ours)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
     return 0
 
 
+def _yes(fact: bool) -> str:
+    return "yes" if fact else "no"
+
+
 def run_download(args: argparse.Namespace) -> int:
-    """Fetch weights, the base of adapters included, and load them once: what is in the cache is whole."""
+    """Fetch weights, those of the expression half and the base of adapters included.
+
+    Everything is loaded once: what is in the cache is whole.
+    """
     from seal_extract.encoders import load_encoder
 
     for name in args.names:
         encoder = load_encoder(name, revision=args.revision, device="cpu")
-        for file in encoder.weights:
+        files = [*encoder.weights, *_expression_half(encoder, name, args.revision)]
+        for file in files:
             print(f"{name}: {file.file} of {file.source}, {file.size / 1e9:.2f} GB, complete", flush=True)
     return 0
+
+
+def _expression_half(encoder: Encoder, name: str, revision: str | None) -> list[WeightFile]:
+    """Its file, fetched and loaded once; a repository without one is said to have none, and that is all."""
+    from seal_extract.genes import load_omics
+
+    layout = encoder.spec.published
+    if layout is None or layout.decoder is None:
+        return []
+    try:
+        return [load_omics(name, revision=revision).weights]
+    except MissingOnHubError as exc:
+        print(f"{name}: without the expression encoder, which embeddings do not need: {exc}", flush=True)
+        return []
 
 
 def run_doctor(args: argparse.Namespace) -> int:
@@ -54,6 +85,7 @@ def run_demo(args: argparse.Namespace) -> int:
     slide = args.slide or write_demo_slide(args.out)
     print(f"slide    {slide}", flush=True)
     options = ExtractOptions(overwrite=True, slide_mpp=args.slide_mpp)
-    print(embed_one(slide, EncoderRequest(encoder), args.out / "out", options, args.quiet))
-    print(f"look at  {args.out / 'out' / 'overlays' / slide.stem}.jpg")
-    return 0
+    status = embed([slide], EncoderRequest(encoder), args.out / "out", options, args.quiet)
+    if not status:
+        print(f"look at  {args.out / 'out' / 'overlays' / slide.stem}.jpg")
+    return status

@@ -6,7 +6,6 @@ import argparse
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING
 
 from seal_extract.cli.fail import fail
@@ -21,6 +20,7 @@ SLIDE_SUFFIXES = {
     *(".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide"),
     *(".dcm", ".png", ".jpg", ".jpeg"),
 }
+SAME_FOR_EVERY_SLIDE = (UsageError, CheckpointError, HubError)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -108,13 +108,17 @@ def _each(slides: list[Path], work: Callable[[Path], str]) -> int:
     for path in slides:
         try:
             print(work(path), flush=True)
-        except (UsageError, CheckpointError, HubError):  # the same for every slide
+        except SAME_FOR_EVERY_SLIDE:
             raise
         except SealExtractError as exc:
             failed += 1
             fail(f"FAILED {exc}", 1)
-    if failed and len(slides) > 1:
-        fail(f"{failed} of {len(slides)} slides failed", 1)
+    return _status(failed, len(slides))
+
+
+def _status(failed: int, slides: int) -> int:
+    if failed and slides > 1:
+        fail(f"{failed} of {slides} slides failed", 1)
     return 1 if failed else 0
 
 
@@ -131,43 +135,86 @@ def _embed(slides: list[Path], args: argparse.Namespace, options: ExtractOptions
         precision=args.precision,
         offline=args.offline,
     )
-    return _each(slides, lambda path: embed_one(path, request, args.out, options, args.quiet))
+    return embed(slides, request, args.out, options, args.quiet)
 
 
-def embed_one(path: Path, request: EncoderRequest, out: Path, options: ExtractOptions, quiet: bool) -> str:
-    """Embed one slide unless it is finished; the closing line."""
-    from tqdm import tqdm
+def embed(
+    slides: list[Path], request: EncoderRequest, out: Path, options: ExtractOptions, quiet: bool
+) -> int:
+    """Embed slides, one line for each; those that are finished need no encoder."""
+    waiting, failed = _unfinished(slides, request, out, options)
+    if waiting:
+        from seal_extract.extract import extract_many
 
+        bar = _Bar(quiet)
+        for result in extract_many(waiting, request.load(), out, options=options, progress=bar.show):
+            bar.clear()
+            if result.features is None:
+                failed += 1
+                fail(f"FAILED {result.error}", 1)
+            else:
+                print(_closing_line(result.path, result.features, result.seconds), flush=True)
+        bar.close()
+    return _status(failed, len(slides))
+
+
+def _unfinished(
+    slides: list[Path], request: EncoderRequest, out: Path, options: ExtractOptions
+) -> tuple[list[Path], int]:
+    """The slides that have to be embedded, and how many cannot; a line for all others."""
     from seal_extract.finished import resume
 
-    started = perf_counter()
-    finished = resume(path, request, out, options)
-    if finished is not None:
-        return f"{path.name}: {len(finished.grid)} patches, finished before -> {finished.path}"
+    waiting: list[Path] = []
+    failed = 0
+    for path in slides:
+        try:
+            finished = resume(path, request, out, options)
+        except SAME_FOR_EVERY_SLIDE:
+            raise
+        except SealExtractError as exc:
+            failed += 1
+            fail(f"FAILED {exc}", 1)
+            continue
+        if finished is None:
+            waiting.append(path)
+        else:
+            print(f"{path.name}: {len(finished.grid)} patches, finished before -> {finished.path}")
+    return waiting, failed
 
-    from seal_extract.extract import extract
 
-    encoder = request.load()
-    with tqdm(
-        unit="patch", desc=path.name, disable=True if quiet else None, leave=False
-    ) as bar:  # None: no terminal
+class _Bar:
+    """Patches of the slide that is being written; nothing where there is no terminal."""
 
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+    def __init__(self, quiet: bool) -> None:
+        from tqdm import tqdm
 
-        result = extract(path, encoder, out, options=options, progress=progress)
-    return _closing_line(path, result, perf_counter() - started)
+        self._bar = tqdm(unit="patch", disable=True if quiet else None, leave=False)  # None: no terminal
+        self._slide: Path | None = None
+
+    def show(self, slide: Path, done: int, total: int) -> None:
+        if slide != self._slide:
+            self._slide = slide
+            self._bar.reset(total)
+            self._bar.set_description(slide.name, refresh=False)
+        self._bar.update(done - self._bar.n)
+
+    def clear(self) -> None:
+        self._bar.clear()
+
+    def close(self) -> None:
+        self._bar.close()
 
 
 def _closing_line(path: Path, result: SlideFeatures, seconds: float) -> str:
     slide, n = result.provenance["slide"], len(result.grid)
     if not n:
         return f"{path.name}: 0 patches, no tissue found -> {result.path}; look at its overlay"
+    unread = result.provenance["read_errors"]
+    errors = f", {unread} of them UNREADABLE and zero" if unread else ""
     return (
-        f"{path.name}: {n} patches by {result.provenance['encoder']['name']}, {slide['mpp']:.4g} µm/px by "
-        f"{slide['mpp_source']}, {slide['reader']} ({slide['decoder']}), {seconds:.1f} s, "
-        f"{n / seconds:.3g} patches/s -> {result.path}"
+        f"{path.name}: {n} patches{errors} by {result.provenance['encoder']['name']}, "
+        f"{slide['mpp']:.4g} µm/px by {slide['mpp_source']}, {slide['reader']} ({slide['decoder']}), "
+        f"{seconds:.1f} s, {n / seconds:.3g} patches/s -> {result.path}"
     )
 
 

@@ -2,70 +2,78 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
 
-import numpy as np
-import torch
 from torch import Tensor
 
+from seal_extract.decode.decoder import Decoded, Finish
 from seal_extract.errors import ReadError
 from seal_extract.grid import PatchGrid
 from seal_extract.readers import Array
-from seal_extract.resample import resample, resize_region, whole_factor
-from seal_extract.slide import Slide
+from seal_extract.slide import Slide, open_with_another_reader
 
 
-@dataclass(frozen=True)
 class RegionDecoder:
-    """Reads grid rows with `Slide.read_region` and resamples them with antialiased bicubic.
+    """Reads grid rows with `Slide.read_region`.
 
     Attributes:
-        slide: read through its own reader.
         grid: rows to read.
-        resize_early: resample in the reading threads where that is Pillow's work, for patches that stay on
-            the host.
-        name: of this way to decode.
+        name: of this way to decode, with the reason for it.
+        side_px: of what `read` gives.
     """
 
-    slide: Slide
-    grid: PatchGrid
-    resize_early: bool = False
-    name: str = "regions"
+    def __init__(self, slide: Slide, grid: PatchGrid, finish: Finish, reason: str = "") -> None:
+        self.grid, self._slide, self._finish = grid, slide, finish
+        self.name = f"regions: {reason}" if reason else "regions"
+        self.side_px = grid.patch_px if finish.early else grid.read_px
+        self._other: list[Slide | None] = []  # the other reader, once it was needed
+        self._lock = threading.Lock()
 
-    def read(self, rows: range) -> Tensor:
-        """Read grid rows on the host; safe to call from several threads.
+    def close(self) -> None:
+        """Release the other reader, if there was need of one."""
+        for other in self._other:
+            if other is not None:
+                other.close()
 
-        Returns:
-            uint8 [B, 3, read_px, read_px] of the level read, or [B, 3, patch_px, patch_px] if resized early;
-            a view in channels-last memory.
+    def to_patches(self, pixels: Tensor) -> Tensor:
+        """See `Decoder.to_patches`."""
+        return self._finish.on_device(pixels)
 
-        Raises:
-            ReadError: the file is damaged at one of them; the message names its level-0 pixels.
-        """
-        regions = np.stack([self._region(row) for row in rows])
-        return torch.from_numpy(regions).permute(0, 3, 1, 2)
-
-    def to_patches(self, regions: Tensor) -> Tensor:
-        """What `read` gave, on any device -> uint8 [B, 3, patch_px, patch_px] on that device."""
-        return resample(regions, self._patch_size, "bicubic")
-
-    @property
-    def _patch_size(self) -> tuple[int, int]:
-        return (self.grid.patch_px, self.grid.patch_px)
+    def read(self, rows: range) -> Decoded:
+        """Read grid rows on the host; safe to call from several threads."""
+        regions = self._finish.empty(len(rows), self.grid.read_px)
+        unreadable: dict[int, str] = {}
+        for i, row in enumerate(rows):
+            try:
+                regions[i] = self._region(row)
+            except ReadError as exc:
+                regions[i] = 0
+                unreadable[row] = str(exc)
+        return Decoded(self._finish.in_thread(regions), unreadable)
 
     def _region(self, row: int) -> Array:
-        x, y = self.grid.xy_l0[row].tolist()
-        size_px = (self.grid.read_px, self.grid.read_px)
-        region = self._checked((x, y), size_px)
-        if self.resize_early and not whole_factor(size_px, self._patch_size):
-            return resize_region(region, self._patch_size)
-        return region
+        try:
+            return self._read(self._slide, row)
+        except ReadError:
+            with self._lock:
+                if not self._other:
+                    self._other.append(open_with_another_reader(self._slide))
+            other = self._other[0]
+            if other is None:
+                raise
+            try:
+                return self._read(other, row)
+            except ReadError:
+                pass
+            raise
 
-    def _checked(self, xy_l0: tuple[int, int], size_px: tuple[int, int]) -> Array:
-        region = self.slide.read_region(xy_l0, self.grid.level, size_px)
-        if region.shape != (size_px[1], size_px[0], 3):
+    def _read(self, slide: Slide, row: int) -> Array:
+        x, y = self.grid.xy_l0[row].tolist()
+        side = self.grid.read_px
+        region = slide.read_region((x, y), self.grid.level, (side, side))
+        if region.shape != (side, side, 3):
             raise ReadError(
-                f"{self.slide.path}: {self.slide.reader} gave {region.shape[1]} x {region.shape[0]} px "
-                f"instead of {size_px[0]} x {size_px[1]} at level-0 {xy_l0}; the file is damaged there"
+                f"{slide.path}: {slide.reader} gave {region.shape[1]} x {region.shape[0]} px instead of "
+                f"{side} x {side} at level-0 ({x}, {y}); the file is damaged there"
             )
         return region

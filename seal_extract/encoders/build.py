@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -210,7 +211,7 @@ def _official_tensors(
     """
     layout = layout_of(spec)
     published = read(file)
-    tensors = as_row_spells(published, layout)
+    tensors = as_row_spells(published, layout, partial(read_tensors, file.path))
     wrapped = {key: layout.prefix + (wrapped_key(key, layout.lora) if layout.lora else key) for key in shapes}
     needed = {wrapped[key]: shape for key, shape in shapes.items()}
     head = {official_key(key): shape for key, shape in decoder_shapes(spec.dim, layout.decoder).items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from seal_extract.encoders import folder
+from seal_extract.encoders.digests import sha256_of
 from seal_extract.encoders.expression import ExpressionDecoder, as_rows
 from seal_extract.encoders.hub import FoundFile
 from seal_extract.encoders.panel import check_panel
@@ -45,17 +45,12 @@ class WeightFile:
 
     @classmethod
     def of(cls, found: FoundFile) -> WeightFile:
-        """Read the whole file once for its hash.
+        """Read the whole file for its hash, unless that was done before.
 
         Raises:
             CheckpointError: the Hub promised another content.
         """
-        digest = hashlib.sha256()
-        with found.path.open("rb") as file:
-            stat = os.fstat(file.fileno())
-            while piece := file.read(2**22):
-                digest.update(piece)
-        sha256 = digest.hexdigest()
+        sha256, stat = sha256_of(found.path)
         if found.sha256 not in (None, sha256):
             raise CheckpointError(
                 f"{found.path} is damaged: its sha256 begins with {sha256[:12]}, the Hub's with "
@@ -195,16 +190,31 @@ class Encoder(nn.Module):
             UsageError: another dtype or shape, or sides that the encoder cannot take.
             EncoderError: an embedding holds NaN or infinity; the message names its row in the batch.
         """
+        embeddings = self.encode_unchecked(patches)
+        bad = (~embeddings.isfinite().all(1)).nonzero()[:, 0].tolist()
+        if bad:
+            raise EncoderError(
+                f"{self.not_finite} for {len(bad)} of {len(embeddings)} patches, the first in row {bad[0]} "
+                "of the batch; try precision='float32'"
+            )
+        return embeddings.clone()  # out of inference mode: one may train on it
+
+    def encode_unchecked(self, patches: Tensor) -> Tensor:
+        """`encode` without waiting for the device: the embeddings may hold NaN, and are for reading only."""
         check_patches(patches, self.spec.name)
-        if not len(patches):
-            return torch.empty(0, self.spec.dim, device=self.device)
         with torch.inference_mode():
+            if not len(patches):
+                return torch.empty(0, self.spec.dim, device=self.device)
             images = fit(patches.to(self.device, non_blocking=True), self.spec.input)
             images = images.float().div(255).sub(self.mean).div(self.std)  # float32 [B, 3, S, S]
             with self._autocast():
                 embeddings: Tensor = self(images).float()
-        self._check_finite(embeddings)
-        return embeddings.clone()  # out of inference mode: one may train on it
+        return embeddings
+
+    @property
+    def not_finite(self) -> str:
+        """How a message about NaN begins."""
+        return f"{self.spec.name} in {self._precision_name} gave NaN or infinity"
 
     def predict_expression(self, embeddings: Any) -> Tensor:
         """Predict gene expression from embeddings (SEAL, arXiv 2602.14177).
@@ -237,15 +247,6 @@ class Encoder(nn.Module):
         if self.precision == torch.float32:
             return torch.autocast(self.device.type, enabled=False)
         return torch.autocast(self.device.type, dtype=self.precision)
-
-    def _check_finite(self, embeddings: Tensor) -> None:
-        finite = embeddings.isfinite().all(1)  # bool [B]
-        if not finite.all():
-            rows = (~finite).nonzero()[:, 0].tolist()
-            raise EncoderError(
-                f"{self.spec.name} in {self._precision_name} gave NaN or infinity for {len(rows)} of "
-                f"{len(embeddings)} patches, the first in row {rows[0]} of the batch; try precision='float32'"
-            )
 
     def save_pretrained(self, folder_path: str | os.PathLike[str]) -> None:
         """Write ``config.json``, ``model.safetensors`` and a model card ``README.md``.

@@ -48,7 +48,7 @@ def merge(tower: Mapping[str, Tensor], updates: Iterable[Update]) -> dict[str, T
         if merged[update.key] is tower[update.key]:  # two updates may share a fused weight
             merged[update.key] = tower[update.key].clone()
         rows = slice(update.first_row, update.first_row + len(update.b))
-        merged[update.key][rows] += update.scale * (update.b @ update.a)
+        merged[update.key][rows].addmm_(update.b, update.a, alpha=update.scale)  # no copy beside it
     return merged
 
 

@@ -87,6 +87,7 @@ def _seal(
             lora=Lora(tuple(f"{block}.{layer}" for layer in layers)),
             decoder=Decoder(),
             settings="config.yaml",
+            gated=True,
         ),
     )
 
@@ -113,6 +114,7 @@ CONCH = EncoderSpec(
         files=("pytorch_model.bin",),
         prefix="visual.",
         ignored=(*(f"visual.{key}" for key in _CONCH_UNUSED), "text.", "logit_scale"),
+        gated=True,
     ),
 )
 
@@ -146,7 +148,7 @@ UNIV2 = EncoderSpec(
     pooling="cls",
     input=InputRule(multiple_of=14, resize_px=224, filter="bilinear"),
     paper="doi 10.1038/s41591-024-02857-3",
-    published=Published(files=("pytorch_model.bin",)),
+    published=Published(files=("pytorch_model.bin",), gated=True),
 )
 
 UNI = EncoderSpec(
@@ -166,7 +168,7 @@ UNI = EncoderSpec(
     # torchvision's Resize(224) in its authors' example: bilinear by default
     input=InputRule(multiple_of=16, resize_px=224, filter="bilinear"),
     paper="doi 10.1038/s41591-024-02857-3",
-    published=Published(files=("pytorch_model.bin",)),
+    published=Published(files=("pytorch_model.bin",), gated=True),
 )
 
 VIRCHOW2 = EncoderSpec(
@@ -194,7 +196,7 @@ VIRCHOW2 = EncoderSpec(
     pooling="cls+mean",
     input=InputRule(multiple_of=14, resize_px=224),
     paper="arXiv 2408.00738",
-    published=Published(files=("model.safetensors", "pytorch_model.bin")),
+    published=Published(files=("model.safetensors", "pytorch_model.bin"), gated=True),
 )
 
 H0MINI = EncoderSpec(
@@ -214,7 +216,7 @@ H0MINI = EncoderSpec(
     pooling="cls+mean",
     input=InputRule(multiple_of=14, resize_px=224),
     paper="arXiv 2501.16239",
-    published=Published(files=("model.safetensors", "pytorch_model.bin"), settings="config.json"),
+    published=Published(files=("model.safetensors", "pytorch_model.bin"), settings="config.json", gated=True),
 )
 
 PHIKON2 = EncoderSpec(

@@ -108,6 +108,7 @@ class Published:
         lora: the adapters in the file.
         decoder: the expression head in the file.
         settings: a file beside it that may state something of adapters or input; see `settings`.
+        gated: whether the Hub hands it only to accounts that accepted the terms on its page.
     """
 
     files: tuple[str, ...]
@@ -119,6 +120,7 @@ class Published:
     lora: Lora | None = None
     decoder: Decoder | None = None
     settings: str | None = None
+    gated: bool = False
 
     def __post_init__(self) -> None:
         _allow("layer_names", self.layer_names, LAYER_NAMES)

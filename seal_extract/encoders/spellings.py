@@ -8,7 +8,7 @@ of transformers are expected those of timm are not understood, or else UNI's fil
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -34,18 +34,27 @@ _APART = re.compile(
 )
 
 
-def as_row_spells(tensors: Mapping[str, Tensor], layout: Published) -> dict[str, Tensor]:
+def as_row_spells(
+    tensors: Mapping[str, Tensor],
+    layout: Published,
+    read_again: Callable[[], Mapping[str, Tensor]] | None = None,
+) -> dict[str, Tensor]:
     """Bring the keys of a file to the spelling of its row.
 
     Args:
         tensors: as `read_tensors` gave them.
         layout: of the row.
+        read_again: gives the same tensors, mapped from the file once more; what is fused is copied from
+            there, so that its pages go with that mapping and do not stay in memory beside the copy.
 
     Returns:
         The same tensors under other keys; those of q, k and v fused, where all three are there and alike.
     """
     spelled = _with_the_rows_prefix(tensors, layout)
-    return _with_timm_names(spelled, layout.prefix) if layout.layer_names == "transformers" else spelled
+    if layout.layer_names != "transformers":
+        return spelled
+    parts = spelled if read_again is None else _with_the_rows_prefix(read_again(), layout)
+    return _with_timm_names(spelled, parts, layout.prefix)
 
 
 def _with_the_rows_prefix(tensors: Mapping[str, Tensor], layout: Published) -> dict[str, Tensor]:
@@ -60,21 +69,24 @@ def _with_the_rows_prefix(tensors: Mapping[str, Tensor], layout: Published) -> d
     return dict(tensors)
 
 
-def _with_timm_names(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _with_timm_names(
+    tensors: Mapping[str, Tensor], parts: Mapping[str, Tensor], prefix: str
+) -> dict[str, Tensor]:
+    """``tensors`` under timm's names; what is fused comes of ``parts``, which are the same tensors."""
     named: dict[str, Tensor] = {}
-    parts: dict[str, dict[str, str]] = {}  # fused key -> q, k, v -> key in the file
+    apart_keys: dict[str, dict[str, str]] = {}  # fused key -> q, k, v -> key in the file
     for key, value in tensors.items():
         inner = key.removeprefix(prefix)
         apart = _APART.fullmatch(inner) if key.startswith(prefix) else None
         if apart is not None:
             fused = f"{prefix}blocks.{apart['block']}.attn.qkv.{apart['leaf']}"
             part = (apart["old"] or apart["new"])[0]
-            if parts.setdefault(fused, {}).setdefault(part, key) == key:
+            if apart_keys.setdefault(fused, {}).setdefault(part, key) == key:
                 continue
         spelled = prefix + _timm_name(inner) if key.startswith(prefix) else key
         named[key if spelled in named else spelled] = value  # in two spellings, one of them is unexpected
-    for fused, keys in parts.items():
-        found = [tensors[keys[part]] for part in "qkv" if part in keys]
+    for fused, keys in apart_keys.items():
+        found = [parts[keys[part]] for part in "qkv" if part in keys]
         if len(found) == 3 and _alike(found) and fused not in named:
             named[fused] = torch.cat(found)
         else:

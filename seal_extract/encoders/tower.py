@@ -28,17 +28,24 @@ KWARGS = (
 )
 MLP_LAYERS = ("Mlp", "SwiGLU", "SwiGLUPacked")
 _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.randn)
+_IN_PLACE = {
+    *(Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, Tensor.clamp_),
+    *(Tensor.mul_, Tensor.add_, Tensor.fill_, Tensor.zero_),
+}
 
 
 class _NoMemory(TorchFunctionMode):
     """Parameters are made on the meta device: no memory, no time to initialise.
 
     ``torch.device("meta")`` would do it too, but for older timm, which reads numbers back from a linspace.
+    Arithmetic on numbers that are not there is left out: it would take two thirds of the time.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if func in _IN_PLACE and args[0].is_meta:
+            return args[0]
         kwargs = dict(kwargs or {})
         if func in _FACTORIES and kwargs.get("device") is None:
             kwargs["device"] = "meta"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from seal_extract.encoders.build import pick_device
 from seal_extract.encoders.checkpoint import check_tensors, looks_like, read_tensors
+from seal_extract.encoders.encoder import WeightFile
 from seal_extract.encoders.expression import as_rows
 from seal_extract.encoders.hub import FoundFile, fetch
 from seal_extract.encoders.panel import check_panel
@@ -46,12 +47,12 @@ class OmicsEncoder(nn.Module):
         name: the SEAL encoder whose other half it is, or the file's name.
         dim: length of an embedding.
         n_genes: how many genes it takes.
-        source: the file that the weights came from.
+        weights: the file that the weights came from.
     """
 
-    def __init__(self, name: str, dim: int, n_genes: int, source: FoundFile) -> None:
+    def __init__(self, name: str, dim: int, n_genes: int, weights: WeightFile) -> None:
         super().__init__()
-        self.name, self.dim, self.n_genes, self.source = name, dim, n_genes, source
+        self.name, self.dim, self.n_genes, self.weights = name, dim, n_genes, weights
         self._genes: tuple[str, ...] | None = None
         wide, narrow = HIDDEN
         self.encoder = nn.Sequential(
@@ -159,7 +160,7 @@ def load_omics(
 
     Raises:
         UsageError: not a SEAL encoder, or arguments that contradict each other.
-        CheckpointError: a file that does not hold exactly what is needed, or would run code.
+        CheckpointError: a file that does not hold exactly what is needed, was damaged or would run code.
         HubError: its children tell token, gate, absence and network apart.
     """
     target, path = pick_device(device), Path(name_or_path).expanduser()
@@ -187,7 +188,7 @@ def _load(name: str, file: FoundFile, sizes: tuple[int, int] | None) -> OmicsEnc
     tensors = read_tensors(file.path)
     dim, n_genes = sizes or _sizes(tensors, file.path)
     with torch.device("meta"):
-        omics = OmicsEncoder(name, dim, n_genes, file)
+        omics = OmicsEncoder(name, dim, n_genes, WeightFile.of(file))
     needed = {key: tuple(v.shape) for key, v in omics.state_dict().items() if key not in _COUNTERS}
     check_tensors(tensors, needed, _COUNTERS, file.path, f"the expression half of {name}")
     counters = dict.fromkeys(_COUNTERS, torch.tensor(0))

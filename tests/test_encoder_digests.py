@@ -1,0 +1,178 @@
+"""A weight file is hashed once: what counts as the same file, and what may be wrong with the memory of it."""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from encoder_fixtures import SEAL_TINY_CONCH, add_tiny_rows, save, seal_file
+
+from seal_extract.encoders import digests, load_encoder
+from seal_extract.encoders.digests import sha256_of
+from seal_extract.encoders.encoder import WeightFile
+from seal_extract.encoders.hub import FoundFile
+from seal_extract.errors import CheckpointError
+
+
+class Hasher:
+    """Hashes, and counts how often."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, file):
+        self.count += 1
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+@pytest.fixture
+def hasher(tmp_path, monkeypatch):
+    """Files of any size and age are worth remembering, in an empty memory."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(digests, "WORTH_BYTES", 1)
+    monkeypatch.setattr(digests, "SETTLED_NS", -(10**10))
+    monkeypatch.setattr(digests, "_hash", Hasher())
+    return digests._hash
+
+
+@pytest.fixture
+def weights(tmp_path):
+    path = tmp_path / "a.pth"
+    path.write_bytes(b"weights of one kind")
+    return path
+
+
+@pytest.fixture
+def memory(tmp_path):
+    path = tmp_path / "cache" / "seal_extract" / "digests.json"
+    path.parent.mkdir(parents=True)
+    return path
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# --- the same file ------------------------------------------------------------------------------------------
+
+
+def test_the_second_time_it_is_remembered(hasher, weights):
+    first, second = sha256_of(weights), sha256_of(weights)
+    assert first == second == (sha256(weights), weights.stat())
+    assert hasher.count == 1
+
+
+def test_under_another_name_that_leads_to_it(hasher, weights, tmp_path):
+    sha256_of(weights)
+    (tmp_path / "link.pth").symlink_to(weights)
+    assert sha256_of(tmp_path / "link.pth")[0] == sha256(weights)
+    assert hasher.count == 1
+
+
+def test_an_encoder_loaded_twice(hasher, tmp_path, monkeypatch):
+    add_tiny_rows(monkeypatch)
+    path = save(seal_file(SEAL_TINY_CONCH), tmp_path / "whole.pth")
+    first, second = (load_encoder("seal-tiny-conch", checkpoint=path, device="cpu") for _ in range(2))
+    assert first.weights == second.weights
+    assert (first.weights[0].sha256, hasher.count) == (sha256(path), 1)
+
+
+def test_a_remembered_hash_is_held_to_the_hubs_promise(hasher, weights):
+    sha256_of(weights)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        WeightFile.of(FoundFile(weights, "lab/x", sha256="0" * 64))
+    assert WeightFile.of(FoundFile(weights, "lab/x", sha256=sha256(weights))).sha256 == sha256(weights)
+
+
+# --- another file -------------------------------------------------------------------------------------------
+
+
+def written_to(path):
+    path.write_bytes(b"weights of 2nd kind")
+
+
+def written_to_with_the_old_time(path):
+    before = path.stat()
+    written_to(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def replaced_by_one_of_the_same_time(path):
+    before, other = path.stat(), path.with_name("other")
+    written_to(other)
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.replace(other, path)
+
+
+@pytest.mark.parametrize(
+    "change", [written_to, written_to_with_the_old_time, replaced_by_one_of_the_same_time]
+)
+def test_a_file_that_changed_is_hashed_again(hasher, weights, change):
+    os.utime(weights, ns=(10**18, 10**18))  # long ago: whatever is written now has another time
+    before, size = sha256_of(weights)[0], weights.stat().st_size
+    change(weights)
+    assert weights.stat().st_size == size
+    assert sha256_of(weights)[0] == sha256(weights) != before
+
+
+def test_one_that_was_just_written_may_change_unseen_and_is_not_remembered(hasher, weights, monkeypatch):
+    monkeypatch.setattr(digests, "SETTLED_NS", 10**12)
+    sha256_of(weights)
+    sha256_of(weights)
+    assert hasher.count == 2
+
+
+def test_small_files_are_not_remembered(hasher, weights, monkeypatch, tmp_path):
+    monkeypatch.setattr(digests, "WORTH_BYTES", 20)
+    assert sha256_of(weights)[0] == sha256(weights)
+    assert not (tmp_path / "cache").exists()
+
+
+# --- the memory ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "null", '{"%s": 3}', '{"%s": {"stamp": [], "sha256": "00"}}', "[" * 100_000],
+    ids=["empty", "cut", "list", "null", "number", "no stamp", "deep"],
+)
+def test_one_that_is_damaged_is_made_anew(hasher, weights, memory, content):
+    memory.write_text(content.replace("%s", str(weights)))
+    assert sha256_of(weights)[0] == sha256_of(weights)[0] == sha256(weights)
+    assert hasher.count == 1
+    assert list(json.loads(memory.read_text())) == [os.path.realpath(weights)]
+
+
+@pytest.mark.parametrize("remembered", ["", "0" * 63, 7, None])
+def test_what_is_no_hash_is_not_believed(hasher, weights, memory, remembered):
+    stamp = digests._stamp(weights.stat())
+    memory.write_text(json.dumps({os.path.realpath(weights): {"stamp": stamp, "sha256": remembered}}))
+    assert sha256_of(weights)[0] == sha256(weights)
+
+
+def test_one_that_cannot_be_kept_is_done_without(hasher, weights, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for cache in (tmp_path / "file", tmp_path / "file" / "below", "~nobody_of_this_name"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        assert sha256_of(weights)[0] == sha256(weights)
+
+
+def test_many_at_once_leave_a_whole_one(hasher, tmp_path, memory):
+    paths = [tmp_path / f"{i}.pth" for i in range(40)]
+    for path in paths:
+        path.write_bytes(path.name.encode())
+    with ThreadPoolExecutor(8) as pool:
+        found = [sha for sha, _ in pool.map(sha256_of, paths)]
+    assert found == [sha256(path) for path in paths]
+    assert [p.name for p in memory.parent.iterdir()] == ["digests.json"]
+    assert set(json.loads(memory.read_text())) <= {os.path.realpath(p) for p in paths}
+
+
+def test_the_oldest_are_forgotten(hasher, tmp_path, memory, monkeypatch):
+    monkeypatch.setattr(digests, "MAX_FILES", 3)
+    paths = [tmp_path / f"{i}.pth" for i in range(5)]
+    for path in paths:
+        path.write_bytes(b"x")
+        sha256_of(path)
+    assert list(json.loads(memory.read_text())) == [os.path.realpath(p) for p in paths[-3:]]
