@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from time import sleep
@@ -75,7 +75,7 @@ def stream_batches(
     max_read_errors: int = 0,
     on_failure: OnFailure | None = None,
     on_read: Callable[[int], None] | None = None,
-) -> Iterator[PatchBatch]:
+) -> Generator[PatchBatch, None, None]:
     """Decode the grids of ``decoders`` one after the other into batches of exactly ``batch_size``.
 
     Batches cross slide borders while the patch size stays the same; only the last of a size may be smaller.

@@ -174,7 +174,7 @@ def no_work(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("work was done again")
 
-    story = import_module("seal_extract.extract")
+    story = import_module("seal_extract.planned")
     monkeypatch.setattr(story, "plan_slide", refuse)
     monkeypatch.setattr(story, "open_decoder", refuse)
 

@@ -39,7 +39,8 @@ ALLOWED = {
     "synthetic": {"errors", "publish"},
     "demo": {"synthetic", "encoders", "errors", "publish"},
     "doctor": {"encoders", "patches", "results", "reading", "demo"},
-    "cli": {"doctor", "reading", "encoders", "genes", "results", "story", "demo"},
+    "bench": {"story", "results", "patches", "reading", "encoders", "synthetic"},
+    "cli": {"bench", "doctor", "reading", "encoders", "genes", "results", "story", "demo"},
 }
 PARTS = {
     **dict.fromkeys(READING, "reading"),
@@ -54,10 +55,13 @@ PARTS = {
     "finished": "results",
     "extract": "story",
     "forward": "story",
+    "planned": "story",
+    "writer": "story",
     "view": "view",
     "synthetic": "synthetic",
     "demo": "demo",
     "doctor": "doctor",
+    "bench": "bench",
     "cli": "cli",
 }
 

@@ -149,11 +149,11 @@ def embed(
         bar = _Bar(quiet)
         for result in extract_many(waiting, request.load(), out, options=options, progress=bar.show):
             bar.clear()
-            if result.features is None:
+            if result.error is not None:
                 failed += 1
                 fail(f"FAILED {result.error}", 1)
-            else:
-                print(_closing_line(result.path, result.features, result.seconds), flush=True)
+            for features in result.features:
+                print(_closing_line(result.path, features, result.seconds), flush=True)
         bar.close()
     return _status(failed, len(slides))
 

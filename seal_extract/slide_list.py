@@ -1,0 +1,251 @@
+"""Which slides a run is about: files, folders, patterns, CSV tables -> one list, each slide with a name.
+
+Names are what results are called. Slides of one name in different folders get the folder in front of it,
+``site_a__slide1`` and ``site_b__slide1``, so that none overwrites another.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from seal_extract.errors import UsageError
+
+SLIDE_SUFFIXES = {
+    *(".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide"),
+    *(".dcm", ".png", ".jpg", ".jpeg"),
+}
+SLIDE_COLUMNS = ("slide", "slide_id", "wsi")  # ours, CLAM's, TRIDENT's
+SEPARATOR = "__"  # between folder and name
+
+
+@dataclass(frozen=True)
+class SlideEntry:
+    """A slide to embed.
+
+    Attributes:
+        path: of the slide.
+        name: of its results; unique in its list.
+        mpp: µm/px at level 0 that a table gives; it must not contradict the file.
+        case_id: the patient, if a table says so.
+        roi: GeoJSON of its tissue, if a table says so.
+    """
+
+    path: Path
+    name: str
+    mpp: float | None = None
+    case_id: str | None = None
+    roi: Path | None = None
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str]) -> SlideEntry:
+        """A slide by itself, named as its file."""
+        return cls(Path(path), Path(path).stem)
+
+
+@dataclass(frozen=True)
+class SlideList:
+    """The slides of a run, and what lay beside them.
+
+    Attributes:
+        entries: in order of path, or of the table.
+        ignored: files that are not embedded, each with the reason.
+    """
+
+    entries: tuple[SlideEntry, ...]
+    ignored: tuple[tuple[Path, str], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __repr__(self) -> str:
+        return f"SlideList({len(self.entries)} slides, {len(self.ignored)} files ignored)"
+
+    def shard(self, index: int, count: int) -> SlideList:
+        """Every ``count``-th slide from ``index`` on, counted from 1: all shards together are the whole list.
+
+        Raises:
+            UsageError: there is no such shard.
+        """
+        if not 1 <= index <= count:
+            raise UsageError(f"--shard is {index}/{count}; allowed: 1/{count} to {count}/{count}")
+        return SlideList(self.entries[index - 1 :: count], self.ignored)
+
+
+def list_slides(sources: Sequence[str | os.PathLike[str]], slide_folder: Path | None = None) -> SlideList:
+    """Find the slides that ``sources`` name.
+
+    Args:
+        sources: slide files, folders (with all below them), patterns such as ``site_*/*.svs``, and ``.csv``
+            tables.
+        slide_folder: where the slides of a table lie, if neither beside it nor in the working folder.
+
+    Raises:
+        UsageError: a source without slides, a table that cannot be read, a slide given twice.
+    """
+    entries: list[SlideEntry] = []
+    ignored: list[tuple[Path, str]] = []
+    for source in map(Path, sources):
+        if source.suffix.lower() == ".csv":
+            found, beside = _in_table(source, slide_folder)
+        elif source.is_dir():
+            found, beside = _below(source)
+        elif not source.exists() and glob.has_magic(str(source)):
+            found, beside = _matching(str(source))
+        else:
+            found, beside = [SlideEntry.of(source)], []
+        entries += found
+        ignored += beside
+    _refuse_twice(entries)
+    return SlideList(tuple(_with_names(entries)), tuple(ignored))
+
+
+# --- folders ------------------------------------------------------------------------------------------
+
+
+def _below(folder: Path) -> tuple[list[SlideEntry], list[tuple[Path, str]]]:
+    found, ignored = _sort_out(_files(folder))
+    if not found:
+        raise UsageError(f"{folder} holds no slide; allowed: {' '.join(sorted(SLIDE_SUFFIXES))}")
+    return found, ignored
+
+
+def _matching(pattern: str) -> tuple[list[SlideEntry], list[tuple[Path, str]]]:
+    found, ignored = _sort_out(
+        p for p in map(Path, sorted(glob.glob(pattern, recursive=True))) if p.is_file()
+    )
+    if not found:
+        raise UsageError(f"no slide matches {pattern}; allowed: {' '.join(sorted(SLIDE_SUFFIXES))}")
+    return found, ignored
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below, in order, through links but in no circle; not the inside of a slide of many files."""
+    seen: set[str] = set()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(here)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        slides = {Path(name).stem for name in files if name.lower().endswith(".mrxs")}
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in slides)
+        yield from (Path(here, name) for name in sorted(files) if not name.startswith("."))
+
+
+def _sort_out(files: Iterable[Path]) -> tuple[list[SlideEntry], list[tuple[Path, str]]]:
+    files = list(files)
+    vms = {path.parent for path in files if path.suffix.lower() in (".vms", ".vmu")}
+    found: list[SlideEntry] = []
+    ignored: list[tuple[Path, str]] = []
+    series: dict[str, Path] = {}
+    for path in files:
+        suffix = path.suffix.lower()
+        if suffix not in SLIDE_SUFFIXES:
+            ignored.append((path, f"{suffix or 'no suffix'} is no slide"))
+        elif suffix in (".jpg", ".jpeg") and path.parent in vms:
+            ignored.append((path, "part of the VMS slide beside it"))
+        elif suffix == ".dcm" and (first := series.setdefault(_dicom_series(path), path)) != path:
+            ignored.append((path, f"of the same DICOM slide as {first.name}"))
+        else:
+            found.append(SlideEntry.of(path))
+    return found, ignored
+
+
+def _dicom_series(path: Path) -> str:
+    """What the files of one DICOM slide have in common; the path itself where that is unknown."""
+    import openslide
+
+    try:
+        with openslide.OpenSlide(path) as slide:
+            return str(slide.properties.get("dicom.SeriesInstanceUID", path))
+    except openslide.OpenSlideError:
+        return str(path)
+
+
+# --- tables -------------------------------------------------------------------------------------------
+
+
+def _in_table(table: Path, slide_folder: Path | None) -> tuple[list[SlideEntry], list[tuple[Path, str]]]:
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, skipinitialspace=True)
+            columns = [name.strip() for name in reader.fieldnames or ()]
+            reader.fieldnames = columns
+            rows = [(reader.line_num, row) for row in reader]
+    except OSError as exc:
+        raise UsageError(f"cannot read {table}: {exc.strerror}; check the path") from exc
+    except (UnicodeDecodeError, csv.Error) as exc:
+        raise UsageError(f"{table} is no CSV in UTF-8 ({exc}); save it as one") from exc
+    column = next((name for name in SLIDE_COLUMNS if name in columns), None)
+    if column is None:
+        raise UsageError(
+            f"{table} has the columns {', '.join(columns) or 'of nothing'}; it needs one of "
+            f"{', '.join(SLIDE_COLUMNS)}, and may have mpp, case_id, roi"
+        )
+    found: list[SlideEntry] = []
+    ignored: list[tuple[Path, str]] = []
+    for line, row in rows:
+        cells = {key: (value or "").strip() for key, value in row.items() if isinstance(value, str)}
+        if not cells.get(column):
+            raise UsageError(f"{table} line {line}: no {column}; fill it in or delete the line")
+        path = _locate(cells[column], table, slide_folder)
+        if cells.get("process") == "0":  # CLAM's way to leave a slide out
+            ignored.append((path, f"process is 0 in {table.name}"))
+        else:
+            found.append(_from_cells(path, cells, table, line))
+    if not found:
+        raise UsageError(f"{table} names no slide; give one per line under {column}")
+    return found, ignored
+
+
+def _from_cells(path: Path, cells: dict[str, str], table: Path, line: int) -> SlideEntry:
+    text = cells.get("mpp", "")
+    try:
+        mpp = float(text) if text else None
+    except ValueError as exc:
+        raise UsageError(f"{table} line {line}: mpp is {text!r}; give µm/px, for example 0.25") from exc
+    roi = cells.get("roi")
+    return SlideEntry(
+        path, path.stem, mpp, cells.get("case_id") or None, _beside(table, roi) if roi else None
+    )
+
+
+def _locate(text: str, table: Path, slide_folder: Path | None) -> Path:
+    """A slide that a table names; where it is nowhere, the likeliest path, whose absence will be told."""
+    candidates = [*([slide_folder / text] if slide_folder else []), _beside(table, text), Path(text)]
+    return next((path for path in candidates if path.exists()), candidates[0])
+
+
+def _beside(table: Path, text: str) -> Path:
+    return table.parent / text  # an absolute path stays what it is
+
+
+# --- names --------------------------------------------------------------------------------------------
+
+
+def _refuse_twice(entries: Sequence[SlideEntry]) -> None:
+    counts = Counter(entry.path.resolve() for entry in entries)
+    twice = [path for path, count in counts.items() if count > 1]
+    if twice:
+        more = f" and {len(twice) - 1} more" if len(twice) > 1 else ""
+        raise UsageError(f"{twice[0]}{more} given twice; name each slide once")
+
+
+def _with_names(entries: Sequence[SlideEntry]) -> list[SlideEntry]:
+    """Stems; names with suffix where one folder has two of a stem; folders in front where that clashes."""
+    paths = [entry.path.resolve() for entry in entries]
+    stems = Counter(path.with_suffix("") for path in paths)
+    tails = [path.name if stems[path.with_suffix("")] > 1 else path.stem for path in paths]
+    names, depth = list(tails), 0
+    while clashing := [i for i, count in enumerate(map(Counter(names).__getitem__, names)) if count > 1]:
+        depth += 1
+        for i in clashing:
+            folders = [part for part in paths[i].parent.parts if part != paths[i].anchor]
+            names[i] = SEPARATOR.join([*folders[-depth:], tails[i]])
+    return [replace(entry, name=name) for entry, name in zip(entries, names, strict=True)]

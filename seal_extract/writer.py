@@ -1,0 +1,195 @@
+"""What stands behind the encoders: embeddings are taken in order, checked, and written slide by slide."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+
+from seal_extract.batches import PatchBatch
+from seal_extract.encoders import Encoder
+from seal_extract.errors import EncoderError, ReadError, SealExtractError
+from seal_extract.forward import Embeddings, Pending
+from seal_extract.planned import Output, PlannedSlide, file_stamp
+from seal_extract.store import FeatureWriter, SlideFeatures, write_features
+
+BATCHES_AHEAD = 3  # given to the encoders before the first of them has to be written
+
+Progress = Callable[[Path, int, int], None]
+
+
+@dataclass(frozen=True)
+class SlideResult:
+    """What became of a slide: its features, or the error that stopped it.
+
+    Attributes:
+        path: of the slide.
+        name: of its results.
+        features: one per encoder, in their order; empty if it failed.
+        error: None if it went well.
+        seconds: from the end of the slide before it to its own.
+        finished_before: whether nothing had to be done.
+    """
+
+    path: Path
+    name: str
+    features: tuple[SlideFeatures, ...]
+    error: SealExtractError | None
+    seconds: float
+    finished_before: bool = False
+
+
+@dataclass
+class _Open:
+    """A slide whose features are being written."""
+
+    planned: PlannedSlide
+    files: ExitStack = field(default_factory=ExitStack)
+    writers: dict[int, FeatureWriter] = field(default_factory=dict)  # by encoder
+
+
+class Writer:
+    """Writes in a thread of its own; all that it knows of a slide is changed there alone."""
+
+    def __init__(self, encoders: Sequence[Encoder], progress: Progress | None) -> None:
+        self._encoders, self._progress = encoders, progress
+        self._thread = ThreadPoolExecutor(1, "write")
+        self._open: dict[int, _Open] = {}  # by position in the stream; gone when they have ended
+        self._tasks: deque[Future[None]] = deque()
+        self._results: deque[SlideResult] = deque()
+        self._last_end = perf_counter()
+
+    def begin(self, index: int, planned: PlannedSlide) -> None:
+        """A slide has its turn; without patches that is all of it."""
+        self._open[index] = _Open(planned)
+        if not len(planned.plan.grid):
+            self._do(self._finish, index)
+
+    def write(self, batch: PatchBatch, pending: dict[int, Pending]) -> None:
+        """Write the embeddings of a batch, by encoder, once they are there.
+
+        Waits while too many batches are on their way.
+        """
+        self._do(self._write, batch, pending)
+        while len(self._tasks) > BATCHES_AHEAD:
+            self._tasks.popleft().result()
+
+    def fail(self, index: int, error: SealExtractError) -> None:
+        """A slide cannot be read any further."""
+        self._do(self._end, index, error)
+
+    def add(self, result: SlideResult) -> None:
+        """What became of a slide that never came to the encoders."""
+        self._results.append(result)
+
+    def results(self) -> Iterator[SlideResult]:
+        """What has become known since the last call."""
+        while self._results:
+            yield self._results.popleft()
+
+    def wait(self) -> None:
+        """Until all is written."""
+        while self._tasks:
+            self._tasks.popleft().result()
+
+    def close(self) -> None:
+        """Leave nothing half-written, whatever stopped the run."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        for index in list(self._open):
+            self._end(index, ReadError("the run was stopped"))
+
+    def _do(self, task: Callable[..., None], *args: object) -> None:
+        self._tasks.append(self._thread.submit(task, *args))
+
+    # --- in the thread ------------------------------------------------------------------------------
+
+    def _write(self, batch: PatchBatch, pending: dict[int, Pending]) -> None:
+        embeddings = {encoder: wait() for encoder, wait in pending.items()}
+        for index in sorted(set(batch.slide.tolist())):
+            if index not in self._open:  # it has failed meanwhile
+                continue
+            which = (batch.slide == index).nonzero()[:, 0].tolist()
+            try:
+                self._append(self._open[index], batch, which, embeddings)
+            except SealExtractError as exc:
+                self._end(index, exc)
+                continue
+            if int(batch.row[which[-1]]) == len(self._open[index].planned.plan.grid) - 1:
+                self._finish(index)
+
+    def _append(
+        self, slide: _Open, batch: PatchBatch, which: list[int], embeddings: dict[int, Embeddings]
+    ) -> None:
+        """The rows of one slide, at positions ``which`` of the batch."""
+        rows = batch.row[which].tolist()
+        unreadable = [i for i, at in enumerate(which) if at in batch.unreadable]
+        for output in slide.planned.outputs:
+            features = embeddings[output.encoder][which]
+            features[unreadable] = 0
+            self._check_finite(slide.planned, output, features, rows)
+            for i in unreadable:
+                xy_l0 = slide.planned.plan.grid.xy_l0[rows[i]].tolist()
+                output.provenance["unreadable"].append(
+                    {"row": rows[i], "xy_l0": xy_l0, "reason": batch.unreadable[which[i]]}
+                )
+            self._writer(slide, output).append(features)
+        if self._progress is not None:
+            self._progress(slide.planned.entry.path, rows[-1] + 1, len(slide.planned.plan.grid))
+
+    def _check_finite(
+        self, planned: PlannedSlide, output: Output, features: Embeddings, rows: list[int]
+    ) -> None:
+        bad = np.flatnonzero(~np.isfinite(features).all(1))
+        if len(bad):
+            xy_l0 = tuple(planned.plan.grid.xy_l0[rows[bad[0]]].tolist())
+            raise EncoderError(
+                f"{planned.entry.path}: {self._encoders[output.encoder].not_finite} for the patch at level-0 "
+                f"{xy_l0}; try --precision float32"
+            )
+
+    def _writer(self, slide: _Open, output: Output) -> FeatureWriter:
+        if output.encoder not in slide.writers:
+            spec, plan = self._encoders[output.encoder].spec, slide.planned.plan
+            slide.writers[output.encoder] = slide.files.enter_context(
+                write_features(output.path, plan.slide, plan.grid, spec.name, spec.dim, output.provenance)
+            )
+        return slide.writers[output.encoder]
+
+    def _finish(self, index: int) -> None:
+        slide = self._open[index]
+        try:
+            if file_stamp(slide.planned.entry.path) != slide.planned.stamp:
+                raise ReadError(f"{slide.planned.entry.path} was changed while it was read; run again")
+            for output in slide.planned.outputs:
+                self._writer(slide, output)
+                output.provenance["read_errors"] = len(output.provenance["unreadable"])
+            slide.files.close()
+        except SealExtractError as exc:
+            self._end(index, exc)
+        else:
+            self._end(index)
+
+    def _end(self, index: int, error: SealExtractError | None = None) -> None:
+        slide = self._open.pop(index, None)
+        if slide is None:
+            return
+        if error is not None:
+            slide.files.__exit__(type(error), error, error.__traceback__)
+        now, before = perf_counter(), self._last_end
+        self._last_end = now
+        planned = slide.planned
+        written = [SlideFeatures(o.path, planned.plan.grid, o.provenance) for o in planned.outputs]
+        features = () if error else self._in_order([*planned.finished, *written])
+        self._results.append(
+            SlideResult(planned.entry.path, planned.entry.name, features, error, now - before)
+        )
+
+    def _in_order(self, features: list[SlideFeatures]) -> tuple[SlideFeatures, ...]:
+        names = [encoder.spec.name for encoder in self._encoders]
+        return tuple(sorted(features, key=lambda f: names.index(f.provenance["encoder"]["name"])))
