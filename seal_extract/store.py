@@ -1,18 +1,14 @@
-"""The HDF5 files: streamed, published when complete, recognised when they lie there already.
+"""The HDF5 files: rows streamed in, published when complete, read back whatever layout they lie in.
 
-The layout is TRIDENT's, which Patho-Bench and CLAM's loaders read as well:
-
-    OUT/20x_224px_0px_overlap/patches/{slide}_patches.h5      coords
-    OUT/20x_224px_0px_overlap/features_{encoder}/{slide}.h5   features, coords
-
-What made a file hangs as JSON on the root attribute ``seal_extract``.
+Where they lie and what stands in them beside the rows is the business of `seal_extract.layouts`. What made
+a file hangs as JSON on its root attribute ``seal_extract``.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -27,10 +23,28 @@ from numpy.typing import NDArray
 from seal_extract.errors import OutputError
 from seal_extract.grid import PatchGrid
 from seal_extract.publish import publish, writing
-from seal_extract.slide import Slide
 
 PROVENANCE = "seal_extract"  # at the root; "encoder" and "stamp_version" there would mislead STAMP
+PIXELS, MICROMETRES = "features", "feats"  # datasets of rows; STAMP's has coords in µm
 CHUNK_BYTES = 2**20  # a chunk of features is some hundred rows, never one
+PIECE_BYTES = 2**24  # rows copied from file to file at a time
+
+Describe = Callable[[h5py.File], None]
+
+
+@dataclass(frozen=True)
+class SlideLabel:
+    """What files say of a slide.
+
+    Attributes:
+        name: of its files, without suffix.
+        size_l0: (width, height) in level-0 pixels.
+        mpp: its true µm/px at level 0.
+    """
+
+    name: str
+    size_l0: tuple[int, int]
+    mpp: float
 
 
 @dataclass(frozen=True)
@@ -51,55 +65,34 @@ class SlideFeatures:
     def features(self) -> NDArray[np.float32]:
         """float32 [N, D], read from the file at the first use."""
         with h5py.File(self.path, "r") as file:
-            features: NDArray[np.float32] = file["features"][()]
+            features: NDArray[np.float32] = _rows(file)[()].astype(np.float32, copy=False)
         return features
+
+    @cached_property
+    def dim(self) -> int:
+        """Columns of the features."""
+        with h5py.File(self.path, "r") as file:
+            return int(_rows(file).shape[1])
 
     def __repr__(self) -> str:
         name = self.provenance["encoder"]["name"]
         return f"SlideFeatures({self.path.name}: {len(self.grid)} patches, {name}, {self.grid.mpp:.4g} µm/px)"
 
 
-@dataclass(frozen=True)
-class TridentLayout:
-    """Where the files of a run lie under ``out``."""
-
-    out: Path
-    patch_px: int
-    mpp: float
-    overlap_px: int
-
-    @property
-    def folder(self) -> Path:
-        """Folder of this magnification, patch size and overlap."""
-        return self.out / f"{10 / self.mpp:g}x_{self.patch_px}px_{self.overlap_px}px_overlap"
-
-    def coords(self, slide: str) -> Path:
-        """Coordinates of a slide, by its name without suffix."""
-        return self.folder / "patches" / f"{slide}_patches.h5"
-
-    def features(self, slide: str, encoder: str) -> Path:
-        """Features of a slide."""
-        return self.folder / f"features_{encoder}" / f"{slide}.h5"
-
-    def overlay(self, slide: str) -> Path:
-        """Picture of a slide."""
-        return self.out / "overlays" / f"{slide}.jpg"
-
-    def tissue(self, slide: str) -> Path:
-        """Tissue contours of a slide."""
-        return self.out / "contours_geojson" / f"{slide}.geojson"
-
-
 class FeatureWriter:
-    """Takes rows of features in grid order; made by `write_features`."""
+    """Takes rows of features in grid order; made by `write_rows`."""
 
-    def __init__(self, path: Path, dataset: h5py.Dataset, disk: _Disk) -> None:
+    def __init__(self, path: Path, dataset: h5py.Dataset, disk: Disk) -> None:
         self.path = path
         self.rows = 0
         self._dataset, self._disk = dataset, disk
 
     def append(self, features: NDArray[np.float32]) -> None:
-        """Write the next rows: float32 [B, D]."""
+        """Write the next rows: float32 [B, D].
+
+        Raises:
+            OutputError: rows of another width, more than expected, or beyond what the file's type can hold.
+        """
         expected = (min(len(features), len(self._dataset) - self.rows), self._dataset.shape[1])
         if features.shape != expected:
             raise OutputError(
@@ -107,48 +100,77 @@ class FeatureWriter:
                 f"{list(expected)}; nothing was kept"
             )
         with writing(self.path):
-            self._dataset[self.rows : self.rows + len(features)] = features
+            self._dataset[self.rows : self.rows + len(features)] = self._fitting(features)
             self._disk.check()
         self.rows += len(features)
 
+    def check(self) -> None:
+        """Raise if rows are missing.
+
+        Raises:
+            OutputError: not as many came as the file is to have.
+        """
+        if self.rows != len(self._dataset):
+            raise OutputError(
+                f"{self.path}: {self.rows} rows came for {len(self._dataset)} patches; nothing was kept"
+            )
+
+    def _fitting(self, features: NDArray[np.float32]) -> NDArray[Any]:
+        dtype = self._dataset.dtype
+        largest = float(np.abs(features).max(initial=0))
+        if dtype == np.float16 and largest > float(np.finfo(np.float16).max):
+            raise OutputError(
+                f"{self.path}: a feature of {largest:.4g} does not fit float16, which holds up to 65504; "
+                "choose another --layout, all of which are float32"
+            )
+        return features.astype(dtype, copy=False)
+
 
 @contextmanager
-def write_features(
-    path: Path, slide: Slide, grid: PatchGrid, encoder: str, dim: int, provenance: dict[str, Any]
+def write_rows(
+    path: Path,
+    dataset: str,
+    shape: tuple[int, int],
+    dtype: type[np.floating[Any]],
+    provenance: dict[str, Any],
+    describe: Describe,
 ) -> Iterator[FeatureWriter]:
-    """Open the features file of a slide; it appears under its name when the block ends with all rows in.
+    """Open a file of rows; it appears under its name when the block ends with all rows in.
 
-    ``provenance`` is written last, as it then is.
+    Args:
+        path: its final name.
+        dataset: name of the rows.
+        shape: (N, D).
+        dtype: of the rows in the file.
+        provenance: written last, as it then is.
+        describe: adds coordinates and attributes to the open file.
 
     Raises:
-        OutputError: it cannot be written, or not as many rows came as the grid has.
+        OutputError: it cannot be written, or not as many rows came as ``shape`` says.
     """
     with publish(path) as part, _hdf5(part, path) as (file, disk):
-        rows = max(1, min(len(grid), CHUNK_BYTES // (4 * dim)))
-        chunks = (rows, dim) if len(grid) else None  # HDF5 has no chunks of nothing
-        dataset = file.create_dataset("features", (len(grid), dim), np.float32, chunks=chunks)
-        dataset.attrs.update(name=slide.path.stem, savetodir=str(path.parent), encoder=encoder)
-        _create_coords(file, slide, grid, path.parent)
-        writer = FeatureWriter(path, dataset, disk)
+        rows = max(1, min(shape[0], CHUNK_BYTES // (np.dtype(dtype).itemsize * shape[1])))
+        chunks = (rows, shape[1]) if shape[0] else None  # HDF5 has no chunks of nothing
+        writer = FeatureWriter(path, file.create_dataset(dataset, shape, dtype, chunks=chunks), disk)
+        describe(file)
         yield writer
-        if writer.rows != len(grid):
-            raise OutputError(f"{path}: {writer.rows} rows came for {len(grid)} patches; nothing was kept")
+        writer.check()
         file.attrs[PROVENANCE] = json.dumps(provenance)
 
 
-def write_coords(path: Path, slide: Slide, grid: PatchGrid, provenance: dict[str, Any]) -> None:
-    """Write the coordinates file of a slide.
+def write_described(path: Path, provenance: dict[str, Any], describe: Describe) -> None:
+    """Write a file without rows, such as coordinates.
 
     Raises:
         OutputError: it cannot be written.
     """
     with publish(path) as part, _hdf5(part, path) as (file, _):
-        _create_coords(file, slide, grid, path.parent)
+        describe(file)
         file.attrs[PROVENANCE] = json.dumps(provenance)
 
 
 def read_features(path: str | os.PathLike[str]) -> SlideFeatures:
-    """Open a features file that this package wrote.
+    """Open a features file that this package wrote, in whichever layout; the grid is in level-0 pixels.
 
     Raises:
         OutputError: it does not exist or was not written by this package.
@@ -160,18 +182,36 @@ def read_features(path: str | os.PathLike[str]) -> SlideFeatures:
             f"{path} is no features file of seal_extract; give OUT/20x_.../features_NAME/SLIDE.h5"
         )
     with h5py.File(path, "r") as file:
-        grid = PatchGrid(file["coords"][()], **provenance["grid"])
+        coords = file["coords"][()]
+        if MICROMETRES in file:  # float32 keeps a tenth of a pixel over any slide
+            coords = np.rint(coords.astype(np.float64) / provenance["slide"]["mpp"]).astype(np.int64)
+        grid = PatchGrid(coords, **provenance["grid"])
     return SlideFeatures(path, grid, provenance)
 
 
-def read_provenance(path: Path) -> dict[str, Any] | None:
-    """What made the file, or None where this package did not."""
+def read_pieces(path: Path) -> Iterator[NDArray[Any]]:
+    """The rows of a features file, some thousand at a time, as it has them: float32 or float16 [B, D]."""
+    with h5py.File(path, "r") as file:
+        rows = _rows(file)
+        step = max(1, PIECE_BYTES // max(1, rows.shape[1] * rows.dtype.itemsize))
+        for start in range(0, len(rows), step):
+            yield rows[start : start + step]
+
+
+def read_provenance(path: Path, dataset: str | None = None) -> dict[str, Any] | None:
+    """What made the features file, or None where this package did not.
+
+    Args:
+        path: the file.
+        dataset: what its rows must be called; by default any of the layouts' names.
+    """
     try:
         with h5py.File(path, "r") as file:
-            text = file.attrs.get(PROVENANCE) if "features" in file else None
-    except OSError:
+            there = any(name in file for name in ([dataset] if dataset else (PIXELS, MICROMETRES)))
+            text = file.attrs.get(PROVENANCE) if there else None
+        return dict(json.loads(text)) if isinstance(text, str) else None
+    except (OSError, RuntimeError, ValueError):  # what h5py and json find in damaged files
         return None
-    return dict(json.loads(text)) if isinstance(text, str) else None
 
 
 def grid_fields(grid: PatchGrid) -> dict[str, Any]:
@@ -179,12 +219,17 @@ def grid_fields(grid: PatchGrid) -> dict[str, Any]:
     return {f.name: getattr(grid, f.name) for f in fields(grid) if f.name != "xy_l0"}
 
 
-class _Disk(FileIO):
+def _rows(file: h5py.File) -> h5py.Dataset:
+    return file[PIXELS if PIXELS in file else MICROMETRES]
+
+
+class Disk(FileIO):
     """A file that keeps its failure to itself: HDF5 would meet it again on closing, and not close."""
 
     failure: OSError | None = None
 
     def write(self, data: Any) -> int:
+        """Write all of it, or remember why not."""
         try:
             view = memoryview(data)
             while len(view) and self.failure is None:
@@ -194,6 +239,7 @@ class _Disk(FileIO):
         return len(data)
 
     def truncate(self, size: int | None = None) -> int:
+        """Set the size, or remember why not."""
         try:
             return super().truncate(size)
         except OSError as exc:
@@ -207,34 +253,23 @@ class _Disk(FileIO):
 
 
 @contextmanager
-def _hdf5(part: Path, path: Path) -> Iterator[tuple[h5py.File, _Disk]]:
+def new_hdf5(path: Path) -> Iterator[h5py.File]:
+    """A new HDF5 file that appears under its name, complete, when the block ends well.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with publish(path) as part, _hdf5(part, path) as (file, _):
+        yield file
+
+
+@contextmanager
+def _hdf5(part: Path, path: Path) -> Iterator[tuple[h5py.File, Disk]]:
     """A new HDF5 file on ``part``, complete on the disk when the block ends well."""
     with writing(path):
-        disk = _Disk(part, "w+")
+        disk = Disk(part, "w+")
     with disk:
         with h5py.File(disk, "w") as file:
             yield file, disk
         with writing(path):
             disk.check()
-
-
-def _create_coords(file: h5py.File, slide: Slide, grid: PatchGrid, folder: Path) -> None:
-    """``coords`` int64 [N, 2] with the nine attributes that TRIDENT and Patho-Bench read."""
-    coords = file.create_dataset("coords", data=grid.xy_l0)
-    coords.attrs.update(
-        patch_size=grid.patch_px,
-        patch_size_level0=grid.patch_size_l0,
-        level0_magnification=_magnification(grid.nominal_mpp_l0),
-        target_magnification=_magnification(grid.mpp),
-        overlap=grid.overlap_px,
-        name=slide.path.stem,
-        savetodir=str(folder),
-        level0_width=slide.size_l0[0],
-        level0_height=slide.size_l0[1],
-    )
-
-
-def _magnification(mpp: float) -> int | float:
-    """10 / µm/px, the field's convention (0.5 µm/px = 20x), whole where it is."""
-    value = round(10 / mpp, 2)
-    return int(value) if value == int(value) else value

@@ -1,0 +1,198 @@
+"""A finished run into another layout, without encoding again: the same values, copied piece by piece.
+
+A file that the same features were exported to before is recognised; any other is left alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import h5py
+
+from seal_extract.errors import OutputError, SealExtractError, UsageError
+from seal_extract.layouts import LAYOUTS, layout_of_grid
+from seal_extract.scverse import SCVERSE
+from seal_extract.store import (
+    MICROMETRES,
+    SlideFeatures,
+    SlideLabel,
+    read_features,
+    read_pieces,
+    read_provenance,
+)
+
+EXPORTS = (*LAYOUTS, *SCVERSE)
+FROM = "exported_from"  # the one entry of provenance in which an export differs from its source
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What became of one features file.
+
+    Attributes:
+        source: the file of the finished run.
+        path: where its features now lie.
+        patches: how many.
+        state: ``"written"``, ``"finished before"``, ``"failed"``, or ``"left out"``: that layout has no
+            place for a slide without patches, or none that its readers see.
+        error: why it failed; None otherwise.
+    """
+
+    source: Path
+    path: Path
+    patches: int
+    state: Literal["written", "finished before", "left out", "failed"] = "written"
+    error: SealExtractError | None = None
+
+    def __str__(self) -> str:
+        if self.error is not None:
+            return f"FAILED {self.error}"
+        if self.state == "left out":
+            return f"{self.source.name}: no patches, left out"
+        state = "" if self.state == "written" else f", {self.state}"
+        return f"{self.source.name}: {self.patches} patches{state} -> {self.path}"
+
+
+def export(
+    folder: str | os.PathLike[str], layout: str, out: str | os.PathLike[str], *, overwrite: bool = False
+) -> Iterator[Exported]:
+    """Write every finished features file under ``folder`` into another layout under ``out``.
+
+    Values are the same, float32, and float16 rounded from it in STAMP's layout. Provenance is kept, with the
+    source's path and layout added under ``exported_from``. Pictures and contours are not copied.
+
+    Args:
+        folder: of a finished run, or a part of it such as one encoder's.
+        layout: ``"trident"``, ``"clam"``, ``"stamp"``, ``"flat"``, ``"anndata"`` or ``"spatialdata"``.
+        out: folder for the results.
+        overwrite: replace files that were made from something else.
+
+    Yields:
+        What became of each file, as it is done; one that fails stops no other.
+
+    Raises:
+        UsageError: no such layout, nothing finished in ``folder``, or two files that would get one name.
+    """
+    if layout not in EXPORTS:
+        raise UsageError(f"--layout is {layout!r}; allowed: {', '.join(EXPORTS)}")
+    if layout in SCVERSE:
+        SCVERSE[layout].check_installed()
+    jobs = _jobs(Path(folder), layout, Path(out))
+    return (_export_one(file, path, layout, Path(out), overwrite) for path, file in jobs.items())
+
+
+def _jobs(folder: Path, layout: str, out: Path) -> dict[Path, Path]:
+    """The file that each source becomes, with the source.
+
+    A run exported into its own folder is met again there: the original goes before its exports.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is no folder; give the -o of a finished run")
+    jobs: dict[Path, Path] = {}
+    exports: set[Path] = set()
+    for file in sorted(folder.rglob("*.h5")):
+        provenance = read_provenance(file)
+        if provenance is None:
+            continue
+        if FROM in provenance:
+            exports.add(file)
+        path = _place(read_features(file), layout, out)
+        other = jobs.get(path, file)
+        if path.resolve() == file.resolve() or (other != file and file in exports):
+            continue
+        if other != file and other not in exports:
+            raise UsageError(
+                f"{other} and {file} would both become {path}; "
+                f"give the folder of one of them in place of {folder}, and each its own -o"
+            )
+        jobs[path] = file
+    if not jobs:
+        raise UsageError(
+            f"{folder} holds no finished features file of seal_extract that is not in this layout already "
+            f"(looked for *.h5 in it and below); give the -o of a finished run"
+        )
+    return jobs
+
+
+def _place(source: SlideFeatures, layout: str, out: Path) -> Path:
+    name, encoder = source.path.stem, source.provenance["encoder"]["name"]
+    if layout in SCVERSE:
+        return out / f"{name}{SCVERSE[layout].suffix}"
+    return layout_of_grid(layout, out, source.grid).place(name, encoder, source.grid)
+
+
+def _export_one(file: Path, path: Path, layout: str, out: Path, overwrite: bool) -> Exported:
+    result = Exported(file, path, 0)
+    try:
+        source = read_features(file)
+        result = replace(result, patches=len(source.grid))
+        if layout != "stamp" and _is_float16(source.path):
+            raise OutputError(
+                f"{source.path} holds float16 (STAMP's layout), and {layout} promises float32; "
+                f"export from a float32 layout, or encode again"
+            )
+        if layout in SCVERSE and not len(source.grid) and not SCVERSE[layout].takes_empty:
+            return replace(result, state="left out")
+        provenance = source.provenance | {FROM: str(source.path.resolve())}
+        if not overwrite and _is_done(path, layout, provenance):
+            if layout in LAYOUTS:
+                encoder = provenance["encoder"]["name"]
+                layout_of_grid(layout, out, source.grid).complete(source.path.stem, encoder)
+            return replace(result, state="finished before")
+        if layout in SCVERSE:
+            SCVERSE[layout].write(replace(source, provenance=provenance), path)
+        else:
+            _copy(source, provenance, layout, out, overwrite)
+        return replace(result, state="left out") if _is_hidden(source, layout, out) else result
+    except SealExtractError as exc:
+        return replace(result, state="failed", error=exc)
+    except OSError as exc:  # the source: what is written is translated where it is written
+        error = OutputError(f"{file} cannot be read ({exc}); encode that slide again")
+        return replace(result, state="failed", error=error)
+
+
+def _is_hidden(source: SlideFeatures, layout: str, out: Path) -> bool:
+    """Whether its file lies where the layout's readers do not look."""
+    if layout in SCVERSE:
+        return False
+    name, encoder = source.path.stem, source.provenance["encoder"]["name"]
+    return _place(source, layout, out) != layout_of_grid(layout, out, source.grid).features(name, encoder)
+
+
+def _is_done(path: Path, layout: str, provenance: dict[str, Any]) -> bool:
+    """Whether an earlier export, or the same run, left these features there.
+
+    Raises:
+        OutputError: something else lies there.
+    """
+    if not path.exists():
+        return False
+    read = SCVERSE[layout].read_provenance if layout in SCVERSE else read_provenance
+    there = read(path)
+    if there is None or _without_origin(there) != _without_origin(provenance):
+        what = "is not ours" if there is None else "was made from other features"
+        raise OutputError(f"{path} exists and {what}; type --overwrite to replace it, or another -o")
+    return True
+
+
+def _without_origin(provenance: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in provenance.items() if key != FROM}
+
+
+def _copy(source: SlideFeatures, provenance: dict[str, Any], layout: str, out: Path, overwrite: bool) -> None:
+    slide, encoder = provenance["slide"], provenance["encoder"]["name"]
+    label = SlideLabel(source.path.stem, tuple(slide["size_l0"]), slide["mpp"])
+    target = layout_of_grid(layout, out, source.grid)
+    target.write_coords(label, source.grid, provenance, overwrite=overwrite)
+    with target.write_features(label, source.grid, encoder, source.dim, provenance) as writer:
+        for piece in read_pieces(source.path):
+            writer.append(piece)
+
+
+def _is_float16(path: Path) -> bool:
+    with h5py.File(path, "r") as file:
+        return MICROMETRES in file

@@ -1,0 +1,157 @@
+"""What every layout answers: where a slide's files lie, how they are written, whether they are there."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from seal_extract.errors import OutputError
+from seal_extract.grid import PatchGrid
+from seal_extract.layouts.pixels import write_pixel_coords, write_pixel_features
+from seal_extract.publish import writing
+from seal_extract.store import PIXELS, PROVENANCE, FeatureWriter, SlideLabel
+
+
+@dataclass(frozen=True)
+class Layout(ABC):
+    """The files of a run under ``out``.
+
+    A slide is finished when its features file is there: it is published last, and what is derived from it
+    can be made again by `complete`.
+
+    Attributes:
+        out: folder of the results.
+        name: as ``--layout`` takes it.
+        dataset: name of the rows in a features file.
+        one_encoder: features of two encoders would have one name.
+    """
+
+    out: Path
+
+    name: ClassVar[str]
+    dataset: ClassVar[str] = PIXELS
+    one_encoder: ClassVar[bool] = False
+
+    @abstractmethod
+    def features(self, slide: str, encoder: str) -> Path:
+        """Features of a slide, by its name without suffix."""
+
+    def empty(self, slide: str, encoder: str) -> Path:
+        """What stands for the features of a slide that has no patches: the same file, with no rows."""
+        return self.features(slide, encoder)
+
+    def derived(self, slide: str, encoder: str) -> tuple[Path, ...]:
+        """Files made from the features file once it is complete."""
+        return ()
+
+    def coords(self, slide: str) -> Path | None:
+        """Coordinates of a slide; None where only its features file has them."""
+        return None
+
+    def overlay(self, slide: str) -> Path:
+        """Picture of a slide."""
+        return self.out / "overlays" / f"{slide}.jpg"
+
+    def tissue(self, slide: str) -> Path:
+        """Tissue contours of a slide."""
+        return self.out / "contours_geojson" / f"{slide}.geojson"
+
+    def place(self, slide: str, encoder: str, grid: PatchGrid) -> Path:
+        """Where the features of a slide with these patches go."""
+        return self.features(slide, encoder) if len(grid) else self.empty(slide, encoder)
+
+    def find(self, slide: str, encoder: str) -> Path | None:
+        """The features file that is there, with patches or without."""
+        places = (self.features(slide, encoder), self.empty(slide, encoder))
+        return next((path for path in places if path.exists()), None)
+
+    # --- writing --------------------------------------------------------------------------------------
+
+    @contextmanager
+    def write_features(
+        self, label: SlideLabel, grid: PatchGrid, encoder: str, dim: int, provenance: dict[str, Any]
+    ) -> Iterator[FeatureWriter]:
+        """Open the features file of a slide; when the block ends with all rows in, it and what is derived
+        from it appear. ``provenance`` is written last, as it then is.
+
+        Raises:
+            OutputError: it cannot be written, or not as many rows came as the grid has.
+        """
+        path = self.place(label.name, encoder, grid)
+        others = {self.features(label.name, encoder), self.empty(label.name, encoder)} - {path}
+        with self._open(path, label, grid, encoder, dim, provenance) as writer:
+            yield writer
+            writer.check()
+            for stale in (*self.derived(label.name, encoder), *others):  # of a file that is about to go
+                with writing(stale):
+                    stale.unlink(missing_ok=True)
+        self.complete(label.name, encoder)
+
+    def _open(
+        self,
+        path: Path,
+        label: SlideLabel,
+        grid: PatchGrid,
+        encoder: str,
+        dim: int,
+        provenance: dict[str, Any],
+    ) -> AbstractContextManager[FeatureWriter]:
+        """The features file, in level-0 pixels."""
+        return write_pixel_features(path, label, grid, encoder, dim, provenance)
+
+    def complete(self, slide: str, encoder: str) -> None:
+        """Make those of the `derived` files that are not there."""
+        return None
+
+    def write_coords(
+        self, label: SlideLabel, grid: PatchGrid, provenance: dict[str, Any], *, overwrite: bool = False
+    ) -> None:
+        """Write the coordinates file, unless the same coordinates lie there: encoders share it.
+
+        Raises:
+            OutputError: it cannot be written, or holds other coordinates and ``overwrite`` is not set.
+        """
+        path = self.coords(label.name)
+        if path is None:
+            return
+        there = _read_coords(path)
+        if there is not None and _same(there, grid):
+            return
+        if there is not None and not overwrite:
+            raise OutputError(
+                f"{path} exists, with {len(there[0])} other patches than these {len(grid)}; "
+                f"type --overwrite to replace it, or another -o"
+            )
+        self._write_coords(path, label, grid, provenance)
+
+    def _write_coords(
+        self, path: Path, label: SlideLabel, grid: PatchGrid, provenance: dict[str, Any]
+    ) -> None:
+        write_pixel_coords(path, label, grid, provenance)
+
+
+def _read_coords(path: Path) -> tuple[NDArray[Any], dict[str, Any] | None] | None:
+    """Coordinates, and the fields of their grid where they are ours; None where no such file can be read."""
+    try:
+        with h5py.File(path, "r") as file:
+            text = file.attrs.get(PROVENANCE)
+            return np.asarray(file["coords"][()]), json.loads(text).get("grid") if text else None
+    except (OSError, KeyError, RuntimeError, ValueError):  # what h5py and json find in damaged files
+        return None
+
+
+def _same(there: tuple[NDArray[Any], dict[str, Any] | None], grid: PatchGrid) -> bool:
+    xy_l0, said = there
+    sizes = (grid.patch_px, grid.patch_size_l0)
+    return np.array_equal(xy_l0, grid.xy_l0) and (
+        said is None or (said["patch_px"], said["patch_size_l0"]) == sizes
+    )

@@ -1,0 +1,56 @@
+"""Features and coordinates in level-0 pixels, with the attributes that TRIDENT and Patho-Bench read."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from seal_extract.grid import PatchGrid
+from seal_extract.store import PIXELS, FeatureWriter, SlideLabel, write_described, write_rows
+
+
+def write_pixel_features(
+    path: Path, label: SlideLabel, grid: PatchGrid, encoder: str, dim: int, provenance: dict[str, Any]
+) -> AbstractContextManager[FeatureWriter]:
+    """Open a file of ``features`` float32 [N, D] and ``coords`` int64 [N, 2]; see `write_rows`."""
+
+    def describe(file: h5py.File) -> None:
+        file[PIXELS].attrs.update(name=label.name, savetodir=str(path.parent), encoder=encoder)
+        create_coords(file, label, grid, path.parent)
+
+    return write_rows(path, PIXELS, (len(grid), dim), np.float32, provenance, describe)
+
+
+def write_pixel_coords(path: Path, label: SlideLabel, grid: PatchGrid, provenance: dict[str, Any]) -> None:
+    """Write a file of ``coords`` int64 [N, 2].
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    write_described(path, provenance, lambda file: create_coords(file, label, grid, path.parent))
+
+
+def create_coords(file: h5py.File, label: SlideLabel, grid: PatchGrid, folder: Path) -> None:
+    """``coords`` int64 [N, 2] with the nine attributes."""
+    coords = file.create_dataset("coords", data=grid.xy_l0)
+    coords.attrs.update(
+        patch_size=grid.patch_px,
+        patch_size_level0=grid.patch_size_l0,
+        level0_magnification=_magnification(grid.nominal_mpp_l0),
+        target_magnification=_magnification(grid.mpp),
+        overlap=grid.overlap_px,
+        name=label.name,
+        savetodir=str(folder),
+        level0_width=label.size_l0[0],
+        level0_height=label.size_l0[1],
+    )
+
+
+def _magnification(mpp: float) -> int | float:
+    """10 / µm/px, the field's convention (0.5 µm/px = 20x), whole where it is."""
+    value = round(10 / mpp, 2)
+    return int(value) if value == int(value) else value

@@ -1,0 +1,36 @@
+"""TRIDENT's layout, which Patho-Bench and CLAM's loaders read as well.
+
+OUT/20x_224px_0px_overlap/patches/{slide}_patches.h5      coords
+OUT/20x_224px_0px_overlap/features_{encoder}/{slide}.h5   features, coords
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from seal_extract.layouts.layout import Layout
+
+
+@dataclass(frozen=True)
+class TridentLayout(Layout):
+    """One folder per magnification, patch size and overlap."""
+
+    patch_px: int
+    mpp: float
+    overlap_px: int
+
+    name = "trident"
+
+    @property
+    def folder(self) -> Path:
+        """Folder of this magnification, patch size and overlap."""
+        return self.out / f"{10 / self.mpp:g}x_{self.patch_px}px_{self.overlap_px}px_overlap"
+
+    def features(self, slide: str, encoder: str) -> Path:
+        """Features of a slide, by its name without suffix."""
+        return self.folder / f"features_{encoder}" / f"{slide}.h5"
+
+    def coords(self, slide: str) -> Path:
+        """Coordinates of a slide."""
+        return self.folder / "patches" / f"{slide}_patches.h5"

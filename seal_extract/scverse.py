@@ -1,0 +1,231 @@
+"""Features for the scverse tools: one AnnData file or one SpatialData store per slide.
+
+The ``.h5ad`` is written row by row in the form that anndata documents, without anndata, so that a slide's
+features need not fit into memory. Reading it, and SpatialData, take the ``[scverse]`` extra.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from seal_extract.errors import UsageError
+from seal_extract.publish import temporary, writing
+from seal_extract.store import CHUNK_BYTES, PIXELS, PROVENANCE, SlideFeatures, new_hdf5, read_pieces
+
+
+@dataclass(frozen=True)
+class ScverseForm:
+    """A file or store per slide.
+
+    Attributes:
+        suffix: of its name.
+        write: ``write(features, path)``.
+        read_provenance: what made the file, or None where this package did not.
+        needs: module that has to be installed, or None.
+        takes_empty: whether a slide without patches can be written.
+    """
+
+    suffix: str
+    write: Callable[[SlideFeatures, Path], None]
+    read_provenance: Callable[[Path], dict[str, Any] | None]
+    needs: str | None = None
+    takes_empty: bool = True
+
+    def check_installed(self) -> None:
+        """Refuse before any work where the extra is missing.
+
+        Raises:
+            UsageError: it is.
+        """
+        if self.needs is not None and find_spec(self.needs) is None:
+            raise UsageError(f'{self.needs} is not installed; type: pip install "seal-extract[scverse]"')
+
+
+# --- AnnData ----------------------------------------------------------------------------------------
+
+
+def write_h5ad(features: SlideFeatures, path: Path) -> None:
+    """Write an AnnData file: a patch is an observation, a feature a variable.
+
+    ``X`` float32 [N, D]; ``obsm["spatial"]`` float64 [N, 2], the patches' centres in level-0 pixels;
+    ``obs`` ``x_l0``, ``y_l0``, their top-left corners; ``uns`` ``mpp`` (µm/px at level 0), ``patch_size_l0``,
+    ``patch_um``, ``encoder``, ``slide`` and ``seal_extract``, the provenance as JSON.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    grid, slide, encoder = features.grid, path.stem, features.provenance["encoder"]["name"]
+    with new_hdf5(path) as file:
+        _tag(file, "anndata", "0.1.0")
+        _write_rows(file, features)
+        x, y = grid.xy_l0.T
+        _frame(file, "obs", _patch_names(slide, len(grid)), {"x_l0": x, "y_l0": y})
+        _frame(file, "var", [f"{encoder}_{i}" for i in range(features.dim)], {})
+        _array(_dict(file, "obsm"), "spatial", _centres(features))
+        for empty in ("layers", "obsp", "varm", "varp"):
+            _dict(file, empty)
+        uns = _dict(file, "uns")
+        for key, value in (_facts(features, slide) | {PROVENANCE: json.dumps(features.provenance)}).items():
+            text = isinstance(value, str)
+            dataset = uns.create_dataset(key, data=value, dtype=h5py.string_dtype() if text else None)
+            _tag(dataset, "string" if text else "numeric-scalar", "0.2.0")
+
+
+def read_h5ad_provenance(path: Path) -> dict[str, Any] | None:
+    """What made an ``.h5ad``, or None where this package did not."""
+    try:
+        with h5py.File(path, "r") as file:
+            text = file["uns"][PROVENANCE].asstr()[()]
+    except (OSError, KeyError, TypeError):
+        return None
+    return dict(json.loads(text))
+
+
+def _write_rows(file: h5py.File, features: SlideFeatures) -> None:
+    n, dim = len(features.grid), features.dim
+    chunks = (max(1, min(n, CHUNK_BYTES // (4 * dim))), dim) if n else None
+    rows, done = file.create_dataset("X", (n, dim), np.float32, chunks=chunks), 0
+    for piece in read_pieces(features.path):
+        rows[done : done + len(piece)] = piece
+        done += len(piece)
+    _tag(rows, "array", "0.2.0")
+
+
+def _frame(file: h5py.File, name: str, index: list[str], columns: dict[str, NDArray[Any]]) -> None:
+    group = file.create_group(name)
+    _tag(group, "dataframe", "0.2.0")
+    group.attrs["_index"] = "_index"
+    group.attrs.create("column-order", np.array(list(columns), object), dtype=h5py.string_dtype())
+    names = group.create_dataset("_index", data=np.array(index, object), dtype=h5py.string_dtype())
+    _tag(names, "string-array", "0.2.0")
+    for key, values in columns.items():
+        _array(group, key, values)
+
+
+def _dict(parent: h5py.Group, name: str) -> h5py.Group:
+    group = parent.create_group(name)
+    _tag(group, "dict", "0.1.0")
+    return group
+
+
+def _array(group: h5py.Group, name: str, values: NDArray[Any]) -> None:
+    _tag(group.create_dataset(name, data=values), "array", "0.2.0")
+
+
+def _tag(item: h5py.Group | h5py.Dataset, kind: str, version: str) -> None:
+    item.attrs.update({"encoding-type": kind, "encoding-version": version})
+
+
+# --- SpatialData ------------------------------------------------------------------------------------
+
+
+def write_spatialdata(features: SlideFeatures, path: Path) -> None:
+    """Write a SpatialData store: ``shapes["patches"]``, squares in level-0 pixels, annotated by a table.
+
+    Coordinate systems: ``global``, level-0 pixels, and ``um``, micrometres. The table is `write_h5ad`'s.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what these libraries tell one another of their next releases
+        _write_store(features, path)
+
+
+def _write_store(features: SlideFeatures, path: Path) -> None:
+    from anndata import AnnData
+    from dask.array import from_array
+    from geopandas import GeoDataFrame
+    from pandas import Categorical, DataFrame
+    from shapely import box
+    from spatialdata import SpatialData
+    from spatialdata.models import ShapesModel, TableModel
+    from spatialdata.transformations import Identity, Scale
+
+    grid, slide, size = features.grid, path.stem, features.grid.patch_size_l0
+    facts, names = _facts(features, slide), _patch_names(slide, len(grid))
+    x, y = grid.xy_l0.T
+    shapes = ShapesModel.parse(
+        GeoDataFrame(geometry=box(x, y, x + size, y + size), index=names),
+        transformations={"global": Identity(), "um": Scale([facts["mpp"]] * 2, axes=("x", "y"))},
+    )
+    obs = DataFrame({"x_l0": x, "y_l0": y, "patch": names}, index=names)
+    obs["region"] = Categorical(["patches"] * len(grid))
+    var = DataFrame(index=[f"{facts['encoder']}_{i}" for i in range(features.dim)])
+    with h5py.File(features.path, "r") as file:
+        rows = file[PIXELS]
+        lazy = from_array(rows, chunks=(rows.chunks[0] * 16, features.dim))  # written piece by piece
+        table = AnnData(lazy, obs, var, uns=facts, obsm={"spatial": _centres(features)})
+        table = TableModel.parse(table, region="patches", region_key="region", instance_key="patch")
+        store = SpatialData(
+            shapes={"patches": shapes},
+            tables={"table": table},
+            attrs={PROVENANCE: json.dumps(features.provenance)},
+        )
+        _publish_store(store, path)
+
+
+def read_store_provenance(path: Path) -> dict[str, Any] | None:
+    """What made a SpatialData store, or None where this package did not."""
+    for name in ("zarr.json", ".zattrs"):
+        try:
+            entries = json.loads((path / name).read_text())
+            text = entries.get("attributes", entries)[PROVENANCE]
+        except (OSError, KeyError, TypeError, ValueError):
+            continue
+        return dict(json.loads(text))
+    return None
+
+
+def _publish_store(store: Any, path: Path) -> None:
+    """A folder with its final name is complete, as a file is."""
+    part = temporary(path)
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            store.write(part, overwrite=True)
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+# --- both -------------------------------------------------------------------------------------------
+
+
+def _patch_names(slide: str, patches: int) -> list[str]:
+    return [f"{slide}_{row}" for row in range(patches)]
+
+
+def _centres(features: SlideFeatures) -> NDArray[np.float64]:
+    """Level-0 pixels, float64 [N, 2]."""
+    return features.grid.xy_l0.astype(np.float64) + features.grid.patch_size_l0 / 2
+
+
+def _facts(features: SlideFeatures, slide: str) -> dict[str, Any]:
+    grid, provenance = features.grid, features.provenance
+    return {
+        "slide": slide,
+        "encoder": provenance["encoder"]["name"],
+        "mpp": provenance["slide"]["mpp"],
+        "patch_size_l0": grid.patch_size_l0,
+        "patch_um": grid.patch_size_l0 * provenance["slide"]["mpp"],
+    }
+
+
+SCVERSE = {
+    "anndata": ScverseForm(".h5ad", write_h5ad, read_h5ad_provenance),
+    "spatialdata": ScverseForm(".zarr", write_spatialdata, read_store_provenance, "spatialdata", False),
+}

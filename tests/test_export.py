@@ -1,0 +1,267 @@
+"""A finished run in another layout: the same values, recognised again, nothing overwritten."""
+
+import json
+from importlib.util import find_spec
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import DrawnSlide
+from test_layouts import CONSUMER_OF, DIM, SIZE, files_in, grid_of, provenance_of, write
+
+from seal_extract import read_features
+from seal_extract.cli import main
+from seal_extract.errors import UsageError
+from seal_extract.export import EXPORTS, export
+from seal_extract.finished import find_finished
+from seal_extract.layouts import LAYOUTS, layout_of_grid
+from seal_extract.plan import ExtractOptions
+from seal_extract.provenance import describe_request
+from seal_extract.store import SlideLabel, read_provenance
+from seal_extract.verify import verify
+
+FLOAT32 = [name for name in LAYOUTS if name != "stamp"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A finished run of two slides, one of them on two encoders."""
+    out = tmp_path / "run"
+    write(out, "trident", n=50, name="a", mpp=0.2485)
+    write(out, "trident", n=33, name="b", seed=2)
+    return out
+
+
+def states(*args, **kwargs):
+    return [e.state for e in export(*args, **kwargs)]
+
+
+@pytest.mark.parametrize("to", LAYOUTS)
+@pytest.mark.parametrize("source", FLOAT32)
+def test_any_layout_becomes_any_other_with_the_same_values(tmp_path, source, to):
+    place, features, grid = write(tmp_path / "run", source, mpp=0.2485)
+    (done,) = export(tmp_path / "run", to, tmp_path / "out")
+    assert (done.state, done.patches) == ("written", 50)
+    back, want = read_features(done.path), features.astype(np.float16) if to == "stamp" else features
+    np.testing.assert_array_equal(back.features, want.astype(np.float32))
+    np.testing.assert_array_equal(back.grid.xy_l0, grid.xy_l0)
+    assert verify(tmp_path / "out", CONSUMER_OF[to]) == ()
+    origin = back.provenance.pop("exported_from")
+    assert origin == str(place.features("a", "tiny").resolve())
+    assert back.provenance == read_provenance(place.features("a", "tiny"))
+
+
+def test_an_export_is_what_the_run_itself_would_have_written(run, tmp_path):
+    write(tmp_path / "direct", "clam", n=50, name="a", mpp=0.2485)
+    write(tmp_path / "direct", "clam", n=33, name="b", seed=2)
+    assert states(run, "clam", tmp_path / "out") == ["written", "written"]
+    assert files_in(tmp_path / "out") == files_in(tmp_path / "direct")
+    for name in ("a", "b"):
+        tensors = [tmp_path / k / f"features_tiny/pt_files/{name}.pt" for k in ("out", "direct")]
+        assert tensors[0].read_bytes() == tensors[1].read_bytes()
+
+
+def test_rows_are_copied_in_pieces(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("seal_extract.store.PIECE_BYTES", 7 * 4 * DIM)
+    assert states(run, "clam", tmp_path / "out") == ["written", "written"]
+    want = read_features(run / "20x_256px_0px_overlap/features_tiny/a.h5").features
+    tensor = torch.load(tmp_path / "out/features_tiny/pt_files/a.pt", weights_only=True)
+    np.testing.assert_array_equal(tensor.numpy(), want)
+
+
+@pytest.mark.parametrize("to", [*LAYOUTS, "anndata"])
+def test_the_same_export_again_writes_nothing(run, tmp_path, to):
+    out = tmp_path / "out"
+    assert states(run, to, out) == ["written", "written"]
+    before = {name: (out / name).stat().st_mtime_ns for name in files_in(out)}
+    assert states(run, to, out) == ["finished before", "finished before"]
+    assert {name: (out / name).stat().st_mtime_ns for name in files_in(out)} == before
+
+
+def test_an_export_goes_on_where_it_was_stopped(run, tmp_path):
+    out = tmp_path / "out"
+    assert states(run, "clam", out) == ["written", "written"]
+    (out / "features_tiny/h5_files/b.h5").unlink()
+    (out / "features_tiny/pt_files/a.pt").unlink()
+    assert states(run, "clam", out) == ["finished before", "written"]
+    assert verify(out, "clam") == ()
+
+
+@pytest.mark.parametrize("to", ["clam", "anndata"])
+def test_other_files_are_not_replaced_without_overwrite(run, tmp_path, to):
+    out = tmp_path / "out"
+    assert states(run, to, out) == ["written", "written"]
+    write(tmp_path / "newer", "trident", n=50, name="a", seed=9)
+    (path,) = (tmp_path / "newer").rglob("features_tiny/a.h5")
+    with h5py.File(path, "a") as file:
+        file.attrs["seal_extract"] = json.dumps(provenance_of(grid_of(50)) | {"request": {"pipeline": 2}})
+    (refused,) = export(tmp_path / "newer", to, out)
+    assert refused.state == "failed"
+    assert "was made from other features; type --overwrite" in str(refused)
+    assert states(tmp_path / "newer", to, out, overwrite=True) == ["written"]
+    assert states(tmp_path / "newer", to, out) == ["finished before"]
+
+
+def test_a_foreign_file_is_not_replaced(run, tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["features"] = np.zeros((1, DIM), np.float32)
+    failed, written = export(run, "flat", tmp_path)
+    assert str(failed) == (
+        f"FAILED {tmp_path / 'a.h5'} exists and is not ours; type --overwrite to replace it, or another -o"
+    )
+    assert written.state == "written"
+
+
+def test_a_slide_without_patches_is_left_out_of_clams_folders_and_that_is_said(tmp_path):
+    write(tmp_path / "run", "trident", n=0, name="glass")
+    (done,) = export(tmp_path / "run", "clam", tmp_path / "out")
+    assert str(done) == "glass.h5: no patches, left out"
+    assert files_in(tmp_path / "out") == ["features_tiny/without_patches/glass.h5"]
+    assert states(tmp_path / "out", "trident", tmp_path / "back") == ["written"]
+
+
+def test_float16_never_becomes_float32(tmp_path):
+    write(tmp_path / "run", "stamp")
+    (refused,) = export(tmp_path / "run", "flat", tmp_path / "out")
+    assert "holds float16 (STAMP's layout), and flat promises float32" in str(refused)
+    assert not (tmp_path / "out").exists()
+    assert states(tmp_path / "run", "stamp", tmp_path / "out") == ["written"]
+
+
+def test_a_damaged_source_is_named_and_the_others_are_done(run, tmp_path, monkeypatch):
+    def fail_on_a(path):
+        if path.name == "a.h5":
+            raise OSError("Can't synchronously read data")
+        return iter([np.ones((33, DIM), np.float32)])
+
+    monkeypatch.setattr("seal_extract.export.read_pieces", fail_on_a)
+    failed, written = export(run, "flat", tmp_path / "out")
+    assert "a.h5 cannot be read (Can't synchronously read data); encode that slide again" in str(failed)
+    assert written.state == "written"
+    assert files_in(tmp_path / "out") == ["b.h5"]
+
+
+def test_two_encoders_need_folders_of_their_own_in_the_flat_layout(run, tmp_path):
+    write(run, "trident", name="a", encoder="other", seed=5)
+    with pytest.raises(UsageError, match=r"would both become .*a\.h5; give the folder of one of them"):
+        export(run, "flat", tmp_path / "out")
+    assert states(run, "clam", tmp_path / "out") == ["written"] * 3
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "features_other",
+        "features_tiny",
+        "patches",
+    ]
+
+
+def test_a_run_may_be_exported_into_its_own_folder(run):
+    assert states(run, "clam", run) == ["written", "written"]
+    assert states(run, "stamp", run) == ["written", "written"]
+    assert states(run, "clam", run) == ["finished before", "finished before"]
+
+
+def test_an_extraction_takes_an_export_for_done(tmp_path):
+    slide = DrawnSlide(np.zeros((SIZE[1], SIZE[0], 3), np.uint8))
+    identity = {"name": "tiny", "weights": []}
+    slide.path = tmp_path / "drawn.svs"
+    slide.path.write_bytes(b"stands for the slide")
+    options = ExtractOptions(layout="trident", patch_px=256)
+    grid, label = grid_of(20), SlideLabel("drawn", SIZE, 0.25)
+    provenance = provenance_of(grid) | {"request": describe_request(slide, identity, options)}
+    place = layout_of_grid("trident", tmp_path / "run", grid)
+    with place.write_features(label, grid, "tiny", DIM, provenance) as writer:
+        writer.append(np.ones((20, DIM), np.float32))
+    for layout in LAYOUTS:
+        options = ExtractOptions(layout=layout, patch_px=256)
+        assert states(tmp_path / "run", layout, tmp_path / layout) in (["written"], ["finished before"])
+        found = find_finished(slide, identity, tmp_path / layout, options)
+        assert len(found.grid) == 20, layout
+
+
+# --- scverse ----------------------------------------------------------------------------------
+
+
+def test_an_h5ad_has_the_form_that_anndata_documents(run, tmp_path):
+    (done, _) = export(run, "anndata", tmp_path / "out")
+    assert done.path == tmp_path / "out/a.h5ad"
+    kinds = {}
+    with h5py.File(done.path) as file:
+        assert file.attrs["encoding-type"] == "anndata"
+        file.visititems(lambda name, item: kinds.update({name: item.attrs.get("encoding-type")}))
+        assert list(file["obs"].attrs["column-order"]) == ["x_l0", "y_l0"]
+        assert file["obs/_index"].asstr()[:2].tolist() == ["a_0", "a_1"]
+        np.testing.assert_array_equal(file["X"][()], read_features(done.source).features)
+        np.testing.assert_array_equal(file["obsm/spatial"][:2], [[256, 256], [768, 256]])
+    assert set(kinds.values()) == {
+        *("array", "dataframe", "string-array", "dict", "string", "numeric-scalar"),
+    }
+
+
+@pytest.mark.parametrize("n", [50, 0])
+def test_anndata_reads_it(tmp_path, n):
+    anndata = pytest.importorskip("anndata", reason='pip install "seal-extract[scverse]"')
+    _, features, grid = write(tmp_path / "run", "trident", n=n, mpp=0.2485)
+    (done,) = export(tmp_path / "run", "anndata", tmp_path / "out")
+    data = anndata.read_h5ad(done.path)
+    np.testing.assert_array_equal(data.X, features)
+    np.testing.assert_array_equal(data.obsm["spatial"], grid.xy_l0 + 256)
+    np.testing.assert_array_equal(data.obs[["x_l0", "y_l0"]].to_numpy(), grid.xy_l0)
+    assert data.var_names[0] == "tiny_0"
+    assert (data.uns["mpp"], data.uns["patch_size_l0"], data.uns["encoder"]) == (0.2485, 512, "tiny")
+    assert data.uns["patch_um"] == pytest.approx(512 * 0.2485)
+    assert json.loads(data.uns["seal_extract"])["request"] == {"pipeline": 1}
+
+
+def test_spatialdata_reads_patches_in_pixels_and_micrometres(run, tmp_path):
+    spatialdata = pytest.importorskip("spatialdata", reason='pip install "seal-extract[scverse]"')
+    write(run, "trident", n=0, name="glass")
+    assert states(run, "spatialdata", tmp_path / "out") == ["written", "written", "left out"]
+    data = spatialdata.read_zarr(tmp_path / "out/a.zarr")
+    source = read_features(run / "20x_256px_0px_overlap/features_tiny/a.h5")
+    np.testing.assert_array_equal(np.asarray(data["table"].X), source.features)
+    np.testing.assert_array_equal(data["patches"].bounds.to_numpy()[:, :2], source.grid.xy_l0)
+    in_um = spatialdata.transform(data["patches"], to_coordinate_system="um")
+    np.testing.assert_allclose(in_um.bounds.to_numpy()[:, :2], source.grid.xy_l0 * 0.2485)
+    assert states(run, "spatialdata", tmp_path / "out") == ["finished before"] * 2 + ["left out"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.zarr", "b.zarr"]
+
+
+@pytest.mark.skipif(find_spec("spatialdata") is not None, reason="spatialdata is installed")
+def test_a_missing_extra_is_one_line(run, tmp_path, capsys):
+    status = main(["export", str(run), "--layout", "spatialdata", "-o", str(tmp_path / "out")])
+    assert status == 2
+    assert capsys.readouterr().err == (
+        'seal-extract: spatialdata is not installed; type: pip install "seal-extract[scverse]"\n'
+    )
+
+
+# --- the command ------------------------------------------------------------------------------
+
+
+def test_the_command_prints_a_line_per_file(run, tmp_path, capsys):
+    command = ["export", str(run), "--layout", "clam", "-o", str(tmp_path / "out")]
+    assert main(command) == 0
+    folder = tmp_path / "out/features_tiny/h5_files"
+    assert capsys.readouterr().out.splitlines() == [
+        f"a.h5: 50 patches -> {folder / 'a.h5'}",
+        f"b.h5: 33 patches -> {folder / 'b.h5'}",
+    ]
+    assert main(command) == 0
+    assert all("finished before" in line for line in capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("folder", "layout", "message"),
+    [
+        ("run", "clem", f"--layout is 'clem'; allowed: {', '.join(EXPORTS)}"),
+        ("no", "clam", "no is no folder; give the -o of a finished run"),
+        ("empty", "clam", "empty holds no finished features file of seal_extract"),
+    ],
+)
+def test_bad_requests_are_one_line_and_exit_with_2(run, tmp_path, capsys, folder, layout, message):
+    (tmp_path / "empty").mkdir()
+    assert main(["export", str(tmp_path / folder), "--layout", layout, "-o", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
