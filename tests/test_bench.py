@@ -1,0 +1,287 @@
+"""The bench: every figure is there, they agree with each other, nothing is left behind; nothing is timed."""
+
+import json
+import tempfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from seal_extract.bench import BenchOptions, bench
+from seal_extract.bench.encoding import Pass
+from seal_extract.bench.measure import Ratio, Stage, Timing, take_turns
+from seal_extract.bench.sample import take_sample
+from seal_extract.bench.whole import WholeRun
+from seal_extract.cli import main
+from seal_extract.demo import untrained_encoder
+from seal_extract.errors import UsageError
+from seal_extract.plan import ExtractOptions
+from seal_extract.slide import open_slide
+from seal_extract.synthetic import write_synthetic_slide
+
+ALL_STAGES = {"read", "decode", "resample", "reading", "forward", "write", "whole"}
+FEW = ("--patches", "12", "--repeats", "1", "--workers", "2", "--quiet")
+
+
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory):
+    return write_synthetic_slide(tmp_path_factory.mktemp("bench") / "a.svs", (3000, 2400), mpp=0.25)
+
+
+@pytest.fixture(scope="module")
+def picture(slide):
+    """The same specimen as a PNG, which Pillow reads."""
+    path = slide.with_suffix(".png")
+    with open_slide(slide) as opened:
+        Image.fromarray(opened.read_region((0, 0), 0, opened.size_l0)).save(path, compress_level=1)
+    return path
+
+
+@pytest.fixture
+def run(capsys, tmp_path, monkeypatch):
+    """Type ``seal-extract bench ...``: (exit status, output, lines of error); no file may be left behind."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+
+    def type_(*words):
+        threads = torch.get_num_threads()
+        try:
+            status = main(["bench", *(str(w) for w in words)])
+        except SystemExit as exc:
+            status = exc.code
+        assert list((tmp_path / "tmp").iterdir()) == []
+        assert torch.get_num_threads() == threads
+        out, err = capsys.readouterr()
+        return status, out, err.splitlines()
+
+    return type_
+
+
+def figures(run, *words):
+    status, out, err = run(*words, "--json")
+    assert (status, err) == (0, [])
+    return json.loads(out)
+
+
+# --- the figures --------------------------------------------------------------------------------------
+
+
+def test_without_arguments_all_is_made_for_the_occasion_and_said_to_be(run):
+    status, out, err = run("--size-px", "2400", *FEW)
+    assert (status, err) == (0, [])
+    assert "Slide(synthetic.svs: 2400 x 2400 px" in out.splitlines()[0]
+    assert out.splitlines()[0].endswith(", SYNTHETIC; JPEG tiles")
+    assert "Encoder(untrained-demo" in out
+    assert "UNTRAINED: random weights" in out
+
+
+@pytest.fixture(scope="module")
+def report(slide):
+    encoder = untrained_encoder()
+    options = BenchOptions(patches=12, repeats=1, against_openslide=True)
+    found = bench([slide], encoder, run=ExtractOptions(workers=2), options=options)
+    assert "encode_unchecked" not in vars(encoder)
+    return found
+
+
+def test_every_figure_is_there_and_they_agree(report):
+    found = json.loads(json.dumps(report.to_json()))
+    stages, whole, rival = found["stages"], found["whole"], found["against_openslide"]
+    assert set(stages) == ALL_STAGES
+    for stage in stages.values():
+        assert stage["patches_per_s"] == pytest.approx(stage["patches"] / stage["seconds"])
+        assert stage["seconds_min"] <= stage["seconds"] <= stage["seconds_max"]
+    assert {stages[name]["patches"] for name in ALL_STAGES - {"resample"}} == {12}
+    assert stages["resample"]["patches"] >= 12
+    assert not found["synthetic"]
+    assert found["decoder"] == "JPEG tiles"
+    assert 12 == found["slides"][0]["patches"] < found["slides"][0]["patches_in_grid"]
+    assert found["limits"] in ALL_STAGES
+    assert found["read_ratio_vs_openslide"] == rival["patches_per_s"]["median"] > 0
+    assert rival["headline"] == "patches_per_s"
+    assert rival["other"]["patches"] == 12
+    assert found["against_one_thread"]["patches_per_s"]["median"] > 0
+    assert found["whole_vs_forward"] == whole["whole_vs_forward"] > 0
+    assert 0 < found["encoder_busy"] == whole["encoder_busy"] <= 1
+    assert 0 < whole["encoder_busy_cpu"] <= 1
+    assert 0 <= whole["startup_s"] < stages["whole"]["seconds_max"]
+    assert not whole["with_tissue"]
+    assert whole["flops_per_patch"] == pytest.approx(2.5e9, rel=0.02)  # ViT-Ti at 224 px
+    assert min(whole[f"{what}_tflops_per_s"] for what in ("forward", "matrix")) > 0
+    assert whole["matrix_share"] > 0
+    assert found["whole_vs_forward_cpu"] == whole["whole_vs_forward_cpu"] > 0
+    assert found["encoder"]["untrained"]
+    assert found["encoder"]["name"] == "untrained-demo"
+    assert found["options"]["patch_px"] == 224
+    assert {"seal-extract", "torch", "python"} <= set(found["versions"])
+    assert found["machine"]["cores"] > 0
+
+
+def test_the_table_begins_with_ratios_and_ends_with_the_machine(report):
+    lines = report.lines()
+    assert [line.split()[0] for line in lines[:3]] == ["slide", "patches", "encoder"]
+    assert lines[4].split() == ["ratio", "median", "min", "max"]
+    head = next(i for i, line in enumerate(lines) if line.startswith("stage"))
+    assert head > 4
+    assert lines[head].split() == ["stage", "patches/s", "patches/CPU-s", "s", "CPU-s", "threads", "what"]
+    assert {line.split()[0] for line in lines[head + 1 : head + 8]} == ALL_STAGES
+    assert any(line.startswith("limits ") for line in lines)
+    assert lines[-1].startswith("machine ")
+    assert "seal-extract " in lines[-1]
+
+
+def test_one_thread_is_judged_by_cpu_time_and_compared_with_no_other(slide, run):
+    words = (slide, "--against", "openslide", *FEW, "--workers", "1", "--reading-only")
+    found = figures(run, *words)
+    rival = found["against_openslide"]
+    assert rival["headline"] == "patches_per_cpu_s"
+    assert found["read_ratio_vs_openslide"] == rival["patches_per_cpu_s"]["median"]
+    assert found["against_one_thread"] is None
+    assert set(found["stages"]) == {"read", "decode", "resample", "reading"}
+    assert found["whole"] is found["encoder"] is found["encoder_busy"] is None
+
+
+def test_fewer_patches_than_asked_are_said(slide, run):
+    status, out, _ = run(slide, *FEW, "--patches", "100000", "--reading-only")
+    assert status == 0
+    assert "(100000 asked)" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "decoder"),
+    [
+        (["--resample", "area", "--patch-px", "256"], "JPEG tiles"),
+        (["--fast-decode", "--patch-px", "256"], "JPEG tiles at 1/2"),
+    ],
+)
+def test_what_decoding_does_by_itself_is_not_counted_as_resampling(slide, run, words, decoder):
+    found = figures(run, slide, *FEW, *words, "--reading-only")
+    assert found["decoder"] == decoder
+    assert found["stages"]["resample"]["seconds"] is None
+    assert "nothing left to do" in found["stages"]["resample"]["does"]
+
+
+def test_reading_is_part_of_decoding_where_the_reader_does_both(picture, run):
+    found = figures(run, picture, "--slide-mpp", "0.25", *FEW, "--reading-only")
+    assert found["decoder"].startswith("regions: ")
+    assert found["stages"]["read"]["seconds"] is None
+    assert "part of decode" in found["stages"]["read"]["does"]
+    assert found["stages"]["resample"]["seconds"] > 0
+    assert found["limits"] in {"decode", "resample"}
+
+
+def test_several_slides_are_one_whole_which_finds_the_tissue_if_all_patches_are_asked(slide, run, tmp_path):
+    other = write_synthetic_slide(tmp_path / "b.svs", (2600, 2400), mpp=0.25, seed=2)
+    found = figures(run, slide, other, *FEW, "--patches", "100000", "--patch-px", "448")
+    counts = [s["patches"] for s in found["slides"]]
+    assert counts == [s["patches_in_grid"] for s in found["slides"]]
+    assert found["stages"]["whole"]["patches"] == sum(counts)
+    assert found["stages"]["reading"]["patches"] == counts[0]
+    assert found["whole"]["slides"] == 2
+    assert found["whole"]["with_tissue"]
+
+
+def test_json_goes_to_a_file(slide, run, tmp_path):
+    file = tmp_path / "figures.json"
+    status, out, _ = run(slide, *FEW, "--reading-only", "--json", file)
+    assert (status, out) == (0, f"figures -> {file}\n")
+    assert json.loads(file.read_text())["decoder"] == "JPEG tiles"
+
+
+# --- what the figures are made of ---------------------------------------------------------------------
+
+
+def test_the_sample_is_the_middle_of_the_grid(slide):
+    options = ExtractOptions(patch_px=64)
+    with take_sample(slide, 10**9, torch.device("cpu"), options) as everything:
+        xy_l0 = everything.grid.xy_l0
+        assert everything.is_whole
+    with take_sample(slide, 5, torch.device("cpu"), options) as few:
+        first = (len(xy_l0) - 5) // 2
+        np.testing.assert_array_equal(few.grid.xy_l0, xy_l0[first : first + 5])
+        assert few.in_grid == len(xy_l0)
+
+
+def test_decoding_alone_gives_the_regions_that_a_run_resamples(slide):
+    with take_sample(slide, 6, torch.device("cpu"), ExtractOptions()) as sample:
+        alone, run = sample.decoder_alone(), sample.decoder()
+        regions = alone.read(range(6)).pixels
+        assert regions.shape[-1] == sample.grid.read_px == 448
+        assert torch.equal(run.to_patches(regions), run.read(range(6)).pixels)
+        alone.close()
+        run.close()
+
+
+def test_a_run_is_divided_into_start_gaps_and_end():
+    passes = [Pass(1.0, 3.0, 1.5), Pass(1.5, 4.0, 2.5), Pass(4.5, 5.0, 0.5)]
+    run = WholeRun.of(Timing(6.0, 9.0), passes, at_once=2)
+    assert run.startup_s == 1.0
+    assert run.longest_gap_s == 0.5
+    assert run.tail_s == 1.0
+    assert run.busy == pytest.approx(5.0 / 12)
+    assert run.busy_cpu == pytest.approx(4.5 / 12)
+    assert run.pass_s == 2.0
+
+
+def test_medians_ratios_and_turns():
+    stage = Stage("", 10, 1, (Timing(1.0, 2.0), Timing(5.0, 4.0), Timing(2.0, 3.0)))
+    assert (stage.wall_s, stage.cpu_s, stage.patches_per_s) == (2.0, 3.0, 5.0)
+    assert Ratio.of([2.0, 9.0, 8.0], [1.0, 3.0, 2.0]) == Ratio(3.0, 2.0, 4.0)
+    order = []
+
+    def note(name):
+        order.append(name)
+        return Timing(1.0, 1.0)
+
+    take_turns({"a": lambda: note("a"), "b": lambda: note("b")}, 3, lambda _: None)
+    assert order == ["a", "b", "b", "a", "a", "b"]
+
+
+# --- bad input ----------------------------------------------------------------------------------------
+
+
+def one_line(result, status, message):
+    got, out, err = result
+    assert (got, out) == (status, "")
+    assert len(err) == 1
+    assert message in err[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--patches", "0"], "--patches is 0; allowed: 1 or more"),
+        (["--repeats", "0"], "--repeats is 0; allowed: 1 or more"),
+        (["--workers", "0"], "--workers is 0; allowed: 1 or more"),
+        (["--encoder", "seal-conhc"], "did you mean seal-conch"),
+        (["--device", "cuda:99"], "CUDA devices"),
+        (["--checkpoint", "a.pth"], "type --encoder NAME too"),
+        (["--json", "other.svs"], "no name that ends in .json"),
+    ],
+)
+def test_usage_errors_exit_with_2(slide, run, words, message):
+    one_line(run(slide, *words), 2, message)
+
+
+def test_a_slide_is_not_written_over(run, slide):
+    before = slide.stat().st_mtime_ns
+    one_line(run("--json", slide), 2, "give slides before --json")
+    assert slide.stat().st_mtime_ns == before
+
+
+def test_two_slides_of_one_name_are_refused(slide):
+    with pytest.raises(UsageError, match="have one name"):
+        bench([slide, slide], None)
+
+
+def test_slides_that_cannot_be_measured_are_one_line(run, tmp_path):
+    (tmp_path / "text.svs").write_text("not a slide")
+    one_line(run(tmp_path / "text.svs", "--reading-only"), 1, "it is text")
+    Image.fromarray(np.full((600, 600, 3), 240, np.uint8)).save(tmp_path / "glass.png")
+    one_line(run(tmp_path / "glass.png", "--slide-mpp", "0.5", "--reading-only"), 1, "no tissue was found")
+
+
+def test_openslide_is_no_rival_where_it_does_not_open_the_slide(picture, run):
+    words = (picture, "--slide-mpp", "0.25", "--reading-only", *FEW)
+    one_line(run(*words, "--against", "openslide"), 2, "is read by pillow")
