@@ -10,13 +10,18 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from seal_extract.errors import UnsupportedSlideError
+from seal_extract.errors import ReadError, UnsupportedSlideError
 from seal_extract.readers import Array
 from seal_extract.slide import Slide, coarsest_level
 
 UNSCANNED_BELOW = 9  # brightest channel of the black that scanners leave around the scanned area
 FLUORESCENCE_BELOW = 80  # median of the brightest channel: glass lies above 200, dense tissue above 110
+SAMPLE_PX = 1_000_000  # enough to tell a median
 BLOCK_PX = 2048  # side of the squares read at a time
+HOLE_PX = 256  # side of the squares left out where nothing can be read, if holes are allowed
+MOST_HOLES = 64  # each costs opening the file again
+
+Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels of the overview
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,14 @@ class Overview:
         return f"Overview({w} x {h} px, {self.mpp:.4g} µm/px, {self.scanned.mean():.0%} scanned)"
 
 
-def read_overview(slide: Slide, mpp: float, *, workers: int | None = None) -> Overview:
+def read_overview(slide: Slide, mpp: float, *, workers: int | None = None, holes: bool = False) -> Overview:
     """Read the whole slide at ``mpp`` by area averages, block by block, in bounded memory.
+
+    Args:
+        slide: an open slide.
+        mpp: µm/px wanted; not finer than level 0.
+        workers: reading threads; all cores by default.
+        holes: leave some places that cannot be read white, as if never scanned: enough for a picture.
 
     Raises:
         UnsupportedSlideError: the slide is dark where it was scanned: fluorescence, not brightfield.
@@ -54,24 +65,40 @@ def read_overview(slide: Slide, mpp: float, *, workers: int | None = None) -> Ov
     level = coarsest_level(slide, downsample)
     step = max(1, int(BLOCK_PX * slide.levels[level].downsample / downsample))  # overview px per block
 
-    def fill(corner: tuple[int, int]) -> None:
-        x, y = corner
-        box = (x, y, min(x + step, width), min(y + step, height))
-        rgb[y : box[3], x : box[2]], scanned[y : box[3], x : box[2]] = _read_block(
-            slide, level, box, downsample
-        )
+    left_out: list[str] = []  # why; an error would keep its frames, and those all that they hold
 
-    corners = [(x, y) for y in range(0, height, step) for x in range(0, width, step)]
+    def fill(box: Box) -> None:
+        part = np.s_[box[1] : box[3], box[0] : box[2]]
+        try:
+            rgb[part], scanned[part] = _read_block(slide, level, box, downsample)
+        except ReadError as exc:
+            if not holes or len(left_out) == MOST_HOLES:
+                raise
+            if max(box[2] - box[0], box[3] - box[1]) <= max(1, step * HOLE_PX // BLOCK_PX):
+                left_out.append(str(exc))
+                rgb[part], scanned[part] = 255, False
+            else:
+                for quarter in _quarters(box):
+                    fill(quarter)
+
+    boxes = [
+        (x, y, min(x + step, width), min(y + step, height))
+        for y in range(0, height, step)
+        for x in range(0, width, step)
+    ]
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        for _ in pool.map(fill, corners):
+        for _ in pool.map(fill, boxes):
             pass
+    if left_out and not scanned.any():
+        raise ReadError(left_out[0])
     overview = Overview(rgb, scanned, slide.mpp * downsample, downsample)
     _refuse_fluorescence(slide, overview)
     return overview
 
 
 def _refuse_fluorescence(slide: Slide, overview: Overview) -> None:
-    bright = overview.rgb.max(axis=2)[overview.scanned]
+    step = max(1, round((overview.scanned.size / SAMPLE_PX) ** 0.5))
+    bright = overview.rgb[::step, ::step].max(axis=2)[overview.scanned[::step, ::step]]
     median = float(np.median(bright)) if bright.size else 0.0
     if median < FLUORESCENCE_BELOW:
         why = f"its median brightness is {median:.0f} of 255" if bright.size else "nothing in it was scanned"
@@ -81,10 +108,15 @@ def _refuse_fluorescence(slide: Slide, overview: Overview) -> None:
         )
 
 
-def _read_block(
-    slide: Slide, level: int, box: tuple[int, int, int, int], downsample: float
-) -> tuple[Array, NDArray[np.bool_]]:
-    """Overview pixels ``box`` (x0, y0, x1, y1) -> uint8 [h, w, 3] and bool [h, w]."""
+def _quarters(box: Box) -> list[Box]:
+    x0, y0, x1, y1 = box
+    x, y = (x0 + x1) // 2, (y0 + y1) // 2
+    parts = [(x0, y0, x, y), (x, y0, x1, y), (x0, y, x, y1), (x, y, x1, y1)]
+    return [part for part in parts if part[0] < part[2] and part[1] < part[3]]
+
+
+def _read_block(slide: Slide, level: int, box: Box, downsample: float) -> tuple[Array, NDArray[np.bool_]]:
+    """Overview pixels ``box`` -> uint8 [h, w, 3] and bool [h, w]."""
     per_px = downsample / slide.levels[level].downsample  # level px per overview px
     x0, y0, x1, y1 = (round(v * per_px) for v in box)
     xy_l0 = (round(box[0] * downsample), round(box[1] * downsample))

@@ -40,10 +40,13 @@ def draw_overlay(
         path: the JPEG; its folder is made.
         max_px: longest side of the picture without its caption.
 
+    Places that cannot be read stay white.
+
     Raises:
         OutputError: the picture cannot be written.
+        ReadError: much of the slide cannot be read.
     """
-    overview = read_overview(slide, slide.mpp * max(slide.size_l0) / max_px)
+    overview = read_overview(slide, slide.mpp * max(slide.size_l0) / max_px, holes=True)
     canvas, scale = _enlarged(overview)
     _draw_patches(canvas, grid, scale)
     if mask is not None:
@@ -73,8 +76,8 @@ def _draw_patches(canvas: Array, grid: PatchGrid, scale: float) -> None:
     for start, end in corners:
         cv2.rectangle(covered, start, end, 1, cv2.FILLED)
     share = FAINT if side >= BORDER_FROM_PX else DENSE
-    tint = canvas * (1 - share) + np.array(PATCH_RGB) * share
-    np.copyto(canvas, tint.astype(np.uint8), where=covered[..., None] > 0)
+    tint = cv2.addWeighted(canvas, 1 - share, np.full_like(canvas, PATCH_RGB), share, 0)
+    cv2.copyTo(tint, covered, canvas)
     if side >= BORDER_FROM_PX:
         thickness = 1 if side < 60 else 2
         for start, end in corners:
