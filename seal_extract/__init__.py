@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from seal_extract.cohort import CohortReport, extract_cohort
     from seal_extract.encoders import Encoder, EncoderSpec, list_encoders, load_encoder
     from seal_extract.errors import SealExtractError
     from seal_extract.extract import extract
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from seal_extract.grid import PatchGrid, make_grid, read_grid
     from seal_extract.plan import ExtractOptions
     from seal_extract.slide import Slide, open_slide
+    from seal_extract.slide_list import SlideList, list_slides
     from seal_extract.store import SlideFeatures, read_features
     from seal_extract.tissue import TissueMask, find_tissue
 
@@ -36,6 +38,10 @@ _HOME = {
     "load_omics": "genes",
     "OmicsEncoder": "genes",
     "extract": "extract",
+    "list_slides": "slide_list",
+    "SlideList": "slide_list",
+    "extract_cohort": "cohort",
+    "CohortReport": "cohort",
     "ExtractOptions": "plan",
     "read_features": "store",
     "SlideFeatures": "store",
@@ -43,6 +49,7 @@ _HOME = {
 }
 
 __all__ = [
+    "CohortReport",
     "Encoder",
     "EncoderSpec",
     "ExtractOptions",
@@ -51,10 +58,13 @@ __all__ = [
     "SealExtractError",
     "Slide",
     "SlideFeatures",
+    "SlideList",
     "TissueMask",
     "extract",
+    "extract_cohort",
     "find_tissue",
     "list_encoders",
+    "list_slides",
     "load_encoder",
     "load_omics",
     "make_grid",

@@ -6,9 +6,11 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from time import sleep
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,15 +68,16 @@ class _Job:
         return self.rows.stop == len(self.decoder.grid)
 
 
+_Done = tuple[_Job, Tensor, dict[int, str]]  # its patches, and why some are unreadable
+
+
 def stream_batches(
-    decoders: Iterable[Decoder | None],
+    decoders: Iterable[Decoder],
     batch_size: int,
     *,
     device: torch.device | str = "cpu",
     workers: int | None = None,
     max_read_errors: int = 0,
-    on_failure: OnFailure | None = None,
-    on_read: Callable[[int], None] | None = None,
 ) -> Generator[PatchBatch, None, None]:
     """Decode the grids of ``decoders`` one after the other into batches of exactly ``batch_size``.
 
@@ -83,7 +86,37 @@ def stream_batches(
     closed when their last patch is read.
 
     Args:
-        decoders: one per slide; None as long as the next one is not ready.
+        decoders: one per slide.
+        batch_size: patches per batch.
+        device: where patches are resampled and handed out.
+        workers: reading threads; all cores by default.
+        max_read_errors: patches of a slide that may be unreadable before it fails.
+
+    Raises:
+        ReadError: a slide has failed, as soon as its turn has come.
+    """
+    stream = stream_ready(
+        decoders, batch_size, device=device, workers=workers, max_read_errors=max_read_errors
+    )
+    with closing(stream):
+        yield from (batch for batch in stream if batch is not None)
+
+
+def stream_ready(
+    decoders: Iterable[Decoder | None],
+    batch_size: int,
+    *,
+    device: torch.device | str = "cpu",
+    workers: int | None = None,
+    max_read_errors: int = 0,
+    on_failure: OnFailure | None = None,
+    on_read: Callable[[int], None] | None = None,
+) -> Generator[PatchBatch | None, None, None]:
+    """`stream_batches` that never waits for a slide to be opened, nor ends with the first that fails.
+
+    Args:
+        decoders: one per slide; None as long as the next one is not ready. What was read until then is handed
+            out as a smaller batch, and then None again and again.
         batch_size: patches per batch.
         device: where patches are resampled and handed out.
         workers: reading threads; all cores by default.
@@ -95,15 +128,25 @@ def stream_batches(
         ReadError: a slide has failed, as soon as its turn has come, and there is no ``on_failure``.
     """
     device = torch.device(device)
-    workers = workers or os.cpu_count() or 1
+    workers = workers or available_cores()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="read", initializer=_compute_alone)
     threads = torch.get_num_threads()
     stream = _Stream(pool, workers, device, max_read_errors, on_failure, on_read or (lambda _: None))
     try:
-        yield from _collect(stream.decoded(decoders), batch_size)
+        for batch in _collect(stream.decoded(decoders), batch_size):
+            if batch is None:
+                sleep(POLL_S)
+            yield batch
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(threads)
+
+
+def available_cores() -> int:
+    """The cores that this process may use: fewer than the machine's under Slurm, for example."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _compute_alone() -> None:
@@ -128,7 +171,8 @@ class _Stream:
         self._errors: dict[int, int] = {}  # unreadable patches of each slide
         self._failed: set[int] = set()
 
-    def decoded(self, decoders: Iterable[Decoder | None]) -> Iterator[tuple[_Job, Tensor, dict[int, str]]]:
+    def decoded(self, decoders: Iterable[Decoder | None]) -> Iterator[_Done | None]:
+        """Jobs in order, and None whenever there is nothing to do."""
         jobs = self._jobs(decoders)
         waiting: deque[_Job] = deque()
         more = True
@@ -144,7 +188,7 @@ class _Stream:
                 elif waiting:
                     break
                 else:
-                    sleep(POLL_S)
+                    yield None
             if not waiting:
                 continue
             job = waiting.popleft()
@@ -225,10 +269,17 @@ class _Upload:
         return patches
 
 
-def _collect(decoded: Iterable[tuple[_Job, Tensor, dict[int, str]]], batch_size: int) -> Iterator[PatchBatch]:
+def _collect(decoded: Iterable[_Done | None], batch_size: int) -> Iterator[PatchBatch | None]:
     parts: list[PatchBatch] = []
     held = 0
-    for job, patches, unreadable in decoded:
+    for done in decoded:
+        if done is None:
+            if parts:
+                yield _join(parts)
+            parts, held = [], 0
+            yield None
+            continue
+        job, patches, unreadable = done
         if parts and parts[0].patches.shape[-1] != patches.shape[-1]:
             yield _join(parts)
             parts, held = [], 0
@@ -251,12 +302,22 @@ def _join(parts: list[PatchBatch]) -> PatchBatch:
     for part in parts:
         unreadable |= {start + i: why for i, why in part.unreadable.items()}
         start += len(part)
+    if len(parts) == 1:
+        return parts[0]
     return PatchBatch(
-        torch.cat([p.patches for p in parts]),
+        _concatenate([p.patches for p in parts]),
         torch.cat([p.slide for p in parts]),
         torch.cat([p.row for p in parts]),
         unreadable,
     )
+
+
+def _concatenate(patches: list[Tensor]) -> Tensor:
+    """Batches as one, in channels-last memory; on the host without torch, whose idle threads would spin."""
+    if patches[0].device.type != "cpu":
+        return torch.cat(patches)
+    joined = np.concatenate([p.permute(0, 2, 3, 1).numpy() for p in patches])
+    return torch.from_numpy(joined).permute(0, 3, 1, 2)
 
 
 def _split(batch: PatchBatch, at: int) -> tuple[PatchBatch, PatchBatch]:

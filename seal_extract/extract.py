@@ -15,16 +15,19 @@ from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
 
-from seal_extract.batches import PatchBatch, stream_batches
+from seal_extract.batches import PatchBatch, stream_ready
 from seal_extract.decode import Decoder
 from seal_extract.encoders import Encoder
-from seal_extract.errors import SealExtractError, UsageError
+from seal_extract.errors import SealExtractError, SlideOpenError, UsageError
 from seal_extract.forward import Forward, Pending, open_forward
+from seal_extract.layouts import check_layout
 from seal_extract.plan import ExtractOptions
 from seal_extract.planned import PlannedSlide, prepare
+from seal_extract.results import Progress, SlideResult
 from seal_extract.slide_list import SlideEntry
+from seal_extract.staging import Stage
 from seal_extract.store import SlideFeatures
-from seal_extract.writer import Progress, SlideResult, Writer
+from seal_extract.writer import Writer
 
 SLIDES_AHEAD = 2  # opened, and their tissue found, before their turn
 
@@ -67,7 +70,7 @@ def extract(
 
 
 def extract_many(
-    slides: Iterable[SlideLike],
+    slides: Iterable[SlideLike | None],
     encoders: Encoder | Sequence[Encoder],
     out: str | os.PathLike[str],
     *,
@@ -80,6 +83,7 @@ def extract_many(
 
     Args:
         slides: slide files of different names, or entries of a `SlideList`; taken as their turn comes near.
+            None as long as there is no other yet.
         encoders: one or several, from `load_encoder`, of different names, on one device.
         out: folder for the results.
         options: all choices.
@@ -93,16 +97,22 @@ def extract_many(
             cannot take.
     """
     encoders = [encoders] if isinstance(encoders, Encoder) else list(encoders)
-    _check(encoders)
+    _check(encoders, options)
     with ExitStack() as closing:
-        forwards = [open_forward(encoder, options.patch_px, options.batch_size) for encoder in encoders]
+        forwards = [
+            open_forward(encoder, options.patch_px, options.batch_size, options.workers)
+            for encoder in encoders
+        ]
         writer = Writer(encoders, progress)
         closing.callback(writer.close)
         for forward in forwards:
             closing.callback(forward.close)
-        slides_ahead = _SlidesAhead(slides, encoders, Path(out), options, writer)
+        stage = _open_stage(slides, options)
+        if stage is not None:
+            closing.callback(stage.close)
+        slides_ahead = _SlidesAhead(slides, encoders, Path(out), options, writer, stage)
         closing.callback(slides_ahead.close)
-        batches = stream_batches(
+        batches = stream_ready(
             slides_ahead.decoders(),
             max(forward.batch_size for forward in forwards),
             device=encoders[0].device,
@@ -113,19 +123,34 @@ def extract_many(
         )
         closing.callback(batches.close)
         for batch in batches:
-            writer.write(batch, _submit(batch, forwards, slides_ahead))
+            if batch is not None:
+                writer.write(batch, _submit(batch, forwards, slides_ahead))
             yield from writer.results()
         writer.wait()
         yield from writer.results()
 
 
-def _check(encoders: Sequence[Encoder]) -> None:
+def _check(encoders: Sequence[Encoder], options: ExtractOptions) -> None:
     names = [encoder.spec.name for encoder in encoders]
     if not names or len(set(names)) < len(names):
         raise UsageError(f"encoders are {', '.join(names) or 'none'}; give one or more of different names")
+    check_layout(options.layout, names)
     devices = {str(encoder.device) for encoder in encoders}
     if len(devices) > 1:
         raise UsageError(f"encoders lie on {', '.join(sorted(devices))}; load them on one device")
+
+
+def _open_stage(slides: Iterable[SlideLike | None], options: ExtractOptions) -> Stage | None:
+    if options.stage_dir is None:
+        return None
+    stage = Stage(options.stage_dir, int(options.stage_gb * 1e9))
+    if isinstance(slides, Sequence):
+        stage.check(map(_entry, slides))
+    return stage
+
+
+def _entry(slide: SlideLike) -> SlideEntry:
+    return slide if isinstance(slide, SlideEntry) else SlideEntry.of(slide)
 
 
 def _submit(batch: PatchBatch, forwards: list[Forward], slides: _SlidesAhead) -> dict[int, Pending]:
@@ -139,13 +164,16 @@ class _SlidesAhead:
 
     def __init__(
         self,
-        slides: Iterable[SlideLike],
+        slides: Iterable[SlideLike | None],
         encoders: list[Encoder],
         out: Path,
         options: ExtractOptions,
         writer: Writer,
+        stage: Stage | None,
     ) -> None:
-        self._entries = (s if isinstance(s, SlideEntry) else SlideEntry.of(s) for s in slides)
+        entries = (None if slide is None else _entry(slide) for slide in slides)
+        self._slides = entries if stage is None else stage.entries(entries)
+        self._stage = stage
         self._encoders, self._out, self._options, self._writer = encoders, out, options, writer
         self._thread = ThreadPoolExecutor(1, "plan")
         self._ahead: deque[Future[Planned]] = deque()
@@ -156,11 +184,10 @@ class _SlidesAhead:
         """The slides that have to be read, in order; None while the next is not ready."""
         index = 0
         while True:
-            while len(self._ahead) <= SLIDES_AHEAD and (entry := next(self._entries, None)) is not None:
-                self._ahead.append(self._thread.submit(self._plan, entry))
-            if not self._ahead:
+            more = self._look_ahead()
+            if not self._ahead and not more:
                 return
-            if not self._ahead[0].done():
+            if not self._ahead or not self._ahead[0].done():
                 yield None
                 continue
             planned = self._ahead.popleft().result()
@@ -174,13 +201,35 @@ class _SlidesAhead:
             yield planned.decoder
             index += 1
 
+    def _look_ahead(self) -> bool:
+        """Have the next slides planned; False once there are no others."""
+        while len(self._ahead) <= SLIDES_AHEAD:
+            try:
+                slide = next(self._slides)
+            except StopIteration:
+                return False
+            if slide is None:
+                break
+            self._ahead.append(self._thread.submit(self._plan, slide))
+        return True
+
     def needed_by(self, index: int) -> list[int]:
         """The encoders that have still to see a slide."""
         return self._needed[index]
 
     def close_slide(self, index: int) -> None:
         """No thread reads from a slide any more."""
-        self._reading.pop(index).plan.slide.close()
+        planned = self._reading.pop(index)
+
+        def close() -> None:
+            planned.plan.slide.close()
+            self._release(planned.entry)
+
+        self._writer.close_slide(close)
+
+    def _release(self, entry: SlideEntry) -> None:
+        if self._stage is not None:
+            self._stage.release(entry)
 
     def close(self) -> None:
         """Close what was opened and has not been read to its end."""
@@ -192,6 +241,12 @@ class _SlidesAhead:
                 planned.plan.slide.close()
 
     def _plan(self, entry: SlideEntry) -> Planned:
+        planned = self._prepare(entry)
+        if isinstance(planned, SlideResult):
+            self._release(entry)
+        return planned
+
+    def _prepare(self, entry: SlideEntry) -> Planned:
         started = perf_counter()
         try:
             planned = prepare(entry, self._encoders, self._out, self._options)
@@ -199,6 +254,11 @@ class _SlidesAhead:
             raise
         except SealExtractError as exc:
             return SlideResult(entry.path, entry.name, (), exc, perf_counter() - started)
+        except OSError as exc:  # the slide's own: what is written is translated where it is written
+            gone = SlideOpenError(
+                f"{entry.path} can no longer be read: {exc.strerror or exc}; check its disk"
+            )
+            return SlideResult(entry.path, entry.name, (), gone, perf_counter() - started)
         if isinstance(planned, PlannedSlide):
             return planned
         return SlideResult(entry.path, entry.name, planned, None, perf_counter() - started, True)

@@ -6,19 +6,26 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from seal_extract.encoders.request import EncoderRequest
 from seal_extract.errors import OutputError
 from seal_extract.grid import read_grid
+from seal_extract.layouts import Layout, layout_of_grid, open_layout
 from seal_extract.plan import ExtractOptions, coords_file
-from seal_extract.provenance import describe_request, first_difference
-from seal_extract.slide import Slide, open_slide
-from seal_extract.store import SlideFeatures, TridentLayout, read_features, read_provenance
+from seal_extract.provenance import PIPELINE, describe_options, describe_request, first_difference
+from seal_extract.slide import Slide
+from seal_extract.slide_list import MPP_TOLERANCE, SlideEntry, open_entry
+from seal_extract.store import SlideFeatures, read_features, read_provenance
 
 if TYPE_CHECKING:
-    from seal_extract.encoders.request import EncoderRequest
+    from seal_extract.encoders import Encoder
 
 
 def find_finished(
-    slide: Slide, encoder: dict[str, Any], out: str | os.PathLike[str], options: ExtractOptions
+    slide: Slide,
+    encoder: dict[str, Any],
+    out: str | os.PathLike[str],
+    options: ExtractOptions,
+    name: str | None = None,
 ) -> SlideFeatures | None:
     """The features that the same request wrote before, if they are there.
 
@@ -27,17 +34,77 @@ def find_finished(
         encoder: `Encoder.identity`.
         out: folder of the results.
         options: all choices.
+        name: of the slide's results; that of its file by default.
 
     Raises:
         OutputError: a file of that name is there, made by something else, and ``overwrite`` is not set.
     """
-    path = layout_for(slide, Path(out), options).features(slide.path.stem, encoder["name"])
-    if options.overwrite or not path.exists():
+    layout, name = layout_for(slide, Path(out), options, name), name or slide.path.stem
+    found = _find(layout, name, encoder["name"], options)
+    if found is None:
         return None
-    provenance = read_provenance(path)
+    request = describe_request(slide, encoder, options, name)
+    return _accept(*found, request, layout, name, options)
+
+
+def resume(
+    slide: str | os.PathLike[str] | SlideEntry,
+    encoder: EncoderRequest | Encoder,
+    out: str | os.PathLike[str],
+    options: ExtractOptions,
+) -> SlideFeatures | None:
+    """`find_finished` for a slide that is not open and an encoder that is not loaded.
+
+    The slide is opened, and weights are read, only where they may have changed.
+
+    Raises:
+        OutputError: a file of that name is there, made by something else, and ``overwrite`` is not set.
+    """
+    entry = slide if isinstance(slide, SlideEntry) else SlideEntry.of(slide)
+    options = options.for_entry(entry)
+    if options.coords is not None:  # the layout depends on the grid that the file gives
+        with open_entry(entry, options.slide_mpp) as opened:
+            layout = layout_for(opened, Path(out), options, entry.name)
+    else:
+        layout = open_layout(options.layout, Path(out), options.patch_px, options.mpp, options.overlap_px)
+    found = _find(layout, entry.name, encoder.spec.name, options)
+    if found is None:
+        return None
+    provenance = found[1]
+    identity = _identity(encoder, provenance["encoder"]["weights"])
+    if _is_unchanged(entry, provenance):
+        request = provenance["request"] | {
+            "pipeline": PIPELINE,
+            "options": describe_options(entry.path, options, entry.name),
+            "encoder": identity,
+        }
+        return _accept(*found, request, layout, entry.name, options)
+    with open_entry(entry, options.slide_mpp) as opened:
+        return find_finished(opened, identity, out, options, entry.name)
+
+
+def _find(
+    layout: Layout, name: str, encoder: str, options: ExtractOptions
+) -> tuple[Path, dict[str, Any]] | None:
+    """The features file of that name with its provenance; None if there is none, or it shall be replaced."""
+    path = layout.find(name, encoder)
+    if options.overwrite or path is None:
+        return None
+    provenance = read_provenance(path, layout.dataset)
     if provenance is None:
         raise OutputError(f"{path} exists and is not ours; type --overwrite to replace it, or another -o")
-    difference = first_difference(provenance["request"], describe_request(slide, encoder, options))
+    return path, provenance
+
+
+def _accept(
+    path: Path,
+    provenance: dict[str, Any],
+    request: dict[str, Any],
+    layout: Layout,
+    name: str,
+    options: ExtractOptions,
+) -> SlideFeatures | None:
+    difference = first_difference(provenance["request"], request)
     if difference is not None:
         raise OutputError(
             f"{path} exists, made with another request ({difference}); "
@@ -45,33 +112,34 @@ def find_finished(
         )
     if provenance["read_errors"] > options.max_read_errors:
         return None
+    layout.complete(name, request["encoder"]["name"])
     return read_features(path)
 
 
-def resume(
-    slide: str | os.PathLike[str],
-    encoder: EncoderRequest,
-    out: str | os.PathLike[str],
-    options: ExtractOptions,
-) -> SlideFeatures | None:
-    """`find_finished` for an encoder that is not loaded: its weights are read only if they may have changed.
-
-    Raises:
-        OutputError: a file of that name is there, made by something else, and ``overwrite`` is not set.
-    """
-    with open_slide(slide, mpp=options.slide_mpp) as opened:
-        path = layout_for(opened, Path(out), options).features(opened.path.stem, encoder.spec.name)
-        if options.overwrite or not path.exists():
-            return None
-        provenance = read_provenance(path)
-        recorded = provenance["encoder"]["weights"] if provenance is not None else []
-        identity = encoder.identity_if_unchanged(recorded) or encoder.load().identity
-        return find_finished(opened, identity, out, options)
+def _identity(encoder: EncoderRequest | Encoder, recorded: list[dict[str, Any]]) -> dict[str, Any]:
+    if isinstance(encoder, EncoderRequest):
+        return encoder.identity_if_unchanged(recorded) or encoder.load().identity
+    return encoder.identity
 
 
-def layout_for(slide: Slide, out: Path, options: ExtractOptions) -> TridentLayout:
+def _is_unchanged(entry: SlideEntry, provenance: dict[str, Any]) -> bool:
+    """Whether the slide's file looks as it did, so that what was read of it still holds."""
+    try:
+        stat = entry.path.stat()
+    except OSError:
+        return False
+    before = provenance["request"]["slide"]
+    same = (entry.path.name, stat.st_size, stat.st_mtime_ns) == (
+        before["file"],
+        before["bytes"],
+        provenance["slide"].get("mtime_ns"),
+    )
+    return same and (entry.mpp is None or abs(before["mpp"] / entry.mpp - 1) <= MPP_TOLERANCE)
+
+
+def layout_for(slide: Slide, out: Path, options: ExtractOptions, name: str | None = None) -> Layout:
     """Where the results of a slide go: patch size and magnification are the grid's own if a file gave it."""
     if options.coords is None:
-        return TridentLayout(out, options.patch_px, options.mpp, options.overlap_px)
-    grid = read_grid(coords_file(slide, options.coords), slide)
-    return TridentLayout(out, grid.patch_px, grid.mpp, grid.overlap_px)
+        return open_layout(options.layout, out, options.patch_px, options.mpp, options.overlap_px)
+    grid = read_grid(coords_file(slide.path, options.coords, name), slide)
+    return layout_of_grid(options.layout, out, grid)

@@ -7,7 +7,6 @@ batches are queued, and their embeddings copied back, without waiting for either
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
@@ -18,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from seal_extract.batches import available_cores
 from seal_extract.encoders import Encoder
 
 CPU_ROWS = 4  # patches of one forward pass on a CPU, always: another number gives other last bits
@@ -45,17 +45,20 @@ class Forward(Protocol):
         ...
 
 
-def open_forward(encoder: Encoder, patch_px: int, batch_size: int | None = None) -> Forward:
+def open_forward(
+    encoder: Encoder, patch_px: int, batch_size: int | None = None, threads: int | None = None
+) -> Forward:
     """Set an encoder to work on its device.
 
     Args:
         encoder: from `load_encoder`.
         patch_px: side of the patches to come.
         batch_size: patches at once; found by trying on a GPU, if not given.
+        threads: on a CPU; all cores by default.
     """
     if encoder.device.type == "cuda":
         return GpuForward(encoder, batch_size or find_batch_size(encoder, patch_px))
-    return CpuForward(encoder, batch_size)
+    return CpuForward(encoder, batch_size, threads)
 
 
 class CpuForward:
@@ -64,7 +67,7 @@ class CpuForward:
     def __init__(self, encoder: Encoder, batch_size: int | None = None, threads: int | None = None) -> None:
         self._encoder = encoder
         self._before = torch.get_num_threads()
-        threads = threads or os.cpu_count() or 1
+        threads = threads or available_cores()
         self._pool = ThreadPoolExecutor(threads, "forward", initializer=lambda: torch.set_num_threads(1))
         self.batch_size = -(-(batch_size or CPU_ROWS * threads) // CPU_ROWS) * CPU_ROWS
 
@@ -95,7 +98,7 @@ class GpuForward:
 
     def submit(self, patches: Tensor) -> Pending:
         """See `Forward.submit`."""
-        embeddings = torch.cat([self._encode(part) for part in torch.split(patches, self.batch_size)])
+        embeddings = self._encode(patches)
         if embeddings.device.type != "cuda":
             return lambda: embeddings.numpy()
         host = torch.empty(embeddings.shape, pin_memory=True)
@@ -109,6 +112,8 @@ class GpuForward:
         return pending
 
     def _encode(self, patches: Tensor) -> Tensor:
+        if len(patches) > self.batch_size:
+            return torch.cat([self._encode(part) for part in torch.split(patches, self.batch_size)])
         try:
             return self._encoder.encode_unchecked(patches)
         except torch.OutOfMemoryError:
@@ -117,8 +122,8 @@ class GpuForward:
         # outside the handler: the exception holds on to the memory of the failed pass
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self.batch_size = min(self.batch_size, len(patches) // 2)
-        return torch.cat([self._encode(half) for half in torch.split(patches, self.batch_size)])
+        self.batch_size = len(patches) // 2
+        return self._encode(patches)
 
     def close(self) -> None:
         """See `Forward.close`."""

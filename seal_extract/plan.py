@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from seal_extract.errors import GeometryError, UsageError
 from seal_extract.grid import MPP_TOLERANCE, PatchGrid, make_grid, read_grid
+from seal_extract.layouts import check_layout
 from seal_extract.slide import Slide
+from seal_extract.slide_list import SlideEntry
 from seal_extract.tissue import TissueMask, find_tissue
 
 Resampling = Literal["bicubic", "area"]
@@ -34,8 +36,11 @@ class ExtractOptions:
         fast_decode: decode JPEG at reduced scale where patches shrink by a multiple of 2: other pixels.
         max_read_errors: patches of a slide that may be unreadable before it fails; their features are zeros.
         batch_size: patches per forward pass; found by trying on a GPU by default.
-        workers: reading threads; all cores by default.
+        workers: threads that read, and on a CPU as many that encode; all cores by default.
         overwrite: replace a file that other options made.
+        stage_dir: fast folder into which the next slides are copied before they are read.
+        stage_gb: gigabytes that these copies may fill.
+        layout: where the files lie and in which form: ``"trident"``, ``"clam"``, ``"stamp"``, ``"flat"``.
     """
 
     patch_px: int = 224
@@ -53,18 +58,28 @@ class ExtractOptions:
     batch_size: int | None = None
     workers: int | None = None
     overwrite: bool = False
+    layout: str = "trident"
+    stage_dir: Path | None = None
+    stage_gb: float = 50.0
 
     def __post_init__(self) -> None:
         if self.roi is not None and self.coords is not None:
             raise UsageError("--roi and --coords both say where the patches lie; give one of them")
         if self.resample not in get_args(Resampling):
             raise UsageError(f"--resample is {self.resample!r}; allowed: {', '.join(get_args(Resampling))}")
+        check_layout(self.layout)
         if self.max_read_errors < 0:
             raise UsageError(f"--max-read-errors is {self.max_read_errors}; allowed: 0 or more")
+        if not self.stage_gb > 0:
+            raise UsageError(f"--stage-gb is {self.stage_gb:.4g}; allowed: more than 0")
         for name in ("batch_size", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {value}; allowed: 1 or more")
+
+    def for_entry(self, entry: SlideEntry) -> ExtractOptions:
+        """The options of one slide: a table may give its tissue."""
+        return self if entry.roi is None else replace(self, roi=entry.roi)
 
 
 @dataclass(frozen=True)
@@ -76,17 +91,21 @@ class SlidePlan:
     grid: PatchGrid
 
 
-def plan_slide(slide: Slide, options: ExtractOptions = ExtractOptions()) -> SlidePlan:
+def plan_slide(
+    slide: Slide, options: ExtractOptions = ExtractOptions(), name: str | None = None
+) -> SlidePlan:
     """Find the tissue and lay the grid, or take either from the file that ``options`` names.
+
+    In folders of such files the slide's is found by ``name``, or by the name of its own file.
 
     Raises:
         SlideError: the slide cannot be read, is not brightfield, or is coarser than the target.
         GeometryError: the file that ``options`` names does not fit the slide.
     """
     if options.coords is not None:
-        return SlidePlan(slide, None, read_grid(coords_file(slide, options.coords), slide))
+        return SlidePlan(slide, None, read_grid(coords_file(slide.path, options.coords, name), slide))
     if options.roi is not None:
-        mask = TissueMask.from_geojson(roi_file(slide, options.roi), slide)
+        mask = TissueMask.from_geojson(roi_file(slide.path, options.roi, name), slide)
     else:
         mask = find_tissue(slide)
     grid = make_grid(
@@ -102,20 +121,28 @@ def plan_slide(slide: Slide, options: ExtractOptions = ExtractOptions()) -> Slid
     return SlidePlan(slide, mask, grid)
 
 
-def coords_file(slide: Slide, given: Path) -> Path:
-    """The coordinates file of ``slide``: ``given`` itself, or the one in that folder."""
-    return _file_for(slide, given, COORDS_NAMES, "--coords")
+def coords_file(slide: Path, given: Path, name: str | None = None) -> Path:
+    """The coordinates file of a slide: ``given`` itself, or the one in that folder.
+
+    Raises:
+        GeometryError: there is none.
+    """
+    return _file_for((name or slide.stem, slide.stem), given, COORDS_NAMES, "--coords")
 
 
-def roi_file(slide: Slide, given: Path) -> Path:
-    """The GeoJSON file of ``slide``: ``given`` itself, or the one in that folder."""
-    return _file_for(slide, given, ROI_NAMES, "--roi")
+def roi_file(slide: Path, given: Path, name: str | None = None) -> Path:
+    """The GeoJSON file of a slide: ``given`` itself, or the one in that folder.
+
+    Raises:
+        GeometryError: there is none.
+    """
+    return _file_for((name or slide.stem, slide.stem), given, ROI_NAMES, "--roi")
 
 
-def _file_for(slide: Slide, given: Path, names: tuple[str, ...], option: str) -> Path:
+def _file_for(stems: tuple[str, ...], given: Path, names: tuple[str, ...], option: str) -> Path:
     if given.is_file():
         return given
-    candidates = [given / name.format(slide.path.stem) for name in names]
+    candidates = [given / name.format(stem) for stem in dict.fromkeys(stems) for name in names]
     found = [c for c in candidates if c.is_file()]
     if not found:
         allowed = " or ".join(c.name for c in candidates)

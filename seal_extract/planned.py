@@ -1,21 +1,20 @@
-"""A slide made ready for its encoders: opened, its tissue found, its patches laid, its side files written."""
+"""A slide made ready for its encoders: opened, its tissue found, its patches laid."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from seal_extract.decode import Decoder, open_decoder
 from seal_extract.encoders import Encoder
-from seal_extract.errors import ResolutionError
 from seal_extract.finished import find_finished, layout_for
+from seal_extract.layouts import Layout
 from seal_extract.plan import ExtractOptions, SlidePlan, plan_slide
 from seal_extract.provenance import describe, describe_request
-from seal_extract.slide import Slide, open_slide
-from seal_extract.slide_list import SlideEntry
-from seal_extract.store import SlideFeatures, write_coords
+from seal_extract.slide_list import SlideEntry, open_entry
+from seal_extract.store import SlideFeatures, SlideLabel
 from seal_extract.view.overlay import draw_overlay
 
 
@@ -25,12 +24,10 @@ class Output:
 
     Attributes:
         encoder: its position among the encoders of the run.
-        path: of the features.
         provenance: of the features; read errors are added as they come.
     """
 
     encoder: int
-    path: Path
     provenance: dict[str, Any]
 
 
@@ -42,6 +39,7 @@ class PlannedSlide:
         entry: what was asked for.
         plan: slide, tissue and patches.
         decoder: reads the patches.
+        layout: where its files go.
         outputs: one per encoder that has still to see it.
         finished: what other encoders wrote in a former run.
         stamp: the slide file's state when it was opened.
@@ -50,15 +48,21 @@ class PlannedSlide:
     entry: SlideEntry
     plan: SlidePlan
     decoder: Decoder
+    layout: Layout
     outputs: tuple[Output, ...]
     finished: tuple[SlideFeatures, ...]
     stamp: tuple[int, int, int]
+
+    @property
+    def label(self) -> SlideLabel:
+        """What files say of the slide."""
+        return SlideLabel(self.entry.name, self.plan.slide.size_l0, self.plan.slide.mpp)
 
 
 def prepare(
     entry: SlideEntry, encoders: list[Encoder], out: Path, options: ExtractOptions
 ) -> PlannedSlide | tuple[SlideFeatures, ...]:
-    """Open a slide, settle what will be read of it, and write all that belongs to it but its features.
+    """Open a slide, settle what will be read of it, and write its coordinates.
 
     Returns:
         The slide, whose file the caller closes; or its features, if all encoders finished it before.
@@ -66,52 +70,29 @@ def prepare(
     Raises:
         SealExtractError: the slide cannot be used, or a file of other options is in the way.
     """
-    options = for_entry(entry, options)
-    stamp = file_stamp(entry.path)
-    slide = open_entry(entry, options)
+    options = options.for_entry(entry)
+    stamp = file_stamp(entry.file)
+    slide = open_entry(entry, options.slide_mpp)
     with ExitStack() as closing:
         closing.callback(slide.close)
-        found = [find_finished(slide, encoder.identity, out, options) for encoder in encoders]
+        found = [find_finished(slide, e.identity, out, options, entry.name) for e in encoders]
         finished = tuple(features for features in found if features is not None)
         if len(finished) == len(encoders):
             return finished
-        plan = plan_slide(slide, options)
+        plan = plan_slide(slide, options, entry.name)
         resample, fast = options.resample, options.fast_decode
         decoder = open_decoder(slide, plan.grid, encoders[0].device, filter=resample, fast=fast)
+        closing.callback(decoder.close)
         outputs = tuple(
-            _output(i, encoder, plan, decoder, out, options)
+            _output(i, encoder, plan, decoder, options, entry)
             for i, (encoder, done) in enumerate(zip(encoders, found, strict=True))
             if done is None
         )
-        _write_beside(plan, outputs[0], out, options)
+        layout = layout_for(slide, out, options, entry.name)
+        planned = PlannedSlide(entry, plan, decoder, layout, outputs, finished, stamp)
+        layout.write_coords(planned.label, plan.grid, outputs[0].provenance, overwrite=options.overwrite)
         closing.pop_all()
-    return PlannedSlide(entry, plan, decoder, outputs, finished, stamp)
-
-
-def for_entry(entry: SlideEntry, options: ExtractOptions) -> ExtractOptions:
-    """The options of one slide: a table may give its tissue."""
-    return options if entry.roi is None else replace(options, roi=entry.roi)
-
-
-def open_entry(entry: SlideEntry, options: ExtractOptions) -> Slide:
-    """Open the slide of an entry, whose µm/px must not contradict the file's.
-
-    Raises:
-        SlideError: see `open_slide`.
-    """
-    if entry.mpp is None or options.slide_mpp is not None:
-        return open_slide(entry.path, mpp=options.slide_mpp)
-    try:
-        slide = open_slide(entry.path)
-    except ResolutionError:  # the file does not know it
-        return open_slide(entry.path, mpp=entry.mpp)
-    if abs(slide.mpp / entry.mpp - 1) > options.mpp_tolerance:
-        slide.close()
-        raise ResolutionError(
-            f"{entry.path}: the table gives {entry.mpp:.4g} µm/px, the file {slide.mpp:.4g} "
-            f"({slide.mpp_source}); correct the table, or type --slide-mpp VALUE to overrule the file"
-        )
-    return slide
+    return planned
 
 
 def file_stamp(path: Path) -> tuple[int, int, int]:
@@ -124,18 +105,27 @@ def file_stamp(path: Path) -> tuple[int, int, int]:
 
 
 def _output(
-    index: int, encoder: Encoder, plan: SlidePlan, decoder: Decoder, out: Path, options: ExtractOptions
+    index: int,
+    encoder: Encoder,
+    plan: SlidePlan,
+    decoder: Decoder,
+    options: ExtractOptions,
+    entry: SlideEntry,
 ) -> Output:
-    layout = layout_for(plan.slide, out, options)
-    request = describe_request(plan.slide, encoder.identity, options)
+    request = describe_request(plan.slide, encoder.identity, options, entry.name)
     mismatch = encoder.spec.mismatch(plan.grid.patch_px, plan.grid.mpp)
     provenance = describe(plan, request, encoder.description | {"mismatch": mismatch}, decoder.name)
-    return Output(index, layout.features(plan.slide.path.stem, encoder.spec.name), provenance)
+    provenance["slide"]["path"] = str(entry.path.resolve())  # not that of its copy
+    return Output(index, provenance)
 
 
-def _write_beside(plan: SlidePlan, output: Output, out: Path, options: ExtractOptions) -> None:
-    layout, name = layout_for(plan.slide, out, options), plan.slide.path.stem
+def draw(planned: PlannedSlide) -> None:
+    """Write the tissue and the picture of a slide that is open.
+
+    Raises:
+        SealExtractError: it cannot be read or they cannot be written.
+    """
+    plan, layout, name = planned.plan, planned.layout, planned.entry.name
     if plan.mask is not None:
         plan.mask.to_geojson(layout.tissue(name))
     draw_overlay(plan.slide, plan.mask, plan.grid, layout.overlay(name))
-    write_coords(layout.coords(name), plan.slide, plan.grid, output.provenance)

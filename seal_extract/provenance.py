@@ -14,12 +14,11 @@ from seal_extract.slide import Slide
 from seal_extract.store import grid_fields
 
 PIPELINE = 1  # raised whenever the same request gives other numbers than before
-WITHOUT_EFFECT = (
-    "max_read_errors",
-    "batch_size",
-    "workers",
-    "overwrite",
-)  # options that leave the numbers as they are
+# options that leave the numbers as they are
+WITHOUT_EFFECT = {
+    *("max_read_errors", "batch_size", "workers", "overwrite"),
+    *("layout", "stage_dir", "stage_gb"),
+}
 LIBRARIES = (
     "seal-extract",
     "torch",
@@ -33,19 +32,17 @@ LIBRARIES = (
 )
 
 
-def describe_request(slide: Slide, encoder: dict[str, Any], options: ExtractOptions) -> dict[str, Any]:
+def describe_request(
+    slide: Slide, encoder: dict[str, Any], options: ExtractOptions, name: str | None = None
+) -> dict[str, Any]:
     """All that decides the numbers in a features file, as JSON; equal requests give equal files.
 
     Args:
         slide: the open slide; its name, size in bytes and geometry count, not its folder.
         encoder: `Encoder.identity`.
         options: all choices; files are counted by their content.
+        name: of the slide's results; that of its file by default.
     """
-    choices = {k: v for k, v in asdict(options).items() if k not in WITHOUT_EFFECT}
-    if options.coords is not None:
-        choices["coords"] = sha256(coords_file(slide, options.coords))
-    if options.roi is not None:
-        choices["roi"] = sha256(roi_file(slide, options.roi))
     return {
         "pipeline": PIPELINE,
         "slide": {
@@ -55,9 +52,19 @@ def describe_request(slide: Slide, encoder: dict[str, Any], options: ExtractOpti
             "mpp": slide.mpp,
             "reader": slide.reader.split()[0],
         },
-        "options": choices,
+        "options": describe_options(slide.path, options, name),
         "encoder": encoder,
     }
+
+
+def describe_options(slide: Path, options: ExtractOptions, name: str | None = None) -> dict[str, Any]:
+    """The choices that decide the numbers, as JSON; files are counted by their content."""
+    choices = {k: v for k, v in asdict(options).items() if k not in WITHOUT_EFFECT}
+    if options.coords is not None:
+        choices["coords"] = sha256(coords_file(slide, options.coords, name))
+    if options.roi is not None:
+        choices["roi"] = sha256(roi_file(slide, options.roi, name))
+    return choices
 
 
 def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
@@ -89,6 +96,7 @@ def describe(
         "request": request,
         "slide": {
             "path": str(slide.path.resolve()),
+            "mtime_ns": slide.path.stat().st_mtime_ns,
             "size_l0": list(slide.size_l0),
             "mpp": slide.mpp,
             "mpp_source": slide.mpp_source,

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
+import re
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from seal_extract.errors import OutputError
+
+HOST = re.sub(r"[^\w-]", "-", platform.node()) or "host"
+FORGOTTEN_S = 24 * 3600  # nobody writes a file for a day
 
 
 @contextmanager
@@ -20,7 +26,7 @@ def publish(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: the folder or the file cannot be written.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = temporary(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -32,6 +38,33 @@ def publish(path: Path) -> Iterator[Path]:
     finally:
         if path.parent.is_dir():
             part.unlink(missing_ok=True)
+
+
+def temporary(path: Path) -> Path:
+    """What a file is called while this process writes it."""
+    return path.with_name(f".{path.name}.{HOST}.{os.getpid()}.part")
+
+
+def sweep(folder: Path) -> None:
+    """Delete what runs that were killed have left below ``folder``; what others are writing stays."""
+    for part in folder.rglob(".*.part"):
+        *_, host, process, _ = part.name.rsplit(".", 3)
+        with suppress(OSError):
+            if is_dead(host, process) or time.time() - part.stat().st_mtime > FORGOTTEN_S:
+                part.unlink()
+
+
+def is_dead(host: str, process: str) -> bool:
+    """Whether a process is known to have ended: one of this machine."""
+    if host != HOST or not process.isdigit() or os.name != "posix":
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 @contextmanager

@@ -6,6 +6,9 @@ OpenSlide reads the scanners' formats and DICOM, tiffslide the TIFFs that OpenSl
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -30,7 +33,7 @@ from seal_extract.errors import (
     SlideOpenError,
     UnsupportedSlideError,
 )
-from seal_extract.tiff import ome_mpp, refuse_unless_rgb8, refuse_ycbcr_shown_as_rgb
+from seal_extract.tiff import ome_mpp, refuse_impossible_tiles, refuse_unless_rgb8, refuse_ycbcr_shown_as_rgb
 
 PLAUSIBLE_MPP = (0.05, 20.0)  # finer than any brightfield scanner, coarser than any thumbnail
 MAX_ANISOTROPY = 0.05  # µm/px may differ this much between x and y
@@ -131,6 +134,8 @@ class OpenSlideReader(_Reader):
         self.path = path
         self.reader = f"openslide {openslide.__library_version__}"
         self._lock = threading.Lock()
+        self._has_failed = False
+        refuse_impossible_tiles(path)
         try:
             self._handle = openslide.OpenSlide(path)
         except OpenSlideUnsupportedFormatError as exc:
@@ -158,40 +163,55 @@ class OpenSlideReader(_Reader):
     def read_region(self, xy_l0: tuple[int, int], level: int, size_px: tuple[int, int]) -> Array:
         """See `Slide.read_region`."""
         handle = self._handle
-        try:
+        rgba: Image.Image | Exception | None = None
+        with contextlib.suppress(OpenSlideError):
             rgba = handle.read_region(xy_l0, level, size_px)
-        except OpenSlideError:
+        if rgba is None:
             rgba = self._read_afresh(handle, xy_l0, level, size_px)
+        del handle  # an error keeps its frames, and they a handle with all its memory
+        if isinstance(rgba, Exception):
+            raise self._read_error(xy_l0, level, size_px, rgba) from rgba.with_traceback(None)
         return np.asarray(rgba.convert("RGB"))  # transparent becomes black, as in the field's other tools
 
     def _read_afresh(
         self, failed: Any, xy_l0: tuple[int, int], level: int, size_px: tuple[int, int]
-    ) -> Image.Image:
+    ) -> Image.Image | Exception:
         """Once a read has failed its handle fails for ever, for other threads and other regions too."""
         try:
             fresh = openslide.OpenSlide(self.path)
         except (OpenSlideError, OSError) as exc:
-            raise self._read_error(xy_l0, level, size_px, exc) from exc
+            return exc
         try:
-            rgba = fresh.read_region(xy_l0, level, size_px)
+            rgba: Image.Image = fresh.read_region(xy_l0, level, size_px)
         except OpenSlideError as exc:
             fresh.close()
-            self._renew(failed)
-            raise self._read_error(xy_l0, level, size_px, exc) from exc
+            self._has_failed = True
+            with contextlib.suppress(OpenSlideError, OSError):  # gone meanwhile: every read will say so
+                self._renew(failed, openslide.OpenSlide(self.path))
+            return exc
         self._renew(failed, fresh)
         return rgba
 
-    def _renew(self, failed: Any, fresh: Any = None) -> None:
+    def _renew(self, failed: Any, fresh: Any) -> None:
         """Put another handle in the place of ``failed``, which closes itself when no thread uses it."""
         with self._lock:
             if self._handle is failed:
-                self._handle = fresh or openslide.OpenSlide(self.path)
-            elif fresh is not None:
+                self._handle = fresh
+            else:
                 fresh.close()
 
     def close(self) -> None:
         """Release the file."""
         self._handle.close()
+        if self._has_failed:
+            _give_back_memory()
+
+
+def _give_back_memory() -> None:
+    """Hand freed memory to the system: glibc keeps 13 MB a damaged slide of the handles opened for it."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # another libc
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 class TiffSlideReader(_Reader):
@@ -200,6 +220,7 @@ class TiffSlideReader(_Reader):
     def __init__(self, path: Path, mpp: float | None = None) -> None:
         self.path = path
         self.reader = f"tiffslide {version('tiffslide')}"
+        refuse_impossible_tiles(path)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # "metadata parsing only partially implemented"

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from seal_extract.errors import ResolutionError, SlideError, SlideOpenError
 from seal_extract.readers import Array, ImageReader, Level, OpenSlideReader, TiffSlideReader, check_mpp
-from seal_extract.tiff import refuse_truncated
+from seal_extract.tiff import TIFF_HEADS, has_jpeg_tiles, refuse_truncated
 
 READERS = (OpenSlideReader, TiffSlideReader, ImageReader)
 FORMATS = "SVS, NDPI, MRXS, SCN, BIF, VMS, Philips or generic tiled TIFF, OME-TIFF, DICOM, PNG, JPEG"
@@ -95,9 +95,12 @@ def open_slide(path: str | os.PathLike[str], *, mpp: float | None = None) -> Sli
 
 
 def open_with_another_reader(slide: Slide) -> Slide | None:
-    """The same slide, level by level, through a library that did not open it; None if no other can."""
+    """The same slide, level by level, through a library that did not open it; None if no other can.
+
+    Tiffslide decodes what is left of damaged JPEG and keeps silent, so it is not asked for JPEG.
+    """
     for reader in READERS:
-        if isinstance(slide, reader):
+        if isinstance(slide, reader) or (reader is TiffSlideReader and has_jpeg_tiles(slide.path)):
             continue
         with contextlib.suppress(SlideError, OSError):
             other: Slide = reader(slide.path, slide.mpp)
@@ -132,7 +135,7 @@ def _check_path(path: Path) -> None:
 def _looks_like(path: Path) -> str:
     with path.open("rb") as file:
         head = file.read(64)
-    if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+    if head[:4] in TIFF_HEADS:
         return "it begins as a TIFF"
     if head.isascii() and all(c >= 32 or c in b"\t\r\n" for c in head):
         return f"it is text, beginning {head[:16].decode()!r}"

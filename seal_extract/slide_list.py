@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from seal_extract.errors import UsageError
+from seal_extract.errors import ResolutionError, UsageError
+from seal_extract.slide import Slide, open_slide
 
 SLIDE_SUFFIXES = {
     *(".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide"),
@@ -22,6 +23,7 @@ SLIDE_SUFFIXES = {
 }
 SLIDE_COLUMNS = ("slide", "slide_id", "wsi")  # ours, CLAM's, TRIDENT's
 SEPARATOR = "__"  # between folder and name
+MPP_TOLERANCE = 0.05  # by which table and file may differ
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class SlideEntry:
         mpp: µm/px at level 0 that a table gives; it must not contradict the file.
         case_id: the patient, if a table says so.
         roi: GeoJSON of its tissue, if a table says so.
+        copy: of the slide, on faster storage, that is read in its place.
     """
 
     path: Path
@@ -41,6 +44,12 @@ class SlideEntry:
     mpp: float | None = None
     case_id: str | None = None
     roi: Path | None = None
+    copy: Path | None = None
+
+    @property
+    def file(self) -> Path:
+        """The file to read."""
+        return self.copy or self.path
 
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> SlideEntry:
@@ -103,6 +112,32 @@ def list_slides(sources: Sequence[str | os.PathLike[str]], slide_folder: Path | 
         ignored += beside
     _refuse_twice(entries)
     return SlideList(tuple(_with_names(entries)), tuple(ignored))
+
+
+def open_entry(entry: SlideEntry, slide_mpp: float | None = None, tolerance: float = MPP_TOLERANCE) -> Slide:
+    """Open a slide whose µm/px, if its table gives one, must be the file's where the file has one.
+
+    Args:
+        entry: the slide.
+        slide_mpp: µm/px at level 0 that counts in place of both.
+        tolerance: share by which table and file may differ.
+
+    Raises:
+        SlideError: see `open_slide`.
+    """
+    if entry.mpp is None or slide_mpp is not None:
+        return open_slide(entry.file, mpp=slide_mpp)
+    try:
+        slide = open_slide(entry.file)
+    except ResolutionError:  # the file does not know it
+        return open_slide(entry.file, mpp=entry.mpp)
+    if abs(slide.mpp / entry.mpp - 1) > tolerance:
+        slide.close()
+        raise ResolutionError(
+            f"{entry.path}: the table gives {entry.mpp:.4g} µm/px, the file {slide.mpp:.4g} "
+            f"({slide.mpp_source}); correct the table, or type --slide-mpp VALUE to overrule the file"
+        )
+    return slide
 
 
 # --- folders ------------------------------------------------------------------------------------------

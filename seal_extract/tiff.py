@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import struct
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 from xml.etree import ElementTree
 
 import tifffile
@@ -15,6 +17,12 @@ from seal_extract.errors import SlideOpenError, UnsupportedSlideError
 # what tifffile logs of a damaged file reaches an application's handlers, not the terminal: we tell it once
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
+TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+IMAGE_WIDTH, IMAGE_LENGTH = 256, 257
+TILE_WIDTH, TILE_LENGTH, TILE_OFFSETS, TILE_BYTE_COUNTS = 322, 323, 324, 325
+WHOLE = {3: "H", 4: "I", 16: "Q"}  # SHORT, LONG, LONG8
+MOST_TILE_PX = 2**26  # of one tile; 256 MB decoded
+JPEG = (tifffile.COMPRESSION.JPEG, tifffile.COMPRESSION.OJPEG)
 _UM_PER_UNIT = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
 
 
@@ -38,7 +46,11 @@ def ome_mpp(path: Path) -> list[tuple[str, float, float]]:
 
 
 def refuse_unless_rgb8(path: Path, size_l0: tuple[int, int]) -> None:
-    """Look at the TIFF page of level 0 itself: libtiff squeezes 16-bit and grey images into RGB unasked."""
+    """Look at the TIFF page of level 0 itself: libtiff squeezes 16-bit and grey images into RGB unasked.
+
+    Raises:
+        UnsupportedSlideError: it holds something else.
+    """
     try:
         tif = tifffile.TiffFile(path)
     except Exception:  # not a TIFF: OpenSlide's other formats are 8-bit RGB by their own definition
@@ -69,6 +81,15 @@ def refuse_ycbcr_shown_as_rgb(path: Path) -> None:
         raise SlideOpenError(f"tiffslide would show its {page.compression.name} YCbCr in false colours")
 
 
+def has_jpeg_tiles(path: Path) -> bool:
+    """Whether a directory of a TIFF is compressed as JPEG; False for files that are no TIFF."""
+    try:
+        with tifffile.TiffFile(path) as tif:
+            return any(p.compression in JPEG for p in tif.pages if isinstance(p, tifffile.TiffPage))
+    except Exception:  # tifffile raises errors of every kind
+        return False
+
+
 def refuse_truncated(path: Path) -> None:
     """Refuse a TIFF that ends before its directories or tiles do: tiffslide would give what is left of it.
 
@@ -96,23 +117,88 @@ def refuse_truncated(path: Path) -> None:
         raise SlideOpenError(f"{path} is truncated: {size} bytes are there and it needs more; copy it again")
 
 
+def refuse_impossible_tiles(path: Path) -> None:
+    """Refuse what OpenSlide and libtiff take on trust, with a crash or with black pixels for an answer.
+
+    They divide by sides of zero, ask for the memory of any tile and end the process if there is none, and
+    show black, which is taken for glass, where a table of tiles has ended. Files that are no TIFF pass.
+
+    Raises:
+        SlideOpenError: a directory is of such tiles.
+    """
+    with path.open("rb") as file:
+        if file.read(4) not in TIFF_HEADS:
+            return
+        with contextlib.suppress(EOFError):  # what comes before the end counts
+            for tags in _directories(file):
+                if tags.keys() & {TILE_WIDTH, TILE_LENGTH, TILE_OFFSETS, TILE_BYTE_COUNTS}:
+                    _check_tiles(tags)
+
+
+def _check_tiles(tags: Tags) -> None:
+    width, length, tile_width, tile_length = (
+        tags.get(tag, Tag(0, 0)).value for tag in (IMAGE_WIDTH, IMAGE_LENGTH, TILE_WIDTH, TILE_LENGTH)
+    )
+    if not (0 < tile_width * tile_length <= MOST_TILE_PX and width and length):
+        raise SlideOpenError(
+            f"its directory of {width} x {length} px has tiles of {tile_width} x {tile_length} px"
+        )
+    tiles = -(-width // tile_width) * -(-length // tile_length)
+    known = min(tags.get(tag, Tag(0, 0)).values for tag in (TILE_OFFSETS, TILE_BYTE_COUNTS))
+    if known < tiles:
+        raise SlideOpenError(f"its directory of {width} x {length} px knows {known} of {tiles} tiles")
+
+
 def _directories_end(file: BinaryIO) -> bool:
     """Follow the chain of directories to its end; False if it leads out of the file or in a circle."""
-    head = file.read(16)
+    try:
+        for _ in _directories(file):
+            pass
+    except EOFError:
+        return False
+    return True
+
+
+class Tag(NamedTuple):
+    """An entry of a directory: how many values, and its value if it is a single whole number, else 0."""
+
+    values: int
+    value: int
+
+
+Tags = dict[int, Tag]
+
+
+def _directories(file: BinaryIO) -> Iterator[Tags]:
+    """The tags of one directory after the other.
+
+    Raises:
+        EOFError: the chain leads out of the file or in a circle.
+    """
+    file.seek(0)
+    head = file.read(16).ljust(16, b"\0")
     order = "<" if head[:2] == b"II" else ">"
     big = struct.unpack(order + "H", head[2:4])[0] == 43
-    count, entry, offset = ("Q", 20, "Q") if big else ("H", 12, "I")
+    count, entry, offset = ("Q", "HHQ", "Q") if big else ("H", "HHI", "I")
     (at,) = struct.unpack_from(order + offset, head, 8 if big else 4)
     seen = set()
     while at:
-        file.seek(at)
-        entries = file.read(struct.calcsize(count))
-        if at in seen or len(entries) < struct.calcsize(count):
-            return False
+        if at in seen or at >= 2**63:
+            raise EOFError
         seen.add(at)
-        file.seek(struct.unpack(order + count, entries)[0] * entry, 1)
-        following = file.read(struct.calcsize(offset))
-        if len(following) < struct.calcsize(offset):
-            return False
-        (at,) = struct.unpack(order + offset, following)
-    return True
+        file.seek(at)
+        tags: Tags = {}
+        for _ in range(_take(file, order + count)[0]):
+            tag, kind, values = _take(file, order + entry)
+            value = _take(file, f"{struct.calcsize('<' + offset)}s")[0]
+            single = values == 1 and kind in WHOLE and struct.calcsize(WHOLE[kind]) <= len(value)
+            tags[tag] = Tag(values, struct.unpack_from(order + WHOLE[kind], value)[0] if single else 0)
+        yield tags
+        (at,) = _take(file, order + offset)
+
+
+def _take(file: BinaryIO, form: str) -> tuple[Any, ...]:
+    data = file.read(struct.calcsize(form))
+    if len(data) < struct.calcsize(form):
+        raise EOFError
+    return struct.unpack(form, data)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from time import perf_counter
 
 import numpy as np
@@ -16,33 +15,11 @@ from seal_extract.batches import PatchBatch
 from seal_extract.encoders import Encoder
 from seal_extract.errors import EncoderError, ReadError, SealExtractError
 from seal_extract.forward import Embeddings, Pending
-from seal_extract.planned import Output, PlannedSlide, file_stamp
-from seal_extract.store import FeatureWriter, SlideFeatures, write_features
+from seal_extract.planned import Output, PlannedSlide, draw, file_stamp
+from seal_extract.results import Progress, SlideResult
+from seal_extract.store import FeatureWriter, SlideFeatures
 
 BATCHES_AHEAD = 3  # given to the encoders before the first of them has to be written
-
-Progress = Callable[[Path, int, int], None]
-
-
-@dataclass(frozen=True)
-class SlideResult:
-    """What became of a slide: its features, or the error that stopped it.
-
-    Attributes:
-        path: of the slide.
-        name: of its results.
-        features: one per encoder, in their order; empty if it failed.
-        error: None if it went well.
-        seconds: from the end of the slide before it to its own.
-        finished_before: whether nothing had to be done.
-    """
-
-    path: Path
-    name: str
-    features: tuple[SlideFeatures, ...]
-    error: SealExtractError | None
-    seconds: float
-    finished_before: bool = False
 
 
 @dataclass
@@ -66,10 +43,15 @@ class Writer:
         self._last_end = perf_counter()
 
     def begin(self, index: int, planned: PlannedSlide) -> None:
-        """A slide has its turn; without patches that is all of it."""
+        """A slide has its turn: its picture is drawn meanwhile; without patches that is all of it."""
         self._open[index] = _Open(planned)
+        self._do(self._draw, index)
         if not len(planned.plan.grid):
             self._do(self._finish, index)
+
+    def close_slide(self, close: Callable[[], None]) -> None:
+        """Nothing more will be read from a slide but its picture: close it after that."""
+        self._do(close)
 
     def write(self, batch: PatchBatch, pending: dict[int, Pending]) -> None:
         """Write the embeddings of a batch, by encoder, once they are there.
@@ -82,7 +64,7 @@ class Writer:
 
     def fail(self, index: int, error: SealExtractError) -> None:
         """A slide cannot be read any further."""
-        self._do(self._end, index, error)
+        self._do(self._fail, index, error)
 
     def add(self, result: SlideResult) -> None:
         """What became of a slide that never came to the encoders."""
@@ -108,6 +90,12 @@ class Writer:
         self._tasks.append(self._thread.submit(task, *args))
 
     # --- in the thread ------------------------------------------------------------------------------
+
+    def _draw(self, index: int) -> None:
+        try:
+            draw(self._open[index].planned)
+        except SealExtractError as exc:
+            self._end(index, exc)
 
     def _write(self, batch: PatchBatch, pending: dict[int, Pending]) -> None:
         embeddings = {encoder: wait() for encoder, wait in pending.items()}
@@ -155,17 +143,20 @@ class Writer:
 
     def _writer(self, slide: _Open, output: Output) -> FeatureWriter:
         if output.encoder not in slide.writers:
-            spec, plan = self._encoders[output.encoder].spec, slide.planned.plan
+            spec, planned = self._encoders[output.encoder].spec, slide.planned
             slide.writers[output.encoder] = slide.files.enter_context(
-                write_features(output.path, plan.slide, plan.grid, spec.name, spec.dim, output.provenance)
+                planned.layout.write_features(
+                    planned.label, planned.plan.grid, spec.name, spec.dim, output.provenance
+                )
             )
         return slide.writers[output.encoder]
 
     def _finish(self, index: int) -> None:
-        slide = self._open[index]
+        slide = self._open.get(index)
+        if slide is None:  # it has failed meanwhile
+            return
         try:
-            if file_stamp(slide.planned.entry.path) != slide.planned.stamp:
-                raise ReadError(f"{slide.planned.entry.path} was changed while it was read; run again")
+            _refuse_changed(slide.planned)
             for output in slide.planned.outputs:
                 self._writer(slide, output)
                 output.provenance["read_errors"] = len(output.provenance["unreadable"])
@@ -174,6 +165,14 @@ class Writer:
             self._end(index, exc)
         else:
             self._end(index)
+
+    def _fail(self, index: int, error: SealExtractError) -> None:
+        if index in self._open:
+            try:
+                _refuse_changed(self._open[index].planned)
+            except ReadError as changed:  # no wonder that it cannot be read
+                error = changed
+        self._end(index, error)
 
     def _end(self, index: int, error: SealExtractError | None = None) -> None:
         slide = self._open.pop(index, None)
@@ -184,12 +183,26 @@ class Writer:
         now, before = perf_counter(), self._last_end
         self._last_end = now
         planned = slide.planned
-        written = [SlideFeatures(o.path, planned.plan.grid, o.provenance) for o in planned.outputs]
-        features = () if error else self._in_order([*planned.finished, *written])
+        features = () if error else self._in_order([*planned.finished, *self._written(planned)])
         self._results.append(
             SlideResult(planned.entry.path, planned.entry.name, features, error, now - before)
         )
 
+    def _written(self, planned: PlannedSlide) -> list[SlideFeatures]:
+        grid = planned.plan.grid
+        names = [self._encoders[output.encoder].spec.name for output in planned.outputs]
+        paths = [planned.layout.place(planned.entry.name, name, grid) for name in names]
+        return [
+            SlideFeatures(path, grid, output.provenance)
+            for path, output in zip(paths, planned.outputs, strict=True)
+        ]
+
     def _in_order(self, features: list[SlideFeatures]) -> tuple[SlideFeatures, ...]:
         names = [encoder.spec.name for encoder in self._encoders]
         return tuple(sorted(features, key=lambda f: names.index(f.provenance["encoder"]["name"])))
+
+
+def _refuse_changed(planned: PlannedSlide) -> None:
+    """Refuse a slide whose file is another than when it was opened."""
+    if planned.entry.copy is None and file_stamp(planned.entry.path) != planned.stamp:  # nobody has our copy
+        raise ReadError(f"{planned.entry.path} was changed while it was read; run again")

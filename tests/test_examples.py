@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from seal_extract import extract, load_encoder
 from seal_extract.demo import write_untrained_encoder
+from seal_extract.export import export
 from seal_extract.synthetic import write_synthetic_slide
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -36,10 +38,26 @@ def test_one_slide(place, capsys):
 def test_folder(place, capsys):
     main = runpy.run_path(str(EXAMPLES / "02_folder.py"))["main"]
     assert main(str(place / "slides"), str(place / "encoder"), str(place / "out2")) == 1
+    printed = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert printed["a"].startswith("done")
+    assert printed["b"].startswith("done")
+    assert printed["no_mpp"].startswith("failed")
+    assert "--slide-mpp" in printed["no_mpp"]
+
+
+def test_clam_style_mil(place, capsys):
+    encoder = load_encoder(place / "encoder", device="cpu")
+    for slide in ("a.svs", "b.svs"):
+        extract(place / "slides" / slide, encoder, place / "out3")
+    assert all(e.state == "written" for e in export(place / "out3", "clam", place / "clam"))
+    (place / "labels.csv").write_text("slide,label\na,1\nb,0\n")
+    main = runpy.run_path(str(EXAMPLES / "05_clam_style_mil.py"))["main"]
+    last = main(str(place / "clam/features_untrained-demo"), str(place / "labels.csv"), "100")
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in printed[:2]] == ["a.svs", "b.svs"]
-    assert printed[2].startswith("FAILED")
-    assert "--slide-mpp" in printed[2]
+    first = float(printed[0].removeprefix("epoch 1: loss "))
+    assert last < first / 2
+    assert printed[-2].startswith("a: class 1, most attention at level-0 (")
+    assert printed[-1].startswith("b: class 0, most attention at level-0 (")
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)

@@ -74,18 +74,25 @@ def run_doctor(args: argparse.Namespace) -> int:
     return fail(f"{failed} of the things above fail", 1) if failed else 0
 
 
+ONE_SLIDE = {"retry_failed": False} | dict.fromkeys(
+    ("log_json", "shard", "engine", "ray_address", "ray_workers")
+)
+
+
 def run_demo(args: argparse.Namespace) -> int:
     """Make what the demo needs and run on it as on any slide."""
     from seal_extract.demo import write_demo_slide, write_untrained_encoder
     from seal_extract.encoders.request import EncoderRequest
     from seal_extract.plan import ExtractOptions
+    from seal_extract.slide_list import list_slides
 
     print(f"encoder  {args.out / 'encoder'} (random weights: for trying, never for science)")
     encoder = write_untrained_encoder(args.out / "encoder")
     slide = args.slide or write_demo_slide(args.out)
     print(f"slide    {slide}", flush=True)
     options = ExtractOptions(overwrite=True, slide_mpp=args.slide_mpp)
-    status = embed([slide], EncoderRequest(encoder), args.out / "out", options, args.quiet)
+    run = argparse.Namespace(**vars(args) | {"out": args.out / "out"} | ONE_SLIDE)
+    status = embed(list_slides([slide]), [EncoderRequest(encoder)], options, run)
     if not status:
         print(f"look at  {args.out / 'out' / 'overlays' / slide.stem}.jpg")
     return status

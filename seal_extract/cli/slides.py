@@ -1,35 +1,40 @@
-"""``seal-extract SLIDE``: the options filled in, one slide after the other, one line for each."""
+"""``seal-extract SLIDES``: the options filled in, a line for each slide, a table and a page for all."""
 
 from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Sequence
+import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from seal_extract.cli.events import Events
 from seal_extract.cli.fail import fail
-from seal_extract.errors import CheckpointError, HubError, SealExtractError, UsageError
+from seal_extract.errors import SealExtractError, UsageError
 
 if TYPE_CHECKING:
+    from seal_extract.cohort import CohortReport, Engine
     from seal_extract.encoders.request import EncoderRequest
     from seal_extract.plan import ExtractOptions, SlidePlan
+    from seal_extract.results import SlideResult
+    from seal_extract.slide_list import SlideList
     from seal_extract.store import SlideFeatures
-
-SLIDE_SUFFIXES = {
-    *(".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide"),
-    *(".dcm", ".png", ".jpg", ".jpeg"),
-}
-SAME_FOR_EVERY_SLIDE = (UsageError, CheckpointError, HubError)
 
 
 def run(args: argparse.Namespace) -> int:
     """Embed slides, or only say what would be read of them."""
+    from seal_extract.slide_list import list_slides
+
     options = _options(args)
-    slides = find_slides(args.slides)
+    slides = list_slides(args.slides, args.slide_folder)
+    if args.shard is not None:
+        slides = slides.shard(*args.shard)
+    _tell_ignored(slides, args.verbose)
     if args.dry_run:
         return _run_dry(slides, options)
-    return _embed(slides, args, options)
+    return embed(slides, _requests(args), options, args)
 
 
 def _options(args: argparse.Namespace) -> ExtractOptions:
@@ -40,43 +45,48 @@ def _options(args: argparse.Namespace) -> ExtractOptions:
     return ExtractOptions(**{f.name: getattr(args, f.name) for f in fields(ExtractOptions)})
 
 
-def find_slides(paths: Sequence[Path]) -> list[Path]:
-    """Slide files as given, and those that lie in given folders, by name.
+def _tell_ignored(slides: SlideList, verbose: bool) -> None:
+    if verbose:
+        for path, reason in slides.ignored:
+            print(f"{path}: ignored, {reason}")
+    elif slides.ignored:
+        kinds = Counter(reason for _, reason in slides.ignored).most_common(3)
+        named = ", ".join(f"{count} x {reason}" for reason, count in kinds)
+        print(f"{len(slides.ignored)} files ignored ({named}); --verbose lists them", flush=True)
+
+
+def shard(text: str) -> tuple[int, int]:
+    """``2/8``: the second of eight shares.
 
     Raises:
-        UsageError: a folder without slides, or two slides of one name, whose results would collide.
+        ValueError: something else; argparse tells it.
     """
-    slides: list[Path] = []
-    for path in paths:
-        inside = (
-            sorted(p for p in path.iterdir() if p.suffix.lower() in SLIDE_SUFFIXES)
-            if path.is_dir()
-            else [path]
-        )
-        if not inside:
-            raise UsageError(f"{path} holds no slide; allowed: {' '.join(sorted(SLIDE_SUFFIXES))}")
-        slides += inside
-    by_name: dict[str, Path] = {}
-    for slide in slides:
-        other = by_name.setdefault(slide.stem, slide)
-        if other is not slide:
-            raise UsageError(
-                f"{other} and {slide} would both be written as {slide.stem}.h5; "
-                f"give them in two runs with two -o"
-            )
-    return slides
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None:
+        raise ValueError(text)
+    return int(found[1]), int(found[2])
 
 
-def _run_dry(slides: list[Path], options: ExtractOptions) -> int:
+# --- a dry run ----------------------------------------------------------------------------------------
+
+
+def _run_dry(slides: SlideList, options: ExtractOptions) -> int:
     from seal_extract.plan import plan_slide
-    from seal_extract.slide import open_slide
-
-    def line(path: Path) -> str:
-        with open_slide(path, mpp=options.slide_mpp) as slide:
-            return _row(_dry_cells(plan_slide(slide, options)))
+    from seal_extract.slide_list import open_entry
 
     print(_row(DRY_HEAD))
-    return _each(slides, line)
+    failed = 0
+    for entry in slides.entries:
+        try:
+            with open_entry(entry, options.slide_mpp) as slide:
+                plan = plan_slide(slide, options.for_entry(entry), entry.name)
+                print(_row(_dry_cells(plan)), flush=True)
+        except UsageError:
+            raise
+        except SealExtractError as exc:
+            failed += 1
+            fail(f"FAILED {exc}", 1)
+    return _status(failed, len(slides))
 
 
 DRY_HEAD = ("slide", "px", "µm/px", "source", "read", "patch", "level-0", "tissue", "patches")
@@ -102,18 +112,97 @@ def _row(cells: Sequence[str]) -> str:
     return "  ".join(cell.ljust(width) for cell, width in zip(cells, WIDTHS, strict=True)).rstrip()
 
 
-def _each(slides: list[Path], work: Callable[[Path], str]) -> int:
-    """Do one slide after the other; a slide that fails is told and counted, the others go on."""
-    failed = 0
-    for path in slides:
-        try:
-            print(work(path), flush=True)
-        except SAME_FOR_EVERY_SLIDE:
-            raise
-        except SealExtractError as exc:
-            failed += 1
-            fail(f"FAILED {exc}", 1)
-    return _status(failed, len(slides))
+# --- a run --------------------------------------------------------------------------------------------
+
+
+def _requests(args: argparse.Namespace) -> list[EncoderRequest]:
+    """The encoders asked for; a checkpoint or an adapter is one encoder's."""
+    from seal_extract.encoders import list_encoders
+    from seal_extract.encoders.request import EncoderRequest
+
+    if args.encoder is None:
+        names = ", ".join(spec.name for spec in list_encoders())
+        raise UsageError(
+            f"--encoder is missing; type --encoder NAME with one of {names}, or a folder of yours"
+        )
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are told in our one line
+    asked: list[str] = [args.encoder] if Path(args.encoder).exists() else args.encoder.split(",")
+    if len(asked) > 1 and (args.checkpoint or args.adapter or args.revision):
+        raise UsageError("--checkpoint, --adapter and --revision are of one encoder; give one --encoder")
+    return [
+        EncoderRequest(
+            name.strip(),
+            checkpoint=args.checkpoint,
+            adapter=args.adapter,
+            revision=args.revision,
+            device=args.device,
+            precision=args.precision,
+            offline=args.offline,
+        )
+        for name in asked
+    ]
+
+
+def embed(
+    slides: SlideList,
+    requests: list[EncoderRequest],
+    options: ExtractOptions,
+    args: argparse.Namespace,
+) -> int:
+    """Embed slides, one line for each; a table for all, and a page where there are several."""
+    from seal_extract.cohort import extract_cohort
+
+    with Events(args.log_json) as events, _Bars(args.quiet, len(slides)) as bars:
+        events.tell("start", slides=len(slides), encoders=[r.spec.name for r in requests], out=str(args.out))
+
+        def tell(result: SlideResult) -> None:
+            bars.next_slide()
+            events.tell_result(result)
+            for line in _lines(result):
+                print(line, flush=True)
+            if result.error is not None:
+                fail(f"FAILED {result.error}", 1)
+
+        report = extract_cohort(
+            slides,
+            requests,
+            args.out,
+            options=options,
+            engine=_engine(args),
+            retry_failed=args.retry_failed,
+            status_name=_status_name(args.shard),
+            on_result=tell,
+            progress=bars.show,
+        )
+        events.tell("end", done=len(report.done), failed=len(report.failed), seconds=round(report.seconds, 1))
+    return _close(report, args)
+
+
+def _engine(args: argparse.Namespace) -> Engine | None:
+    if args.engine != "ray":
+        if args.ray_address or args.ray_workers:
+            raise UsageError("--ray-address and --ray-workers are of Ray; type --engine ray")
+        return None
+    from seal_extract.ray_engine import RayEngine
+
+    return RayEngine(args.ray_address, args.ray_workers)
+
+
+def _status_name(shard: tuple[int, int] | None) -> str:
+    return "status.csv" if shard is None else f"status_{shard[0]}_of_{shard[1]}.csv"
+
+
+def _close(report: CohortReport, args: argparse.Namespace) -> int:
+    slides = len(report.done) + len(report.failed)
+    if slides > 1:
+        from seal_extract.view.cohort_report import write_report
+
+        page = report.status.with_suffix(".html").with_name(
+            report.status.stem.replace("status", "report") + ".html"
+        )
+        write_report(report.rows, args.out, page, seconds=report.seconds)
+        print(f"{len(report.done)} of {slides} slides done, {report.seconds:.0f} s: {report.status}, {page}")
+    return _status(len(report.failed), slides)
 
 
 def _status(failed: int, slides: int) -> int:
@@ -122,108 +211,57 @@ def _status(failed: int, slides: int) -> int:
     return 1 if failed else 0
 
 
-def _embed(slides: list[Path], args: argparse.Namespace, options: ExtractOptions) -> int:
-    from seal_extract.encoders.request import EncoderRequest
+class _Bars:
+    """Slides, and patches of the one that is being written; nothing where there is no terminal."""
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are told in our one line
-    request = EncoderRequest(
-        _encoder_name(args.encoder),
-        checkpoint=args.checkpoint,
-        adapter=args.adapter,
-        revision=args.revision,
-        device=args.device,
-        precision=args.precision,
-        offline=args.offline,
-    )
-    return embed(slides, request, args.out, options, args.quiet)
-
-
-def embed(
-    slides: list[Path], request: EncoderRequest, out: Path, options: ExtractOptions, quiet: bool
-) -> int:
-    """Embed slides, one line for each; those that are finished need no encoder."""
-    waiting, failed = _unfinished(slides, request, out, options)
-    if waiting:
-        from seal_extract.extract import extract_many
-
-        bar = _Bar(quiet)
-        for result in extract_many(waiting, request.load(), out, options=options, progress=bar.show):
-            bar.clear()
-            if result.error is not None:
-                failed += 1
-                fail(f"FAILED {result.error}", 1)
-            for features in result.features:
-                print(_closing_line(result.path, features, result.seconds), flush=True)
-        bar.close()
-    return _status(failed, len(slides))
-
-
-def _unfinished(
-    slides: list[Path], request: EncoderRequest, out: Path, options: ExtractOptions
-) -> tuple[list[Path], int]:
-    """The slides that have to be embedded, and how many cannot; a line for all others."""
-    from seal_extract.finished import resume
-
-    waiting: list[Path] = []
-    failed = 0
-    for path in slides:
-        try:
-            finished = resume(path, request, out, options)
-        except SAME_FOR_EVERY_SLIDE:
-            raise
-        except SealExtractError as exc:
-            failed += 1
-            fail(f"FAILED {exc}", 1)
-            continue
-        if finished is None:
-            waiting.append(path)
-        else:
-            print(f"{path.name}: {len(finished.grid)} patches, finished before -> {finished.path}")
-    return waiting, failed
-
-
-class _Bar:
-    """Patches of the slide that is being written; nothing where there is no terminal."""
-
-    def __init__(self, quiet: bool) -> None:
+    def __init__(self, quiet: bool, slides: int) -> None:
         from tqdm import tqdm
 
-        self._bar = tqdm(unit="patch", disable=True if quiet else None, leave=False)  # None: no terminal
+        off = True if quiet else None  # None: no terminal
+        self._slides = tqdm(
+            total=slides, unit="slide", disable=True if slides == 1 else off, leave=False, position=0
+        )
+        self._patches = tqdm(unit="patch", disable=off, leave=False, position=0 if slides == 1 else 1)
         self._slide: Path | None = None
 
+    def __enter__(self) -> _Bars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patches.close()
+        self._slides.close()
+
     def show(self, slide: Path, done: int, total: int) -> None:
+        """Patches of a slide, told by another thread."""
         if slide != self._slide:
             self._slide = slide
-            self._bar.reset(total)
-            self._bar.set_description(slide.name, refresh=False)
-        self._bar.update(done - self._bar.n)
+            self._patches.reset(total)
+            self._patches.set_description(slide.name, refresh=False)
+        self._patches.update(done - self._patches.n)
 
-    def clear(self) -> None:
-        self._bar.clear()
+    def next_slide(self) -> None:
+        """A slide has ended: make room for its line."""
+        self._patches.clear()
+        self._slides.clear()
+        self._slides.update()
 
-    def close(self) -> None:
-        self._bar.close()
+
+def _lines(result: SlideResult) -> list[str]:
+    """What is said of a slide that went well, for each encoder."""
+    name = result.path.name
+    if result.finished_before:
+        return [f"{name}: {len(f.grid)} patches, finished before -> {f.path}" for f in result.features]
+    return [_closing_line(name, features, result.seconds) for features in result.features]
 
 
-def _closing_line(path: Path, result: SlideFeatures, seconds: float) -> str:
+def _closing_line(name: str, result: SlideFeatures, seconds: float) -> str:
     slide, n = result.provenance["slide"], len(result.grid)
     if not n:
-        return f"{path.name}: 0 patches, no tissue found -> {result.path}; look at its overlay"
+        return f"{name}: 0 patches, no tissue found -> {result.path}; look at its overlay"
     unread = result.provenance["read_errors"]
     errors = f", {unread} of them UNREADABLE and zero" if unread else ""
     return (
-        f"{path.name}: {n} patches{errors} by {result.provenance['encoder']['name']}, "
+        f"{name}: {n} patches{errors} by {result.provenance['encoder']['name']}, "
         f"{slide['mpp']:.4g} µm/px by {slide['mpp_source']}, {slide['reader']} ({slide['decoder']}), "
         f"{seconds:.1f} s, {n / seconds:.3g} patches/s -> {result.path}"
     )
-
-
-def _encoder_name(name: str | None) -> str:
-    from seal_extract.encoders import list_encoders
-
-    if name is None:
-        names = ", ".join(spec.name for spec in list_encoders())
-        raise UsageError(
-            f"--encoder is missing; type --encoder NAME with one of {names}, or a folder of yours"
-        )
-    return name

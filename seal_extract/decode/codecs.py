@@ -22,9 +22,11 @@ from seal_extract.readers import Array
 SOI, EOI = b"\xff\xd8", b"\xff\xd9"
 ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"  # APP14; its last byte is the colour transform
 RGB, YCBCR = b"\x00", b"\x01"
-FRAMES = frozenset(
-    bytes([marker]) for marker in range(0xC0, 0xD0) if marker not in (0xC4, 0xC8, 0xCC)
-)  # SOFn
+FRAMES = frozenset(bytes([marker]) for marker in {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})  # SOFn
+_centred = np.arange(-128, 128)
+RED_OF_CR, BLUE_OF_CB = (np.rint(share * _centred).astype(np.int16) for share in (1.402, 1.772))
+GREEN_OF_CB = np.rint(2**16 * (0.5 - 0.34414 * _centred)).astype(np.int32)  # rounds once both are added
+GREEN_OF_CR = np.rint(2**16 * -0.71414 * _centred).astype(np.int32)
 REDUCTIONS = (8, 4, 2)  # that libjpeg decodes at directly
 
 
@@ -120,12 +122,11 @@ def _check_frame(data: bytes, at: int, size_px: tuple[int, int]) -> None:
             height, width, channels = struct.unpack_from(">HHB", data, at + 5)
             if (width, height, channels) != (*size_px, 3):
                 raise TileError(
-                    f"{width} x {height} px of {channels} channels instead of {size_px[0]} x {size_px[1]} of 3"
+                    f"{width} x {height} px x {channels} instead of {size_px[0]} x {size_px[1]} x 3"
                 )
             return
-        at += (
-            1 if marker == b"\xff" else _segment_bytes(data, at)
-        )  # any number of FF may come before a marker
+        # any number of FF may come before a marker
+        at += 1 if marker == b"\xff" else _segment_bytes(data, at)
     raise TileError("has no header of a frame")
 
 
@@ -133,9 +134,15 @@ def _segment_bytes(data: bytes, at: int) -> int:
     return 2 + int.from_bytes(data[at + 2 : at + 4], "big")
 
 
+@dataclass(frozen=True)
 class Jpeg2000Codec:
-    """JPEG 2000 of three 8-bit channels in RGB."""
+    """JPEG 2000 of three 8-bit channels.
 
+    Attributes:
+        ycbcr: whether they are YCbCr, not RGB; Aperio's own tag says so, the stream does not.
+    """
+
+    ycbcr: bool = False
     name = "JPEG 2000 tiles"
     reduces = False
 
@@ -143,15 +150,28 @@ class Jpeg2000Codec:
         """See `Codec.decode`; OpenJPEG knows no leniency."""
         try:
             pixels = imagecodecs.jpeg2k_decode(data)
-        except (ValueError, RuntimeError) as exc:
-            raise TileError(str(exc)) from exc
+        except Exception as exc:  # beside its own error of all that NumPy says to absurd sizes
+            raise TileError(str(exc) or type(exc).__name__) from exc
         if pixels.shape != out.shape or pixels.dtype != np.uint8:
             raise TileError(f"{pixels.dtype} {list(pixels.shape)} instead of uint8 {list(out.shape)}")
-        out[:] = pixels
+        if self.ycbcr:
+            _ycbcr_to_rgb(pixels, out)
+        else:
+            out[:] = pixels
 
     def decode_reduced(self, data: bytes, out: Array, factor: int) -> None:
         """Not offered."""
         raise NotImplementedError
+
+
+def _ycbcr_to_rgb(pixels: Array, out: Array) -> None:
+    """OpenSlide's arithmetic for JPEG 2000: libjpeg's, with each entry of the tables rounded by itself."""
+    y, cb, cr = (pixels[..., channel] for channel in range(3))
+    luma = y.astype(np.int16)
+    for channel, chroma in enumerate(
+        (RED_OF_CR[cr], GREEN_OF_CB[cb] + GREEN_OF_CR[cr] >> 16, BLUE_OF_CB[cb])
+    ):
+        out[..., channel] = np.clip(luma + chroma, 0, 255)
 
 
 def shrink(pixels: Array, out: Array) -> None:

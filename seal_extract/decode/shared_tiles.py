@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 
 from seal_extract.errors import ReadError
 from seal_extract.readers import Array
+
+HELD_BYTES = 512 * 2**20  # of shared tiles; beyond, as for patches in random order, tiles are decoded again
 
 Users = Mapping[int, list[int]]  # tile -> the patches of a job that it lies under
 Pixels = Array | ReadError  # of a tile: uint8 [h, w, 3], or why it cannot be had
@@ -48,6 +51,7 @@ class SharedTiles:
 
     def __init__(self, uses: NDArray[np.int64], shape: tuple[int, int, int]) -> None:
         self._uses, self._shape = uses, shape
+        self._most = HELD_BYTES // math.prod(shape)
         self._held: dict[int, _Held] = {}
         self._spare: list[Array] = []
         self._lock = threading.Lock()
@@ -59,7 +63,7 @@ class SharedTiles:
             for tile, patches in users.items():
                 if tile in self._held:
                     claim.theirs[tile] = self._held[tile]
-                elif self._uses[tile] > len(patches):
+                elif self._uses[tile] > len(patches) and len(self._held) < self._most:
                     claim.mine[tile] = self._held[tile] = _Held()
                 else:
                     claim.alone.append(tile)
@@ -73,16 +77,16 @@ class SharedTiles:
             if not held.pixels.done():
                 held.pixels.set_exception(RuntimeError("the thread that decoded this tile has failed"))
         with self._lock:
+            for held in claim.held.values():
+                held.pins -= 1
             for tile, patches in users.items():
                 self._uses[tile] -= len(patches)
-            for tile, held in claim.held.items():
-                held.pins -= 1
-                if self._uses[tile] <= 0 and not held.pins and self._held.get(tile) is held:
-                    del self._held[tile]
-                    if held.pixels.exception() is None and isinstance(
-                        room := held.pixels.result(), np.ndarray
-                    ):
-                        self._spare.append(room)
+                if self._uses[tile] <= 0 and tile in self._held and not self._held[tile].pins:
+                    self._drop(self._held.pop(tile))
+
+    def _drop(self, held: _Held) -> None:
+        if held.pixels.exception() is None and isinstance(room := held.pixels.result(), np.ndarray):
+            self._spare.append(room)
 
     def room(self) -> Array:
         """Room for a shared tile; what was used before comes first, as new memory costs page faults."""

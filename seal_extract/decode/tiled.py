@@ -19,14 +19,14 @@ import tifffile
 from numpy.typing import NDArray
 
 from seal_extract.decode.codecs import Codec, Jpeg2000Codec, JpegCodec, TileError
-from seal_extract.errors import SlideError
+from seal_extract.errors import ReadError, SlideError
 from seal_extract.readers import Array
 from seal_extract.slide import Slide
+from seal_extract.tiff import TIFF_HEADS
 
 PROBES = 4  # tiles compared with the reader's pixels
 MERGE_GAP = 2**14  # bytes between two tiles that are read over rather than skipped
 MERGE_BYTES = 2**22  # of one read
-TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 class Unsuitable(Exception):
@@ -86,6 +86,10 @@ class TiledLevel:
                 data = piece[first - start : last - start]
                 yield tile, data if len(data) == last - first else b""
 
+    def is_left_out(self, tile: int) -> bool:
+        """Whether the file says by a zero offset that there is nothing, as it may of glass."""
+        return not (self._offsets[tile] or self._counts[tile])
+
     def _span(self, tile: int) -> tuple[int, int]:
         """First byte of a tile and the one after its last; nothing where the table cannot be true."""
         first, count = int(self._offsets[tile]), int(self._counts[tile])
@@ -95,11 +99,14 @@ class TiledLevel:
         return first, first + count
 
     def _read_at(self, offset: int, count: int) -> bytes:
-        if hasattr(os, "pread"):
-            return os.pread(self._file, count, offset)
-        with self._lock:  # Windows
-            os.lseek(self._file, offset, os.SEEK_SET)
-            return os.read(self._file, count)
+        try:
+            if hasattr(os, "pread"):
+                return os.pread(self._file, count, offset)
+            with self._lock:  # Windows
+                os.lseek(self._file, offset, os.SEEK_SET)
+                return os.read(self._file, count)
+        except OSError:  # a bad sector, a share that went away: told as tiles that are not there
+            return b""
 
     def largest(self, tiles: NDArray[np.int64]) -> NDArray[np.int64]:
         """Those of ``tiles`` whose data are at least as long as half of them: tissue rather than glass."""
@@ -155,6 +162,8 @@ def _codec_of(page: Any) -> Codec:
     rgb, ycbcr = (photometric == p for p in (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR))
     if compression == tifffile.COMPRESSION.JPEG and (rgb or ycbcr):
         return JpegCodec(bytes(page.jpegtables or b""), bool(ycbcr))
+    if compression == tifffile.COMPRESSION.APERIO_JP2000_YCBC and (rgb or ycbcr):  # the tag says RGB
+        return Jpeg2000Codec(ycbcr=True)
     jpeg2000 = (tifffile.COMPRESSION.APERIO_JP2000_RGB, tifffile.COMPRESSION.JPEG2000)
     if compression in jpeg2000 and rgb:
         return Jpeg2000Codec()
@@ -194,4 +203,11 @@ def read_tile(slide: Slide, level: int, tiled: TiledLevel, tile: int) -> Array:
     x, y = tile % tiled.across * w, tile // tiled.across * h
     downsample = slide.levels[level].downsample
     xy_l0 = (round(x * downsample), round(y * downsample))
-    return slide.read_region(xy_l0, level, (min(w, width - x), min(h, height - y)))
+    side = (min(w, width - x), min(h, height - y))
+    region = slide.read_region(xy_l0, level, side)
+    if region.shape != (side[1], side[0], 3):
+        raise ReadError(
+            f"{slide.path}: {slide.reader} gave {region.shape[1]} x {region.shape[0]} px instead of "
+            f"{side[0]} x {side[1]} at level-0 {xy_l0}; the file is damaged there"
+        )
+    return region

@@ -103,11 +103,12 @@ class TileDecoder:
         return (factor, False) if self._finish.filter == "area" and factor in aligned else (1, False)
 
     def _tiles_of_rows(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """First and last tile (column, row) under each patch: two int64 [N, 2]."""
-        size = np.asarray(self._tiled.size_px)
-        first = np.clip(self._xy_px, 0, size) // self._tiled.tile_px
-        last = (np.clip(self._xy_px + self.grid.read_px, 0, size) - 1) // self._tiled.tile_px
-        return first, last
+        """First and last tile (column, row) under each patch: two int64 [N, 2]; the last first if none is."""
+        begin, end = (
+            np.clip(xy, 0, self._tiled.size_px) for xy in (self._xy_px, self._xy_px + self.grid.read_px)
+        )
+        first, last = begin // self._tiled.tile_px, (end - 1) // self._tiled.tile_px
+        return first, np.where((begin < end).all(1, keepdims=True), last, first - 1)
 
     def _count_uses(self) -> NDArray[np.int64]:
         """The patches over each tile: int64 [tiles]."""
@@ -173,7 +174,9 @@ class TileDecoder:
         try:
             theirs = read_tile(self._slide, self.grid.level, self._tiled, tile)
         except ReadError as exc:
-            return exc
+            return ReadError(str(exc))  # without the frames that it was raised through
+        if not (data or theirs.any() or self._tiled.is_left_out(tile)):
+            return self._damaged(tile, why)
         whole = np.zeros((*self._tiled.tile_px[::-1], 3), np.uint8)
         inside = whole[: theirs.shape[0], : theirs.shape[1]]
         with contextlib.suppress(TileError):

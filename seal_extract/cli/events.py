@@ -1,0 +1,63 @@
+"""``--log-json``: one JSON line an event, for whoever watches a run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import ExitStack
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from seal_extract.errors import OutputError
+
+if TYPE_CHECKING:
+    from seal_extract.results import SlideResult
+
+STDERR = "-"
+
+
+class Events:
+    """Writes events to a file, or to stderr for ``-``; without either it keeps them to itself."""
+
+    def __init__(self, target: str | None) -> None:
+        self._closing = ExitStack()
+        self._file: IO[str] | None = None
+        if target == STDERR:
+            self._file = sys.stderr
+        elif target is not None:
+            try:
+                file = Path(target).open("a", encoding="utf-8")  # noqa: SIM115
+            except OSError as exc:
+                raise OutputError(f"cannot write --log-json {target}: {exc.strerror}; give a file") from exc
+            self._file = self._closing.enter_context(file)
+
+    def __enter__(self) -> Events:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.close()
+
+    def tell(self, event: str, **facts: object) -> None:
+        """Write one event, at once."""
+        if self._file is not None:
+            now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+            print(json.dumps({"time": now, "event": event, **facts}), file=self._file, flush=True)
+
+    def tell_result(self, result: SlideResult) -> None:
+        """What became of a slide."""
+        slide, seconds = str(result.path), round(result.seconds, 2)
+        if result.error is not None:
+            kind = type(result.error).__name__
+            self.tell("failed", slide=slide, name=result.name, error=kind, reason=str(result.error))
+            return
+        first = result.features[0]
+        self.tell(
+            "finished before" if result.finished_before else "done",
+            slide=slide,
+            name=result.name,
+            patches=len(first.grid),
+            seconds=seconds,
+            read_errors=first.provenance["read_errors"],
+            files=[str(features.path) for features in result.features],
+        )

@@ -1,0 +1,182 @@
+"""A cohort over all GPUs of a Ray cluster: one actor per GPU, or per share of the cores; a task per slide.
+
+Scheduling, restarts and retries are Ray's. A slide whose worker died is given to a restarted one, which finds
+nothing of it, since features get their names only when they are whole.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from seal_extract.encoders.request import EncoderRequest
+from seal_extract.errors import UsageError
+from seal_extract.plan import ExtractOptions
+from seal_extract.results import Progress, SlideResult
+from seal_extract.slide_list import SlideEntry
+
+if TYPE_CHECKING:
+    from seal_extract.encoders import Encoder
+
+SLIDES_IN_HAND = 4  # of each worker: one at the encoder, the next opened and planned
+CORES_PER_WORKER = 4  # where there is no GPU
+
+
+@dataclass(frozen=True)
+class RayEngine:
+    """Runs a cohort on Ray.
+
+    Attributes:
+        address: of a cluster, ``"auto"`` for the one around; None starts one on this machine.
+        workers: how many; one per GPU, or per `CORES_PER_WORKER` cores, by default.
+        cores: of each worker; an equal share by default.
+    """
+
+    address: str | None = None
+    workers: int | None = None
+    cores: int | None = None
+
+    def run(
+        self,
+        entries: Sequence[SlideEntry],
+        encoders: Sequence[EncoderRequest | Encoder],
+        out: Path,
+        options: ExtractOptions,
+        progress: Progress | None,
+    ) -> Iterator[SlideResult]:
+        """See `Engine.run`; progress is told slide by slide.
+
+        Raises:
+            UsageError: Ray is not installed, not reachable, or too small; or an encoder is no request.
+        """
+        requests = [e for e in encoders if isinstance(e, EncoderRequest)]
+        if len(requests) < len(encoders):
+            raise UsageError("workers load encoders by themselves; give their names, not loaded encoders")
+        ray = _ray()
+        started = not ray.is_initialized()
+        _connect(ray, self.address)
+        try:
+            yield from self._run(ray, entries, requests, out.resolve(), options, progress)
+        finally:
+            if started:
+                ray.shutdown()
+
+    def _run(
+        self,
+        ray: Any,
+        entries: Sequence[SlideEntry],
+        requests: list[EncoderRequest],
+        out: Path,
+        options: ExtractOptions,
+        progress: Progress | None,
+    ) -> Iterator[SlideResult]:
+        workers, cores, gpus = self._shares(ray.cluster_resources())
+        workers = min(workers, len(entries))
+        actor = ray.remote(_Worker).options(
+            num_cpus=cores,
+            num_gpus=gpus,
+            max_concurrency=SLIDES_IN_HAND,
+            max_restarts=-1,
+            max_task_retries=-1,
+        )
+        theirs = replace(options, workers=options.workers or cores)
+        actors = [actor.remote(requests, out, theirs) for _ in range(workers)]
+        waiting = [replace(entry, path=entry.path.resolve()) for entry in reversed(entries)]
+        original = {entry.path.resolve(): entry.path for entry in entries}
+        running: dict[Any, Any] = {}
+        for i in range(min(len(waiting), SLIDES_IN_HAND * workers)):
+            chosen = actors[i % workers]
+            running[chosen.embed.remote(waiting.pop())] = chosen
+        while running:
+            (ready,), _ = ray.wait(list(running), num_returns=1)
+            free = running.pop(ready)
+            if waiting:
+                running[free.embed.remote(waiting.pop())] = free
+            result: SlideResult = ray.get(ready)
+            if progress is not None and result.features:
+                progress(original[result.path], len(result.features[0].grid), len(result.features[0].grid))
+            yield replace(result, path=original[result.path])
+        for one in actors:
+            ray.kill(one)
+
+    def _shares(self, resources: dict[str, float]) -> tuple[int, int, int]:
+        """Workers, and the cores and GPUs of each."""
+        cores, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
+        workers = self.workers or gpus or max(1, cores // CORES_PER_WORKER)
+        each = self.cores or max(1, cores // workers)
+        if workers * each > cores or (gpus and workers > gpus):
+            raise UsageError(
+                f"{workers} workers of {each} cores asked for, but Ray has {cores} cores and {gpus} GPUs; "
+                "leave it out, or start more nodes"
+            )
+        return workers, each, min(gpus, 1)
+
+
+class _Worker:
+    """One stream over the slides that it is given; each call waits for its own."""
+
+    def __init__(self, requests: list[EncoderRequest], out: Path, options: ExtractOptions) -> None:
+        self._requests, self._out, self._options = requests, out, options
+        self._entries: queue.Queue[SlideEntry] = queue.Queue()
+        self._results: dict[Path, Future[SlideResult]] = {}
+        threading.Thread(target=self._stream, daemon=True).start()
+
+    def embed(self, entry: SlideEntry) -> SlideResult:
+        """Embed a slide; several calls at once follow each other without a pause."""
+        future = self._results[entry.path] = Future()
+        self._entries.put(entry)
+        result = future.result()
+        del self._results[entry.path]
+        return result
+
+    def _stream(self) -> None:
+        from seal_extract.extract import extract_many
+
+        try:
+            encoders = [request.load() for request in self._requests]
+            for result in extract_many(self._coming(), encoders, self._out, options=self._options):
+                self._results[result.path].set_result(result)
+        except BaseException as exc:
+            self._fail(exc)
+
+    def _coming(self) -> Iterator[SlideEntry | None]:
+        """The slides as they are given; None while there is none."""
+        while True:
+            try:
+                yield self._entries.get_nowait()
+            except queue.Empty:
+                yield None
+
+    def _fail(self, exc: BaseException) -> None:
+        """What stops one slide here stops all."""
+        while True:
+            for future in list(self._results.values()):
+                if not future.done():
+                    future.set_exception(exc)
+            self._entries.get()
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError as exc:
+        raise UsageError('Ray is not installed; type: pip install "seal-extract[ray]"') from exc
+    return ray
+
+
+def _connect(ray: Any, address: str | None) -> None:
+    if ray.is_initialized():
+        return
+    try:
+        ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError) as exc:
+        first = (str(exc).splitlines() or [type(exc).__name__])[0]
+        raise UsageError(
+            f"no Ray cluster at {address!r} ({first}); start one with `ray start --head`, or leave out "
+            "--ray-address"
+        ) from exc

@@ -1,0 +1,140 @@
+"""``status.csv``: what became of each slide, a line as soon as it is known."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from seal_extract.publish import publish, writing
+
+if TYPE_CHECKING:
+    from seal_extract.results import SlideResult
+    from seal_extract.slide_list import SlideEntry
+
+DONE, FAILED, IGNORED = "done", "failed", "ignored"
+
+
+@dataclass(frozen=True)
+class StatusRow:
+    """One slide.
+
+    Attributes:
+        slide: path of the file.
+        name: of its results.
+        status: ``"done"``, ``"failed"``, or ``"ignored"`` for a file that is no slide.
+        case_id: the patient, if a table said so.
+        patches: how many were embedded.
+        tissue_mm2: area of tissue found, in square millimetres.
+        mpp: µm/px at level 0.
+        mpp_source: where that was read.
+        reader: the library that opened the slide, and how its patches were decoded.
+        seconds: of the run that were this slide's.
+        patches_per_s: in that time.
+        read_errors: patches that could not be read, whose features are zeros.
+        reason: why it failed or was ignored.
+    """
+
+    slide: str
+    name: str
+    status: str
+    case_id: str = ""
+    patches: int | None = None
+    tissue_mm2: float | None = None
+    mpp: float | None = None
+    mpp_source: str = ""
+    reader: str = ""
+    seconds: float | None = None
+    patches_per_s: float | None = None
+    read_errors: int | None = None
+    reason: str = ""
+
+    @classmethod
+    def of(cls, result: SlideResult, entry: SlideEntry) -> StatusRow:
+        """What a result says; of several encoders the first, as they share patches and errors."""
+        where: dict[str, Any] = {"slide": str(entry.path), "name": entry.name, "case_id": entry.case_id or ""}
+        if result.error is not None:
+            reason = " ".join(str(result.error).split())
+            return cls(**where, status=FAILED, seconds=round(result.seconds, 2), reason=reason)
+        first = result.features[0]
+        slide, tissue = first.provenance["slide"], first.provenance["tissue"]
+        patches = len(first.grid)
+        return cls(
+            **where,
+            status=DONE,
+            patches=patches,
+            tissue_mm2=round(tissue["area_mm2"], 3) if tissue else None,
+            mpp=slide["mpp"],
+            mpp_source=slide["mpp_source"],
+            reader=f"{slide['reader']} ({slide['decoder']})",
+            seconds=None if result.finished_before else round(result.seconds, 2),
+            patches_per_s=None if result.finished_before else round(patches / max(result.seconds, 1e-3), 1),
+            read_errors=max(f.provenance["read_errors"] for f in result.features),
+        )
+
+
+COLUMNS = tuple(field.name for field in fields(StatusRow))
+
+
+class StatusFile:
+    """The table of a run, which takes up that of the run before.
+
+    Lines are appended, so that a run that is killed leaves all but its last; each slide counts by its last.
+    """
+
+    def __init__(self, path: Path, before: Iterable[StatusRow] = ()) -> None:
+        """Write ``before`` afresh; rows that are added follow it.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        self.path = path
+        with publish(path) as part, writing(path), part.open("w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, COLUMNS)
+            table.writeheader()
+            table.writerows(map(_cells, before))
+
+    def add(self, row: StatusRow) -> None:
+        """Append a slide's line.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        with writing(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, COLUMNS).writerow(_cells(row))
+
+
+def read_status(path: str | os.PathLike[str]) -> dict[str, StatusRow]:
+    """The last line of each slide, by its name; nothing where there is no table."""
+    try:
+        with Path(path).open(newline="", encoding="utf-8", errors="replace") as file:
+            lines = list(csv.DictReader(file))
+    except (OSError, csv.Error):
+        return {}
+    rows = [_row(cells) for cells in lines]
+    return {row.name: row for row in rows if row is not None}
+
+
+def _cells(row: StatusRow) -> dict[str, Any]:
+    return {key: "" if value is None else value for key, value in asdict(row).items()}
+
+
+NUMBERS = {"patches": int, "read_errors": int} | dict.fromkeys(
+    ("tissue_mm2", "mpp", "seconds", "patches_per_s"), float
+)
+
+
+def _row(cells: dict[str, Any]) -> StatusRow | None:
+    """A line of the table; None for one that a killed run left unfinished."""
+    try:
+        values: dict[str, Any] = {
+            name: (NUMBERS[name](cells[name]) if cells[name] else None) if name in NUMBERS else cells[name]
+            for name in COLUMNS
+        }
+    except (KeyError, TypeError, ValueError):
+        return None
+    complete = values["status"] in (DONE, FAILED, IGNORED) and values["reason"] is not None
+    return StatusRow(**values) if complete else None

@@ -1,0 +1,75 @@
+"""Cohorts of small slides, good and broken, made quickly: links to a few drawn ones."""
+
+import os
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+from PIL import Image
+
+from seal_extract.synthetic import write_synthetic_slide
+
+SIZE_PX = (1400, 1100)
+
+
+def draw_slides(folder, count=3):
+    """A few different slides of some patches each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [
+        write_synthetic_slide(folder / f"{i}.svs", SIZE_PX, downsamples=(1, 4), seed=i) for i in range(count)
+    ]
+
+
+def link_cohort(folder, drawn, count):
+    """``count`` slides of different names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        os.link(drawn[i % len(drawn)], folder / f"slide_{i:04}.svs")
+    return folder
+
+
+BROKEN = ("truncated", "mutated", "text", "empty", "wrong_type", "no_mpp")
+
+
+def add_broken(folder, drawn, count, seed=0):
+    """``count`` slides broken in all the ways of `BROKEN`, in turn."""
+    rng = np.random.default_rng(seed)
+    data = drawn[0].read_bytes()
+    for i in range(count):
+        kind = BROKEN[i % len(BROKEN)]
+        path = folder / f"bad_{i:04}_{kind}.svs"
+        if kind == "truncated":
+            path.write_bytes(data[: int(len(data) * rng.uniform(0.2, 0.9))])
+        elif kind == "mutated":
+            hurt = bytearray(data)
+            start = int(len(data) * rng.uniform(0.1, 0.3))
+            hurt[start : start + len(data) // 3] = rng.bytes(len(data) // 3)
+            path.write_bytes(hurt)
+        elif kind == "text":
+            path.write_text("this is a note, not a slide\n")
+        elif kind == "empty":
+            path.touch()
+        elif kind == "wrong_type":
+            path.write_bytes(b"%PDF-1.7\n" + rng.bytes(2000))
+        else:
+            path = path.with_suffix(".png")
+            Image.fromarray(rng.integers(0, 256, (400, 400, 3), dtype=np.uint8)).save(path)
+
+
+def command(*words):
+    """The command line in a process of its own."""
+    return [sys.executable, "-m", "seal_extract.cli", *map(str, words)]
+
+
+def run(*words, timeout=600):
+    return subprocess.run(command(*words), capture_output=True, text=True, timeout=timeout)
+
+
+def contents(out):
+    """Features and coordinates of every file, byte for byte."""
+    found = {}
+    for path in sorted(out.rglob("features_*/*.h5")):
+        with h5py.File(path) as file:
+            found[path.name] = (file["features"][()].tobytes(), file["coords"][()].tobytes())
+    return found

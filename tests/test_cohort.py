@@ -1,0 +1,246 @@
+"""Many slides in one run: what is recognised or tried again, what a kill leaves, what the table says."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from cohort_fixtures import add_broken, command, contents, draw_slides, link_cohort, run
+
+from seal_extract import ExtractOptions, extract, load_encoder, publish
+from seal_extract.cohort import extract_cohort
+from seal_extract.demo import UNTRAINED, untrained_encoder, write_untrained_encoder
+from seal_extract.encoders.request import EncoderRequest
+from seal_extract.errors import UsageError
+from seal_extract.slide_list import list_slides
+from seal_extract.status import StatusFile, StatusRow, read_status
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory):
+    return write_untrained_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="module")
+def encoder(encoder_folder):
+    return load_encoder(encoder_folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    return draw_slides(tmp_path_factory.mktemp("drawn"))
+
+
+@pytest.fixture
+def cohort(tmp_path, drawn):
+    return link_cohort(tmp_path / "slides", drawn, 5)
+
+
+# --- results ----------------------------------------------------------------------------------
+
+
+def test_a_cohort_gives_what_each_slide_gives_by_itself(cohort, encoder, tmp_path):
+    report = extract_cohort(cohort, encoder, tmp_path / "out")
+    assert [row.status for row in report.rows] == ["done"] * 5
+    for slide in sorted(cohort.iterdir()):
+        alone = extract(slide, encoder, tmp_path / "alone")
+        assert len(alone.grid) > 1
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
+def test_two_encoders_see_the_same_patches_in_one_pass(cohort, encoder, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    from seal_extract.decode import TileDecoder
+
+    second = untrained_encoder(replace(UNTRAINED, name="untrained-second"), seed=7)
+    read = TileDecoder.read
+    rows = []
+    monkeypatch.setattr(TileDecoder, "read", lambda self, r: rows.append(r) or read(self, r))
+    report = extract_cohort(cohort, [encoder, second], tmp_path / "out")
+    patches = sum(row.patches for row in report.rows)
+    assert sum(map(len, rows)) == patches
+    for name, one in (("untrained-demo", encoder), ("untrained-second", second)):
+        alone = extract(cohort / "slide_0001.svs", one, tmp_path / "alone")
+        (together,) = (tmp_path / "out").rglob(f"features_{name}/slide_0001.h5")
+        assert contents(together.parent.parent)["slide_0001.h5"]
+        np.testing.assert_array_equal(alone.features, read_rows(together))
+
+
+def read_rows(path):
+    import h5py
+
+    with h5py.File(path) as file:
+        return file["features"][()]
+
+
+def test_an_encoder_added_later_leaves_the_first_ones_files_alone(cohort, encoder, tmp_path):
+    from dataclasses import replace
+
+    extract_cohort(cohort, encoder, tmp_path)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("features_untrained-demo/*")}
+    second = untrained_encoder(replace(UNTRAINED, name="untrained-second"), seed=7)
+    extract_cohort(cohort, [encoder, second], tmp_path)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert len(list(tmp_path.rglob("features_untrained-second/*"))) == 5
+
+
+# --- coming back ------------------------------------------------------------------------------
+
+
+def test_a_finished_cohort_is_recognised_without_opening_a_slide(
+    cohort, encoder_folder, tmp_path, monkeypatch
+):
+    request = EncoderRequest(encoder_folder)
+    extract_cohort(cohort, request, tmp_path / "out")
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a slide was opened")
+
+    monkeypatch.setattr("seal_extract.slide_list.open_slide", refuse)
+    report = extract_cohort(cohort, EncoderRequest(encoder_folder), tmp_path / "out")
+    assert [row.status for row in report.rows] == ["done"] * 5
+    assert all(row.seconds is None for row in report.rows)
+
+
+def test_a_slide_that_was_touched_is_opened_and_recognised(cohort, encoder, tmp_path):
+    extract_cohort(cohort, encoder, tmp_path / "out")
+    for slide in cohort.iterdir():
+        slide.touch()
+    results = []
+    extract_cohort(cohort, encoder, tmp_path / "out", on_result=results.append)
+    assert [r.finished_before for r in results] == [True] * 5
+
+
+def test_failed_slides_are_tried_again_and_finished_ones_are_not(cohort, drawn, encoder, tmp_path):
+    add_broken(cohort, drawn, 6)
+    first = extract_cohort(cohort, encoder, tmp_path / "out")
+    assert (len(first.done), len(first.failed)) == (5, 6)
+    (cohort / "bad_0002_text.svs").unlink()
+    (cohort / "bad_0002_text.svs").write_bytes(drawn[1].read_bytes())
+    results = []
+    second = extract_cohort(cohort, encoder, tmp_path / "out", on_result=results.append)
+    assert (len(second.done), len(second.failed)) == (6, 5)
+    assert [r.name for r in results if r.error is None and not r.finished_before] == ["bad_0002_text"]
+
+
+def test_only_failed_slides_are_retried_when_asked_to(cohort, drawn, encoder, tmp_path):
+    with pytest.raises(UsageError, match="--retry-failed: there is no"):
+        extract_cohort(cohort, encoder, tmp_path / "out", retry_failed=True)
+    add_broken(cohort, drawn, 2)
+    extract_cohort(cohort, encoder, tmp_path / "out")
+    report = extract_cohort(cohort, encoder, tmp_path / "out", retry_failed=True)
+    assert sorted(row.name for row in report.rows) == ["bad_0000_truncated", "bad_0001_mutated"]
+    assert len(read_status(report.status)) == 7
+
+
+def test_options_that_change_the_numbers_do_not_pass_for_done(cohort, encoder, tmp_path):
+    extract_cohort(cohort, encoder, tmp_path)
+    report = extract_cohort(cohort, encoder, tmp_path, options=ExtractOptions(min_tissue=0.1))
+    assert all(
+        "made with another request (options min_tissue 0.5, now 0.1)" in r.reason for r in report.failed
+    )
+    assert len(report.failed) == 5
+
+
+# --- kills ------------------------------------------------------------------------------------
+
+
+def killed_at_random(cohort, out, encoder_folder, times, seed=0):
+    """Start the run and kill it with SIGKILL after a random while, again and again; how often it was hit."""
+    rng = np.random.default_rng(seed)
+    hits = 0
+    for _ in range(times):
+        process = subprocess.Popen(
+            command(cohort, "-o", out, "--encoder", encoder_folder, "-q"),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + rng.uniform(2.0, 9.0)
+        while time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.01)
+        hits += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        check_whole(out)
+    return hits
+
+
+def check_whole(out):
+    """What has a final name can be read to its end."""
+    for features, coords in contents(out).values():
+        assert len(features) == len(coords) // 16 * 192 * 4
+
+
+def test_a_killed_run_goes_on_and_equals_an_undisturbed_one(cohort, encoder_folder, encoder, tmp_path):
+    assert killed_at_random(cohort, tmp_path / "killed", encoder_folder, 2) >= 1
+    last = run(cohort, "-o", tmp_path / "killed", "--encoder", encoder_folder)
+    assert last.returncode == 0, last.stderr
+    extract_cohort(cohort, encoder, tmp_path / "undisturbed")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_what_a_killed_run_left_is_swept_away_and_what_is_being_written_is_not(cohort, encoder, tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    folder = tmp_path / "out" / "20x_224px_0px_overlap" / "features_untrained-demo"
+    folder.mkdir(parents=True)
+    left = folder / f".slide_0000.h5.{publish.HOST}.{dead.pid}.part"
+    living = folder / f".slide_0001.h5.{publish.HOST}.1.part"
+    elsewhere = folder / ".slide_0002.h5.another-node.77.part"
+    for path in (left, living, elsewhere):
+        path.touch()
+    extract_cohort(cohort, encoder, tmp_path / "out")
+    assert [path.exists() for path in (left, living, elsewhere)] == [False, True, True]
+
+
+# --- the table --------------------------------------------------------------------------------
+
+
+def test_the_table_survives_a_line_cut_short(tmp_path):
+    table = StatusFile(tmp_path / "status.csv")
+    table.add(StatusRow("a.svs", "a", "done", patches=3, mpp=0.25, reason="a, 'quoted' \"reason\""))
+    table.add(StatusRow("b.svs", "b", "failed", reason="no"))
+    whole = table.path.read_bytes()
+    for cut in range(whole.index(b"b.svs") + 1, len(whole)):
+        table.path.write_bytes(whole[:cut])
+        rows = read_status(table.path)
+        assert rows["a"] == StatusRow(
+            "a.svs", "a", "done", patches=3, mpp=0.25, reason="a, 'quoted' \"reason\""
+        )
+        assert set(rows) <= {"a", "b"}
+
+
+def test_the_table_keeps_the_last_word_on_each_slide(tmp_path):
+    table = StatusFile(tmp_path / "status.csv", [StatusRow("a.svs", "a", "failed", reason="then")])
+    table.add(StatusRow("a.svs", "a", "done", patches=1))
+    assert read_status(table.path)["a"].status == "done"
+    assert read_status(tmp_path / "nowhere.csv") == {}
+
+
+# --- tables of slides -------------------------------------------------------------------------
+
+
+def test_a_resolution_that_contradicts_the_file_fails_that_slide(cohort, encoder, tmp_path):
+    table = tmp_path / "list.csv"
+    table.write_text(
+        f"slide,mpp\n{cohort}/slide_0000.svs,0.25\n{cohort}/slide_0001.svs,0.5\n{cohort}/gone.svs,\n"
+    )
+    report = extract_cohort(table, encoder, tmp_path / "out")
+    assert [row.name for row in report.done] == ["slide_0000"]
+    reasons = {row.name: row.reason for row in report.failed}
+    assert "the table gives 0.5 µm/px, the file 0.25 (openslide.mpp-x)" in reasons["slide_0001"]
+    assert "does not exist" in reasons["gone"]
+
+
+def test_shards_write_what_one_run_writes(cohort, encoder, tmp_path):
+    slides = list_slides([cohort])
+    for i in (1, 2, 3):
+        extract_cohort(slides.shard(i, 3), encoder, tmp_path / "shards", status_name=f"status_{i}_of_3.csv")
+    extract_cohort(slides, encoder, tmp_path / "whole")
+    assert contents(tmp_path / "shards") == contents(tmp_path / "whole")
+    rows = [read_status(tmp_path / "shards" / f"status_{i}_of_3.csv") for i in (1, 2, 3)]
+    assert sum(map(len, rows)) == 5

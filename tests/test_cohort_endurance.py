@@ -1,0 +1,153 @@
+"""Cohorts that are large, broken, killed or shared: minutes each, so marked slow; figures printed with -s."""
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cohort_fixtures import add_broken, command, contents, draw_slides, link_cohort, run
+from test_cohort import killed_at_random
+
+from seal_extract import load_encoder
+from seal_extract.cohort import extract_cohort
+from seal_extract.demo import write_untrained_encoder
+from seal_extract.extract import extract_many
+from seal_extract.slide_list import list_slides
+
+pytestmark = pytest.mark.slow
+
+RAY = ("--engine", "ray", "--workers", 1, "--ray-workers")
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory):
+    return write_untrained_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="module")
+def encoder(encoder_folder):
+    return load_encoder(encoder_folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    return draw_slides(tmp_path_factory.mktemp("drawn"))
+
+
+def resident_mb():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def test_memory_after_200_slides_is_that_after_20(drawn, encoder, tmp_path):
+    slides = link_cohort(tmp_path / "slides", drawn, 200)
+    files_before = len(os.listdir("/proc/self/fd"))
+    memory = []
+    for result in extract_many(list_slides([slides]).entries, encoder, tmp_path / "out"):
+        assert result.error is None
+        memory.append(resident_mb())
+    print(f"\nresident after slide 20: {memory[19]:.0f} MB, after slide 200: {memory[199]:.0f} MB")
+    assert memory[199] <= 1.05 * memory[19]
+    assert len(os.listdir("/proc/self/fd")) <= files_before
+
+
+def test_20_kills_lose_nothing(drawn, encoder_folder, encoder, tmp_path):
+    slides = link_cohort(tmp_path / "slides", drawn, 60)
+    hits = killed_at_random(slides, tmp_path / "killed", encoder_folder, 20, seed=1)
+    last = run(slides, "-o", tmp_path / "killed", "--encoder", encoder_folder)
+    assert last.returncode == 0, last.stderr
+    extract_cohort(slides, encoder, tmp_path / "undisturbed")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
+    assert len(contents(tmp_path / "killed")) == 60
+    assert not list(tmp_path.rglob("*.part"))
+    print(f"\n{hits} of 20 kills hit a running cohort")
+    assert hits >= 5
+
+
+def test_100_broken_slides_among_500_are_named_and_the_others_done(drawn, encoder_folder, tmp_path):
+    slides = link_cohort(tmp_path / "slides", drawn, 400)
+    add_broken(slides, drawn, 100)
+    done = run(slides, "-o", tmp_path / "out", "--encoder", encoder_folder, timeout=1200)
+    assert done.returncode == 1
+    print("\n" + done.stdout.splitlines()[-1])
+    assert "400 of 500 slides done" in done.stdout
+    failed = [line for line in done.stderr.splitlines() if "FAILED" in line]
+    assert len(failed) == 100
+    assert all("bad_" in line for line in failed)
+
+
+def test_a_finished_cohort_of_1000_is_recognised_in_seconds(drawn, encoder_folder, tmp_path):
+    slides = link_cohort(tmp_path / "slides", drawn, 1000)
+    first = run(slides, "-o", tmp_path / "out", "--encoder", encoder_folder, timeout=3000)
+    assert first.returncode == 0, first.stderr
+    started = time.monotonic()
+    again = run(slides, "-o", tmp_path / "out", "--encoder", encoder_folder)
+    print(f"\n1,000 finished slides recognised in {time.monotonic() - started:.2f} s, all of the command")
+    assert again.returncode == 0
+    assert again.stdout.count("finished before") == 1000
+
+
+# --- Ray --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ray():
+    ray = pytest.importorskip("ray")
+    yield ray
+    ray.shutdown()
+
+
+def timed_cohort(slides, out, encoder_folder, workers):
+    started = time.monotonic()
+    done = run(slides, "-o", out, "--encoder", encoder_folder, *RAY, workers, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    return time.monotonic() - started
+
+
+def test_two_ray_workers_write_the_same_bytes_in_less_time(ray, drawn, encoder_folder, encoder, tmp_path):
+    slides = link_cohort(tmp_path / "slides", drawn, 120)
+    one = timed_cohort(slides, tmp_path / "one", encoder_folder, 1)
+    two = timed_cohort(slides, tmp_path / "two", encoder_folder, 2)
+    print(f"\none worker {one:.1f} s, two {two:.1f} s: {two / one:.2f} x, start of Ray included")
+    extract_cohort(slides, encoder, tmp_path / "here")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "here")
+
+
+def workers_of(process):
+    """Processes of Ray actors that descend from ``process``, or that Ray started for it."""
+    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout
+    return [int(line.split()[0]) for line in listed.splitlines() if "ray::_Worker" in line]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_killed_ray_worker_loses_no_slide(ray, drawn, encoder_folder, encoder, tmp_path, seed):
+    slides = link_cohort(tmp_path / "slides", drawn, 40)
+    process = subprocess.Popen(
+        command(slides, "-o", tmp_path / "out", "--encoder", encoder_folder, "-q", *RAY, 2),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    killed = threading.Event()
+
+    def kill():
+        while process.poll() is None and not list(tmp_path.rglob("features_*/*.h5")):
+            time.sleep(0.05)
+        time.sleep(np.random.default_rng(seed).uniform(0, 3))
+        victims = workers_of(process)
+        if victims and process.poll() is None:
+            os.kill(victims[seed % len(victims)], signal.SIGKILL)
+            killed.set()
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    out, _ = process.communicate(timeout=600)
+    thread.join()
+    assert process.returncode == 0
+    assert killed.is_set()
+    assert "40 of 40 slides done" in out
+    extract_cohort(slides, encoder, tmp_path / "here")
+    assert contents(tmp_path / "out") == contents(tmp_path / "here")

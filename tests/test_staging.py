@@ -1,0 +1,122 @@
+"""Slides copied to a fast folder ahead of their turn: within the bound, and nothing of others is deleted."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from cohort_fixtures import contents, draw_slides, link_cohort
+
+from seal_extract import ExtractOptions, load_encoder
+from seal_extract.cohort import extract_cohort
+from seal_extract.demo import write_untrained_encoder
+from seal_extract.errors import UsageError
+from seal_extract.publish import HOST
+from seal_extract.slide_list import list_slides
+from seal_extract.staging import Stage
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return load_encoder(write_untrained_encoder(tmp_path_factory.mktemp("encoder")), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    return draw_slides(tmp_path_factory.mktemp("drawn"))
+
+
+def copies(folder):
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def test_staged_slides_give_the_same_and_leave_nothing(drawn, encoder, tmp_path):
+    slides = link_cohort(tmp_path / "slides", drawn, 5)
+    fast = tmp_path / "fast"
+    fast.mkdir()
+    (fast / "of_others.svs").write_text("mine")
+    options = ExtractOptions(stage_dir=fast, stage_gb=0.01)
+    report = extract_cohort(slides, encoder, tmp_path / "staged", options=options)
+    assert len(report.done) == 5
+    extract_cohort(slides, encoder, tmp_path / "in_place")
+    assert contents(tmp_path / "staged") == contents(tmp_path / "in_place")
+    assert [p.name for p in fast.iterdir()] == ["of_others.svs"]
+    assert len(list(slides.iterdir())) == 5
+
+
+def test_results_name_the_slide_and_not_its_copy(drawn, encoder, tmp_path):
+    slides = link_cohort(tmp_path / "slides", drawn, 1)
+    results = []
+    options = ExtractOptions(stage_dir=tmp_path / "fast", stage_gb=0.01)
+    extract_cohort(slides, encoder, tmp_path / "out", options=options, on_result=results.append)
+    (features,) = results[0].features
+    assert features.provenance["slide"]["path"] == str(slides / "slide_0000.svs")
+    again = extract_cohort(slides, encoder, tmp_path / "out")
+    assert len(again.done) == 1
+    assert again.rows[0].seconds is None
+
+
+def test_copies_never_exceed_the_bound(drawn, tmp_path):
+    slides = link_cohort(tmp_path / "slides", drawn, 8)
+    sizes = [p.stat().st_size for p in slides.iterdir()]
+    limit = 2 * max(sizes) + 1000
+    stage = Stage(tmp_path / "fast", limit)
+    seen = []
+    done = 0
+    for entry in stage.entries(list_slides([slides]).entries):
+        seen.append(sum(p.stat().st_size for p in copies(tmp_path / "fast")))
+        if entry is None:
+            time.sleep(0.002)
+            continue
+        assert entry.file != entry.path
+        assert entry.file.read_bytes() == entry.path.read_bytes()
+        done += 1
+        stage.release(entry)
+    stage.close()
+    assert done == 8
+    assert 0 < max(seen) <= limit
+
+
+def test_a_bound_that_one_slide_exceeds_is_one_line(drawn, encoder, tmp_path):
+    slides = link_cohort(tmp_path / "slides", drawn, 1)
+    options = ExtractOptions(stage_dir=tmp_path / "fast", stage_gb=1e-6)
+    with pytest.raises(UsageError, match=r"slide_0000.svs has 0\.\d+ GB, more than --stage-gb 1e-06; type"):
+        extract_cohort(slides, encoder, tmp_path / "out", options=options)
+
+
+def test_a_slide_that_cannot_be_copied_is_read_in_its_place(drawn, encoder, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("seal_extract.staging.shutil.copy2", full)
+    slides = link_cohort(tmp_path / "slides", drawn, 1)
+    options = ExtractOptions(stage_dir=tmp_path / "fast", stage_gb=0.01)
+    with pytest.warns(UserWarning, match="is not staged but read in its place"):
+        report = extract_cohort(slides, encoder, tmp_path / "out", options=options)
+    assert len(report.done) == 1
+
+
+def test_what_a_killed_run_has_staged_is_swept_away(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left, other = tmp_path / f"seal_extract.{HOST}.{dead.pid}", tmp_path / "seal_extract.elsewhere.5"
+    for folder in (left, other):
+        (folder / "a").mkdir(parents=True)
+    Stage(tmp_path, 10**6).close()
+    assert (left.exists(), other.exists()) == (False, True)
+
+
+def test_closing_stops_a_copier_that_waits_for_room(drawn, tmp_path):
+    slides = link_cohort(tmp_path / "slides", drawn, 3)
+    stage = Stage(tmp_path / "fast", max(p.stat().st_size for p in slides.iterdir()) + 10)
+    entries = stage.entries(list_slides([slides]).entries)
+    while next(entries) is None:
+        time.sleep(0.002)
+    stage.close()
+    deadline = time.monotonic() + 5
+    while any(t.name == "stage" for t in threading.enumerate()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(t.name == "stage" for t in threading.enumerate())
+    assert os.listdir(tmp_path / "fast") == []
