@@ -95,7 +95,7 @@ class Writer:
         try:
             draw(self._open[index].planned)
         except SealExtractError as exc:
-            self._end(index, exc)
+            self._fail(index, exc)
 
     def _write(self, batch: PatchBatch, pending: dict[int, Pending]) -> None:
         embeddings = {encoder: wait() for encoder, wait in pending.items()}
