@@ -40,13 +40,17 @@ class Codec(Protocol):
     Attributes:
         name: for the record.
         reduces: whether it decodes at reduced scale by itself.
+        channels: that it decodes to: 3, or 4 of which the last means nothing.
     """
 
     name: str
     reduces: bool
 
+    @property
+    def channels(self) -> int: ...  # noqa: D102
+
     def decode(self, data: bytes, out: Array, lenient: bool = False) -> None:
-        """Decode a tile into ``out``, uint8 [h, w, 3], contiguous; where lenient, whatever damage it has.
+        """Decode a tile into ``out``, uint8 [h, w, channels]; where lenient, whatever damage it has.
 
         Raises:
             TileError: damaged, or of another size.
@@ -64,17 +68,24 @@ class JpegCodec:
 
     Attributes:
         tables: the TIFF's JPEGTables, empty where each tile carries its own.
-        ycbcr: whether the TIFF says that the channels are YCbCr, not RGB.
+        ycbcr: whether the TIFF says that the channels are YCbCr, not RGB; None to believe the tile itself.
     """
 
     tables: bytes
-    ycbcr: bool
+    ycbcr: bool | None
     name = "JPEG tiles"
     reduces = True
+
+    @property
+    def channels(self) -> int:
+        """Four where colours have to be converted, which libjpeg-turbo does a fifth faster to four bytes."""
+        return 3 if self.ycbcr is False else 4
 
     @cached_property
     def _head(self) -> bytes:
         tables = self.tables.removeprefix(SOI).removesuffix(EOI)
+        if self.ycbcr is None:
+            return SOI + tables
         return SOI + ADOBE + (YCBCR if self.ycbcr else RGB) + tables
 
     def decode(self, data: bytes, out: Array, lenient: bool = False) -> None:
@@ -87,14 +98,19 @@ class JpegCodec:
 
     def _decode(self, data: bytes, out: Array, factor: int, lenient: bool) -> None:
         height, width = out.shape[:2]
-        start = _after_applications(data)
+        start = _after_applications(data) if self.ycbcr is not None else len(SOI)
         _check_frame(data, start, (width * factor, height * factor))
         stream = self._head + data[start:]
         least = (0, 0) if factor == 1 else (height, width)
         # new memory for each tile would cost half as much again as decoding it
         try:
             pixels = simplejpeg.decode_jpeg(
-                stream, "RGB", False, False, *least, min_factor=factor, buffer=out, strict=not lenient
+                stream,
+                "RGBX" if self.channels == 4 else "RGB",
+                *(False, False, *least),
+                min_factor=factor,
+                buffer=out,
+                strict=not lenient,
             )
         except ValueError as exc:
             raise TileError(str(exc)) from exc
@@ -143,6 +159,7 @@ class Jpeg2000Codec:
     """
 
     ycbcr: bool = False
+    channels = 3
     name = "JPEG 2000 tiles"
     reduces = False
 
@@ -172,6 +189,14 @@ def _ycbcr_to_rgb(pixels: Array, out: Array) -> None:
         (RED_OF_CR[cr], GREEN_OF_CB[cb] + GREEN_OF_CR[cr] >> 16, BLUE_OF_CB[cb])
     ):
         out[..., channel] = np.clip(luma + chroma, 0, 255)
+
+
+def copy_rgb(pixels: Array, out: Array) -> None:
+    """Copy pixels of three or four channels to ``out``, of three."""
+    if pixels.shape[2] == 3:
+        out[:] = pixels
+    elif pixels.size:
+        cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB, dst=out)
 
 
 def shrink(pixels: Array, out: Array) -> None:

@@ -40,7 +40,7 @@ class TiledLevel:
         size_px: (width, height) of the level, as the reader has it.
         tile_px: (width, height) of a tile.
         across: tiles in a row.
-        codec: decodes one of them.
+        codec: decodes one of them; `probe` finds out which of its candidates.
     """
 
     def __init__(
@@ -50,9 +50,10 @@ class TiledLevel:
         tile_px: tuple[int, int],
         offsets: NDArray[np.int64],
         counts: NDArray[np.int64],
-        codec: Codec,
+        candidates: tuple[Codec, ...],
     ) -> None:
-        self.path, self.size_px, self.tile_px, self.codec = path, size_px, tile_px, codec
+        self.path, self.size_px, self.tile_px = path, size_px, tile_px
+        self.candidates, self.codec = candidates, candidates[0]
         self.across = -(-size_px[0] // tile_px[0])
         self._offsets, self._counts = offsets, counts
         self._lock = threading.Lock()
@@ -62,6 +63,11 @@ class TiledLevel:
 
     def __len__(self) -> int:
         return len(self._offsets)
+
+    @property
+    def tile_shape(self) -> tuple[int, int, int]:
+        """Of a decoded tile: (height, width, channels)."""
+        return (self.tile_px[1], self.tile_px[0], self.codec.channels)
 
     def read(self, tiles: list[int]) -> Iterator[tuple[int, bytes]]:
         """The compressed tiles, each with its number, in the order of the file; neighbours in one read.
@@ -154,47 +160,63 @@ def _level_of(path: Path, page: Any, size_px: tuple[int, int]) -> TiledLevel:
     offsets, counts = (np.asarray(v, np.int64) for v in (page.dataoffsets, page.databytecounts))
     if not len(offsets) == len(counts) == tiles:
         raise Unsuitable(f"a table of {len(offsets)} tiles for {tiles}")
-    return TiledLevel(path, size_px, tile_px, offsets, counts, _codec_of(page))
+    return TiledLevel(path, size_px, tile_px, offsets, counts, _codecs_of(page))
 
 
-def _codec_of(page: Any) -> Codec:
+def _codecs_of(page: Any) -> tuple[Codec, ...]:
+    """What the tags say first; writers such as Bio-Formats tag whole JPEGs in YCbCr as RGB."""
     photometric, compression = page.photometric, page.compression
     rgb, ycbcr = (photometric == p for p in (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR))
     if compression == tifffile.COMPRESSION.JPEG and (rgb or ycbcr):
-        return JpegCodec(bytes(page.jpegtables or b""), bool(ycbcr))
+        tables = bytes(page.jpegtables or b"")
+        return (JpegCodec(tables, bool(ycbcr)), JpegCodec(tables, None))
     if compression == tifffile.COMPRESSION.APERIO_JP2000_YCBC and (rgb or ycbcr):  # the tag says RGB
-        return Jpeg2000Codec(ycbcr=True)
+        return (Jpeg2000Codec(ycbcr=True),)
     jpeg2000 = (tifffile.COMPRESSION.APERIO_JP2000_RGB, tifffile.COMPRESSION.JPEG2000)
     if compression in jpeg2000 and rgb:
-        return Jpeg2000Codec()
+        return (Jpeg2000Codec(),)
     raise Unsuitable(f"{compression.name} in {photometric.name}")
 
 
 def probe(slide: Slide, level: int, tiled: TiledLevel, tiles: NDArray[np.int64]) -> None:
-    """Hold a sample of ``tiles``, the same for the same tiles, to the reader's pixels.
+    """Find the codec that gives the reader's pixels, each of them, on a sample of ``tiles``.
 
-    Damaged tiles say nothing of the others and are passed over.
+    The sample is the same for the same tiles.
 
     Raises:
-        Unsuitable: one differs, or none could be compared.
+        Unsuitable: each candidate gives another pixel, or no tile could be compared.
     """
-    candidates = tiled.largest(tiles)
-    order = np.random.default_rng(0).permutation(len(candidates))[: 4 * PROBES]
+    large = tiled.largest(tiles)
+    order = np.random.default_rng(0).permutation(len(large))[: 4 * PROBES]
+    refusal = Unsuitable("no tile could be compared with the reader's pixels")
+    for codec in tiled.candidates:
+        tiled.codec = codec
+        try:
+            compared = _compare(slide, level, tiled, large[order].tolist())
+        except Unsuitable as exc:
+            refusal = exc
+            continue
+        if compared or not len(tiles):
+            return
+    raise refusal
+
+
+def _compare(slide: Slide, level: int, tiled: TiledLevel, tiles: list[int]) -> int:
+    """How many tiles are the reader's; damaged ones say nothing of the others and are passed over."""
     compared = 0
-    for tile, data in tiled.read(candidates[order].tolist()):
-        ours = np.empty((*tiled.tile_px[::-1], 3), np.uint8)
+    for tile, data in tiled.read(tiles):
+        ours = np.empty(tiled.tile_shape, np.uint8)
         try:
             tiled.codec.decode(data, ours)
             theirs = read_tile(slide, level, tiled, tile)
         except (TileError, SlideError):
             continue
-        if not np.array_equal(ours[: theirs.shape[0], : theirs.shape[1]], theirs):
+        if not np.array_equal(ours[: theirs.shape[0], : theirs.shape[1], :3], theirs):
             raise Unsuitable(f"its {tiled.codec.name} decode to other pixels than {slide.reader}'s")
         compared += 1
         if compared == PROBES:
             break
-    if len(tiles) and not compared:
-        raise Unsuitable("no tile could be compared with the reader's pixels")
+    return compared
 
 
 def read_tile(slide: Slide, level: int, tiled: TiledLevel, tile: int) -> Array:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from seal_extract.decode.codecs import REDUCTIONS, TileError, shrink
+from seal_extract.decode.codecs import REDUCTIONS, TileError, copy_rgb, shrink
 from seal_extract.decode.decoder import Decoded, Finish
 from seal_extract.decode.shared_tiles import Pixels, SharedTiles, Users
 from seal_extract.decode.tiled import Unsuitable, open_level, probe, read_tile
@@ -46,15 +46,15 @@ class TileDecoder:
         self._tiled = open_level(slide, grid.level)
         outside = (self._xy_px < 0) | (self._xy_px + grid.read_px > self._tiled.size_px)
         self._partly_outside = bool(outside.any())
-        self._reduction, self._by_codec = self._plan_reduction(fast)
-        self._region_px = grid.read_px // self._reduction
-        width, height = (side // self._reduction for side in self._tiled.tile_px)
-        self._tile_shape = (height, width, 3)  # as decoded
         self._first, self._last = self._tiles_of_rows()
         uses = self._count_uses()
+        probe(slide, grid.level, self._tiled, np.flatnonzero(uses))
+        self._reduction, self._by_codec = self._plan_reduction(fast)
+        self._region_px = grid.read_px // self._reduction
+        height, width, channels = self._tiled.tile_shape
+        self._tile_shape = (height // self._reduction, width // self._reduction, channels)  # as decoded
         self._shared = SharedTiles(uses, self._tile_shape)
         self._rooms = threading.local()
-        probe(slide, grid.level, self._tiled, np.flatnonzero(uses))
         self.name = self._tiled.codec.name + (f" at 1/{self._reduction}" if self._by_codec else "")
         self.side_px = grid.patch_px if finish.early else self._region_px
 
@@ -163,7 +163,7 @@ class TileDecoder:
         if self._by_codec:
             self._tiled.codec.decode_reduced(data, room, self._reduction)
         elif self._reduction > 1:
-            whole = self._own("whole", (*self._tiled.tile_px[::-1], 3))
+            whole = self._own("whole", self._tiled.tile_shape)
             self._tiled.codec.decode(data, whole)
             shrink(whole, room)
         else:
@@ -177,8 +177,8 @@ class TileDecoder:
             return ReadError(str(exc))  # without the frames that it was raised through
         if not (data or theirs.any() or self._tiled.is_left_out(tile)):
             return self._damaged(tile, why)
-        whole = np.zeros((*self._tiled.tile_px[::-1], 3), np.uint8)
-        inside = whole[: theirs.shape[0], : theirs.shape[1]]
+        whole = np.zeros(self._tiled.tile_shape, np.uint8)
+        inside = whole[: theirs.shape[0], : theirs.shape[1], :3]
         with contextlib.suppress(TileError):
             self._tiled.codec.decode(data, whole, lenient=True)
             if np.array_equal(inside, theirs):
@@ -207,7 +207,7 @@ class TileDecoder:
             last = min(begin + side, corner + self._region_px, self._tiled.size_px[axis])
             cut.append(slice(first - begin, last - begin))
             put.append(slice(first - corner, last - corner))
-        region[put[0], put[1]] = pixels[cut[0], cut[1]]
+        copy_rgb(pixels[cut[0], cut[1]], region[put[0], put[1]])
 
     # --- room, used again and again: new memory costs a page fault per 4 KiB ----------------------------
 
