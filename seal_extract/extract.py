@@ -43,7 +43,7 @@ def extract(
     options: ExtractOptions = ExtractOptions(),
     progress: Callable[[int, int], None] | None = None,
 ) -> SlideFeatures:
-    """Embed the tissue of one slide into ``out``, in TRIDENT's layout.
+    """Embed the tissue of one slide into ``out``, in the layout of ``options``.
 
     Beside the features it writes the coordinates, the tissue as GeoJSON and a picture of both. A file that
     the same request finished before is returned as it is.
