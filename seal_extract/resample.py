@@ -91,6 +91,11 @@ def area_means(patches: Tensor, size_px: tuple[int, int]) -> Tensor:
         for image, out in zip(images, resized, strict=True):
             cv2.resize(image, (size_px[1], size_px[0]), dst=out, interpolation=cv2.INTER_AREA)
         return torch.from_numpy(resized).permute(0, 3, 1, 2)
+    return area_products(patches, size_px)
+
+
+def area_products(patches: Tensor, size_px: tuple[int, int]) -> Tensor:
+    """`area_means` for any device that has float64."""
     rows, columns = (
         area_weights(b, a).to(patches.device) for b, a in zip(patches.shape[2:], size_px, strict=True)
     )

@@ -7,7 +7,7 @@ from conftest import shared
 from PIL import Image
 
 from seal_extract.errors import UsageError
-from seal_extract.resample import exact_products, resample
+from seal_extract.resample import area_means, area_products, exact_products, resample
 
 PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 SIDES = [(512, 256), (448, 224), (896, 224), (256, 224), (451, 224), (493, 224), (226, 224), (163, 224)]
@@ -77,6 +77,21 @@ def test_other_inputs_are_refused():
         resample(torch.zeros(1, 3, 4, 4), (2, 2))
     with pytest.raises(UsageError, match=r"nearest.*allowed: bicubic, bilinear"):
         resample(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), (2, 2), "nearest")
+
+
+@pytest.mark.parametrize(("side", "to"), [(512, 256), (448, 112), (301, 224), (224, 223), (90, 7)])
+def test_area_is_the_mean_over_each_new_pixel_on_every_device(side, to):
+    patches = noise(side)
+    on_host, elsewhere = (channels_last(f(patches, (to, to))) for f in (area_means, area_products))
+    assert np.abs(on_host.astype(int) - elsewhere).max() <= 1
+    if side % to == 0:
+        blocks = channels_last(patches).reshape(len(patches), to, side // to, to, side // to, 3)
+        assert np.abs(blocks.mean((2, 4)) - on_host).max() <= 0.51
+
+
+def test_area_does_not_enlarge():
+    with pytest.raises(UsageError, match="area cannot enlarge 32 px to 64; type --resample bicubic"):
+        resample(noise(32), (64, 64), "area")
 
 
 @pytest.mark.gpu

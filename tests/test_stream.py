@@ -308,3 +308,17 @@ def test_decoders_are_closed_when_the_stream_stops(slides, tmp_path):
         assert list(stream_batches([decoder], 8))
         with pytest.raises(OSError, match="Bad file"):
             os.fstat(decoder._tiled._file)
+
+
+# --- on a GPU ---------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"resample": "area"}, {"fast_decode": True}, {"batch_size": 7}])
+def test_a_gpu_gives_the_cpus_features(slides, tmp_path, options):
+    encoder = untrained_encoder()
+    want = run(slides[:2], tmp_path / "cpu", encoder, **options)
+    got = run(slides[:2], tmp_path / "cuda", encoder.to("cuda"), **options)
+    for name, features in want.items():
+        np.testing.assert_allclose(got[name].features, features.features, atol=2e-2)
+        assert np.abs(got[name].features - features.features).mean() < 2e-3
