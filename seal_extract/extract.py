@@ -103,15 +103,15 @@ def extract_many(
             open_forward(encoder, options.patch_px, options.batch_size, options.workers)
             for encoder in encoders
         ]
-        writer = Writer(encoders, progress)
-        closing.callback(writer.close)
         for forward in forwards:
             closing.callback(forward.close)
+        writer = Writer(encoders, progress)
         stage = _open_stage(slides, options)
         if stage is not None:
             closing.callback(stage.close)
         slides_ahead = _SlidesAhead(slides, encoders, Path(out), options, writer, stage)
         closing.callback(slides_ahead.close)
+        closing.callback(writer.close)  # before the slides, of which it draws pictures
         batches = stream_ready(
             slides_ahead.decoders(),
             max(forward.batch_size for forward in forwards),
