@@ -67,19 +67,21 @@ def read_overview(slide: Slide, mpp: float, *, workers: int | None = None, holes
 
     left_out: list[str] = []  # why; an error would keep its frames, and those all that they hold
 
-    def fill(box: Box) -> None:
-        part = np.s_[box[1] : box[3], box[0] : box[2]]
-        try:
-            rgb[part], scanned[part] = _read_block(slide, level, box, downsample)
-        except ReadError as exc:
-            if not holes or len(left_out) == MOST_HOLES:
-                raise
-            if max(box[2] - box[0], box[3] - box[1]) <= max(1, step * HOLE_PX // BLOCK_PX):
-                left_out.append(str(exc))
-                rgb[part], scanned[part] = 255, False
-            else:
-                for quarter in _quarters(box):
-                    fill(quarter)
+    def fill(block: Box) -> None:  # not calling itself: the cycle would keep the slide and the picture
+        to_read = [block]
+        while to_read:
+            box = to_read.pop()
+            part = np.s_[box[1] : box[3], box[0] : box[2]]
+            try:
+                rgb[part], scanned[part] = _read_block(slide, level, box, downsample)
+            except ReadError as exc:
+                if not holes or len(left_out) == MOST_HOLES:
+                    raise
+                if max(box[2] - box[0], box[3] - box[1]) <= max(1, step * HOLE_PX // BLOCK_PX):
+                    left_out.append(str(exc))
+                    rgb[part], scanned[part] = 255, False
+                else:
+                    to_read += reversed(_quarters(box))
 
     boxes = [
         (x, y, min(x + step, width), min(y + step, height))

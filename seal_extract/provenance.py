@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict
 from datetime import datetime, timezone
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -108,9 +109,14 @@ def describe(
         "encoder": encoder,
         "read_errors": 0,
         "unreadable": [],  # row, xy_l0 and reason of each patch whose features are zeros
-        "versions": {name: version(name) for name in LIBRARIES},
+        "versions": dict(_versions()),
         "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+@lru_cache(maxsize=1)
+def _versions() -> tuple[tuple[str, str], ...]:
+    return tuple((name, version(name)) for name in LIBRARIES)
 
 
 def sha256(path: Path) -> str:

@@ -1,5 +1,6 @@
 """Cohorts that are large, broken, killed or shared: minutes each, so marked slow; figures printed with -s."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -49,6 +50,7 @@ def test_memory_after_200_slides_is_that_after_20(drawn, encoder, tmp_path):
     memory = []
     for result in extract_many(list_slides([slides]).entries, encoder, tmp_path / "out"):
         assert result.error is None
+        gc.collect()
         memory.append(resident_mb())
     print(f"\nresident after slide 20: {memory[19]:.0f} MB, after slide 200: {memory[199]:.0f} MB")
     assert memory[199] <= 1.05 * memory[19]
