@@ -19,6 +19,7 @@ from seal_extract.errors import ReadError, SealExtractError
 
 ROWS_PER_JOB = 8  # patches a thread reads at a time: large enough that handing over costs nothing
 JOB_BYTES = 32 * 2**20  # fewer where patches are huge
+SLIDES_READ_AHEAD = 4  # beyond the jobs that threads need: each open slide has caches of its own
 READ_AHEAD_BYTES = 256 * 2**20  # host memory that decoded regions may fill
 
 POLL_S = 0.005  # between two looks whether the next slide is ready, when there is nothing else to do
@@ -220,9 +221,11 @@ class _Stream:
         self._on_read(slide)
 
     def _has_room(self, waiting: deque[_Job]) -> bool:
-        """Two jobs a thread, and more while they fit READ_AHEAD_BYTES."""
+        """Two jobs a thread, and more while they fit READ_AHEAD_BYTES and are of few slides."""
         if len(waiting) < 2 * self._workers:
             return True
+        if waiting[-1].slide - waiting[0].slide >= SLIDES_READ_AHEAD:
+            return False
         return len(waiting) < 16 * self._workers and sum(job.bytes for job in waiting) < READ_AHEAD_BYTES
 
     def _result(self, job: _Job) -> Decoded | None:

@@ -134,7 +134,6 @@ class OpenSlideReader(_Reader):
         self.path = path
         self.reader = f"openslide {openslide.__library_version__}"
         self._lock = threading.Lock()
-        self._has_failed = False
         refuse_impossible_tiles(path)
         try:
             self._handle = openslide.OpenSlide(path)
@@ -185,7 +184,6 @@ class OpenSlideReader(_Reader):
             rgba: Image.Image = fresh.read_region(xy_l0, level, size_px)
         except OpenSlideError as exc:
             fresh.close()
-            self._has_failed = True
             with contextlib.suppress(OpenSlideError, OSError):  # gone meanwhile: every read will say so
                 self._renew(failed, openslide.OpenSlide(self.path))
             return exc
@@ -203,12 +201,11 @@ class OpenSlideReader(_Reader):
     def close(self) -> None:
         """Release the file."""
         self._handle.close()
-        if self._has_failed:
-            _give_back_memory()
+        _give_back_memory()
 
 
 def _give_back_memory() -> None:
-    """Hand freed memory to the system: glibc keeps 13 MB a damaged slide of the handles opened for it."""
+    """Hand freed memory to the system: glibc would keep more and more of it from slide to slide."""
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # another libc
             ctypes.CDLL(None).malloc_trim(0)
