@@ -148,22 +148,22 @@ def test_options_that_change_the_numbers_do_not_pass_for_done(cohort, encoder, t
 # --- kills ------------------------------------------------------------------------------------
 
 
-def killed_at_random(cohort, out, encoder_folder, times, seed=0):
-    """Start the run and kill it with SIGKILL after a random while, again and again; how often it was hit."""
+def killed_at_random(cohort, out, encoder_folder, times, most_s, seed=0):
+    """Kill the run with SIGKILL a random while after it has finished a slide; how often it was hit."""
     rng = np.random.default_rng(seed)
     hits = 0
     for _ in range(times):
+        before = len(list(out.rglob("features_*/*.h5")))
         process = subprocess.Popen(
             command(cohort, "-o", out, "--encoder", encoder_folder, "-q"),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        deadline = time.monotonic() + rng.uniform(2.0, 9.0)
-        while time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.01)
-        hits += process.poll() is None
+        while process.poll() is None and len(list(out.rglob("features_*/*.h5"))) == before:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, most_s))
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        hits += process.wait() == -signal.SIGKILL
         check_whole(out)
     return hits
 
@@ -174,8 +174,9 @@ def check_whole(out):
         assert len(features) == len(coords) // 16 * 192 * 4
 
 
-def test_a_killed_run_goes_on_and_equals_an_undisturbed_one(cohort, encoder_folder, encoder, tmp_path):
-    assert killed_at_random(cohort, tmp_path / "killed", encoder_folder, 2) >= 1
+def test_a_killed_run_goes_on_and_equals_an_undisturbed_one(drawn, encoder_folder, encoder, tmp_path):
+    cohort = link_cohort(tmp_path / "slides", drawn, 25)
+    assert killed_at_random(cohort, tmp_path / "killed", encoder_folder, 2, 0.1) == 2
     last = run(cohort, "-o", tmp_path / "killed", "--encoder", encoder_folder)
     assert last.returncode == 0, last.stderr
     extract_cohort(cohort, encoder, tmp_path / "undisturbed")
