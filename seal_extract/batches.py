@@ -130,7 +130,7 @@ def stream_ready(
     """
     device = torch.device(device)
     workers = workers or available_cores()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="read", initializer=_compute_alone)
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="read", initializer=compute_alone)
     threads = torch.get_num_threads()
     stream = _Stream(pool, workers, device, max_read_errors, on_failure, on_read or (lambda _: None))
     try:
@@ -150,7 +150,7 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _compute_alone() -> None:
+def compute_alone() -> None:
     """Let torch compute in the calling thread alone: the threads of a pool are the parallelism."""
     torch.set_num_threads(1)
 

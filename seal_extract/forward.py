@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from seal_extract.batches import available_cores
+from seal_extract.batches import available_cores, compute_alone
 from seal_extract.encoders import Encoder
 
 CPU_ROWS = 4  # patches of one forward pass on a CPU, always: another number gives other last bits
@@ -68,7 +68,7 @@ class CpuForward:
         self._encoder = encoder
         self._before = torch.get_num_threads()
         threads = threads or available_cores()
-        self._pool = ThreadPoolExecutor(threads, "forward", initializer=lambda: torch.set_num_threads(1))
+        self._pool = ThreadPoolExecutor(threads, "forward", initializer=compute_alone)
         self.batch_size = -(-(batch_size or CPU_ROWS * threads) // CPU_ROWS) * CPU_ROWS
 
     def submit(self, patches: Tensor) -> Pending:
