@@ -35,12 +35,13 @@ ALLOWED = {
     "genes": {"errors", "encoders"},
     "results": {"reading", "encoders"},
     "story": {"reading", "pixels", "patches", "encoders", "results", "view"},
+    "train": {"reading", "pixels", "patches", "encoders", "genes"},
     "view": {"reading", "results"},
     "synthetic": {"errors", "publish"},
     "demo": {"synthetic", "encoders", "errors", "publish"},
     "doctor": {"encoders", "patches", "results", "reading", "demo"},
     "bench": {"story", "results", "patches", "reading", "encoders", "synthetic"},
-    "cli": {"bench", "doctor", "reading", "encoders", "genes", "results", "story", "view", "demo"},
+    "cli": {"bench", "doctor", "reading", "encoders", "genes", "train", "results", "story", "view", "demo"},
 }
 PARTS = {
     **dict.fromkeys(READING, "reading"),
@@ -49,6 +50,7 @@ PARTS = {
     "batches": "patches",
     "encoders": "encoders",
     "genes": "genes",
+    "train": "train",
     "store": "results",
     "layouts": "results",
     "export": "results",
