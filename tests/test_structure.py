@@ -40,7 +40,19 @@ ALLOWED = {
     "demo": {"synthetic", "encoders", "errors", "publish"},
     "doctor": {"encoders", "patches", "results", "reading", "demo"},
     "bench": {"story", "results", "patches", "reading", "encoders", "synthetic"},
-    "cli": {"bench", "doctor", "reading", "encoders", "genes", "results", "story", "view", "demo"},
+    "evaluate": {"errors", "publish", "reading", "encoders", "genes", "train"},
+    "cli": {
+        "bench",
+        "doctor",
+        "evaluate",
+        "reading",
+        "encoders",
+        "genes",
+        "results",
+        "story",
+        "view",
+        "demo",
+    },
 }
 PARTS = {
     **dict.fromkeys(READING, "reading"),
@@ -72,6 +84,7 @@ PARTS = {
     "demo": "demo",
     "doctor": "doctor",
     "bench": "bench",
+    "evaluate": "evaluate",
     "cli": "cli",
 }
 
