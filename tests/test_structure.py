@@ -41,7 +41,20 @@ ALLOWED = {
     "demo": {"synthetic", "encoders", "errors", "publish"},
     "doctor": {"encoders", "patches", "results", "reading", "demo"},
     "bench": {"story", "results", "patches", "reading", "encoders", "synthetic"},
-    "cli": {"bench", "doctor", "reading", "encoders", "genes", "train", "results", "story", "view", "demo"},
+    "evaluate": {"errors", "publish", "reading", "encoders", "genes", "train"},
+    "cli": {
+        "bench",
+        "doctor",
+        "evaluate",
+        "reading",
+        "encoders",
+        "genes",
+        "train",
+        "results",
+        "story",
+        "view",
+        "demo",
+    },
 }
 PARTS = {
     **dict.fromkeys(READING, "reading"),
@@ -74,6 +87,7 @@ PARTS = {
     "demo": "demo",
     "doctor": "doctor",
     "bench": "bench",
+    "evaluate": "evaluate",
     "cli": "cli",
 }
 

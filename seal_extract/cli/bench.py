@@ -9,12 +9,44 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from seal_extract.cli.options import add_common, mpp
 from seal_extract.errors import UsageError
 
 if TYPE_CHECKING:
     from seal_extract.encoders import Encoder
 
 TO_STDOUT = "-"
+
+
+def bench_parser() -> argparse.ArgumentParser:
+    """Options of ``seal-extract bench``."""
+    p = argparse.ArgumentParser(
+        prog="seal-extract bench",
+        description="Measure every stage alone, the whole run, and what limits it: on a synthetic slide and "
+        "an UNTRAINED encoder unless others are given. Of several slides, stages are measured on the first.",
+    )
+    p.set_defaults(handler=run)
+    p.add_argument("slides", nargs="*", type=Path, metavar="SLIDE")
+    p.add_argument("--encoder", metavar="NAME", help="a name from `seal-extract encoders`, or a folder")
+    p.add_argument("--checkpoint", type=Path, metavar="FILE", help="a local official weight file (.pth)")
+    p.add_argument("--precision", choices=["float32", "bfloat16", "float16"])
+    p.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    p.add_argument("--offline", action="store_true", help="never ask the network")
+    p.add_argument("--mpp", type=mpp, default=0.5, metavar="UM", help="µm/px, or 20x (default: 0.5)")
+    p.add_argument("--patch-px", type=int, default=224, metavar="N", help="side in pixels (default: 224)")
+    p.add_argument("--slide-mpp", type=mpp, metavar="UM", help="µm/px of slides that do not say it")
+    p.add_argument("--resample", choices=["bicubic", "area"], default="bicubic")
+    p.add_argument("--fast-decode", action="store_true", help="decode JPEG at reduced scale")
+    p.add_argument("--batch-size", type=int, metavar="N", help="patches per forward")
+    p.add_argument("--workers", type=int, metavar="N", help="threads (default: all cores)")
+    p.add_argument("--patches", type=int, default=512, metavar="N", help="of each slide (default: 512)")
+    p.add_argument("--repeats", type=int, default=3, metavar="K", help="of each measurement (default: 3)")
+    p.add_argument("--against", choices=["openslide"], help="read with OpenSlide + PIL too, in turns")
+    p.add_argument("--reading-only", action="store_true", help="without the encoder and the whole")
+    p.add_argument("--size-px", type=int, default=12_000, metavar="N", help="of the synthetic slide's side")
+    p.add_argument("--json", nargs="?", const="-", metavar="FILE", help="all figures as JSON")
+    add_common(p)
+    return p
 
 
 def run(args: argparse.Namespace) -> int:

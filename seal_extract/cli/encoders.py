@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from seal_extract.cli.fail import fail
+from seal_extract.cli.options import add_common, mpp
 from seal_extract.cli.slides import embed
 from seal_extract.errors import MissingOnHubError
 
 if TYPE_CHECKING:
     from seal_extract.encoders import Encoder, WeightFile
+
+
+def encoders_parser() -> argparse.ArgumentParser:
+    """Options of ``seal-extract encoders``."""
+    p = argparse.ArgumentParser(prog="seal-extract encoders", description="The encoders to choose from.")
+    p.set_defaults(handler=run_table)
+    add_common(p)
+    return p
 
 
 def run_table(args: argparse.Namespace) -> int:
@@ -32,6 +42,19 @@ def run_table(args: argparse.Namespace) -> int:
 
 def _yes(fact: bool) -> str:
     return "yes" if fact else "no"
+
+
+def download_parser() -> argparse.ArgumentParser:
+    """Options of ``seal-extract download``."""
+    p = argparse.ArgumentParser(
+        prog="seal-extract download",
+        description="Fetch the weights of encoders into the Hub's cache; then --offline finds them.",
+    )
+    p.set_defaults(handler=run_download)
+    p.add_argument("names", nargs="+", metavar="NAME", help="names from `seal-extract encoders`")
+    p.add_argument("--revision", help="branch, tag or commit on the Hub")
+    add_common(p)
+    return p
 
 
 def run_download(args: argparse.Namespace) -> int:
@@ -63,6 +86,20 @@ def _expression_half(encoder: Encoder, name: str, revision: str | None) -> list[
         return []
 
 
+def doctor_parser() -> argparse.ArgumentParser:
+    """Options of ``seal-extract doctor``."""
+    p = argparse.ArgumentParser(
+        prog="seal-extract doctor",
+        description="Try each thing a run depends on by itself; of a slide, encode 8 patches.",
+    )
+    p.set_defaults(handler=run_doctor)
+    p.add_argument("slide", nargs="?", type=Path, metavar="SLIDE")
+    p.add_argument("--slide-mpp", type=mpp, metavar="UM", help="µm/px of a slide that does not say it")
+    p.add_argument("--offline", action="store_true", help="leave out what asks the network")
+    add_common(p)
+    return p
+
+
 def run_doctor(args: argparse.Namespace) -> int:
     """One line per thing tried; 1 if something fails."""
     from seal_extract.doctor import examine
@@ -72,6 +109,20 @@ def run_doctor(args: argparse.Namespace) -> int:
         print(finding, flush=True)
         failed += finding.state == "FAILS"
     return fail(f"{failed} of the things above fail", 1) if failed else 0
+
+
+def demo_parser() -> argparse.ArgumentParser:
+    """Options of ``seal-extract demo``."""
+    p = argparse.ArgumentParser(
+        prog="seal-extract demo",
+        description="Make a synthetic H&E slide and a small UNTRAINED encoder, and run the tool on them.",
+    )
+    p.set_defaults(handler=run_demo)
+    p.add_argument("out", nargs="?", type=Path, default=Path("seal_demo"), metavar="FOLDER")
+    p.add_argument("--slide", type=Path, help="a slide of your own in place of the synthetic one")
+    p.add_argument("--slide-mpp", type=mpp, metavar="UM", help="µm/px of a slide that does not say it")
+    add_common(p)
+    return p
 
 
 ONE_SLIDE = {"retry_failed": False} | dict.fromkeys(

@@ -3,8 +3,29 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from seal_extract.cli.fail import fail
+from seal_extract.cli.options import add_common
+
+
+def verify_parser() -> argparse.ArgumentParser:
+    """Options of ``seal-extract verify``."""
+    p = argparse.ArgumentParser(
+        prog="seal-extract verify",
+        description="Read every file of a folder as another tool does, and print what falls short of it.",
+    )
+    p.set_defaults(handler=run_verify)
+    p.add_argument("folder", type=Path, metavar="FOLDER", help="the folder that tool would be given")
+    p.add_argument(
+        "--for",
+        required=True,
+        dest="consumer",
+        metavar="TOOL",
+        help="clam, trident, patho-bench, stamp or mil-lab",
+    )
+    add_common(p)
+    return p
 
 
 def run_verify(args: argparse.Namespace) -> int:
@@ -20,6 +41,26 @@ def run_verify(args: argparse.Namespace) -> int:
         return fail(f"not as {consumer} takes them: {len(short)} of {len(files)} files", 1)
     print(f"as {consumer} takes them: {len(files)} of {len(files)} files")
     return 0
+
+
+def export_parser() -> argparse.ArgumentParser:
+    """Options of ``seal-extract export``."""
+    p = argparse.ArgumentParser(
+        prog="seal-extract export",
+        description="Copy the features of a finished run into another layout, without encoding again.",
+    )
+    p.set_defaults(handler=run_export)
+    p.add_argument("folder", type=Path, metavar="FOLDER", help="the -o of a finished run, or a part of it")
+    p.add_argument(
+        "--layout",
+        required=True,
+        metavar="NAME",
+        help="trident, clam, stamp, flat, anndata or spatialdata",
+    )
+    p.add_argument("-o", "--out", type=Path, required=True, help="folder for the copies")
+    p.add_argument("--overwrite", action="store_true", help="replace files that were made from others")
+    add_common(p)
+    return p
 
 
 def run_export(args: argparse.Namespace) -> int:

@@ -1,0 +1,35 @@
+"""Options that commands share, and how their values are read."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_logs(p: argparse.ArgumentParser) -> None:
+    """How much is told, and where."""
+    p.add_argument("--log-json", metavar="FILE", help="one JSON line an event; - for stderr")
+    p.add_argument("--verbose", action="store_true", help="list the files that are ignored")
+
+
+def add_common(p: argparse.ArgumentParser) -> None:
+    """What every command takes."""
+    p.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
+    p.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    p.add_argument("--version", action="version", version=_version())
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return f"seal-extract {version('seal-extract')}"
+
+
+def mpp(text: str) -> float:
+    """``0.5``, or ``20x``: magnification is another word for 10 / µm/px."""
+    number = float(text.rstrip("xX"))
+    if number <= 0:
+        raise ValueError(text)
+    return 10 / number if text[-1] in "xX" else number
+
+
+mpp.__name__ = "µm/px"  # argparse prints it: invalid µm/px value

@@ -1,0 +1,176 @@
+"""The comparison as tables: lines down, folds across, the mean and its spread; Markdown, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from seal_extract.evaluate.compare import Comparison
+from seal_extract.evaluate.retrieval import KS, Retrieval
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table.
+
+    Attributes:
+        name: what it is.
+        values: of each fold.
+        spread: standard deviation of each value, where it is a mean itself (over permutations).
+    """
+
+    name: str
+    values: tuple[float, ...]
+    spread: tuple[float, ...] | None = None
+
+    @property
+    def mean(self) -> float:
+        """Over the folds."""
+        return float(np.mean(self.values))
+
+    @property
+    def sd(self) -> float:
+        """Over the folds, of the sample; NaN for a single fold."""
+        return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else math.nan
+
+    def cells(self) -> list[str]:
+        """As printed."""
+        spread = self.spread or (math.nan,) * len(self.values)
+        return [self.name, *map(_number, self.values, spread), _number(self.mean, self.sd)]
+
+
+def _number(value: float, sd: float = math.nan) -> str:
+    if math.isnan(value):
+        return "-"
+    text = f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+    if math.isnan(sd):
+        return text
+    return f"{text} ± {sd:.1f}" if abs(value) >= 10 else f"{text} ± {sd:.3f}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Lines by folds.
+
+    Attributes:
+        title: what the numbers are.
+        columns: names of the folds.
+        rows: lines.
+        note: what a reader has to know.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    note: str = ""
+
+    def __repr__(self) -> str:
+        return f"Table({self.title}: {len(self.rows)} lines, {len(self.columns)} folds)"
+
+    def to_markdown(self) -> str:
+        """Title, table and note."""
+        head = ["", *self.columns, "mean ± sd"]
+        rule = ["---", *["---:"] * (len(head) - 1)]
+        body = [f"| {' | '.join(cells)} |" for cells in (head, rule, *(row.cells() for row in self.rows))]
+        return "\n".join([f"**{self.title}**", "", *body, *(["", self.note] if self.note else []), ""])
+
+    def to_json(self) -> dict[str, Any]:
+        """Numbers in full; what is not defined is null."""
+        rows = [
+            {
+                "line": row.name,
+                "folds": dict(zip(self.columns, map(_defined, row.values), strict=True)),
+                "spread": None if row.spread is None else dict(zip(self.columns, row.spread, strict=True)),
+                "mean": _defined(row.mean),
+                "sd": _defined(row.sd),
+            }
+            for row in self.rows
+        ]
+        return {"title": self.title, "note": self.note, "rows": rows}
+
+
+def _defined(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def to_csv(tables: Sequence[Table]) -> str:
+    """All tables as one, a line for each number: table, line, fold, value, spread."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["table", "line", "fold", "value", "spread"])
+    for table in tables:
+        for row in table.rows:
+            spread = row.spread or ("",) * len(row.values)
+            for fold, value, sd in zip(table.columns, row.values, spread, strict=True):
+                writer.writerow([table.title, row.name, fold, "" if math.isnan(value) else value, sd])
+            writer.writerow([table.title, row.name, "mean", row.mean, row.sd])
+    return text.getvalue()
+
+
+def tables(found: Comparison) -> list[Table]:
+    """Expression by each probe, then retrieval: through the predicted expression, and in the joint space."""
+    made = [_expression(found, probe) for probe in found.permuted]
+    for where, retrieval in (
+        ("through predicted expression", found.predicted_retrieval),
+        ("in the space of the alignment", found.joint_retrieval),
+    ):
+        if retrieval:
+            made += [_recall(found, retrieval, k, where) for k in KS] + [_rank(found, retrieval, where)]
+    return made
+
+
+def _expression(found: Comparison, probe: str) -> Table:
+    scores = {line: folds for (line, by), folds in found.scores.items() if by == probe}
+    rows = [Row(line, tuple(score.mean for score in folds)) for line, folds in scores.items()]
+    permuted = found.permuted[probe]
+    spread = tuple(permuted.std(0, ddof=1)) if len(permuted) > 1 else None
+    rows.insert(1, Row(f"{found.permuted_name}, rows permuted", tuple(permuted.mean(0)), spread))
+    folds = next(iter(scores.values()))
+    constant = [f"{score.fold} {score.constant}" for score in folds if score.constant]
+    note = (
+        f"Mean over {len(folds[0].panel)} genes, without those that are constant in the held-out rows and "
+        f"have no r ({', '.join(constant) or 'none'}). Rows permuted: mean ± sd of {len(permuted)} orders."
+    )
+    return Table(f"Pearson r of predicted expression, ridge: {probe}", found.folds, tuple(rows), note)
+
+
+def _recall(found: Comparison, by_line: dict[str, list[list[Retrieval]]], k: int, where: str) -> Table:
+    return _retrieval(
+        found,
+        by_line,
+        f"Recall at {k}, {where}",
+        lambda r: (r.to_expression.recall[k], r.to_image.recall[k], r.chance[k]),
+    )
+
+
+def _rank(found: Comparison, by_line: dict[str, list[list[Retrieval]]], where: str) -> Table:
+    return _retrieval(
+        found,
+        by_line,
+        f"Median rank, {where}",
+        lambda r: (r.to_expression.median_rank, r.to_image.median_rank, r.chance_rank),
+    )
+
+
+def _retrieval(
+    found: Comparison,
+    by_line: dict[str, list[list[Retrieval]]],
+    title: str,
+    numbers: Callable[[Retrieval], tuple[float, float, float]],
+) -> Table:
+    """Both directions of each line, and chance; a fold of several sections has their mean."""
+    rows = []
+    chance: tuple[float, ...] = ()
+    for line, folds in by_line.items():
+        means = np.array(
+            [np.mean([numbers(r) for r in sections], axis=0) for sections in folds]
+        )  # [folds, 3]
+        there, back, chance = (tuple(column) for column in means.T.tolist())
+        rows += [Row(f"{line}, image to expression", there), Row(f"{line}, expression to image", back)]
+    return Table(title, found.folds, (*rows, Row("chance", chance)), "Within a section.")

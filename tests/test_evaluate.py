@@ -1,0 +1,393 @@
+"""Evaluation: the ridge and Pearson's r against numbers worked out otherwise, and what chance must give."""
+
+import csv
+import gzip
+import io
+import json
+
+import cv2
+import numpy as np
+import pytest
+from conftest import shared
+
+from seal_extract.errors import UsageError
+from seal_extract.evaluate import (
+    FEATURES,
+    HEST,
+    TUNED,
+    Fold,
+    Line,
+    Probe,
+    Row,
+    Table,
+    compare,
+    fit_probe,
+    handmade_features,
+    leave_one_out,
+    pearson,
+    permuted_rows,
+    retrieve,
+    score_fold,
+    tables,
+    to_csv,
+)
+
+RNG = np.random.default_rng
+
+
+def linear_data(rows=240, features=6, genes=4, noise=0.5, seed=0):
+    """Three sections of rows whose expression is linear in the embeddings, and noise."""
+    rng = RNG(seed)
+    x = rng.normal(size=(rows, features))
+    y = x @ rng.normal(size=(features, genes)) + noise * rng.normal(size=(rows, genes)) + 3
+    return x.astype(np.float32), y.astype(np.float32), np.repeat(["a", "b", "c"], rows // 3)
+
+
+def folds_of(expression, sections):
+    panel = tuple(f"g{i}" for i in range(expression.shape[1]))
+    return [
+        Fold(name, train, held_out, expression, panel, sections, sections)
+        for name, train, held_out in leave_one_out(sections)
+    ]
+
+
+# --- Pearson's r ------------------------------------------------------------------------------
+
+
+def test_pearson_is_the_textbooks():
+    observed = np.array([[1.0, 2.0], [2.0, 1.0], [3.0, 4.0], [4.0, 3.0]])
+    predicted = np.array([[10.0, 1.0], [20.0, 2.0], [30.0, 3.0], [40.0, 4.0]])
+    assert pearson(predicted, observed) == pytest.approx([1.0, 0.6])
+    assert pearson(-predicted, observed) == pytest.approx([-1.0, -0.6])
+    by_numpy = [np.corrcoef(predicted[:, i], observed[:, i])[0, 1] for i in range(2)]
+    assert pearson(predicted, observed) == pytest.approx(by_numpy)
+
+
+def test_a_constant_gene_has_no_r_and_a_constant_prediction_has_none_to_gain():
+    observed = np.array([[0.1, 1.0], [0.1, 2.0], [0.1, 4.0]])
+    r = pearson(np.array([[1.0, 0.3], [2.0, 0.3], [3.0, 0.3]]), observed)
+    assert np.isnan(r[0])
+    assert r[1] == 0
+
+
+def test_constant_genes_are_counted_and_left_out_of_the_mean():
+    x, y, sections = linear_data()
+    y[sections == "a", 0] = 1.5
+    fold = folds_of(y, sections)[0]
+    score = score_fold(x, fold)
+    assert score.constant == 1
+    assert score.mean == pytest.approx(np.nanmean(score.per_gene))
+    assert "3 genes, 1 constant" in repr(score)
+
+
+# --- the ridge --------------------------------------------------------------------------------
+
+
+def test_the_ridge_of_one_feature_by_hand():
+    x, y = np.array([[0.0], [2.0]]), np.array([[1.0], [5.0]])
+    fitted = fit_probe(x, y)
+    # standardised x is (-1, 1), centred y (-2, 2); alpha 100 / (1 x 1): 4 / (2 + 100)
+    assert fitted.alpha == 100
+    assert fitted.predict(x)[:, 0] == pytest.approx([3 - 4 / 102, 3 + 4 / 102])
+
+
+def test_the_ridge_solves_the_normal_equations():
+    x, y, _ = linear_data()
+    fitted = fit_probe(x, y)
+    z = (x - x.mean(0, dtype=float)) / x.std(0, dtype=float)
+    assert fitted.alpha == pytest.approx(100 / (6 * 4))
+    centred = y - y.mean(0, dtype=float)
+    weights = np.linalg.solve(z.T @ z + fitted.alpha * np.eye(6), z.T @ centred)
+    assert fitted.weights == pytest.approx(weights, abs=1e-9)
+
+
+def test_neither_intercept_nor_centred_targets_change_the_weights():
+    """The benchmark fits raw expression without an intercept."""
+    x, y, _ = linear_data()
+    z = (x - x.mean(0, dtype=float)) / x.std(0, dtype=float)
+    raw = np.linalg.solve(z.T @ z + 100 / 24 * np.eye(6), z.T @ y)
+    assert fit_probe(x, y).weights == pytest.approx(raw, abs=1e-5)
+
+
+def test_components_are_those_of_the_training_rows_and_as_many_as_asked_for():
+    x, y, _ = linear_data()
+    x[:, 0] += 50 * x[:, 1]  # scale must not matter: features are standardised first
+    fitted = fit_probe(x, y, Probe("two", components=2))
+    z = (x - x.mean(0, dtype=float)) / x.std(0, dtype=float)
+    _, vectors = np.linalg.eigh(z.T @ z)
+    axes = vectors[:, ::-1][:, :2]
+    t = z @ axes
+    weights = axes @ np.linalg.solve(t.T @ t + 100 / 8 * np.eye(2), t.T @ (y - y.mean(0)))
+    assert fitted.components == 2
+    assert fitted.weights == pytest.approx(weights, abs=1e-5)
+    assert fit_probe(x[:4], y[:4]).components == 4
+
+
+def test_a_constant_feature_does_no_harm():
+    x, y, _ = linear_data()
+    with_constant = np.hstack([x, np.full((len(x), 1), 0.1, np.float32)])
+    probe = Probe("fixed", alphas=(1.0,))
+    moved = with_constant + np.array([0] * 6 + [9])
+    expected = fit_probe(x, y, probe).predict(x)
+    assert fit_probe(with_constant, y, probe).predict(moved) == pytest.approx(expected, abs=1e-6)
+
+
+def test_held_out_rows_do_not_touch_the_fit():
+    x, y, sections = linear_data()
+    fold = folds_of(y, sections)[0]
+    before = score_fold(x, fold, TUNED)
+    other = x.copy()
+    other[fold.held_out[1:]] *= 100
+    assert score_fold(other, fold, TUNED).predicted[0] == pytest.approx(before.predicted[0])
+
+
+def test_alpha_is_chosen_large_for_noise_and_small_for_signal():
+    x, y, sections = linear_data(noise=0.1)
+    assert fit_probe(x, y, TUNED, sections).alpha <= 10
+    noise = RNG(1).normal(size=(240, 200))
+    weak = y + 20 * RNG(2).normal(size=y.shape)
+    assert fit_probe(np.hstack([x, noise]), weak, TUNED, sections).alpha >= 100
+    assert fit_probe(x, y, TUNED).alpha == fit_probe(x, y, TUNED, np.repeat("a", 240)).alpha
+
+
+def test_linear_expression_is_predicted_and_permuted_rows_are_not():
+    x, y, sections = linear_data(rows=600, features=40, genes=12)
+    found = compare([Line("linear", x), Line("noise", RNG(3).normal(size=x.shape))], folds_of(y, sections))
+    assert found.mean("linear") > 0.9
+    for probe in (HEST, TUNED):
+        assert found.permuted[probe.name].shape == (10, 3)
+        assert abs(found.permuted[probe.name].mean()) < 0.1
+        assert abs(found.mean("noise", probe)) < 0.1
+
+
+def test_a_permutation_stays_within_the_training_rows_of_a_section():
+    x = np.arange(12.0)[:, None]
+    sections = np.repeat(["a", "b", "c"], 4)
+    fold = folds_of(np.tile(x, 2), sections)[1]
+    moved = permuted_rows(x, fold, seed=0)[:, 0]
+    assert moved[4:8].tolist() == [4, 5, 6, 7]
+    assert sorted(moved[:4]) == [0, 1, 2, 3]
+    assert sorted(moved[8:]) == [8, 9, 10, 11]
+    assert moved.tolist() != x[:, 0].tolist()
+
+
+def test_folds_may_have_their_own_encoder_and_panel():
+    x, y, sections = linear_data()
+    folds = folds_of(y, sections)
+    short = Fold("c", folds[2].train, folds[2].held_out, y[:, :2], ("g0", "g1"), sections, sections)
+    own = {"a": x, "b": x[:, :3], "c": x}
+    found = compare([Line("own", own)], [folds[0], folds[1], short], probes=[HEST], seeds=2)
+    a, b, c = found.scores["own", HEST.name]
+    assert (a.components, b.components, c.components) == (6, 3, 6)
+    assert [len(score.per_gene) for score in (a, b, c)] == [4, 4, 2]
+    with pytest.raises(UsageError, match="own has no embeddings for fold b; it has those for a, c"):
+        compare([Line("own", {"a": x, "c": x})], folds)
+
+
+def test_leave_one_out_holds_out_every_group_once():
+    folds = list(leave_one_out(["p", "p", "q", "r"]))
+    assert [(name, t.tolist(), h.tolist()) for name, t, h in folds] == [
+        ("p", [2, 3], [0, 1]),
+        ("q", [0, 1, 3], [2]),
+        ("r", [0, 1, 2], [3]),
+    ]
+
+
+# --- retrieval --------------------------------------------------------------------------------
+
+
+def test_equal_embeddings_are_found_first():
+    points = RNG(0).normal(size=(50, 8))
+    found = retrieve(points * 7, points)  # length does not matter
+    assert found.to_expression.recall == {1: 1.0, 5: 1.0, 10: 1.0}
+    assert found.to_expression.median_rank == found.to_image.median_rank == 1
+    assert found.chance == {1: 0.02, 5: 0.1, 10: 0.2}
+
+
+def test_the_ranks_of_a_permuted_identity():
+    """Rows of the identity, shifted by one: the right partner shares ranks 2 to N with all others."""
+    eye = np.eye(4)
+    found = retrieve(eye, np.roll(eye, 1, axis=0), ks=(1, 2, 3))
+    assert found.to_expression.recall == {1: 0, 2: 0, 3: 1}
+    assert found.to_expression.median_rank == 3
+
+
+def test_the_two_directions_by_hand():
+    images = np.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+    expression = np.array([[1.0, 0.0], [1.0, 0.1], [0.6, 0.8]])
+    found = retrieve(images, expression, ks=(1, 2))
+    # image 1 is nearest to expression 2; expression 1 to image 0, and expression 2 to image 1
+    assert found.to_expression.recall == pytest.approx({1: 2 / 3, 2: 1})
+    assert found.to_image.recall == pytest.approx({1: 1 / 3, 2: 1})
+
+
+def test_embeddings_that_are_all_alike_are_in_the_middle():
+    found = retrieve(np.ones((101, 4)), np.ones((101, 4)))
+    assert found.to_expression.median_rank == found.chance_rank == 51
+    assert found.to_expression.recall[10] == 0
+
+
+def test_random_embeddings_are_at_chance():
+    found = retrieve(RNG(0).normal(size=(800, 16)), RNG(1).normal(size=(800, 16)))
+    assert found.to_expression.recall[10] == pytest.approx(found.chance[10], abs=0.012)
+    assert found.to_image.median_rank == pytest.approx(found.chance_rank, rel=0.1)
+
+
+# --- tables -----------------------------------------------------------------------------------
+
+
+def test_the_table_has_every_line_beside_the_encoder_and_the_same_numbers_everywhere():
+    x, y, sections = linear_data()
+    lines = [Line("enc", x, expression=x), Line("base", x[:, :2]), Line("hand-made", x[:, :1])]
+    made = tables(compare(lines, folds_of(y, sections), seeds=3))
+    first = made[0]
+    assert [row.name for row in first.rows] == ["enc", "enc, rows permuted", "base", "hand-made"]
+    assert first.columns == ("a", "b", "c")
+    assert first.rows[1].spread is not None
+    joint = [table for table in made if "space of the alignment" in table.title]
+    assert [row.name for row in joint[0].rows] == [
+        "enc, image to expression",
+        "enc, expression to image",
+        "chance",
+    ]
+    assert joint[0].rows[0].values == (1.0, 1.0, 1.0)
+
+    numbers = {(t, line, fold): v for t, line, fold, v, _ in list(csv.reader(io.StringIO(to_csv(made))))[1:]}
+    as_json = json.loads(json.dumps(first.to_json(), allow_nan=False))
+    assert float(numbers[first.title, "base", "b"]) == as_json["rows"][2]["folds"]["b"]
+    assert f"| base | {first.rows[2].values[0]:.3f} |" in first.to_markdown()
+
+
+def test_a_row_prints_mean_and_sample_sd():
+    row = Row("x", (0.1, 0.2, 0.3))
+    assert row.cells() == ["x", "0.100", "0.200", "0.300", "0.200 ± 0.100"]
+    assert Row("x", (0.1,), (0.05,)).cells() == ["x", "0.100 ± 0.050", "0.100"]
+    assert Table("t", ("c",), (Row("x", (float("nan"),)),)).to_json()["rows"][0]["mean"] is None
+    assert Row("x", (float("nan"), 0.2)).cells()[1] == "-"
+
+
+# --- hand-made features -----------------------------------------------------------------------
+
+
+def test_features_are_named_finite_and_the_same_alone_or_together():
+    patches = RNG(0).integers(0, 256, (5, 3, 48, 48), dtype=np.uint8)
+    patches[1], patches[2], patches[3] = 0, 255, 128
+    features = handmade_features(patches)
+    assert features.shape == (5, len(FEATURES))
+    assert features.dtype == np.float32
+    assert len(set(FEATURES)) == len(FEATURES)
+    assert np.isfinite(features).all()
+    assert handmade_features(patches[4:]) == pytest.approx(features[4:])
+    assert handmade_features(patches[:0]).shape == (0, len(FEATURES))
+
+
+def test_colours_are_told_apart():
+    def of(rgb, name):
+        patch = np.broadcast_to(np.array(rgb, np.uint8)[None, :, None, None], (1, 3, 64, 64))
+        return handmade_features(patch)[0, FEATURES.index(name)]
+
+    assert of((200, 100, 50), "red mean") == 200
+    assert of((255, 255, 255), "glass share") == 1
+    nucleus = np.array([0.650, 0.704, 0.286])
+    assert of(256 * 10**-nucleus - 1, "haematoxylin mean") == pytest.approx(1, abs=0.02)
+    assert of(256 * 10**-nucleus - 1, "eosin mean") == pytest.approx(0, abs=0.02)
+    assert of(256 * 10**-nucleus - 1, "nuclear share") == 1
+
+
+def test_coarse_texture_is_felt_at_coarse_scales():
+    fine = np.indices((64, 64)).sum(0) % 2 * 255
+    coarse = np.indices((64, 64)).sum(0) // 16 % 2 * 255
+    patches = np.stack([np.stack([p] * 3) for p in (fine, coarse)]).astype(np.uint8)
+    at = handmade_features(patches)[:, FEATURES.index("haematoxylin gradient at 8 px")]
+    assert at[1] > at[0] + 1
+
+
+@pytest.mark.parametrize(
+    "patches",
+    [np.zeros((1, 3, 64, 64)), np.zeros((1, 64, 64, 3), np.uint8), np.zeros((1, 3, 16, 16), np.uint8)],
+)
+def test_what_is_no_patch_is_refused(patches):
+    with pytest.raises(UsageError, match=r"allowed: uint8 \[N, 3, S, S\], S 32 or more"):
+        handmade_features(patches)
+
+
+# --- bad input --------------------------------------------------------------------------------
+
+
+def test_bad_input_is_one_line():
+    x, y, sections = linear_data()
+    fold = folds_of(y, sections)[0]
+    holed = x.copy()
+    holed[7, 2] = np.nan
+    panel = fold.panel
+    for message, call in [
+        (r"embeddings hold NaN or infinity in 1 of 240 rows, first in row 7", lambda: fit_probe(holed, y)),
+        (r"embeddings are \[239, 6\], expression is \[240, 4\]", lambda: fit_probe(x[1:], y)),
+        (r"embeddings are 239, fold a has 240 rows", lambda: score_fold(x[1:], fold)),
+        (r"all 3 rows are of one group, \['p'\]", lambda: list(leave_one_out(["p"] * 3))),
+        (r"predicted is \[2, 1\], observed \[3, 1\]", lambda: pearson(np.ones((2, 1)), np.ones((3, 1)))),
+        (r"images are \[2, 3\], expression is \[2, 4\]", lambda: retrieve(np.ones((2, 3)), np.ones((2, 4)))),
+        (r"lines are \['l', 'l'\]", lambda: compare([Line("l", x), Line("l", x)], [fold])),
+        (
+            r"1 of them in both",
+            lambda: Fold("f", np.arange(3), np.arange(2, 9), y, panel, sections, sections),
+        ),
+        (
+            r"the panel has 3 genes",
+            lambda: Fold("f", fold.train, fold.held_out, y, panel[1:], sections, sections),
+        ),
+        (r"components is 0", lambda: Probe("none", components=0)),
+    ]:
+        with pytest.raises(UsageError, match=message) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+# --- real pairs -------------------------------------------------------------------------------
+
+
+def her2st(name):
+    """Patches of 112 µm, genes and log1p of counts per 10,000, read without the package's own readers."""
+    with gzip.open(shared("data/her2st/counts", f"{name}.tsv.gz"), "rt") as file:
+        genes = file.readline().split("\t")[1:]
+        table = {line.split("\t", 1)[0]: np.fromstring(line.split("\t", 1)[1], sep="\t") for line in file}
+    with shared("data/her2st/spots", f"{name}_selection.tsv").open() as file:
+        spots = {
+            f"{r['x']}x{r['y']}": (r["pixel_x"], r["pixel_y"]) for r in csv.DictReader(file, delimiter="\t")
+        }
+    image = cv2.imread(str(shared("data/her2st/images", f"{name}.jpg")))[..., ::-1]
+    half, patches, rows = 82, [], []  # 163 px at 0.687 µm/px are 224 at 0.5
+    for barcode, counts in table.items():
+        if barcode in spots:
+            x, y = (round(float(v)) for v in spots[barcode])
+            window = image[y - half : y + half, x - half : x + half]
+            patches.append(cv2.resize(window, (224, 224), interpolation=cv2.INTER_CUBIC).transpose(2, 0, 1))
+            rows.append(np.log1p(counts / counts.sum() * 1e4))
+    return np.stack(patches), [gene.strip() for gene in genes], np.stack(rows)
+
+
+def test_hand_made_features_reach_the_yardstick_on_her2st_and_permuted_rows_do_not():
+    """The shared data's own yardstick: 0.261 on C2, 0.02 permuted."""
+    names = ("C2", "C3", "C4", "C5")
+    read = {name: her2st(name) for name in names}
+    common = sorted(set.intersection(*(set(genes) for _, genes, _ in read.values())))
+    expression = {}
+    for name, (_, genes, rows) in read.items():
+        column = {gene: i for i, gene in enumerate(genes)}
+        expression[name] = rows[:, [column[gene] for gene in common]]
+    variance = np.mean([expression[name].var(0) for name in names[1:]], axis=0)
+    chosen = np.argsort(-variance)[:250]
+    features = np.concatenate([handmade_features(patches) for patches, *_ in read.values()])
+    targets = np.concatenate([expression[name][:, chosen] for name in names])
+    sections = np.concatenate([[name] * len(expression[name]) for name in names])
+    name, train, held_out = next(leave_one_out(sections))
+    panel = tuple(common[i] for i in chosen)
+    fold = Fold(name, train, held_out, targets, panel, sections, sections)
+
+    found = compare([Line("hand-made", features)], [fold])
+    assert len(sections) == 732
+    assert found.mean("hand-made", HEST) > 0.24
+    assert found.mean("hand-made", TUNED) > 0.26
+    assert abs(found.permuted[HEST.name].mean()) < 0.04
+    (retrieval,) = found.predicted_retrieval["hand-made"][0]
+    assert retrieval.to_expression.recall[10] > 2.5 * retrieval.chance[10]
