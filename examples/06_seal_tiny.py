@@ -21,8 +21,13 @@ from seal_extract import Encoder, EncoderSpec, find_tissue, open_slide
 from seal_extract.demo import untrained_encoder
 from seal_extract.encoders.registry import Architecture, InputRule
 from seal_extract.train.augment import stained, turned
+from seal_extract.train.config import DataOptions, OmicsOptions, TrainConfig
 from seal_extract.train.formats import load_sections
+from seal_extract.train.loop import LoopOptions
+from seal_extract.train.lora import LoraOptions
 from seal_extract.train.losses import info_nce
+from seal_extract.train.run import run
+from seal_extract.train.seal import SealOptions
 
 SECTIONS = ("C2", "C3", "C4", "C5")
 BASE = EncoderSpec(

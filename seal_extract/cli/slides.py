@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 WHAT_DEFAULT_IS = (
-    "by seal-tiny: bundled, trained on four sections of one breast cancer, for trying the tool and for tests; "
-    "for science type --encoder seal-conch, or another of `seal-extract encoders`"
+    "by seal-tiny: bundled, trained on four sections of one breast cancer, for trying the tool and for "
+    "tests; for science type --encoder seal-conch, or another of `seal-extract encoders`"
 )
 
 

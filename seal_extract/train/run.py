@@ -177,7 +177,7 @@ def _write(model: SealModel | MultiScaleModel, config: TrainConfig, pairs: Pairs
 
 
 def as_expression_decoder(decoder: nn.Module) -> ExpressionDecoder:
-    """The decoder as an encoder's folder holds it; a Linear layer becomes relu(W relu(x) - W relu(-x) + b)."""
+    """The decoder as an encoder's folder holds it; a Linear layer as relu(W relu(x) - W relu(-x) + b)."""
     if isinstance(decoder, ExpressionDecoder):
         return decoder
     assert isinstance(decoder, nn.Linear)
