@@ -158,7 +158,14 @@ def _write(model: SealModel | MultiScaleModel, config: TrainConfig, pairs: Pairs
     merge_adapters(encoder.tower)
     base = encoder.spec
     spec = replace(
-        base, name=folder.plain_word(config.name), licence=config.licence, source="", published=None
+        base,
+        name=folder.plain_word(config.name),
+        patch_px=config.data.patch_px,
+        mpp=config.data.mpp,
+        also_mpp=(),
+        licence=config.licence,
+        source="",
+        published=None,
     )
     decoder, genes = None, None
     if isinstance(model, SealModel) and config.seal.prediction:
