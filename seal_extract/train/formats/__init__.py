@@ -1,0 +1,89 @@
+"""Sections out of the files of others: one function for each kind, chosen by ``kind`` in a configuration."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import numpy as np
+
+from seal_extract.errors import UsageError
+from seal_extract.train.formats.anndata import read_anndata
+from seal_extract.train.formats.hest import read_hest
+from seal_extract.train.formats.st_tables import read_st_tables
+from seal_extract.train.formats.visium import read_visium, read_visium_hd
+from seal_extract.train.sections import Section
+
+__all__ = [
+    "READERS",
+    "load_sections",
+    "read_anndata",
+    "read_hest",
+    "read_st_tables",
+    "read_visium",
+    "read_visium_hd",
+]
+
+READERS: dict[str, Callable[..., Section]] = {
+    "st-tables": read_st_tables,
+    "anndata": read_anndata,
+    "hest": read_hest,
+    "visium": read_visium,
+    "visium-hd": read_visium_hd,
+}
+
+
+def load_sections(sources: Sequence[Mapping[str, Any]]) -> list[Section]:
+    """Sections of a configuration: each source has ``kind``, ``folder``, ``names``, options of its reader.
+
+    Raises:
+        UsageError: an unknown kind or option, a section twice; and what the readers raise.
+    """
+    sections: list[Section] = []
+    for source in sources:
+        options = dict(source)
+        kind, names = options.pop("kind", None), options.pop("names", None)
+        folder = options.pop("folder", None)
+        if not isinstance(kind, str) or kind not in READERS:
+            raise UsageError(f"kind of sections is {kind!r}; allowed: {', '.join(READERS)}")
+        if (
+            not isinstance(folder, str | Path)
+            or not isinstance(names, list)
+            or not all(isinstance(name, str) for name in names)
+        ):
+            raise UsageError(f'sections of kind {kind} need folder = "..." and names = ["..."]')
+        _check_options(kind, options)
+        sections += [READERS[kind](Path(folder).expanduser(), name, **options) for name in names]
+    names_all = [s.name for s in sections]
+    if len(set(names_all)) < len(names_all):
+        raise UsageError(f"sections {', '.join(names_all)}: one stands twice; name each once")
+    if not sections:
+        raise UsageError("no sections are named")
+    for one, other in combinations(sections, 2):
+        if one.slide == other.slide and np.array_equal(one.xy_l0, other.xy_l0):
+            raise UsageError(
+                f"{one.name} and {other.name} are the same spots of {one.slide.name}; "
+                "give each its own folder"
+            )
+    return sections
+
+
+def _check_options(kind: str, options: Mapping[str, Any]) -> None:
+    """Hold options to the keywords of the reader, and to their types."""
+    reader = READERS[kind]
+    allowed = [n for n, p in inspect.signature(reader).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    hints = get_type_hints(reader)
+    for option, value in options.items():
+        if option not in allowed:
+            raise UsageError(
+                f"sections of kind {kind} have no option {option!r}; allowed: {', '.join(allowed)}"
+            )
+        types = get_args(hints[option]) or (hints[option],)
+        if float in types:
+            types = (*types, int)
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            wanted = " or ".join(t.__name__ for t in types if t is not type(None))
+            raise UsageError(f"sections of kind {kind}: {option} is {value!r}; it has to be {wanted}")
