@@ -27,7 +27,7 @@ def model_card(config: Mapping[str, Any]) -> str:
         tags=["pathology", "histology", "whole-slide-image"],
         base_model=config["source"] or None,
     ).to_yaml()
-    return f"---\n{head}\n---\n{_facts(config)}{_origin(config)}{_usage(config)}"
+    return f"---\n{head}\n---\n{_facts(config)}{_training(config)}{_origin(config)}{_usage(config)}"
 
 
 def _hub_licence(licence: str) -> str:
@@ -55,6 +55,11 @@ def _decoder(config: Mapping[str, Any]) -> str:
         return ""
     named = "named in config.json" if config["genes"] else "their names are not known"
     return f"{config['decoder']['genes']} genes, {named}"
+
+
+def _training(config: Mapping[str, Any]) -> str:
+    summary = config.get("training", {}).get("summary")
+    return f"\n{summary.strip()}\n" if summary else ""
 
 
 def _origin(config: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "seal_extract", 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+OMICS = "omics.safetensors"  # the expression half of an encoder that was trained here
 ALIGNMENT = 64  # bytes, of torch's own memory on a CPU
 _DTYPES = {"torch.float32": "F32", "torch.int64": "I64"}  # all that a tower holds
 DECODER = "expression_decoder."  # in front of its tensors in the weight file; the tower's have nothing there
@@ -35,6 +36,8 @@ def write(
     origin: Sequence[Mapping[str, Any]],
     decoder: ExpressionDecoder | None = None,
     genes: Sequence[str] | None = None,
+    omics: Mapping[str, Tensor] | None = None,
+    training: Mapping[str, Any] | None = None,
 ) -> None:
     """Write weights, model card and config, in this order: a folder with a config is complete.
 
@@ -45,12 +48,19 @@ def write(
         origin: the weight files it was made from; folders of this machine are left out.
         decoder: the expression decoder, if it has one.
         genes: the gene of each of its columns, if known.
+        omics: the tensors of its expression half, if it was trained with one.
+        training: how it was trained, as JSON: ``summary`` (a text in Markdown) goes onto the card.
 
     Raises:
         OutputError: it cannot be written.
     """
     tensors = {**tower.state_dict(), **_prefixed(decoder.state_dict() if decoder else {})}
     config = to_config(spec, origin) | _decoder_config(decoder, genes)
+    if training is not None:
+        config["training"] = dict(training)
+    if omics is not None:
+        with publish(path / OMICS) as part, writing(path / OMICS):
+            write_weights(omics, part)
     with publish(path / WEIGHTS) as part, writing(path / WEIGHTS):
         write_weights(tensors, part)
     with publish(path / CARD) as part, writing(path / CARD):

@@ -17,6 +17,7 @@ from seal_extract.encoders.build import pick_device
 from seal_extract.encoders.checkpoint import check_tensors, looks_like, read_tensors
 from seal_extract.encoders.encoder import WeightFile
 from seal_extract.encoders.expression import as_rows
+from seal_extract.encoders.folder import CONFIG, OMICS, read_config, read_decoder
 from seal_extract.encoders.hub import FoundFile, fetch
 from seal_extract.encoders.panel import check_panel
 from seal_extract.encoders.registry import find_spec, list_encoders
@@ -39,6 +40,11 @@ class PlanarFlow(nn.Module):
         """[B, D] to [B, D]."""
         return z + self.u * torch.tanh(z @ self.w + self.b)[:, None]
 
+    def log_det(self, z: Tensor) -> Tensor:
+        """log |1 + u . w (1 - tanh^2(w . z + b))|, [B, D] to [B]: how much it widens the density at z."""
+        slope = 1 - torch.tanh(z @ self.w + self.b).square()
+        return (1 + slope * (self.u @ self.w)).abs().clamp_min(1e-6).log()
+
 
 class OmicsEncoder(nn.Module):
     """Expression to embedding and back; made by `load_omics`. Its names are those of the weight file.
@@ -47,14 +53,22 @@ class OmicsEncoder(nn.Module):
         name: the SEAL encoder whose other half it is, or the file's name.
         dim: length of an embedding.
         n_genes: how many genes it takes.
-        weights: the file that the weights came from.
+        weights: the file that the weights came from; None for one that is yet to be trained.
+        hidden: widths of the two hidden layers, the outer one first.
     """
 
-    def __init__(self, name: str, dim: int, n_genes: int, weights: WeightFile) -> None:
+    def __init__(
+        self,
+        name: str,
+        dim: int,
+        n_genes: int,
+        weights: WeightFile | None = None,
+        hidden: tuple[int, int] = HIDDEN,
+    ) -> None:
         super().__init__()
-        self.name, self.dim, self.n_genes, self.weights = name, dim, n_genes, weights
+        self.name, self.dim, self.n_genes, self.weights, self.hidden = name, dim, n_genes, weights, hidden
         self._genes: tuple[str, ...] | None = None
-        wide, narrow = HIDDEN
+        wide, narrow = hidden
         self.encoder = nn.Sequential(
             *(nn.Linear(n_genes, wide), nn.BatchNorm1d(wide), nn.ReLU(), nn.Identity()),
             *(nn.Linear(wide, narrow), nn.BatchNorm1d(narrow), nn.ReLU()),
@@ -88,6 +102,20 @@ class OmicsEncoder(nn.Module):
     def genes(self, names: Sequence[str] | None) -> None:
         self._genes = None if names is None else check_panel(names, self.n_genes, self.name)
 
+    def latent(self, expression: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of the latent, with gradients: float32 [B, G] to two [B, D]."""
+        hidden = self.encoder(expression)
+        return self.fc_mu(hidden), self.fc_logvar(hidden)
+
+    def flow(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The flows and, summed over them, the logarithm of their determinants: [B, D] to [B, D] and [B]."""
+        log_det = z.new_zeros(len(z))
+        for flow in self.flows:
+            assert isinstance(flow, PlanarFlow)
+            log_det = log_det + flow.log_det(z)
+            z = flow(z)
+        return z, log_det
+
     def distribution(self, expression: Any) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the latent, before the flows; see `encode`.
 
@@ -98,8 +126,7 @@ class OmicsEncoder(nn.Module):
         if len(rows) and rows.min() < 0:
             raise UsageError(f"expression for {self.name} holds {rows.min():g}; allowed: log1p, 0 and above")
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
-            hidden = self.encoder(rows)
-            mu, logvar = self.fc_mu(hidden), self.fc_logvar(hidden)
+            mu, logvar = self.latent(rows)
         return mu.clone(), logvar.clone()
 
     def encode(self, expression: Any) -> Tensor:
@@ -152,7 +179,8 @@ def load_omics(
     """Build SEAL's expression encoder and fill it with exactly the weights of its file.
 
     Args:
-        name_or_path: a SEAL encoder of `list_encoders`; or an omics file, which says its sizes itself.
+        name_or_path: a SEAL encoder of `list_encoders`; or an omics file, which says its sizes itself; or the
+            folder of an encoder that was trained with one.
         checkpoint: a file on this disk, in place of the Hub's; only with a name.
         revision: branch, tag or commit on the Hub.
         device: a small network: a CPU will do.
@@ -164,10 +192,17 @@ def load_omics(
         HubError: its children tell token, gate, absence and network apart.
     """
     target, path = pick_device(device), Path(name_or_path).expanduser()
+    if path.is_dir():  # of an encoder that was trained here
+        path = path / OMICS
+        if not path.is_file():
+            raise CheckpointError(f"{path.parent} holds no {path.name}, the expression half of its encoder")
     if path.is_file():
         if checkpoint is not None or revision is not None:
             raise UsageError(f"{path} is a file; leave checkpoint= and revision= out")
-        return _load(path.stem, FoundFile(path, str(path.absolute().parent)), None).to(target)
+        omics = _load(path.stem, FoundFile(path, str(path.absolute().parent)), None).to(target)
+        if path.name == OMICS and (config := path.with_name(CONFIG)).is_file():
+            omics.name, omics.genes = read_config(config).name, read_decoder(config)[1]
+        return omics
     spec = find_spec(os.fspath(name_or_path))
     layout = spec.published
     if layout is None or layout.decoder is None:
@@ -186,9 +221,9 @@ def load_omics(
 
 def _load(name: str, file: FoundFile, sizes: tuple[int, int] | None) -> OmicsEncoder:
     tensors = read_tensors(file.path)
-    dim, n_genes = sizes or _sizes(tensors, file.path)
+    dim, n_genes, hidden = (*sizes, HIDDEN) if sizes else _sizes(tensors, file.path)
     with torch.device("meta"):
-        omics = OmicsEncoder(name, dim, n_genes, WeightFile.of(file))
+        omics = OmicsEncoder(name, dim, n_genes, WeightFile.of(file), hidden)
     needed = {key: tuple(v.shape) for key, v in omics.state_dict().items() if key not in _COUNTERS}
     check_tensors(tensors, needed, _COUNTERS, file.path, f"the expression half of {name}")
     counters = dict.fromkeys(_COUNTERS, torch.tensor(0))
@@ -196,11 +231,11 @@ def _load(name: str, file: FoundFile, sizes: tuple[int, int] | None) -> OmicsEnc
     return omics.requires_grad_(False)
 
 
-def _sizes(tensors: dict[str, Tensor], path: Path) -> tuple[int, int]:
-    """Embedding length and number of genes, by the shapes in the file."""
+def _sizes(tensors: dict[str, Tensor], path: Path) -> tuple[int, int, tuple[int, int]]:
+    """Embedding length, number of genes and hidden widths, by the shapes in the file."""
     first, last = tensors.get("encoder.0.weight"), tensors.get("fc_mu.weight")
     if first is None or last is None or first.ndim != 2 or last.ndim != 2:
         other = looks_like(tensors)
         hint = f"; it looks like {other}" if other else ""
         raise CheckpointError(f"{path} is not the expression half of a SEAL checkpoint{hint}")
-    return last.shape[0], first.shape[1]
+    return last.shape[0], first.shape[1], (first.shape[0], last.shape[1])

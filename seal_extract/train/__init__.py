@@ -1,0 +1,1 @@
+"""Align an encoder with spatial transcriptomics: one page per method, one loop for all of them."""
