@@ -8,8 +8,16 @@ import json
 import cv2
 import numpy as np
 import pytest
+import torch
 from conftest import shared
+from encoder_fixtures import TINY_VIT
+from PIL import Image
 
+from seal_extract.cli import main
+from seal_extract.demo import untrained_encoder
+from seal_extract.encoders.expression import ExpressionDecoder
+from seal_extract.encoders.folder import write as write_folder
+from seal_extract.encoders.registry import Decoder
 from seal_extract.errors import UsageError
 from seal_extract.evaluate import (
     FEATURES,
@@ -31,6 +39,7 @@ from seal_extract.evaluate import (
     tables,
     to_csv,
 )
+from seal_extract.train.run import new_omics
 
 RNG = np.random.default_rng
 
@@ -391,3 +400,118 @@ def test_hand_made_features_reach_the_yardstick_on_her2st_and_permuted_rows_do_n
     assert abs(found.permuted[HEST.name].mean()) < 0.04
     (retrieval,) = found.predicted_retrieval["hand-made"][0]
     assert retrieval.to_expression.recall[10] > 2.5 * retrieval.chance[10]
+
+
+# --- the command ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Three sections of 36 spots on a square of 200 µm, 2 µm/px; the first gene is dark where it is much."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    tiny = untrained_encoder(TINY_VIT)
+    tiny.save_pretrained(folder / "base")
+    decoder, omics = ExpressionDecoder(tiny.spec.dim, Decoder(6, 3)), new_omics(tiny.spec.dim, 3, (8, 6))
+    decoder = decoder.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for parameter in (*omics.parameters(), *decoder.parameters()):
+        torch.nn.init.normal_(parameter, generator=generator)
+    training = {"sections": ["elsewhere"], "config": {"data": {"smooth": True}}}
+    genes = ("g3", "g1", "g2")
+    write_folder(folder / "encoder", tiny.spec, tiny.tower, [], decoder, genes, omics.state_dict(), training)
+    for part in ("images", "counts", "spots"):
+        (folder / "st" / part).mkdir(parents=True)
+    rng = RNG(0)
+    for name in ("A1", "A2", "B1"):
+        grid = [(x, y) for x in range(1, 7) for y in range(1, 7)]
+        much = rng.integers(5, 200, len(grid))
+        image = np.full((700, 700, 3), 240, np.uint8)
+        for (x, y), n in zip(grid, much, strict=True):
+            image[y * 100 - 40 : y * 100 + 40, x * 100 - 40 : x * 100 + 40] = 240 - n
+        Image.fromarray(image).save(folder / "st/images" / f"{name}.png")
+        counts = [
+            "\tg1\tg2\tg3",
+            *(f"{x}x{y}\t{n}\t{rng.integers(90)}\t200" for (x, y), n in zip(grid, much, strict=True)),
+        ]
+        (folder / "st/counts" / f"{name}.tsv").write_text("\n".join(counts))
+        spots = ["x\ty\tpixel_x\tpixel_y", *(f"{x}\t{y}\t{x * 100}\t{y * 100}" for x, y in grid)]
+        (folder / "st/spots" / f"{name}_selection.tsv").write_text("\n".join(spots))
+    return folder
+
+
+def type_(capsys, *words):
+    status = main(["evaluate", *(str(w) for w in words)])
+    out, err = capsys.readouterr()
+    return status, out, err.splitlines()
+
+
+SMALL = ("--genes", 2, "--mpp", 2, "--patch-px", 64, "--seeds", 2, "--quiet")
+
+
+def test_the_command_prints_the_tables_and_writes_three_files(place, tmp_path, capsys):
+    words = (
+        "--encoder",
+        place / "encoder",
+        "--base",
+        place / "base",
+        "--sections",
+        place / "st",
+        "-o",
+        tmp_path,
+    )
+    status, out, err = type_(capsys, *words, *SMALL, "--by", "patient")
+    assert (status, err) == (0, [])
+    assert "|  | A | B | mean ± sd |" in out
+    report = json.loads((tmp_path / "evaluation.json").read_text())
+    assert report["sections"]["A2"] == {"patient": "A", "spots": 36}
+    lines = [row["line"] for row in report["tables"][0]["rows"]]
+    assert lines == ["encoder", "encoder, rows permuted", "base, before alignment", "hand-made features"]
+    (joint,) = (t for t in report["tables"] if t["title"] == "Recall at 10, in the space of the alignment")
+    assert [row["line"] for row in joint["rows"]] == [
+        "encoder, image to expression",
+        "encoder, expression to image",
+        "chance",
+    ]
+    r = report["pearson_r_per_gene"]["hand-made features, HEST-Benchmark"]["B"]
+    assert r["g1"] > 0.8
+    assert (tmp_path / "evaluation.md").read_text().strip() in out
+    assert (tmp_path / "evaluation.csv").read_text().startswith("table,line,fold,value,spread\n")
+
+    status, _, err = type_(capsys, *words, *SMALL)
+    assert status == 1
+    assert "evaluation.md is there already; give --overwrite or another -o" in err[0]
+
+
+def test_an_encoder_for_each_fold_and_one_that_saw_what_is_held_out(place, tmp_path, capsys):
+    for name, seen in (("A1", ["A2", "B1"]), ("A2", ["A1", "B1"]), ("B1", ["A1", "B1"])):
+        (tmp_path / "loo" / name).mkdir(parents=True)
+        for file in (place / "encoder").iterdir():
+            (tmp_path / "loo" / name / file.name).write_bytes(file.read_bytes())
+        config = tmp_path / "loo" / name / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"training": {"sections": seen}}))
+    words = ("--encoder", tmp_path / "loo/{fold}", "--sections", place / "st", "-o", tmp_path / "out", *SMALL)
+    status, out, _ = type_(capsys, *words)
+    assert status == 0
+    assert "| loo, one per fold |" in out
+    (warning,) = json.loads((tmp_path / "out/evaluation.json").read_text())["warnings"]
+    assert "loo/B1 saw B1 in training, held out in fold B1" in warning
+    assert warning in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--by", "slide"), "--by is 'slide'; allowed: section, patient"),
+        (("--genes", 0), "--genes is 0; allowed: 1 or more"),
+        (("--genes", 9), "9 are asked for"),
+        (("--sections", "nowhere"), "nowhere holds no section; allowed: the config of a training"),
+        (("--encoder", "no-such"), "there is no encoder 'no-such'"),
+    ],
+)
+def test_what_the_command_refuses(place, tmp_path, capsys, words, message):
+    usual = ("--encoder", place / "encoder", "--sections", place / "st", "-o", tmp_path, *SMALL)
+    status, _, err = type_(capsys, *usual, *words)
+    assert status == 2
+    assert len(err) == 1
+    assert message in err[0]
+    assert not list(tmp_path.iterdir())

@@ -116,7 +116,7 @@ def _checked(embeddings: NDArray[Any], expression: NDArray[Any]) -> tuple[Floats
             "allowed: [N, D] and [N, P], N 2 or more"
         )
     for name, values in (("embeddings", x), ("expression", y)):
-        bad = ~np.isfinite(values).all(1)
+        bad = np.logical_not(np.isfinite(values)).any(axis=1).reshape(-1)
         if bad.any():
             raise UsageError(
                 f"{name} hold NaN or infinity in {bad.sum()} of {len(bad)} rows, first in row "
@@ -127,7 +127,7 @@ def _checked(embeddings: NDArray[Any], expression: NDArray[Any]) -> tuple[Floats
 
 def _count(x: Floats, probe: Probe) -> int:
     """Components to keep: fewer than asked for where there are fewer features or rows."""
-    return min(probe.components, x.shape[1], len(x))
+    return int(min(probe.components, *x.shape))
 
 
 @dataclass(frozen=True, eq=False)

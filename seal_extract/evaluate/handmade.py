@@ -20,6 +20,7 @@ NUCLEAR_OD = 0.5  # of haematoxylin, above: nucleus
 GLASS_OD = 0.06  # of the mean of red, green and blue, below: glass
 TEXTURE_PX = 4  # side of the squares that are averaged before patterns are told
 
+Plane = NDArray[Any]  # float32 [S, S]
 _DENSITY = -np.log10((np.arange(256, dtype=np.float32) + 1) / 256)  # float32 [256], optical density of a byte
 _UNMIX = np.linalg.pinv(np.array(list(STAINS.values()), np.float64).T).astype(np.float32)  # [2, 3]
 
@@ -81,7 +82,8 @@ def _describe(pixels: NDArray[np.uint8]) -> list[float]:
     """The numbers of one patch, uint8 [S, S, 3]."""
     density = _DENSITY[pixels]  # float32 [S, S, 3]
     stains = cv2.transform(density, _UNMIX)  # float32 [S, S, 2]
-    haematoxylin, eosin = stains[..., 0], stains[..., 1]
+    haematoxylin: Plane = stains[..., 0]
+    eosin: Plane = stains[..., 1]
     planes = [*(pixels[..., i].astype(np.float32) for i in range(3)), haematoxylin, eosin]
     numbers = [float(number) for plane in planes for number in (plane.mean(), plane.std())]
     numbers += [_gradient(plane, scale) for plane in (haematoxylin, eosin) for scale in SCALES]
@@ -91,7 +93,7 @@ def _describe(pixels: NDArray[np.uint8]) -> list[float]:
     return numbers + _patterns(_shrunk(grey, TEXTURE_PX))
 
 
-def _gradient(plane: NDArray[np.float32], scale: int) -> float:
+def _gradient(plane: Plane, scale: int) -> float:
     """Log of the mean length of the gradient, after squares of ``scale`` px were averaged."""
     small = _shrunk(plane, scale)
     dx, dy = cv2.Sobel(small, cv2.CV_32F, 1, 0), cv2.Sobel(small, cv2.CV_32F, 0, 1)
@@ -105,7 +107,7 @@ def _shrunk(plane: NDArray[Any], scale: int) -> NDArray[Any]:
     return cv2.resize(plane, (width // scale, height // scale), interpolation=cv2.INTER_AREA)
 
 
-def _correlation(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+def _correlation(a: Plane, b: Plane) -> float:
     """Pearson r of two planes; 0 where one is constant."""
     spread = float(a.std() * b.std())
     return float(((a - a.mean()) * (b - b.mean())).mean() / spread) if spread > 1e-9 else 0.0

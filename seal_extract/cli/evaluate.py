@@ -1,0 +1,113 @@
+"""``seal-extract evaluate``: the comparison's tables, printed and written."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from seal_extract.cli.options import add_common, mpp
+from seal_extract.errors import UsageError
+
+if TYPE_CHECKING:
+    from seal_extract.encoders.request import EncoderRequest
+    from seal_extract.train.sections import Section
+
+
+def evaluate_parser() -> argparse.ArgumentParser:
+    """Options of ``seal-extract evaluate``."""
+    p = argparse.ArgumentParser(
+        prog="seal-extract evaluate",
+        description="Predict gene expression from an encoder's embeddings by the HEST-Benchmark's protocol, "
+        "and find spots by image: beside permuted rows, hand-made features and the encoder before alignment.",
+    )
+    p.set_defaults(handler=run)
+    p.add_argument(
+        "--encoder",
+        required=True,
+        metavar="NAME|FOLDER",
+        help="{fold} in a folder stands for the section or patient held out: one encoder for each",
+    )
+    p.add_argument("--base", metavar="NAME|FOLDER", help="the same encoder before alignment")
+    p.add_argument(
+        "--sections",
+        required=True,
+        type=Path,
+        metavar="CONFIG.toml|FOLDER",
+        help="the config of a training, or a folder with counts/, spots/ and images/ as her2st has",
+    )
+    p.add_argument("--by", default="section", metavar="WHAT", help="section or patient (default: section)")
+    p.add_argument(
+        "--genes", type=int, default=250, metavar="N", help="the most variable ones (default: 250)"
+    )
+    p.add_argument("-o", "--out", type=Path, required=True, help="folder for evaluation.md, .csv and .json")
+    p.add_argument("--overwrite", action="store_true", help="replace those of another evaluation")
+    p.add_argument("--mpp", type=mpp, default=0.5, metavar="UM", help="µm/px, or 20x (default: 0.5)")
+    p.add_argument("--patch-px", type=int, default=224, metavar="N", help="side in pixels (default: 224)")
+    p.add_argument(
+        "--batch-size", type=int, default=64, metavar="N", help="patches per forward (default: 64)"
+    )
+    p.add_argument("--seeds", type=int, default=10, metavar="N", help="orders of permuted rows (default: 10)")
+    p.add_argument("--precision", choices=["float32", "bfloat16", "float16"])
+    p.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    p.add_argument("--offline", action="store_true", help="never ask the network")
+    add_common(p)
+    return p
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the tables, then where they were written."""
+    from seal_extract.evaluate.run import EvaluateOptions, check_free, evaluate
+
+    options = EvaluateOptions(args.by, args.genes, args.patch_px, args.mpp, args.batch_size, args.seeds)
+    check_free(args.out, args.overwrite)
+    encoder = _request(args.encoder, args)
+    base = None if args.base is None else _request(args.base, args)
+    sections = _sections(args.sections)
+    say = _silent if args.quiet or not sys.stderr.isatty() else _say
+    try:
+        found = evaluate(sections, encoder, base, options=options, say=say)
+    finally:
+        say("")
+    print(found.to_markdown())
+    for file in found.write(args.out, overwrite=args.overwrite):
+        print(f"-> {file}")
+    return 0
+
+
+def _request(name: str, args: argparse.Namespace) -> EncoderRequest:
+    from seal_extract.encoders.request import EncoderRequest
+
+    return EncoderRequest(name, device=args.device, precision=args.precision, offline=args.offline)
+
+
+def _sections(source: Path) -> list[Section]:
+    """The sections of a training's config, or all of a folder that have an image and counts.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    from seal_extract.train.formats import load_sections
+
+    if source.suffix == ".toml":
+        from seal_extract.train.config import read_config
+
+        return load_sections(read_config(source).data.sections)
+    images = sorted({path.stem for path in (source / "images").glob("*.*")})
+    names = [name for name in images if list((source / "counts").glob(f"{name}.tsv*"))]
+    if not names:
+        raise UsageError(
+            f"{source} holds no section; allowed: the config of a training, NAME.toml, or a folder with "
+            "images/NAME.jpg, counts/NAME.tsv.gz and spots/NAME_selection.tsv"
+        )
+    return load_sections([{"kind": "st-tables", "folder": str(source), "names": names}])
+
+
+def _say(what: str) -> None:
+    """What is being done, in a line that the next replaces."""
+    print(f"\r\033[K{what}", end="", file=sys.stderr, flush=True)
+
+
+def _silent(what: str) -> None:
+    pass
