@@ -80,6 +80,7 @@ class TrainConfig:
         out: folder of the encoder, with the checkpoints and curves in it.
         batch_size: pairs of a batch; regions for ``multiscale``.
         licence: of the result.
+        card: what else its card says, in Markdown: data, citation, limits.
         data: the sections.
         omics: the expression encoder.
         seal: stage 2 of SEAL, and baselines.
@@ -95,6 +96,7 @@ class TrainConfig:
     method: str = "seal"
     batch_size: int = 384
     licence: str = "not stated"
+    card: str = ""
     omics: OmicsOptions = field(default_factory=OmicsOptions)
     seal: SealOptions = field(default_factory=SealOptions)
     multiscale: MultiScaleOptions = field(default_factory=MultiScaleOptions)

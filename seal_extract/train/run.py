@@ -213,8 +213,8 @@ def _summary(config: TrainConfig, base: str, pairs: Pairs, rows: list[Row]) -> d
     kept = asdict(config)
     kept["data"].pop("sections")  # folders of this machine
     return {
-        "summary": text,
-        "config": {k: v for k, v in kept.items() if k not in ("out", "encoder", "checkpoint")},
+        "summary": f"{text}\n{config.card}" if config.card else text,
+        "config": {k: v for k, v in kept.items() if k not in ("out", "encoder", "checkpoint", "card")},
         "base": base,
         "sections": list(pairs.names),
         "pairs": len(pairs),
