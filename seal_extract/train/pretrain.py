@@ -1,0 +1,172 @@
+"""A small encoder pretrained on tissue without labels, as the base of one that is to be aligned.
+
+Windows of one place are told from those of others (InfoNCE, arXiv 1807.03748) by half of their tokens, and
+the looks of a window are foretold from that half (after MaskFeat, Wei et al., arXiv 2112.09133).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seal_extract.encoders import Encoder, EncoderSpec
+from seal_extract.encoders.conch import ConchTower
+from seal_extract.encoders.registry import Architecture, InputRule
+from seal_extract.encoders.tower import empty_tower, fill, tower_shapes
+from seal_extract.slide import open_slide
+from seal_extract.tissue import find_tissue
+from seal_extract.train.augment import stained, turned
+from seal_extract.train.losses import info_nce
+from seal_extract.train.sections import Section
+
+TINY = EncoderSpec(
+    name="seal-tiny-base",
+    dim=32,
+    patch_px=224,
+    mpp=0.5,
+    mean=(0.75, 0.55, 0.70),
+    std=(0.15, 0.20, 0.15),
+    precision="float32",
+    licence="CC-BY-4.0",
+    source="",
+    architecture=Architecture(
+        "vit_tiny_patch16_224",
+        {"img_size": 112, "embed_dim": 128, "depth": 6, "num_heads": 4, "dynamic_img_size": True},
+    ),
+    pooling="conch",
+    input=InputRule(multiple_of=16, resize_px=112),
+)
+WINDOW_MPP = 1.0  # 224 px at 0.5 µm/px, resized to 112: what the tower sees
+SIDE = 112
+SHIFT_PX = 32  # how far two windows of a place may lie from it, each way
+TOKENS = 25  # of 49 that the trunk sees
+PLACES = 64  # of a batch
+LR, WARMUP_STEPS, CLIP = 1e-3, 30, 3.0
+CONTRAST, TEMPERATURE, STAIN = 0.3, 0.2, 0.05
+
+
+class Places:
+    """Windows of tissue out of whole sections, at random."""
+
+    def __init__(self, sections: Sequence[Section], seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.images: list[Any] = []  # uint8 [H, W, 3] at 1 µm/px
+        self.tissue: list[Any] = []  # float64 [T, 2], (x, y) in their pixels
+        for section in sections:
+            with open_slide(section.slide, mpp=section.mpp) as slide:
+                mask = find_tissue(slide)
+                whole = slide.read_region((0, 0), 0, slide.size_l0)
+            scale = slide.mpp / WINDOW_MPP
+            self.images.append(cv2.resize(whole, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA))
+            self.tissue.append(np.argwhere(mask.mask)[:, ::-1] * mask.mpp / WINDOW_MPP)
+
+    def windows(self, count: int) -> Tensor:
+        """Two overlapping windows of each place: uint8 [2 * count, 3, S, S], the second ones behind."""
+        windows = np.empty((2, count, SIDE, SIDE, 3), np.uint8)
+        for i in range(count):
+            which = self.rng.integers(len(self.images))
+            image, tissue = self.images[which], self.tissue[which]
+            centre = tissue[self.rng.integers(len(tissue))]
+            for window in windows[:, i]:
+                x, y = (centre - SIDE / 2 + self.rng.integers(-SHIFT_PX, SHIFT_PX + 1, 2)).astype(int)
+                x, y = np.clip((x, y), 0, np.array(image.shape[1::-1]) - SIDE)
+                window[:] = image[y : y + SIDE, x : x + SIDE]
+        return torch.from_numpy(windows.reshape(-1, SIDE, SIDE, 3)).permute(0, 3, 1, 2)
+
+
+def described(images: Tensor) -> Tensor:
+    """What a window looks like, in 29 numbers: its colours, and its edges at four scales.
+
+    Args:
+        images: float [B, 3, S, S], 0 to 1.
+
+    Returns:
+        [B, 29].
+    """
+    pixels = images.flatten(2)[:, :, ::7]
+    quantiles = pixels.quantile(torch.tensor([0.1, 0.5, 0.9]), dim=2).permute(1, 2, 0).flatten(1)
+    numbers = [images.mean((2, 3)), images.std((2, 3)), quantiles]
+    grey = images.mean(1, keepdim=True)
+    for _ in range(4):
+        across, down = grey.diff(dim=3).abs(), grey.diff(dim=2).abs()
+        numbers += [v[:, None] for v in (across.mean((1, 2, 3)), down.mean((1, 2, 3)), across.std((1, 2, 3)))]
+        grey = F.avg_pool2d(grey, 2)
+    dark = [(images[:, 0] < limit).float().mean((1, 2))[:, None] for limit in (0.45, 0.6)]  # nuclei
+    return torch.cat([*numbers, *dark], dim=1)
+
+
+def pretrain(
+    sections: Sequence[Section], steps: int, seed: int = 0, *, tell: Callable[[str], None] = lambda line: None
+) -> Encoder:
+    """Train `TINY` on the tissue of sections; their expression is not looked at.
+
+    Args:
+        sections: whole slides of them go into memory at 1 µm/px.
+        steps: of 128 windows.
+        seed: of everything that is drawn.
+        tell: told a line every 50 steps.
+
+    Returns:
+        The encoder on the CPU, ready to be saved.
+    """
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    places = Places(sections, seed)
+    tower = _new_tower()
+    encoder = Encoder(TINY, tower, (), torch.float32)
+    tower.requires_grad_(True).train()
+    project = nn.Sequential(nn.Linear(TINY.dim, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, 128))
+    looks = described(places.windows(256)[:256].float() / 255)
+    middle, spread = looks.mean(0), looks.std(0) + 1e-6
+    foretell = nn.Linear(TINY.dim, looks.shape[1])
+    parameters = [*tower.parameters(), *project.parameters(), *foretell.parameters()]
+    optimiser = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.05)
+    for step in range(steps):
+        rate = LR * min(1, (step + 1) / WARMUP_STEPS) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        optimiser.param_groups[0]["lr"] = rate
+        images = turned(places.windows(PLACES), generator).float() / 255
+        images = stained(images, STAIN, generator)
+        embedded = _of_some_tokens(tower, (images - encoder.mean) / encoder.std)
+        one, other = project(embedded).chunk(2)
+        looks = ((described(images) - middle) / spread).clamp(-4, 4)
+        contrast, foretold = info_nce(one, other, TEMPERATURE), F.smooth_l1_loss(foretell(embedded), looks)
+        loss = CONTRAST * contrast + foretold
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimiser.step()
+        if step % 50 == 49:
+            tell(f"step {step + 1} of {steps}: contrast {contrast:.3f}, looks {foretold:.4f}")
+    tower.eval().requires_grad_(False)
+    return encoder
+
+
+def _new_tower() -> ConchTower:
+    tower = empty_tower(TINY)
+    assert isinstance(tower, ConchTower)
+    weights = {key: torch.empty(shape) for key, shape in tower_shapes(tower).items()}
+    for key, value in weights.items():
+        if value.ndim > 1:
+            nn.init.trunc_normal_(value, std=0.02 if "pos_embed" in key or "token" in key else 0.04)
+        else:
+            value.fill_(1.0 if key.endswith("weight") else 0.0)
+    fill(tower, weights)
+    return tower
+
+
+def _of_some_tokens(tower: ConchTower, images: Tensor) -> Tensor:
+    """The embedding that a random half of the tokens gives: [B, 3, S, S] to [B, D]."""
+    trunk: Any = tower.trunk
+    tokens = trunk._pos_embed(trunk.patch_embed(images))
+    chosen = torch.rand(len(tokens), tokens.shape[1] - 1).argsort(1)[:, :TOKENS] + 1  # CLS is always there
+    kept = tokens.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[2]))
+    tokens = trunk.norm(trunk.blocks(torch.cat([tokens[:, :1], kept], dim=1)))
+    embedding: Tensor = tower.ln_contrast(tower.attn_pool_contrast(tokens))
+    return embedding
