@@ -4,9 +4,10 @@ import runpy
 from pathlib import Path
 
 import pytest
+from conftest import shared
 from PIL import Image
 
-from seal_extract import extract, load_encoder
+from seal_extract import extract, load_encoder, load_omics
 from seal_extract.demo import write_untrained_encoder
 from seal_extract.export import export
 from seal_extract.synthetic import write_synthetic_slide
@@ -58,6 +59,17 @@ def test_clam_style_mil(place, capsys):
     assert last < first / 2
     assert printed[-2].startswith("a: class 1, most attention at level-0 (")
     assert printed[-1].startswith("b: class 0, most attention at level-0 (")
+
+
+@pytest.mark.slow  # a minute or two: real sections
+def test_seal_tiny(tmp_path):
+    main = runpy.run_path(str(EXAMPLES / "06_seal_tiny.py"))["main"]
+    with pytest.warns(UserWarning, match="enlarged"):
+        main(shared("data", "her2st"), tmp_path / "tiny", "C2", steps=2, epochs=1)
+    encoder = load_encoder(tmp_path / "tiny")
+    assert (encoder.spec.name, len(encoder.genes or ())) == ("seal-tiny", 500)
+    assert "Andersson et al." in (tmp_path / "tiny" / "README.md").read_text()
+    assert load_omics(tmp_path / "tiny").genes == encoder.genes
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)
