@@ -22,7 +22,7 @@ SECTIONS = ("C2", "C3", "C4", "C5")
 CARD = Path(__file__).parents[1] / "weights" / "seal-tiny.md"  # data, figures, limits
 
 
-def main(her2st: Path, out: Path, hold_out: str | None = None, steps: int = 350, epochs: int = 20) -> None:
+def main(her2st: Path, out: Path, hold_out: str | None = None, steps: int = 350, epochs: int = 12) -> None:
     """Pretrain, finetune on a small scale, write."""
     names = [name for name in SECTIONS if name != hold_out]
     sections = load_sections([{"kind": "st-tables", "folder": str(her2st), "names": names}])
@@ -33,13 +33,13 @@ def main(her2st: Path, out: Path, hold_out: str | None = None, steps: int = 350,
         name="seal-tiny",
         encoder=str(base),
         out=str(out),
-        batch_size=128,
+        batch_size=64,
         licence="CC-BY-4.0",
         card=CARD.read_text(encoding="utf-8"),
         data=DataOptions(sections=(), genes=500),
         omics=OmicsOptions(hidden=(256, 128), epochs=40, lr=1e-3),
-        seal=SealOptions(lora=LoraOptions(blocks=2)),
-        loop=LoopOptions(epochs=epochs, lr=1e-3),
+        seal=SealOptions(alignment=0.5, prediction=2.0, lora=LoraOptions(blocks=6)),
+        loop=LoopOptions(epochs=epochs, lr=4e-3),
     )
     run(config, sections=sections, tell=print)
 
