@@ -77,6 +77,11 @@ class ExtractOptions:
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {value}; allowed: 1 or more")
 
+    def resolved(self) -> ExtractOptions:
+        """The same, independent of the working folder."""
+        paths = {name: getattr(self, name) for name in ("roi", "coords", "stage_dir")}
+        return replace(self, **{name: path and path.resolve() for name, path in paths.items()})
+
     def for_entry(self, entry: SlideEntry) -> ExtractOptions:
         """The options of one slide: a table may give its tissue."""
         return self if entry.roi is None else replace(self, roi=entry.roi)

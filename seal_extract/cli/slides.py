@@ -72,13 +72,13 @@ def shard(text: str) -> tuple[int, int]:
 
 def _run_dry(slides: SlideList, options: ExtractOptions) -> int:
     from seal_extract.plan import plan_slide
-    from seal_extract.slide_list import open_entry
+    from seal_extract.staging import open_by_itself
 
     print(_row(DRY_HEAD))
     failed = 0
     for entry in slides.entries:
         try:
-            with open_entry(entry, options.slide_mpp) as slide:
+            with open_by_itself(entry, options) as slide:
                 plan = plan_slide(slide, options.for_entry(entry), entry.name)
                 print(_row(_dry_cells(plan)), flush=True)
         except UsageError:
