@@ -39,7 +39,7 @@ class Stage:
             OutputError: it cannot be made.
         """
         self._limit = limit_bytes
-        with writing(folder):
+        with writing(folder, "--stage-dir"):
             folder.mkdir(parents=True, exist_ok=True)
             _sweep(folder)
             self._folder = folder / f"seal_extract.{HOST}.{os.getpid()}"

@@ -205,5 +205,9 @@ class Writer:
 
 def _refuse_changed(planned: PlannedSlide) -> None:
     """Refuse a slide whose file is another than when it was opened."""
-    if planned.entry.copy is None and file_stamp(planned.entry.path) != planned.stamp:  # nobody has our copy
-        raise ReadError(f"{planned.entry.path} was changed while it was read; run again")
+    if planned.entry.copy is not None:  # which nobody else has
+        return
+    now = file_stamp(planned.entry.path)
+    if now != planned.stamp:
+        what = "was changed while it was read" if any(now) else "is gone, or its disk is, while it was read"
+        raise ReadError(f"{planned.entry.path} {what}; run again")

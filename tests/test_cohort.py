@@ -1,5 +1,6 @@
 """Many slides in one run: what is recognised or tried again, what a kill leaves, what the table says."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -220,6 +221,30 @@ def test_a_resolution_that_contradicts_the_file_fails_that_slide(cohort, encoder
     reasons = {row.name: row.reason for row in report.failed}
     assert "the table gives 0.5 µm/px, the file 0.25 (openslide.mpp-x)" in reasons["slide_0001"]
     assert "does not exist" in reasons["gone"]
+
+
+def test_tissue_drawn_beside_the_tissue_is_told_and_kept(cohort, encoder, tmp_path):
+    corner = [[0, 0], [60, 0], [60, 60], [0, 60], [0, 0]]
+    roi = tmp_path / "roi.geojson"
+    roi.write_text(json.dumps({"type": "Polygon", "coordinates": [corner]}))
+    words = r"roi\.geojson: all of it lies beside the tissue of slide_0000\.svs; is it another slide's"
+    with pytest.warns(UserWarning, match=words):
+        extract_cohort(cohort / "slide_0000.svs", encoder, tmp_path / "out", options=ExtractOptions(roi=roi))
+
+
+def test_slides_that_are_gone_in_mid_run_fail_and_come_back(cohort, encoder, tmp_path):
+    lost = tmp_path / "lost"
+
+    def lose(_, done, total):
+        if cohort.exists():
+            cohort.rename(lost)
+
+    first = extract_cohort(cohort, encoder, tmp_path / "out", progress=lose)
+    assert len(first.failed) == 5 - len(first.done) > 0
+    assert any("is gone, or its disk is" in row.reason for row in first.failed)
+    assert all("run again" in row.reason or "check" in row.reason for row in first.failed)
+    lost.rename(cohort)
+    assert len(extract_cohort(cohort, encoder, tmp_path / "out").done) == 5
 
 
 def test_shards_write_what_one_run_writes(cohort, encoder, tmp_path):

@@ -11,7 +11,7 @@ from cohort_fixtures import contents, link_cohort
 
 from seal_extract import ExtractOptions
 from seal_extract.cohort import extract_cohort
-from seal_extract.errors import UsageError
+from seal_extract.errors import OutputError, UsageError
 from seal_extract.publish import HOST
 from seal_extract.slide_list import list_slides
 from seal_extract.staging import Stage
@@ -85,6 +85,21 @@ def test_a_slide_that_cannot_be_copied_is_read_in_its_place(drawn_slides, encode
     with pytest.warns(UserWarning, match="is not staged but read in its place"):
         report = extract_cohort(slides, encoder, tmp_path / "out", options=options)
     assert len(report.done) == 1
+
+
+def test_a_slide_too_large_for_the_bound_does_not_hold_up_those_after_it(drawn_slides, tmp_path):
+    slides = link_cohort(tmp_path / "slides", drawn_slides, 2)
+    stage = Stage(tmp_path / "fast", 1000)
+    with pytest.warns(UserWarning, match="is not staged but read in its place: .* more than --stage-gb"):
+        entries = [e for e in stage.entries(iter(list_slides([slides]).entries)) if e is not None]
+    stage.close()
+    assert [entry.copy for entry in entries] == [None, None]
+
+
+def test_a_folder_for_copies_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="a part of the path is a file; choose another --stage-dir"):
+        Stage(tmp_path / "file" / "fast", 10**6)
 
 
 def test_what_a_killed_run_has_staged_is_swept_away(tmp_path):

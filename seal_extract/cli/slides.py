@@ -163,17 +163,21 @@ def embed(
             if result.error is not None:
                 fail(f"FAILED {result.error}", 1)
 
-        report = extract_cohort(
-            slides,
-            requests,
-            args.out,
-            options=options,
-            engine=_engine(args),
-            retry_failed=args.retry_failed,
-            status_name=_status_name(args.shard),
-            on_result=tell,
-            progress=bars.show,
-        )
+        try:
+            report = extract_cohort(
+                slides,
+                requests,
+                args.out,
+                options=options,
+                engine=_engine(args),
+                retry_failed=args.retry_failed,
+                status_name=_status_name(args.shard),
+                on_result=tell,
+                progress=bars.show,
+            )
+        except KeyboardInterrupt:
+            events.tell("interrupted")
+            raise
         events.tell("end", done=len(report.done), failed=len(report.failed), seconds=round(report.seconds, 1))
     return _close(report, args)
 
@@ -257,7 +261,13 @@ def _lines(result: SlideResult) -> list[str]:
 def _closing_line(name: str, result: SlideFeatures, seconds: float) -> str:
     slide, n = result.provenance["slide"], len(result.grid)
     if not n:
-        return f"{name}: 0 patches, no tissue found -> {result.path}; look at its overlay"
+        tissue = result.provenance["tissue"]
+        area = (
+            f"{tissue['area_mm2']:.2g} mm² of tissue, too little for one"
+            if tissue and tissue["area_mm2"]
+            else ""
+        )
+        return f"{name}: 0 patches, {area or 'no tissue found'} -> {result.path}; look at its overlay"
     unread = result.provenance["read_errors"]
     errors = f", {unread} of them UNREADABLE and zero" if unread else ""
     return (
