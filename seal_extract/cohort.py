@@ -20,7 +20,7 @@ from seal_extract.layouts import check_layout
 from seal_extract.plan import ExtractOptions
 from seal_extract.publish import sweep
 from seal_extract.results import Progress, SlideResult
-from seal_extract.slide_list import SlideEntry, SlideList, list_slides
+from seal_extract.slide_list import SlideEntry, SlideList, list_slides, refuse_uncopied
 from seal_extract.status import DONE, FAILED, IGNORED, StatusFile, StatusRow, read_status
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def extract_cohort(
     tried again. ``status.csv`` in ``out`` tells what became of each, while the run goes on.
 
     Args:
-        slides: from `list_slides`, or what it takes: files, folders, patterns, tables.
+        slides: from `list_slides`, or what it takes: files, folders, patterns, URLs, tables.
         encoders: names or folders, or encoders from `load_encoder`.
         out: folder for the results.
         options: all choices.
@@ -134,7 +134,6 @@ def extract_cohort(
     path = Path(out) / status_name
     before = read_status(path)
     entries = _failed_before(listed, before, path) if retry_failed else listed.entries
-    by_path = {entry.path: entry for entry in entries}
 
     ignored = [StatusRow(str(p), "", IGNORED, reason=reason) for p, reason in listed.ignored]
     others = [row for name, row in before.items() if name not in {entry.name for entry in entries}]
@@ -143,7 +142,7 @@ def extract_cohort(
     rows = list(ignored)
 
     def tell(result: SlideResult) -> None:
-        row = StatusRow.of(result, by_path[result.path])
+        row = StatusRow.of(result)
         rows.append(row)
         table.add(row)
         if on_result is not None:
@@ -157,6 +156,9 @@ def extract_cohort(
         else:
             tell(result)
     if waiting:
+        if options.stage_dir is None:
+            for entry in waiting:
+                refuse_uncopied(entry)
         for result in (engine or ThisProcess()).run(waiting, asked, Path(out), options, progress):
             tell(result)
     return CohortReport(tuple(rows), path, perf_counter() - started)
@@ -188,8 +190,8 @@ def _finished_before(
     except SAME_FOR_EVERY_SLIDE:
         raise
     except SealExtractError as exc:
-        return SlideResult(entry.path, entry.name, (), exc, perf_counter() - started)
+        return SlideResult(entry, (), exc, perf_counter() - started)
     finished = tuple(features for features in found if features is not None)
     if len(finished) < len(encoders):
         return None
-    return SlideResult(entry.path, entry.name, finished, None, perf_counter() - started, True)
+    return SlideResult(entry, finished, None, perf_counter() - started, True)

@@ -49,7 +49,7 @@ def extract(
     the same request finished before is returned as it is.
 
     Args:
-        slide: the slide file.
+        slide: the slide file, or the URL of one.
         encoder: from `load_encoder`.
         out: folder for the results.
         options: all choices.
@@ -82,8 +82,8 @@ def extract_many(
     Each slide is read once for all encoders.
 
     Args:
-        slides: slide files of different names, or entries of a `SlideList`; taken as their turn comes near.
-            None as long as there is no other yet.
+        slides: slide files or URLs of different names, or entries of a `SlideList`; taken as their turn
+            comes near. None as long as there is no other yet.
         encoders: one or several, from `load_encoder`, of different names, on one device.
         out: folder for the results.
         options: all choices.
@@ -249,19 +249,21 @@ class _SlidesAhead:
     def _prepare(self, entry: SlideEntry) -> Planned:
         started = perf_counter()
         try:
+            if self._stage is not None:
+                self._stage.refuse_failed(entry)
             planned = prepare(entry, self._encoders, self._out, self._options)
         except UsageError:
             raise
         except SealExtractError as exc:
-            return SlideResult(entry.path, entry.name, (), exc, perf_counter() - started)
+            return SlideResult(entry, (), entry.blame(exc), perf_counter() - started)
         except OSError as exc:  # the slide's own: what is written is translated where it is written
             gone = SlideOpenError(
-                f"{entry.path} can no longer be read: {exc.strerror or exc}; check its disk"
+                f"{entry.source} can no longer be read: {exc.strerror or exc}; check its disk"
             )
-            return SlideResult(entry.path, entry.name, (), gone, perf_counter() - started)
+            return SlideResult(entry, (), gone, perf_counter() - started)
         if isinstance(planned, PlannedSlide):
             return planned
-        return SlideResult(entry.path, entry.name, planned, None, perf_counter() - started, True)
+        return SlideResult(entry, planned, None, perf_counter() - started, True)
 
     def _warn(self, planned: PlannedSlide) -> None:
         grid = planned.plan.grid

@@ -12,6 +12,7 @@ from seal_extract.grid import read_grid
 from seal_extract.layouts import Layout, layout_of_grid, open_layout
 from seal_extract.plan import ExtractOptions, coords_file
 from seal_extract.provenance import PIPELINE, describe_options, describe_request, first_difference
+from seal_extract.remote import look
 from seal_extract.slide import Slide
 from seal_extract.slide_list import MPP_TOLERANCE, SlideEntry, open_entry
 from seal_extract.store import SlideFeatures, read_features, read_provenance
@@ -55,13 +56,17 @@ def resume(
 ) -> SlideFeatures | None:
     """`find_finished` for a slide that is not open and an encoder that is not loaded.
 
-    The slide is opened, and weights are read, only where they may have changed.
+    The slide is opened, and weights are read, only where they may have changed. A slide at a URL that may
+    have changed is not finished until its copy has been looked at.
 
     Raises:
         OutputError: a file of that name is there, made by something else, and ``overwrite`` is not set.
+        SlideOpenError: the slide's storage cannot be asked.
     """
     entry = slide if isinstance(slide, SlideEntry) else SlideEntry.of(slide)
     options = options.for_entry(entry)
+    if options.coords is not None and entry.url is not None:
+        return None
     if options.coords is not None:  # the layout depends on the grid that the file gives
         with open_entry(entry, options.slide_mpp) as opened:
             layout = layout_for(opened, Path(out), options, entry.name)
@@ -79,6 +84,8 @@ def resume(
             "encoder": identity,
         }
         return _accept(*found, request, layout, entry.name, options)
+    if entry.url is not None:
+        return None
     with open_entry(entry, options.slide_mpp) as opened:
         return find_finished(opened, identity, out, options, entry.name)
 
@@ -124,16 +131,17 @@ def _identity(encoder: EncoderRequest | Encoder, recorded: list[dict[str, Any]])
 
 def _is_unchanged(entry: SlideEntry, provenance: dict[str, Any]) -> bool:
     """Whether the slide's file looks as it did, so that what was read of it still holds."""
-    try:
-        stat = entry.path.stat()
-    except OSError:
-        return False
-    before = provenance["request"]["slide"]
-    same = (entry.path.name, stat.st_size, stat.st_mtime_ns) == (
-        before["file"],
-        before["bytes"],
-        provenance["slide"].get("mtime_ns"),
-    )
+    before, version = provenance["request"]["slide"], "mtime_ns" if entry.url is None else "version"
+    if entry.url is not None:
+        there = look(entry.url)
+        now: tuple[int, Any] = there.size, there.version
+    else:
+        try:
+            stat = entry.path.stat()
+        except OSError:
+            return False
+        now = stat.st_size, stat.st_mtime_ns
+    same = (entry.path.name, *now) == (before["file"], before["bytes"], provenance["slide"].get(version))
     return same and (entry.mpp is None or abs(before["mpp"] / entry.mpp - 1) <= MPP_TOLERANCE)
 
 

@@ -6,6 +6,7 @@ Coordinates that TRIDENT, CLAM or AtlasPatch wrote become the same record by `re
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -253,3 +254,7 @@ def _check_on_slide(path: Path, slide: Slide, xy_l0: NDArray[np.int64], attrs: d
             f"{path}: {outside.size} of {len(xy_l0)} patches begin outside {slide.path.name} "
             f"({width} x {height} px), the first at ({x}, {y}); give the coordinates of this slide"
         )
+    named = attrs.get("name", stem := slide.path.stem)
+    named = named.decode(errors="replace") if isinstance(named, bytes) else str(named)
+    if stem not in named and named not in slide.path.name:  # our own names may have folders in front
+        warnings.warn(f"{path}: says that it is of {named}, not of {slide.path.name}", stacklevel=2)

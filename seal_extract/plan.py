@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from seal_extract.errors import GeometryError, UsageError
+from seal_extract.errors import GeometryError, SlideError, UsageError
 from seal_extract.grid import MPP_TOLERANCE, PatchGrid, make_grid, read_grid
 from seal_extract.layouts import check_layout
 from seal_extract.slide import Slide
@@ -77,6 +79,11 @@ class ExtractOptions:
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {value}; allowed: 1 or more")
 
+    def resolved(self) -> ExtractOptions:
+        """The same, independent of the working folder."""
+        paths = {name: getattr(self, name) for name in ("roi", "coords", "stage_dir")}
+        return replace(self, **{name: path and path.resolve() for name, path in paths.items()})
+
     def for_entry(self, entry: SlideEntry) -> ExtractOptions:
         """The options of one slide: a table may give its tissue."""
         return self if entry.roi is None else replace(self, roi=entry.roi)
@@ -105,7 +112,9 @@ def plan_slide(
     if options.coords is not None:
         return SlidePlan(slide, None, read_grid(coords_file(slide.path, options.coords, name), slide))
     if options.roi is not None:
-        mask = TissueMask.from_geojson(roi_file(slide.path, options.roi, name), slide)
+        path = roi_file(slide.path, options.roi, name)
+        mask = TissueMask.from_geojson(path, slide)
+        _warn_if_beside_tissue(path, mask, slide)
     else:
         mask = find_tissue(slide)
     grid = make_grid(
@@ -119,6 +128,16 @@ def plan_slide(
         allow_upsampling=options.allow_upsampling,
     )
     return SlidePlan(slide, mask, grid)
+
+
+def _warn_if_beside_tissue(path: Path, drawn: TissueMask, slide: Slide) -> None:
+    with suppress(SlideError):  # whoever draws tissue may have a slide on which none is found
+        found = find_tissue(slide).mask
+        if found.any() and not (found & drawn.mask).any():
+            warnings.warn(
+                f"{path}: all of it lies beside the tissue of {slide.path.name}; is it another slide's?",
+                stacklevel=2,
+            )
 
 
 def coords_file(slide: Path, given: Path, name: str | None = None) -> Path:

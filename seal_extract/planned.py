@@ -13,6 +13,7 @@ from seal_extract.finished import find_finished, layout_for
 from seal_extract.layouts import Layout
 from seal_extract.plan import ExtractOptions, SlidePlan, plan_slide
 from seal_extract.provenance import describe, describe_request
+from seal_extract.slide import file_stamp
 from seal_extract.slide_list import SlideEntry, open_entry
 from seal_extract.store import SlideFeatures, SlideLabel
 from seal_extract.view.overlay import draw_overlay
@@ -95,15 +96,6 @@ def prepare(
     return planned
 
 
-def file_stamp(path: Path) -> tuple[int, int, int]:
-    """What changes when a file is replaced or written to; zeros where there is no file."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return (0, 0, 0)
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
 def _output(
     index: int,
     encoder: Encoder,
@@ -115,7 +107,10 @@ def _output(
     request = describe_request(plan.slide, encoder.identity, options, entry.name)
     mismatch = encoder.spec.mismatch(plan.grid.patch_px, plan.grid.mpp)
     provenance = describe(plan, request, encoder.description | {"mismatch": mismatch}, decoder.name)
-    provenance["slide"]["path"] = str(entry.path.resolve())  # not that of its copy
+    if entry.url is not None:
+        provenance["slide"] |= {"path": entry.source, "mtime_ns": None, "version": entry.version}
+    else:
+        provenance["slide"]["path"] = str(entry.path.resolve())  # not that of its copy
     return Output(index, provenance)
 
 

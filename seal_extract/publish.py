@@ -68,8 +68,8 @@ def is_dead(host: str, process: str) -> bool:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Translate what goes wrong while ``path`` is written.
+def writing(path: Path, option: str = "-o") -> Iterator[None]:
+    """Translate what goes wrong while ``path``, below the folder that ``option`` names, is written.
 
     Raises:
         OutputError: in place of any OSError.
@@ -77,7 +77,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        raise OutputError(f"cannot write {path}: {_why(exc)}; nothing half-written was left") from exc
+        why = _why(exc).replace("another -o", f"another {option}")
+        raise OutputError(f"cannot write {path}: {why}; nothing half-written was left") from exc
 
 
 _ADVICE = {

@@ -84,10 +84,13 @@ class RayEngine:
             max_restarts=-1,
             max_task_retries=-1,
         )
-        theirs = replace(options, workers=options.workers or cores)
+        shared = replace(
+            options, stage_gb=options.stage_gb / _most_on_a_node(ray.nodes(), workers, cores, gpus)
+        )
+        theirs = replace(shared.resolved(), workers=options.workers or cores)
         actors = [actor.remote(requests, out, theirs) for _ in range(workers)]
-        waiting = [replace(entry, path=entry.path.resolve()) for entry in reversed(entries)]
-        original = {entry.path.resolve(): entry.path for entry in entries}
+        waiting = [entry.resolved() for entry in reversed(entries)]
+        original = {entry.name: entry for entry in entries}
         running: dict[Any, Any] = {}
         for i in range(min(len(waiting), SLIDES_IN_HAND * workers)):
             chosen = actors[i % workers]
@@ -99,8 +102,9 @@ class RayEngine:
                 running[free.embed.remote(waiting.pop())] = free
             result: SlideResult = ray.get(ready)
             if progress is not None and result.features:
-                progress(original[result.path], len(result.features[0].grid), len(result.features[0].grid))
-            yield replace(result, path=original[result.path])
+                patches = len(result.features[0].grid)
+                progress(original[result.name].path, patches, patches)
+            yield replace(result, entry=original[result.name])
         for one in actors:
             ray.kill(one)
 
@@ -123,15 +127,15 @@ class _Worker:
     def __init__(self, requests: list[EncoderRequest], out: Path, options: ExtractOptions) -> None:
         self._requests, self._out, self._options = requests, out, options
         self._entries: queue.Queue[SlideEntry] = queue.Queue()
-        self._results: dict[Path, Future[SlideResult]] = {}
+        self._results: dict[str, Future[SlideResult]] = {}
         threading.Thread(target=self._stream, daemon=True).start()
 
     def embed(self, entry: SlideEntry) -> SlideResult:
         """Embed a slide; several calls at once follow each other without a pause."""
-        future = self._results[entry.path] = Future()
+        future = self._results[entry.name] = Future()
         self._entries.put(entry)
         result = future.result()
-        del self._results[entry.path]
+        del self._results[entry.name]
         return result
 
     def _stream(self) -> None:
@@ -140,7 +144,7 @@ class _Worker:
         try:
             encoders = [request.load() for request in self._requests]
             for result in extract_many(self._coming(), encoders, self._out, options=self._options):
-                self._results[result.path].set_result(result)
+                self._results[result.name].set_result(result)
         except BaseException as exc:
             self._fail(exc)
 
@@ -159,6 +163,13 @@ class _Worker:
                 if not future.done():
                     future.set_exception(exc)
             self._entries.get()
+
+
+def _most_on_a_node(nodes: list[dict[str, Any]], workers: int, cores: int, gpus: int) -> int:
+    """Workers that may come to share the disk of one node."""
+    have = [node["Resources"] for node in nodes if node["Alive"]]
+    room = (min(n.get("CPU", 0) // cores, n.get("GPU", 0) // gpus if gpus else workers) for n in have)
+    return max(1, min(workers, int(max(room, default=1))))
 
 
 def _ray() -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from seal_extract.errors import SealExtractError
+from seal_extract.slide_list import SlideEntry
 from seal_extract.store import SlideFeatures
 
 Progress = Callable[[Path, int, int], None]  # slide, patches done, patches in all
@@ -17,17 +18,25 @@ class SlideResult:
     """A slide's features, or the error that stopped it.
 
     Attributes:
-        path: of the slide.
-        name: of its results.
+        entry: the slide.
         features: one per encoder, in their order; empty if it failed.
         error: None if it went well.
         seconds: from the end of the slide before it to its own.
         finished_before: whether nothing had to be done.
     """
 
-    path: Path
-    name: str
+    entry: SlideEntry
     features: tuple[SlideFeatures, ...]
     error: SealExtractError | None
     seconds: float
     finished_before: bool = False
+
+    @property
+    def path(self) -> Path:
+        """Of the slide; see `SlideEntry`."""
+        return self.entry.path
+
+    @property
+    def name(self) -> str:
+        """Of the slide's results."""
+        return self.entry.name

@@ -121,6 +121,15 @@ def coarsest_level(slide: Slide, downsample: float) -> int:
     return max(fine_enough, key=lambda i: slide.levels[i].downsample, default=0)
 
 
+def file_stamp(path: Path) -> tuple[int, int, int]:
+    """What changes when a file is replaced or written to; zeros where there is no file."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return (0, 0, 0)
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
 def _check_path(path: Path) -> None:
     if path.is_dir():
         raise SlideOpenError(f"{path} is a folder; give a slide file, for example {path / 'slide.svs'}")

@@ -1,4 +1,4 @@
-"""Which slides a run is about: files, folders, patterns, CSV tables -> one list, each slide with a name.
+"""Which slides a run is about: files, folders, patterns, URLs, CSV tables -> one list, each with a name.
 
 Names are what results are called. Slides of one name in different folders get the folder in front of it,
 ``site_a__slide1`` and ``site_b__slide1``, so that none overwrites another.
@@ -14,16 +14,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from seal_extract.errors import ResolutionError, UsageError
+from seal_extract import remote
+from seal_extract.errors import ResolutionError, SealExtractError, UsageError
 from seal_extract.slide import Slide, open_slide
 
 SLIDE_SUFFIXES = {
     *(".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide"),
     *(".dcm", ".png", ".jpg", ".jpeg"),
 }
+SEVERAL_FILES = (".mrxs", ".vms", ".vmu", ".dcm")
 SLIDE_COLUMNS = ("slide", "slide_id", "wsi")  # ours, CLAM's, TRIDENT's
 SEPARATOR = "__"  # between folder and name
 MPP_TOLERANCE = 0.05  # by which table and file may differ
+
+Ignored = list[tuple[Path | str, str]]  # files, each with the reason
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,14 @@ class SlideEntry:
     """A slide to embed.
 
     Attributes:
-        path: of the slide.
+        path: of the slide; of a URL something alike, for names only.
         name: of its results; unique in its list.
         mpp: µm/px at level 0 that a table gives; it must not contradict the file.
         case_id: the patient, if a table says so.
         roi: GeoJSON of its tissue, if a table says so.
         copy: of the slide, on faster storage, that is read in its place.
+        url: of a slide that is no file; only a copy of it can be read.
+        version: of what is at the URL, as its storage said when it was copied.
     """
 
     path: Path
@@ -45,16 +51,47 @@ class SlideEntry:
     case_id: str | None = None
     roi: Path | None = None
     copy: Path | None = None
+    url: str | None = None
+    version: str = ""
 
     @property
     def file(self) -> Path:
         """The file to read."""
         return self.copy or self.path
 
+    @property
+    def source(self) -> str:
+        """Where the slide lies, as tables and messages say it."""
+        return str(self.path) if self.url is None else remote.shown(self.url)
+
     @classmethod
-    def of(cls, path: str | os.PathLike[str]) -> SlideEntry:
-        """A slide by itself, named as its file."""
-        return cls(Path(path), Path(path).stem)
+    def of(cls, source: str | os.PathLike[str]) -> SlideEntry:
+        """A slide by itself, a file or a URL, named as its file.
+
+        Raises:
+            UsageError: the URL of a slide of several files.
+        """
+        where = remote.address(source)
+        if isinstance(where, Path):
+            return cls(where, where.stem)
+        path = remote.place(where)
+        if path.suffix.lower() in SEVERAL_FILES:
+            raise UsageError(
+                f"{remote.shown(where)}: slides of several files are not read from URLs; copy it with all "
+                "that belongs to it to a folder, and give that"
+            )
+        return cls(path, path.stem, url=where)
+
+    def resolved(self) -> SlideEntry:
+        """The same, independent of the working folder."""
+        path = self.path.resolve() if self.url is None else self.path
+        return replace(self, path=path, roi=self.roi and self.roi.resolve())
+
+    def blame(self, error: SealExtractError) -> SealExtractError:
+        """Let an error that names the copy name the slide."""
+        if self.copy is not None:
+            error.args = (str(error).replace(str(self.copy), self.source),)
+        return error
 
 
 @dataclass(frozen=True)
@@ -67,7 +104,7 @@ class SlideList:
     """
 
     entries: tuple[SlideEntry, ...]
-    ignored: tuple[tuple[Path, str], ...] = ()
+    ignored: tuple[tuple[Path | str, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -86,22 +123,27 @@ class SlideList:
         return SlideList(self.entries[index - 1 :: count], self.ignored)
 
 
-def list_slides(sources: Sequence[str | os.PathLike[str]], slide_folder: Path | None = None) -> SlideList:
+def list_slides(
+    sources: Sequence[str | os.PathLike[str]], slide_folder: str | os.PathLike[str] | None = None
+) -> SlideList:
     """Find the slides that ``sources`` name.
 
     Args:
-        sources: slide files, folders (with all below them), patterns such as ``site_*/*.svs``, and ``.csv``
-            tables.
+        sources: slide files, folders (with all below them), patterns such as ``site_*/*.svs``, URLs of all
+            these as text, and ``.csv`` tables.
         slide_folder: where the slides of a table lie, if neither beside it nor in the working folder.
 
     Raises:
         UsageError: a source without slides, a table that cannot be read, a slide given twice.
+        SlideOpenError: a URL cannot be listed.
     """
     entries: list[SlideEntry] = []
-    ignored: list[tuple[Path, str]] = []
-    for source in map(Path, sources):
-        if source.suffix.lower() == ".csv":
-            found, beside = _in_table(source, slide_folder)
+    ignored: Ignored = []
+    for source in map(remote.address, sources):
+        if isinstance(source, str):
+            found, beside = _at_url(source)
+        elif source.suffix.lower() == ".csv":
+            found, beside = _in_table(source, None if slide_folder is None else remote.address(slide_folder))
         elif source.is_dir():
             found, beside = _below(source)
         elif not source.exists() and glob.has_magic(str(source)):
@@ -110,6 +152,8 @@ def list_slides(sources: Sequence[str | os.PathLike[str]], slide_folder: Path | 
             found, beside = [SlideEntry.of(source)], []
         entries += found
         ignored += beside
+    for url in {entry.url.partition(":")[0]: entry.url for entry in entries if entry.url}.values():
+        remote.check_protocol(url)
     _refuse_twice(entries)
     return SlideList(tuple(_with_names(entries)), tuple(ignored))
 
@@ -124,7 +168,9 @@ def open_entry(entry: SlideEntry, slide_mpp: float | None = None, tolerance: flo
 
     Raises:
         SlideError: see `open_slide`.
+        UsageError: it is a URL, and there is no copy.
     """
+    refuse_uncopied(entry)
     if entry.mpp is None or slide_mpp is not None:
         return open_slide(entry.file, mpp=slide_mpp)
     try:
@@ -134,23 +180,36 @@ def open_entry(entry: SlideEntry, slide_mpp: float | None = None, tolerance: flo
     if abs(slide.mpp / entry.mpp - 1) > tolerance:
         slide.close()
         raise ResolutionError(
-            f"{entry.path}: the table gives {entry.mpp:.4g} µm/px, the file {slide.mpp:.4g} "
+            f"{entry.source}: the table gives {entry.mpp:.4g} µm/px, the file {slide.mpp:.4g} "
             f"({slide.mpp_source}); correct the table, or type --slide-mpp VALUE to overrule the file"
         )
     return slide
 
 
+def refuse_uncopied(entry: SlideEntry) -> None:
+    """Refuse a slide at a URL that has no copy.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if entry.url is not None and entry.copy is None:
+        raise UsageError(
+            f"{entry.source} is a URL, which is copied before it is read; type --stage-dir FOLDER, "
+            "and --stage-gb GB for what copies may fill"
+        )
+
+
 # --- folders ------------------------------------------------------------------------------------------
 
 
-def _below(folder: Path) -> tuple[list[SlideEntry], list[tuple[Path, str]]]:
+def _below(folder: Path) -> tuple[list[SlideEntry], Ignored]:
     found, ignored = _sort_out(_files(folder))
     if not found:
         raise UsageError(f"{folder} holds no slide; allowed: {' '.join(sorted(SLIDE_SUFFIXES))}")
     return found, ignored
 
 
-def _matching(pattern: str) -> tuple[list[SlideEntry], list[tuple[Path, str]]]:
+def _matching(pattern: str) -> tuple[list[SlideEntry], Ignored]:
     found, ignored = _sort_out(
         p for p in map(Path, sorted(glob.glob(pattern, recursive=True))) if p.is_file()
     )
@@ -173,11 +232,11 @@ def _files(folder: Path) -> Iterator[Path]:
         yield from (Path(here, name) for name in sorted(files) if not name.startswith("."))
 
 
-def _sort_out(files: Iterable[Path]) -> tuple[list[SlideEntry], list[tuple[Path, str]]]:
+def _sort_out(files: Iterable[Path]) -> tuple[list[SlideEntry], Ignored]:
     files = list(files)
     vms = {path.parent for path in files if path.suffix.lower() in (".vms", ".vmu")}
     found: list[SlideEntry] = []
-    ignored: list[tuple[Path, str]] = []
+    ignored: Ignored = []
     series: dict[str, Path] = {}
     for path in files:
         suffix = path.suffix.lower()
@@ -203,10 +262,34 @@ def _dicom_series(path: Path) -> str:
         return str(path)
 
 
+def _at_url(url: str) -> tuple[list[SlideEntry], Ignored]:
+    path = remote.place(url)
+    if path.suffix.lower() == ".csv":
+        raise UsageError(f"{remote.shown(url)}: tables are read from files; download it and give the file")
+    if path.suffix.lower() in SLIDE_SUFFIXES and not remote.has_magic(url):
+        return [SlideEntry.of(url)], []
+    found: list[SlideEntry] = []
+    ignored: Ignored = []
+    for file in remote.list_files(url):
+        suffix = remote.place(file).suffix.lower()
+        if suffix not in SLIDE_SUFFIXES:
+            ignored.append((remote.shown(file), f"{suffix or 'no suffix'} is no slide"))
+        elif suffix in SEVERAL_FILES:
+            ignored.append((remote.shown(file), "slides of several files are not read from URLs"))
+        else:
+            found.append(SlideEntry.of(file))
+    if not found:
+        raise UsageError(
+            f"{remote.shown(url)} holds no slide that can be read from there; allowed: "
+            f"{' '.join(sorted(SLIDE_SUFFIXES.difference(SEVERAL_FILES)))}"
+        )
+    return found, ignored
+
+
 # --- tables -------------------------------------------------------------------------------------------
 
 
-def _in_table(table: Path, slide_folder: Path | None) -> tuple[list[SlideEntry], list[tuple[Path, str]]]:
+def _in_table(table: Path, slide_folder: Path | str | None) -> tuple[list[SlideEntry], Ignored]:
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
@@ -224,35 +307,40 @@ def _in_table(table: Path, slide_folder: Path | None) -> tuple[list[SlideEntry],
             f"{', '.join(SLIDE_COLUMNS)}, and may have mpp, case_id, roi"
         )
     found: list[SlideEntry] = []
-    ignored: list[tuple[Path, str]] = []
+    ignored: Ignored = []
     for line, row in rows:
         cells = {key: (value or "").strip() for key, value in row.items() if isinstance(value, str)}
         if not cells.get(column):
             raise UsageError(f"{table} line {line}: no {column}; fill it in or delete the line")
-        path = _locate(cells[column], table, slide_folder)
+        entry = SlideEntry.of(_locate(cells[column], table, slide_folder))
         if cells.get("process") == "0":  # CLAM's way to leave a slide out
-            ignored.append((path, f"process is 0 in {table.name}"))
+            where = entry.path if entry.url is None else entry.source
+            ignored.append((where, f"process is 0 in {table.name}"))
         else:
-            found.append(_from_cells(path, cells, table, line))
+            found.append(_from_cells(entry, cells, table, line))
     if not found:
         raise UsageError(f"{table} names no slide; give one per line under {column}")
     return found, ignored
 
 
-def _from_cells(path: Path, cells: dict[str, str], table: Path, line: int) -> SlideEntry:
+def _from_cells(entry: SlideEntry, cells: dict[str, str], table: Path, line: int) -> SlideEntry:
     text = cells.get("mpp", "")
     try:
         mpp = float(text) if text else None
     except ValueError as exc:
         raise UsageError(f"{table} line {line}: mpp is {text!r}; give µm/px, for example 0.25") from exc
     roi = cells.get("roi")
-    return SlideEntry(
-        path, path.stem, mpp, cells.get("case_id") or None, _beside(table, roi) if roi else None
-    )
+    case_id = cells.get("case_id") or None
+    return replace(entry, mpp=mpp, case_id=case_id, roi=_beside(table, roi) if roi else None)
 
 
-def _locate(text: str, table: Path, slide_folder: Path | None) -> Path:
+def _locate(text: str, table: Path, slide_folder: Path | str | None) -> Path | str:
     """A slide that a table names; where it is nowhere, the likeliest path, whose absence will be told."""
+    where = remote.address(text)
+    if isinstance(where, str) or where.is_absolute():
+        return where
+    if isinstance(slide_folder, str):
+        return f"{slide_folder.rstrip('/')}/{text}"
     candidates = [*([slide_folder / text] if slide_folder else []), _beside(table, text), Path(text)]
     return next((path for path in candidates if path.exists()), candidates[0])
 
@@ -265,16 +353,17 @@ def _beside(table: Path, text: str) -> Path:
 
 
 def _refuse_twice(entries: Sequence[SlideEntry]) -> None:
-    counts = Counter(entry.path.resolve() for entry in entries)
-    twice = [path for path, count in counts.items() if count > 1]
+    resolved = [entry.resolved() for entry in entries]
+    counts = Counter(entry.path for entry in resolved)
+    twice = {entry.path: entry.source for entry in resolved if counts[entry.path] > 1}
     if twice:
         more = f" and {len(twice) - 1} more" if len(twice) > 1 else ""
-        raise UsageError(f"{twice[0]}{more} given twice; name each slide once")
+        raise UsageError(f"{next(iter(twice.values()))}{more} given twice; name each slide once")
 
 
 def _with_names(entries: Sequence[SlideEntry]) -> list[SlideEntry]:
     """Stems; names with suffix where one folder has two of a stem; folders in front where that clashes."""
-    paths = [entry.path.resolve() for entry in entries]
+    paths = [entry.resolved().path for entry in entries]
     stems = Counter(path.with_suffix("") for path in paths)
     tails = [path.name if stems[path.with_suffix("")] > 1 else path.stem for path in paths]
     names, depth = list(tails), 0

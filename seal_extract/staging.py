@@ -1,4 +1,4 @@
-"""The next slides copied from slow storage to a fast folder before their turn, within a bound.
+"""The next slides copied from slow storage, or from URLs, to a fast folder before their turn, within a bound.
 
 Only what was copied here is deleted here: copies lie in a folder of this process's own.
 """
@@ -12,17 +12,21 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from seal_extract.errors import UsageError
-from seal_extract.planned import file_stamp
+from seal_extract.errors import SealExtractError, SlideOpenError, UsageError
+from seal_extract.plan import ExtractOptions
 from seal_extract.publish import HOST, is_dead, writing
-from seal_extract.slide_list import SlideEntry
+from seal_extract.remote import fetch, look
+from seal_extract.slide import Slide, file_stamp
+from seal_extract.slide_list import SlideEntry, open_entry
 
 IN_PLACE = (".vms", ".vmu", ".dcm")  # slides of several files whose names are inside them
 AHEAD = 4  # copied and waiting at most
 POLL_S = 0.01  # between two looks for another slide, where slides come one by one
+CLOSE_S = 5.0  # for the copy under way: a large one is not waited for
 
 
 class Stage:
@@ -35,43 +39,61 @@ class Stage:
             OutputError: it cannot be made.
         """
         self._limit = limit_bytes
-        with writing(folder):
+        with writing(folder, "--stage-dir"):
             folder.mkdir(parents=True, exist_ok=True)
             _sweep(folder)
             self._folder = folder / f"seal_extract.{HOST}.{os.getpid()}"
             self._folder.mkdir(exist_ok=True)
         self._ready: deque[SlideEntry] = deque()
         self._held: dict[str, int] = {}  # bytes of each copy, by the name of the slide
+        self._failed: dict[str, SealExtractError] = {}  # why there is none of a URL, likewise
+        self._error: BaseException | None = None  # what ended the thread
+        self._thread: threading.Thread | None = None
         self._changed = threading.Condition()
         self._ended = self._closed = False
 
     def check(self, entries: Iterable[SlideEntry]) -> None:
-        """Refuse a bound that one slide alone exceeds.
+        """Refuse a bound that one slide alone exceeds; URLs are asked when their turn comes.
 
         Raises:
             UsageError: there is such a slide.
         """
-        sizes = {entry.path: _bytes(entry.path) for entry in entries}
+        sizes = {entry.source: _bytes(entry.path) for entry in entries if entry.url is None}
         largest = max(sizes, key=sizes.__getitem__, default=None)
         if largest is not None and sizes[largest] > self._limit:
-            raise UsageError(
-                f"{largest} has {sizes[largest] / 1e9:.2f} GB, more than --stage-gb {self._limit / 1e9:.3g}; "
-                f"type --stage-gb {sizes[largest] / 1e9 + 0.01:.2f} or more"
-            )
+            raise UsageError(self._too_large(largest, sizes[largest]))
+
+    def _too_large(self, source: str, size: int) -> str:
+        return (
+            f"{source} has {size / 1e9:.2f} GB, more than --stage-gb {self._limit / 1e9:.3g}; "
+            f"type --stage-gb {size / 1e9 + 0.01:.2f} or more"
+        )
 
     def entries(self, entries: Iterable[SlideEntry | None]) -> Iterator[SlideEntry | None]:
         """The same slides, each with its copy; None while the next is being copied."""
-        threading.Thread(target=self._copy_all, args=(entries,), name="stage", daemon=True).start()
+        self._thread = threading.Thread(target=self._copy_all, args=(entries,), name="stage", daemon=True)
+        self._thread.start()
         while True:
             with self._changed:
                 if self._ready:
                     entry: SlideEntry | None = self._ready.popleft()
                     self._changed.notify_all()
                 elif self._ended:
+                    if self._error is not None:
+                        raise self._error
                     return
                 else:
                     entry = None
             yield entry
+
+    def refuse_failed(self, entry: SlideEntry) -> None:
+        """Refuse a slide at a URL of which no copy could be had.
+
+        Raises:
+            SealExtractError: the reason.
+        """
+        if (error := self._failed.pop(entry.name, None)) is not None:
+            raise error
 
     def release(self, entry: SlideEntry) -> None:
         """Delete the copy of a slide from which nothing is read any more."""
@@ -85,51 +107,98 @@ class Stage:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join(CLOSE_S)
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    # --- in the thread ------------------------------------------------------------------------------
+
     def _copy_all(self, entries: Iterable[SlideEntry | None]) -> None:
-        for entry in entries:
-            if self._closed:
-                break
-            if entry is None:
-                time.sleep(POLL_S)
-                continue
-            size = _bytes(entry.path)
-            with self._changed:
-                self._changed.wait_for(lambda size=size: self._closed or self._has_room(size))  # type: ignore[misc]
+        try:
+            for entry in entries:
                 if self._closed:
                     break
-                self._held[entry.name] = size
-            staged = self._copy(entry)
-            with self._changed:
-                if staged is entry:
-                    self._held.pop(entry.name, None)
-                self._ready.append(staged)
+                if entry is None:
+                    time.sleep(POLL_S)
+                    continue
+                staged = self._staged(entry)
+                with self._changed:
+                    if staged.copy is None:
+                        self._held.pop(entry.name, None)
+                    self._ready.append(staged)
+        except BaseException as exc:
+            self._error = exc
         with self._changed:
             self._ended = True
+
+    def _staged(self, entry: SlideEntry) -> SlideEntry:
+        """The entry with its copy; without one where none can be had: a file is then read in its place."""
+        if entry.url is None and (entry.path.suffix.lower() in IN_PLACE or not entry.path.is_file()):
+            return entry
+        folder = self._folder / entry.name
+        try:
+            if entry.url is None:
+                self._take_room(entry, _bytes(entry.path))
+                folder.mkdir()
+                return self._copy(entry, folder)
+            there = look(entry.url, fresh=True)
+            self._take_room(entry, there.size)
+            folder.mkdir()
+            fetch(entry.url, there, folder / entry.path.name, lambda: self._closed)
+            return replace(entry, copy=folder / entry.path.name, version=there.version)
+        except (OSError, SealExtractError) as exc:
+            shutil.rmtree(folder, ignore_errors=True)
+            if entry.url is not None:
+                ours = exc if isinstance(exc, SealExtractError) else None
+                self._failed[entry.name] = ours or SlideOpenError(f"{entry.source} cannot be staged: {exc}")
+            elif not self._closed:
+                warnings.warn(f"{entry.path} is not staged but read in its place: {exc}", stacklevel=2)
+            return entry
+
+    def _take_room(self, entry: SlideEntry, size: int) -> None:
+        """Wait until a copy fits."""
+        if size > self._limit:
+            raise SlideOpenError(self._too_large(entry.source, size))
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._has_room(size))
+            if self._closed:
+                raise SlideOpenError(f"{entry.source}: the run was stopped")
+            self._held[entry.name] = size
 
     def _has_room(self, size: int) -> bool:
         return len(self._ready) < AHEAD and sum(self._held.values()) + size <= self._limit
 
-    def _copy(self, entry: SlideEntry) -> SlideEntry:
-        """The entry with its copy; as it is where a copy cannot be had, so that it is read in its place."""
-        if entry.path.suffix.lower() in IN_PLACE or not entry.path.is_file():
-            return entry
-        folder = self._folder / entry.name
-        try:
-            folder.mkdir()
-            before = file_stamp(entry.path)
-            copy = Path(shutil.copy2(entry.path, folder))
-            if (parts := _mrxs_parts(entry.path)) is not None:
-                shutil.copytree(parts, folder / parts.name)
-            if file_stamp(entry.path) != before:
-                raise OSError("it was changed while it was copied")
-        except OSError as exc:
-            shutil.rmtree(folder, ignore_errors=True)
-            if not self._closed:
-                warnings.warn(f"{entry.path} is not staged but read in its place: {exc}", stacklevel=2)
-            return entry
+    def _copy(self, entry: SlideEntry, folder: Path) -> SlideEntry:
+        before = file_stamp(entry.path)
+        copy = Path(shutil.copy2(entry.path, folder))
+        if (parts := _mrxs_parts(entry.path)) is not None:
+            shutil.copytree(parts, folder / parts.name)
+        if file_stamp(entry.path) != before:
+            raise OSError("it was changed while it was copied")
         return replace(entry, copy=copy)
+
+
+@contextmanager
+def open_by_itself(entry: SlideEntry, options: ExtractOptions) -> Iterator[Slide]:
+    """Open one slide; of one at a URL a copy is made in ``stage_dir``, for as long as it is open.
+
+    Raises:
+        SlideError: see `open_entry`.
+        UsageError: it is a URL, and there is no ``stage_dir``.
+    """
+    if entry.url is None or options.stage_dir is None:
+        with open_entry(entry, options.slide_mpp) as slide:
+            yield slide
+        return
+    with closing(Stage(options.stage_dir, int(options.stage_gb * 1e9))) as stage:
+        copied = next(filter(None, stage.entries([entry])))
+        stage.refuse_failed(entry)
+        try:
+            with open_entry(copied, options.slide_mpp) as slide:
+                yield slide
+        except SealExtractError as exc:
+            copied.blame(exc)
+            raise
 
 
 def _mrxs_parts(path: Path) -> Path | None:

@@ -13,7 +13,6 @@ from seal_extract.publish import publish, writing
 
 if TYPE_CHECKING:
     from seal_extract.results import SlideResult
-    from seal_extract.slide_list import SlideEntry
 
 DONE, FAILED, IGNORED = "done", "failed", "ignored"
 
@@ -23,7 +22,7 @@ class StatusRow:
     """One slide.
 
     Attributes:
-        slide: path of the file.
+        slide: path of the file, or URL.
         name: of its results.
         status: ``"done"``, ``"failed"``, or ``"ignored"`` for a file that is no slide.
         case_id: the patient, if a table said so.
@@ -53,9 +52,10 @@ class StatusRow:
     reason: str = ""
 
     @classmethod
-    def of(cls, result: SlideResult, entry: SlideEntry) -> StatusRow:
+    def of(cls, result: SlideResult) -> StatusRow:
         """What a result says; of several encoders the first, as they share patches and errors."""
-        where: dict[str, Any] = {"slide": str(entry.path), "name": entry.name, "case_id": entry.case_id or ""}
+        entry = result.entry
+        where: dict[str, Any] = {"slide": entry.source, "name": entry.name, "case_id": entry.case_id or ""}
         if result.error is not None:
             reason = " ".join(str(result.error).split())
             return cls(**where, status=FAILED, seconds=round(result.seconds, 2), reason=reason)

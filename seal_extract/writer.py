@@ -15,8 +15,9 @@ from seal_extract.batches import PatchBatch
 from seal_extract.encoders import Encoder
 from seal_extract.errors import EncoderError, ReadError, SealExtractError
 from seal_extract.forward import Embeddings, Pending
-from seal_extract.planned import Output, PlannedSlide, draw, file_stamp
+from seal_extract.planned import Output, PlannedSlide, draw
 from seal_extract.results import Progress, SlideResult
+from seal_extract.slide import file_stamp
 from seal_extract.store import FeatureWriter, SlideFeatures
 
 BATCHES_AHEAD = 3  # given to the encoders before the first of them has to be written
@@ -137,8 +138,8 @@ class Writer:
         if len(bad):
             xy_l0 = tuple(planned.plan.grid.xy_l0[rows[bad[0]]].tolist())
             raise EncoderError(
-                f"{planned.entry.path}: {self._encoders[output.encoder].not_finite} for the patch at level-0 "
-                f"{xy_l0}; try --precision float32"
+                f"{planned.entry.source}: {self._encoders[output.encoder].not_finite} for the patch "
+                f"at level-0 {xy_l0}; try --precision float32"
             )
 
     def _writer(self, slide: _Open, output: Output) -> FeatureWriter:
@@ -185,7 +186,7 @@ class Writer:
         planned = slide.planned
         features = () if error else self._in_order([*planned.finished, *self._written(planned)])
         self._results.append(
-            SlideResult(planned.entry.path, planned.entry.name, features, error, now - before)
+            SlideResult(planned.entry, features, error and planned.entry.blame(error), now - before)
         )
 
     def _written(self, planned: PlannedSlide) -> list[SlideFeatures]:
@@ -204,5 +205,9 @@ class Writer:
 
 def _refuse_changed(planned: PlannedSlide) -> None:
     """Refuse a slide whose file is another than when it was opened."""
-    if planned.entry.copy is None and file_stamp(planned.entry.path) != planned.stamp:  # nobody has our copy
-        raise ReadError(f"{planned.entry.path} was changed while it was read; run again")
+    if planned.entry.copy is not None:  # which nobody else has
+        return
+    now = file_stamp(planned.entry.path)
+    if now != planned.stamp:
+        what = "was changed while it was read" if any(now) else "is gone, or its disk is, while it was read"
+        raise ReadError(f"{planned.entry.path} {what}; run again")

@@ -6,11 +6,34 @@ import sys
 
 import h5py
 import numpy as np
+import pytest
 from PIL import Image
 
 from seal_extract.synthetic import write_synthetic_slide
 
 SIZE_PX = (1400, 1100)
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory):
+    """A small encoder of random weights, as a folder."""
+    from seal_extract.demo import write_untrained_encoder
+
+    return write_untrained_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="session")
+def encoder(encoder_folder):
+    """The same, loaded."""
+    from seal_extract import load_encoder
+
+    return load_encoder(encoder_folder, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def drawn_slides(tmp_path_factory):
+    """A few different slides of some patches each."""
+    return draw_slides(tmp_path_factory.mktemp("drawn"))
 
 
 def draw_slides(folder, count=3):

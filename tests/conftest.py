@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from seal_extract.readers import Level
 
+pytest_plugins = ("cohort_fixtures",)
+
 SHARED = Path(__file__).parents[2] / "shared"
 
 
@@ -82,3 +84,22 @@ def drawn() -> Callable[..., DrawnSlide]:
         return DrawnSlide(rng.integers(90, 256, (height, width, 3), dtype=np.uint8), **kwargs)  # type: ignore[arg-type]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def slide_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Make the slide of a kind of `slide_helpers.KINDS` once."""
+    from slide_helpers import DOWNSAMPLES, KINDS, SIZE
+
+    from seal_extract.synthetic import write_synthetic_slide
+
+    folder = tmp_path_factory.mktemp("slides")
+    made: dict[str, Path] = {}
+
+    def get(kind: str) -> Path:
+        if kind not in made:
+            path = folder / f"{kind}.svs"
+            made[kind] = write_synthetic_slide(path, SIZE, downsamples=DOWNSAMPLES, **KINDS[kind])
+        return made[kind]
+
+    return get

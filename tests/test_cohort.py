@@ -1,5 +1,6 @@
 """Many slides in one run: what is recognised or tried again, what a kill leaves, what the table says."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -7,35 +8,20 @@ import time
 
 import numpy as np
 import pytest
-from cohort_fixtures import add_broken, command, contents, draw_slides, link_cohort, run
+from cohort_fixtures import add_broken, command, contents, link_cohort, run
 
-from seal_extract import ExtractOptions, extract, load_encoder, publish
+from seal_extract import ExtractOptions, extract, publish
 from seal_extract.cohort import extract_cohort
-from seal_extract.demo import UNTRAINED, untrained_encoder, write_untrained_encoder
+from seal_extract.demo import UNTRAINED, untrained_encoder
 from seal_extract.encoders.request import EncoderRequest
 from seal_extract.errors import UsageError
 from seal_extract.slide_list import list_slides
 from seal_extract.status import StatusFile, StatusRow, read_status
 
 
-@pytest.fixture(scope="module")
-def encoder_folder(tmp_path_factory):
-    return write_untrained_encoder(tmp_path_factory.mktemp("encoder"))
-
-
-@pytest.fixture(scope="module")
-def encoder(encoder_folder):
-    return load_encoder(encoder_folder, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
-    return draw_slides(tmp_path_factory.mktemp("drawn"))
-
-
 @pytest.fixture
-def cohort(tmp_path, drawn):
-    return link_cohort(tmp_path / "slides", drawn, 5)
+def cohort(tmp_path, drawn_slides):
+    return link_cohort(tmp_path / "slides", drawn_slides, 5)
 
 
 # --- results ----------------------------------------------------------------------------------
@@ -114,22 +100,22 @@ def test_a_slide_that_was_touched_is_opened_and_recognised(cohort, encoder, tmp_
     assert [r.finished_before for r in results] == [True] * 5
 
 
-def test_failed_slides_are_tried_again_and_finished_ones_are_not(cohort, drawn, encoder, tmp_path):
-    add_broken(cohort, drawn, 6)
+def test_failed_slides_are_tried_again_and_finished_ones_are_not(cohort, drawn_slides, encoder, tmp_path):
+    add_broken(cohort, drawn_slides, 6)
     first = extract_cohort(cohort, encoder, tmp_path / "out")
     assert (len(first.done), len(first.failed)) == (5, 6)
     (cohort / "bad_0002_text.svs").unlink()
-    (cohort / "bad_0002_text.svs").write_bytes(drawn[1].read_bytes())
+    (cohort / "bad_0002_text.svs").write_bytes(drawn_slides[1].read_bytes())
     results = []
     second = extract_cohort(cohort, encoder, tmp_path / "out", on_result=results.append)
     assert (len(second.done), len(second.failed)) == (6, 5)
     assert [r.name for r in results if r.error is None and not r.finished_before] == ["bad_0002_text"]
 
 
-def test_only_failed_slides_are_retried_when_asked_to(cohort, drawn, encoder, tmp_path):
+def test_only_failed_slides_are_retried_when_asked_to(cohort, drawn_slides, encoder, tmp_path):
     with pytest.raises(UsageError, match="--retry-failed: there is no"):
         extract_cohort(cohort, encoder, tmp_path / "out", retry_failed=True)
-    add_broken(cohort, drawn, 2)
+    add_broken(cohort, drawn_slides, 2)
     extract_cohort(cohort, encoder, tmp_path / "out")
     report = extract_cohort(cohort, encoder, tmp_path / "out", retry_failed=True)
     assert sorted(row.name for row in report.rows) == ["bad_0000_truncated", "bad_0001_mutated"]
@@ -174,8 +160,8 @@ def check_whole(out):
         assert len(features) == len(coords) // 16 * 192 * 4
 
 
-def test_a_killed_run_goes_on_and_equals_an_undisturbed_one(drawn, encoder_folder, encoder, tmp_path):
-    cohort = link_cohort(tmp_path / "slides", drawn, 25)
+def test_a_killed_run_goes_on_and_equals_an_undisturbed_one(drawn_slides, encoder_folder, encoder, tmp_path):
+    cohort = link_cohort(tmp_path / "slides", drawn_slides, 25)
     assert killed_at_random(cohort, tmp_path / "killed", encoder_folder, 2, 0.1) == 2
     last = run(cohort, "-o", tmp_path / "killed", "--encoder", encoder_folder)
     assert last.returncode == 0, last.stderr
@@ -235,6 +221,30 @@ def test_a_resolution_that_contradicts_the_file_fails_that_slide(cohort, encoder
     reasons = {row.name: row.reason for row in report.failed}
     assert "the table gives 0.5 µm/px, the file 0.25 (openslide.mpp-x)" in reasons["slide_0001"]
     assert "does not exist" in reasons["gone"]
+
+
+def test_tissue_drawn_beside_the_tissue_is_told_and_kept(cohort, encoder, tmp_path):
+    corner = [[0, 0], [60, 0], [60, 60], [0, 60], [0, 0]]
+    roi = tmp_path / "roi.geojson"
+    roi.write_text(json.dumps({"type": "Polygon", "coordinates": [corner]}))
+    words = r"roi\.geojson: all of it lies beside the tissue of slide_0000\.svs; is it another slide's"
+    with pytest.warns(UserWarning, match=words):
+        extract_cohort(cohort / "slide_0000.svs", encoder, tmp_path / "out", options=ExtractOptions(roi=roi))
+
+
+def test_slides_that_are_gone_in_mid_run_fail_and_come_back(cohort, encoder, tmp_path):
+    lost = tmp_path / "lost"
+
+    def lose(_, done, total):
+        if cohort.exists():
+            cohort.rename(lost)
+
+    first = extract_cohort(cohort, encoder, tmp_path / "out", progress=lose)
+    assert len(first.failed) == 5 - len(first.done) > 0
+    assert any("is gone, or its disk is" in row.reason for row in first.failed)
+    assert all("run again" in row.reason or "check" in row.reason for row in first.failed)
+    lost.rename(cohort)
+    assert len(extract_cohort(cohort, encoder, tmp_path / "out").done) == 5
 
 
 def test_shards_write_what_one_run_writes(cohort, encoder, tmp_path):

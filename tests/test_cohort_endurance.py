@@ -10,12 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cohort_fixtures import add_broken, command, contents, draw_slides, link_cohort, run
+from cohort_fixtures import add_broken, command, contents, link_cohort, run
 from test_cohort import killed_at_random
 
-from seal_extract import load_encoder
 from seal_extract.cohort import extract_cohort
-from seal_extract.demo import write_untrained_encoder
 from seal_extract.extract import extract_many
 from seal_extract.slide_list import list_slides
 
@@ -24,28 +22,13 @@ pytestmark = pytest.mark.slow
 RAY = ("--engine", "ray", "--workers", 1, "--ray-workers")
 
 
-@pytest.fixture(scope="module")
-def encoder_folder(tmp_path_factory):
-    return write_untrained_encoder(tmp_path_factory.mktemp("encoder"))
-
-
-@pytest.fixture(scope="module")
-def encoder(encoder_folder):
-    return load_encoder(encoder_folder, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
-    return draw_slides(tmp_path_factory.mktemp("drawn"))
-
-
 def resident_mb():
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def test_memory_after_200_slides_is_that_after_20(drawn, encoder, tmp_path):
-    slides = link_cohort(tmp_path / "slides", drawn, 200)
+def test_memory_after_200_slides_is_that_after_20(drawn_slides, encoder, tmp_path):
+    slides = link_cohort(tmp_path / "slides", drawn_slides, 200)
     files_before = len(os.listdir("/proc/self/fd"))
     memory = []
     for result in extract_many(list_slides([slides]).entries, encoder, tmp_path / "out"):
@@ -57,8 +40,8 @@ def test_memory_after_200_slides_is_that_after_20(drawn, encoder, tmp_path):
     assert len(os.listdir("/proc/self/fd")) <= files_before
 
 
-def test_20_kills_lose_nothing(drawn, encoder_folder, encoder, tmp_path):
-    slides = link_cohort(tmp_path / "slides", drawn, 150)
+def test_20_kills_lose_nothing(drawn_slides, encoder_folder, encoder, tmp_path):
+    slides = link_cohort(tmp_path / "slides", drawn_slides, 150)
     hits = killed_at_random(slides, tmp_path / "killed", encoder_folder, 20, 1.0, seed=1)
     last = run(slides, "-o", tmp_path / "killed", "--encoder", encoder_folder)
     assert last.returncode == 0, last.stderr
@@ -70,9 +53,9 @@ def test_20_kills_lose_nothing(drawn, encoder_folder, encoder, tmp_path):
     assert hits == 20
 
 
-def test_100_broken_slides_among_500_are_named_and_the_others_done(drawn, encoder_folder, tmp_path):
-    slides = link_cohort(tmp_path / "slides", drawn, 400)
-    add_broken(slides, drawn, 100)
+def test_100_broken_slides_among_500_are_named_and_the_others_done(drawn_slides, encoder_folder, tmp_path):
+    slides = link_cohort(tmp_path / "slides", drawn_slides, 400)
+    add_broken(slides, drawn_slides, 100)
     done = run(slides, "-o", tmp_path / "out", "--encoder", encoder_folder, timeout=1200)
     assert done.returncode == 1
     print("\n" + done.stdout.splitlines()[-1])
@@ -82,8 +65,8 @@ def test_100_broken_slides_among_500_are_named_and_the_others_done(drawn, encode
     assert all("bad_" in line for line in failed)
 
 
-def test_a_finished_cohort_of_1000_is_recognised_in_seconds(drawn, encoder_folder, tmp_path):
-    slides = link_cohort(tmp_path / "slides", drawn, 1000)
+def test_a_finished_cohort_of_1000_is_recognised_in_seconds(drawn_slides, encoder_folder, tmp_path):
+    slides = link_cohort(tmp_path / "slides", drawn_slides, 1000)
     first = run(slides, "-o", tmp_path / "out", "--encoder", encoder_folder, timeout=3000)
     assert first.returncode == 0, first.stderr
     started = time.monotonic()
@@ -110,8 +93,10 @@ def timed_cohort(slides, out, encoder_folder, workers):
     return time.monotonic() - started
 
 
-def test_two_ray_workers_write_the_same_bytes_in_less_time(ray, drawn, encoder_folder, encoder, tmp_path):
-    slides = link_cohort(tmp_path / "slides", drawn, 120)
+def test_two_ray_workers_write_the_same_bytes_in_less_time(
+    ray, drawn_slides, encoder_folder, encoder, tmp_path
+):
+    slides = link_cohort(tmp_path / "slides", drawn_slides, 120)
     one = timed_cohort(slides, tmp_path / "one", encoder_folder, 1)
     two = timed_cohort(slides, tmp_path / "two", encoder_folder, 2)
     print(f"\none worker {one:.1f} s, two {two:.1f} s: {two / one:.2f} x, start of Ray included")
@@ -126,8 +111,8 @@ def workers_of(process):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_killed_ray_worker_loses_no_slide(ray, drawn, encoder_folder, encoder, tmp_path, seed):
-    slides = link_cohort(tmp_path / "slides", drawn, 40)
+def test_a_killed_ray_worker_loses_no_slide(ray, drawn_slides, encoder_folder, encoder, tmp_path, seed):
+    slides = link_cohort(tmp_path / "slides", drawn_slides, 40)
     process = subprocess.Popen(
         command(slides, "-o", tmp_path / "out", "--encoder", encoder_folder, "-q", *RAY, 2),
         stdout=subprocess.PIPE,

@@ -203,6 +203,16 @@ def test_trident_coordinates(tmp_path):
     np.testing.assert_array_equal(grid.xy_l0, XY)
 
 
+@pytest.mark.parametrize(("named", "told"), [("drawn", False), ("a__drawn", False), ("other", True)])
+def test_coordinates_that_say_they_are_of_another_slide_are_told(tmp_path, named, told):
+    path = coords_file(tmp_path / "a.h5", XY, TRIDENT | {"name": named})
+    if told:
+        with pytest.warns(UserWarning, match=r"a\.h5: says that it is of other, not of drawn\.svs"):
+            read_grid(path, Blank(4000, 3000, 0.25))
+    else:
+        read_grid(path, Blank(4000, 3000, 0.25))
+
+
 def test_clam_coordinates_count_in_pixels_of_their_level(tmp_path):
     slide = Blank(8000, 6000, 0.25, (1.0, 4.0))
     grid = read_grid(

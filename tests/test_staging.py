@@ -7,33 +7,22 @@ import threading
 import time
 
 import pytest
-from cohort_fixtures import contents, draw_slides, link_cohort
+from cohort_fixtures import contents, link_cohort
 
-from seal_extract import ExtractOptions, load_encoder
+from seal_extract import ExtractOptions
 from seal_extract.cohort import extract_cohort
-from seal_extract.demo import write_untrained_encoder
-from seal_extract.errors import UsageError
+from seal_extract.errors import OutputError, UsageError
 from seal_extract.publish import HOST
 from seal_extract.slide_list import list_slides
 from seal_extract.staging import Stage
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    return load_encoder(write_untrained_encoder(tmp_path_factory.mktemp("encoder")), device="cpu")
-
-
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
-    return draw_slides(tmp_path_factory.mktemp("drawn"))
 
 
 def copies(folder):
     return sorted(p for p in folder.rglob("*") if p.is_file())
 
 
-def test_staged_slides_give_the_same_and_leave_nothing(drawn, encoder, tmp_path):
-    slides = link_cohort(tmp_path / "slides", drawn, 5)
+def test_staged_slides_give_the_same_and_leave_nothing(drawn_slides, encoder, tmp_path):
+    slides = link_cohort(tmp_path / "slides", drawn_slides, 5)
     fast = tmp_path / "fast"
     fast.mkdir()
     (fast / "of_others.svs").write_text("mine")
@@ -46,8 +35,8 @@ def test_staged_slides_give_the_same_and_leave_nothing(drawn, encoder, tmp_path)
     assert len(list(slides.iterdir())) == 5
 
 
-def test_results_name_the_slide_and_not_its_copy(drawn, encoder, tmp_path):
-    slides = link_cohort(tmp_path / "slides", drawn, 1)
+def test_results_name_the_slide_and_not_its_copy(drawn_slides, encoder, tmp_path):
+    slides = link_cohort(tmp_path / "slides", drawn_slides, 1)
     results = []
     options = ExtractOptions(stage_dir=tmp_path / "fast", stage_gb=0.01)
     extract_cohort(slides, encoder, tmp_path / "out", options=options, on_result=results.append)
@@ -58,8 +47,8 @@ def test_results_name_the_slide_and_not_its_copy(drawn, encoder, tmp_path):
     assert again.rows[0].seconds is None
 
 
-def test_copies_never_exceed_the_bound(drawn, tmp_path):
-    slides = link_cohort(tmp_path / "slides", drawn, 8)
+def test_copies_never_exceed_the_bound(drawn_slides, tmp_path):
+    slides = link_cohort(tmp_path / "slides", drawn_slides, 8)
     sizes = [p.stat().st_size for p in slides.iterdir()]
     limit = 2 * max(sizes) + 1000
     stage = Stage(tmp_path / "fast", limit)
@@ -79,23 +68,38 @@ def test_copies_never_exceed_the_bound(drawn, tmp_path):
     assert 0 < max(seen) <= limit
 
 
-def test_a_bound_that_one_slide_exceeds_is_one_line(drawn, encoder, tmp_path):
-    slides = link_cohort(tmp_path / "slides", drawn, 1)
+def test_a_bound_that_one_slide_exceeds_is_one_line(drawn_slides, encoder, tmp_path):
+    slides = link_cohort(tmp_path / "slides", drawn_slides, 1)
     options = ExtractOptions(stage_dir=tmp_path / "fast", stage_gb=1e-6)
     with pytest.raises(UsageError, match=r"slide_0000.svs has 0\.\d+ GB, more than --stage-gb 1e-06; type"):
         extract_cohort(slides, encoder, tmp_path / "out", options=options)
 
 
-def test_a_slide_that_cannot_be_copied_is_read_in_its_place(drawn, encoder, tmp_path, monkeypatch):
+def test_a_slide_that_cannot_be_copied_is_read_in_its_place(drawn_slides, encoder, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("seal_extract.staging.shutil.copy2", full)
-    slides = link_cohort(tmp_path / "slides", drawn, 1)
+    slides = link_cohort(tmp_path / "slides", drawn_slides, 1)
     options = ExtractOptions(stage_dir=tmp_path / "fast", stage_gb=0.01)
     with pytest.warns(UserWarning, match="is not staged but read in its place"):
         report = extract_cohort(slides, encoder, tmp_path / "out", options=options)
     assert len(report.done) == 1
+
+
+def test_a_slide_too_large_for_the_bound_does_not_hold_up_those_after_it(drawn_slides, tmp_path):
+    slides = link_cohort(tmp_path / "slides", drawn_slides, 2)
+    stage = Stage(tmp_path / "fast", 1000)
+    with pytest.warns(UserWarning, match="is not staged but read in its place: .* more than --stage-gb"):
+        entries = [e for e in stage.entries(iter(list_slides([slides]).entries)) if e is not None]
+    stage.close()
+    assert [entry.copy for entry in entries] == [None, None]
+
+
+def test_a_folder_for_copies_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="a part of the path is a file; choose another --stage-dir"):
+        Stage(tmp_path / "file" / "fast", 10**6)
 
 
 def test_what_a_killed_run_has_staged_is_swept_away(tmp_path):
@@ -108,8 +112,8 @@ def test_what_a_killed_run_has_staged_is_swept_away(tmp_path):
     assert (left.exists(), other.exists()) == (False, True)
 
 
-def test_closing_stops_a_copier_that_waits_for_room(drawn, tmp_path):
-    slides = link_cohort(tmp_path / "slides", drawn, 3)
+def test_closing_stops_a_copier_that_waits_for_room(drawn_slides, tmp_path):
+    slides = link_cohort(tmp_path / "slides", drawn_slides, 3)
     stage = Stage(tmp_path / "fast", max(p.stat().st_size for p in slides.iterdir()) + 10)
     entries = stage.entries(list_slides([slides]).entries)
     while next(entries) is None:

@@ -12,7 +12,7 @@ from conftest import shared
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from slide_helpers import DOWNSAMPLES, KINDS, SIZE, Damage, grid_of_level, openslides_regions, read, spread
+from slide_helpers import DOWNSAMPLES, KINDS, Damage, grid_of_level, openslides_regions, read, spread
 
 from seal_extract import decode
 from seal_extract.decode import RegionDecoder, TileDecoder, open_decoder, shared_tiles
@@ -20,24 +20,8 @@ from seal_extract.decode.codecs import Jpeg2000Codec, JpegCodec, TileError
 from seal_extract.decode.tiled import open_level
 from seal_extract.grid import PatchGrid
 from seal_extract.slide import open_slide
-from seal_extract.synthetic import write_synthetic_slide
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def slide_of(tmp_path_factory):
-    """Make the slide of a kind once."""
-    folder, made = tmp_path_factory.mktemp("slides"), {}
-
-    def get(kind):
-        if kind not in made:
-            made[kind] = write_synthetic_slide(
-                folder / f"{kind}.svs", SIZE, downsamples=DOWNSAMPLES, **KINDS[kind]
-            )
-        return made[kind]
-
-    return get
 
 
 # --- pixels -----------------------------------------------------------------------------------

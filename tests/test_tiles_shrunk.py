@@ -5,29 +5,13 @@ import pytest
 import torch
 from conftest import shared
 from PIL import Image
-from slide_helpers import DOWNSAMPLES, KINDS, SIZE, grid_at, openslides_regions, read, spread
+from slide_helpers import grid_at, openslides_regions, read, spread
 
 from seal_extract.decode import RegionDecoder, open_decoder
 from seal_extract.grid import PatchGrid
 from seal_extract.slide import open_slide
-from seal_extract.synthetic import write_synthetic_slide
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def slide_of(tmp_path_factory):
-    """Make the slide of a kind once."""
-    folder, made = tmp_path_factory.mktemp("slides"), {}
-
-    def get(kind):
-        if kind not in made:
-            made[kind] = write_synthetic_slide(
-                folder / f"{kind}.svs", SIZE, downsamples=DOWNSAMPLES, **KINDS[kind]
-            )
-        return made[kind]
-
-    return get
 
 
 def patches_of(slide, grid, **kwargs):

@@ -46,7 +46,7 @@ class Events:
 
     def tell_result(self, result: SlideResult) -> None:
         """What became of a slide."""
-        slide, seconds = str(result.path), round(result.seconds, 2)
+        slide, seconds = result.entry.source, round(result.seconds, 2)
         if result.error is not None:
             kind = type(result.error).__name__
             self.tell("failed", slide=slide, name=result.name, error=kind, reason=str(result.error))

@@ -38,9 +38,8 @@ def slides_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "slides",
         nargs="+",
-        type=Path,
-        metavar="SLIDE|FOLDER|LIST.csv",
-        help="slide files, folders, patterns; tables with a column slide, and mpp, case_id, roi if need be",
+        metavar="SLIDE|FOLDER|URL|LIST.csv",
+        help="slide files, folders, patterns, URLs; tables with a column slide, and mpp, case_id, roi",
     )
     p.add_argument(
         "-o", "--out", type=Path, default=Path("out"), help="folder for the results (default: out)"
@@ -106,7 +105,7 @@ def slides_parser() -> argparse.ArgumentParser:
     run.add_argument("--overwrite", action="store_true", help="replace files that other options made")
 
     cohort = p.add_argument_group("many slides")
-    cohort.add_argument("--slide-folder", type=Path, metavar="FOLDER", help="where the slides of a table lie")
+    cohort.add_argument("--slide-folder", metavar="FOLDER", help="where the slides of a table lie")
     cohort.add_argument("--retry-failed", action="store_true", help="only those that status.csv says failed")
     cohort.add_argument(
         "--shard", type=slides.shard, metavar="I/N", help="the I-th of N shares of the slides"

@@ -79,13 +79,13 @@ def shard(text: str) -> tuple[int, int]:
 
 def _run_dry(slides: SlideList, options: ExtractOptions) -> int:
     from seal_extract.plan import plan_slide
-    from seal_extract.slide_list import open_entry
+    from seal_extract.staging import open_by_itself
 
     print(_row(DRY_HEAD))
     failed = 0
     for entry in slides.entries:
         try:
-            with open_entry(entry, options.slide_mpp) as slide:
+            with open_by_itself(entry, options) as slide:
                 plan = plan_slide(slide, options.for_entry(entry), entry.name)
                 print(_row(_dry_cells(plan)), flush=True)
         except UsageError:
@@ -168,17 +168,21 @@ def embed(
             if result.error is not None:
                 fail(f"FAILED {result.error}", 1)
 
-        report = extract_cohort(
-            slides,
-            requests,
-            args.out,
-            options=options,
-            engine=_engine(args),
-            retry_failed=args.retry_failed,
-            status_name=_status_name(args.shard),
-            on_result=tell,
-            progress=bars.show,
-        )
+        try:
+            report = extract_cohort(
+                slides,
+                requests,
+                args.out,
+                options=options,
+                engine=_engine(args),
+                retry_failed=args.retry_failed,
+                status_name=_status_name(args.shard),
+                on_result=tell,
+                progress=bars.show,
+            )
+        except KeyboardInterrupt:
+            events.tell("interrupted")
+            raise
         events.tell("end", done=len(report.done), failed=len(report.failed), seconds=round(report.seconds, 1))
     return _close(report, args)
 
@@ -262,7 +266,13 @@ def _lines(result: SlideResult) -> list[str]:
 def _closing_line(name: str, result: SlideFeatures, seconds: float) -> str:
     slide, n = result.provenance["slide"], len(result.grid)
     if not n:
-        return f"{name}: 0 patches, no tissue found -> {result.path}; look at its overlay"
+        tissue = result.provenance["tissue"]
+        area = (
+            f"{tissue['area_mm2']:.2g} mm² of tissue, too little for one"
+            if tissue and tissue["area_mm2"]
+            else ""
+        )
+        return f"{name}: 0 patches, {area or 'no tissue found'} -> {result.path}; look at its overlay"
     unread = result.provenance["read_errors"]
     errors = f", {unread} of them UNREADABLE and zero" if unread else ""
     return (

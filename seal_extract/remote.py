@@ -1,0 +1,211 @@
+"""Slides that are URLs: what their storage says of them, which ones lie below a folder, a copy of one.
+
+The protocols are fsspec's. Readers take files only, and so a URL is copied before it is read.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import unquote
+
+from seal_extract.errors import SealExtractError, SlideOpenError, UsageError
+
+PACKAGES = {
+    **dict.fromkeys(("http", "https"), "aiohttp"),
+    **dict.fromkeys(("s3", "s3a"), "s3fs"),
+    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
+    **dict.fromkeys(("az", "abfs", "abfss"), "adlfs"),
+    **dict.fromkeys(("sftp", "ssh"), "paramiko"),
+}
+HTTP = ("http", "https")
+CONNECT_S, SILENT_S = 30, 60  # aiohttp's own limit is 5 minutes for a file, too short for a slide
+VERSIONS = (  # what storages say that changes with the file, the surest first
+    *("ETag", "etag", "md5Hash", "md5", "Content-MD5", "Digest", "crc32c"),
+    *("LastModified", "Last-Modified", "last_modified", "updated", "mtime", "created"),
+)
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """What a storage says of a file.
+
+    Attributes:
+        size: in bytes.
+        version: changes when the file does; empty where the storage says nothing like it.
+    """
+
+    size: int
+    version: str
+
+
+def address(source: str | os.PathLike[str]) -> str | Path:
+    """A URL as text, anything else as a path; ``file://`` is a path of this machine."""
+    text = os.fspath(source)
+    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
+        return Path(source)
+    if _protocol(text) in ("file", "local"):
+        return Path(unquote(text.partition("://")[2].removeprefix("localhost")))
+    return text
+
+
+def shown(url: str) -> str:
+    """The URL without password, signature and other parameters, which do not belong into tables."""
+    url = re.sub(r"(?<=://)[^/@]*:[^/@]*@", "", url)
+    return re.split(r"[?#]", url)[0] if _protocol(url) in HTTP else url
+
+
+def place(url: str) -> Path:
+    """A path that looks like the URL, for names: ``s3://bucket/a.svs`` is ``s3/bucket/a.svs``."""
+    text = shown(url).replace("://", "/", 1)
+    return Path(PurePosixPath((unquote(text) if _protocol(url) in HTTP else text).replace(":", "_")))
+
+
+def check_protocol(url: str) -> None:
+    """Refuse a protocol that is unknown, or whose package is not installed.
+
+    Raises:
+        UsageError: it is.
+    """
+    from fsspec import get_filesystem_class
+
+    protocol = _protocol(url)
+    try:
+        get_filesystem_class(protocol)
+    except ImportError as exc:
+        package = PACKAGES.get(protocol)
+        hint = f"type: pip install {package}" if package else _first_line(exc)
+        raise UsageError(f"{shown(url)}: {protocol}:// needs a package that is missing; {hint}") from exc
+    except ValueError as exc:
+        raise UsageError(
+            f"{shown(url)}: {protocol}:// is unknown to fsspec; allowed: https://, s3://, gs:// and others"
+        ) from exc
+
+
+def has_magic(url: str) -> bool:
+    """Whether it is a pattern; ``?`` begins the parameters of a web address."""
+    return any(mark in url for mark in ("*[" if _protocol(url) in HTTP else "*?["))
+
+
+def list_files(url: str) -> list[str]:
+    """All files below a folder, or that match a pattern.
+
+    Raises:
+        SlideOpenError: it cannot be listed.
+    """
+    with _asking(url, "listed"):
+        storage, path = _storage(url)
+        if has_magic(url):
+            found = [p for p, info in storage.glob(path, detail=True).items() if info["type"] == "file"]
+            if not found:
+                storage.ls(re.split(r"[*?[]", path)[0].rpartition("/")[0])  # says what glob() is silent on
+        else:
+            steps = storage.walk(path, detail=True, on_error="raise")  # find() is as silent
+            found = [info["name"] for _, _, files in steps for info in files.values()]
+        front, path = url.rstrip("/"), path.rstrip("/")
+        if front.endswith(path):  # keeps a host that the storage leaves out of its paths
+            return sorted(front.removesuffix(path) + p for p in found)
+        return sorted(storage.unstrip_protocol(p) for p in found)
+
+
+def look(url: str, *, fresh: bool = False) -> RemoteFile:
+    """Size and version of a file.
+
+    Args:
+        url: of the file.
+        fresh: ask even if it was in a listing.
+
+    Raises:
+        SlideOpenError: it is not there, or its size is unknown.
+    """
+    with _asking(url):
+        storage, path = _storage(url)
+        if fresh:
+            storage.invalidate_cache(path)
+        info = storage.info(path)
+    if info.get("size") is None:
+        raise SlideOpenError(
+            f"{shown(url)}: its server does not say how large it is; download it and give the file"
+        )
+    version = next((f"{key} {info[key]}" for key in VERSIONS if info.get(key)), "")
+    return RemoteFile(int(info["size"]), version)
+
+
+def fetch(url: str, expected: RemoteFile, copy: Path, is_stopped: Callable[[], bool]) -> None:
+    """Copy a file, all of it.
+
+    Args:
+        url: of the file.
+        expected: from `look`.
+        copy: where to; what was written of it is left when an error is raised.
+        is_stopped: asked now and then.
+
+    Raises:
+        SlideOpenError: it was not all there, changed meanwhile, or ``is_stopped``.
+    """
+    from fsspec.callbacks import Callback
+
+    def watch(_: int | None, done: int, **__: object) -> None:
+        if is_stopped():
+            raise SlideOpenError(f"{shown(url)}: the run was stopped")
+        if done > expected.size:
+            raise OSError(f"more came than the {expected.size} bytes announced")
+
+    with _asking(url):
+        storage, path = _storage(url)
+        storage.get_file(path, str(copy), callback=Callback(hooks={"watch": watch}))
+        if (size := copy.stat().st_size) != expected.size:
+            raise OSError(f"{size} bytes came, {expected.size} were announced")
+    if look(url, fresh=True) != expected:
+        raise SlideOpenError(f"{shown(url)} was changed while it was copied; run again")
+
+
+# --- fsspec -------------------------------------------------------------------------------------------
+
+
+def _protocol(url: str) -> str:
+    return url.partition("://")[0].lower()
+
+
+def _storage(url: str) -> tuple[Any, str]:
+    from fsspec.config import conf
+    from fsspec.core import url_to_fs
+
+    check_protocol(url)
+    if _protocol(url) not in HTTP:
+        storage, path = url_to_fs(url)
+        return storage, path
+    from aiohttp import ClientTimeout
+
+    client = {
+        "timeout": ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENT_S),
+        "trust_env": True,  # proxies
+        **conf.get(_protocol(url), {}).get("client_kwargs", {}),
+    }
+    storage, path = url_to_fs(url, client_kwargs=client)
+    return storage, path
+
+
+@contextmanager
+def _asking(url: str, what: str = "fetched") -> Iterator[None]:
+    try:
+        yield
+    except SealExtractError:
+        raise
+    except Exception as exc:  # each protocol raises errors of its own
+        reason = _first_line(exc.__cause__ or exc)  # fsspec calls whatever fails "not found"
+        is_full = isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "free some space in --stage-dir" if is_full else "check the URL and the network"
+        raise SlideOpenError(
+            f"{shown(url)} cannot be {what}: {reason.replace(url, shown(url))}; {advice}, then run again"
+        ) from exc
+
+
+def _first_line(exc: BaseException) -> str:
+    return (str(exc).splitlines() or [""])[0][:200] or type(exc).__name__
