@@ -80,10 +80,11 @@ def _expression_half(encoder: Encoder, name: str, revision: str | None) -> list[
     if layout is None or layout.decoder is None:
         return []
     try:
-        return [load_omics(name, revision=revision).weights]
+        weights = load_omics(name, revision=revision).weights
     except MissingOnHubError as exc:
         print(f"{name}: without the expression encoder, which embeddings do not need: {exc}", flush=True)
         return []
+    return [weights] if weights else []
 
 
 def doctor_parser() -> argparse.ArgumentParser:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
     from seal_extract.results import SlideResult
     from seal_extract.slide_list import SlideList
     from seal_extract.store import SlideFeatures
+
+
+WHAT_DEFAULT_IS = (
+    "by seal-tiny: bundled, trained on four sections of one breast cancer, for trying the tool and for tests; "
+    "for science type --encoder seal-conch, or another of `seal-extract encoders`"
+)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -117,14 +124,12 @@ def _row(cells: Sequence[str]) -> str:
 
 def _requests(args: argparse.Namespace) -> list[EncoderRequest]:
     """The encoders asked for; a checkpoint or an adapter is one encoder's."""
-    from seal_extract.encoders import list_encoders
+    from seal_extract.encoders.bundled import DEFAULT
     from seal_extract.encoders.request import EncoderRequest
 
     if args.encoder is None:
-        names = ", ".join(spec.name for spec in list_encoders())
-        raise UsageError(
-            f"--encoder is missing; type --encoder NAME with one of {names}, or a folder of yours"
-        )
+        args.encoder = DEFAULT
+        print(f"seal-extract: {WHAT_DEFAULT_IS}", file=sys.stderr)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are told in our one line
     asked: list[str] = [args.encoder] if Path(args.encoder).exists() else args.encoder.split(",")
     if len(asked) > 1 and (args.checkpoint or args.adapter or args.revision):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from seal_extract.encoders import folder
+from seal_extract.encoders.bundled import bundled
 from seal_extract.encoders.hub import FoundFile, fetch
 from seal_extract.encoders.registry import ALIASES, ROWS, EncoderSpec, Published, find_spec
 from seal_extract.encoders.settings import with_settings
@@ -30,6 +31,8 @@ def locate(
         CheckpointError: a folder that holds no encoder.
         HubError: the Hub does not give the file.
     """
+    if is_name(name_or_path) and str(name_or_path) in bundled():
+        name_or_path = bundled()[str(name_or_path)]
     if is_name(name_or_path) or is_timm(name_or_path):
         spec = named_spec(str(name_or_path))
         return with_settings(spec, _official_file(spec, checkpoint, revision, offline), offline)

@@ -271,14 +271,16 @@ ALIASES = {"phikonv2": "phikon2", "seal-phikonv2": "seal-phikon2"}
 
 
 def list_encoders() -> tuple[EncoderSpec, ...]:
-    """All encoders that have a name, the SEAL ones first, those of installed plugins last."""
+    """All encoders that have a name, the SEAL ones first, the bundled and those of plugins last."""
     return tuple(_all_rows().values())
 
 
 def _all_rows() -> dict[str, EncoderSpec]:
-    from seal_extract.encoders.plugins import plugin_rows  # asks what is installed: not while importing
+    # these ask what is installed: not while importing
+    from seal_extract.encoders.bundled import bundled_rows
+    from seal_extract.encoders.plugins import plugin_rows
 
-    return {**ROWS, **plugin_rows()}
+    return {**ROWS, **bundled_rows(), **plugin_rows()}
 
 
 def find_spec(name: str) -> EncoderSpec:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from seal_extract.encoders.build import pick_device
+from seal_extract.encoders.bundled import bundled
 from seal_extract.encoders.checkpoint import check_tensors, looks_like, read_tensors
 from seal_extract.encoders.encoder import WeightFile
 from seal_extract.encoders.expression import as_rows
@@ -41,7 +42,7 @@ class PlanarFlow(nn.Module):
         return z + self.u * torch.tanh(z @ self.w + self.b)[:, None]
 
     def log_det(self, z: Tensor) -> Tensor:
-        """log |1 + u . w (1 - tanh^2(w . z + b))|, [B, D] to [B]: how much it widens the density at z."""
+        """The logarithm of |1 + u . w (1 - tanh^2(w . z + b))|, by which volumes grow: [B, D] to [B]."""
         slope = 1 - torch.tanh(z @ self.w + self.b).square()
         return (1 + slope * (self.u @ self.w)).abs().clamp_min(1e-6).log()
 
@@ -191,7 +192,8 @@ def load_omics(
         CheckpointError: a file that does not hold exactly what is needed, was damaged or would run code.
         HubError: its children tell token, gate, absence and network apart.
     """
-    target, path = pick_device(device), Path(name_or_path).expanduser()
+    named = bundled().get(os.fspath(name_or_path), name_or_path)
+    target, path = pick_device(device), Path(named).expanduser()
     if path.is_dir():  # of an encoder that was trained here
         path = path / OMICS
         if not path.is_file():

@@ -1,7 +1,8 @@
-"""One loop for every method: AdamW, a cosine after a warm-up, checkpoints, early stop, a table and its curves.
+"""One loop for every method: AdamW, a cosine after a warm-up, checkpoints, early stop, a table, its curves.
 
-Order, variation and dropout of an epoch depend on the seed and its number alone, so that a run that was stopped
-goes on as if it had not been. Several GPUs are accelerate's: ``accelerate launch -m seal_extract.cli train ...``.
+Order, variation and dropout of an epoch depend on the seed and its number alone, so that a run that was
+stopped goes on as if it had not been. Several GPUs are accelerate's, each with its own batches and the
+negatives in them: ``accelerate launch -m seal_extract.cli train CONFIG.toml``.
 """
 
 from __future__ import annotations
@@ -144,8 +145,8 @@ class _Run:
                 loss = torch.stack(list(terms.values())).sum()
                 if not loss.isfinite():
                     raise TrainingError(
-                        f"the loss of epoch {number + 1}, batch {i + 1} is {loss.item()}; what was kept in "
-                        f'{self.folder / CHECKPOINT} is of epoch {number}; type a lower lr, or precision = "no"'
+                        f"the loss of epoch {number + 1}, batch {i + 1} is {loss.item()}; {CHECKPOINT} "
+                        f'of epoch {number} stays in {self.folder}; type a lower lr, or precision = "no"'
                     )
                 a.backward(loss)
                 if a.sync_gradients:
@@ -159,14 +160,14 @@ class _Run:
             count += 1
         self.next_epoch += 1
         means = {name: value / count for name, value in sums.items()}
-        return {"epoch": number + 1, "lr": self.schedule.get_last_lr()[0], **means} | {
-            "seconds": round(perf_counter() - started, 2)
-        }
+        seconds = round(perf_counter() - started, 2)
+        return {"epoch": number + 1, "lr": float(self.schedule.get_last_lr()[0]), **means, "seconds": seconds}
 
     def validate(self, batches: Batches) -> float:
         """The loss of all pairs, in the means of the samples drawn while training."""
         self.model.eval()
-        losses, weights = [], []
+        losses: list[float] = []
+        weights: list[int] = []
         with torch.no_grad(), self.accelerator.autocast():
             for batch in batches.whole():
                 losses.append(sum(v.item() for v in self.bare(batch.to(self.accelerator.device)).values()))

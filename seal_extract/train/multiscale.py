@@ -1,7 +1,7 @@
 """Multi-scale contrastive alignment of images and expression (Xing and Xing, 2026).
 
-A region is a patch and its eight neighbours. Images and expression are contrasted patch by patch and region by
-region, and each patch is drawn to its parent region.
+A region is a patch and its eight neighbours. Images and expression are contrasted patch by patch and region
+by region, and each patch is drawn to its parent region.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class MultiScaleOptions:
         weights = (self.patch, self.region, self.hierarchy)
         if min(weights) < 0 or not sum(weights[:2]) or self.temperature <= 0:
             raise UsageError(
-                f"weights are {weights}, temperature {self.temperature}; allowed: weights of 0 or more, patch or "
-                "region above 0, and a temperature above 0"
+                f"weights are {weights}, temperature {self.temperature}; allowed: weights of 0 or more, "
+                "patch or region above 0, and a temperature above 0"
             )
 
 

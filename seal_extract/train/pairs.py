@@ -64,8 +64,8 @@ def make_pairs(
 ) -> Pairs:
     """Cut a patch around every spot with the package's own reader, and take the panel's expression there.
 
-    A slide that is coarser than ``mpp`` is enlarged, which is said; spots whose patch would leave the slide are
-    left out, which is said too.
+    A slide that is coarser than ``mpp`` is enlarged, and spots whose patch would leave the slide are left
+    out; both are said.
 
     Args:
         sections: all of them go into memory: 150 kB a spot at 224 px.

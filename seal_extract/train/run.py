@@ -1,4 +1,4 @@
-"""A run from its configuration to an encoder that `load_encoder` takes: sections, panel, two stages, folder."""
+"""A run, from its configuration to an encoder that `load_encoder` takes: sections, panel, stages, folder."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from seal_extract.genes.panel import read_panel
 from seal_extract.train.batches import Batches
 from seal_extract.train.config import TrainConfig
 from seal_extract.train.formats import load_sections
-from seal_extract.train.lora import merge_adapters
 from seal_extract.train.loop import Row, train
+from seal_extract.train.lora import merge_adapters
 from seal_extract.train.multiscale import MultiScaleModel
 from seal_extract.train.pairs import Pairs, make_pairs
-from seal_extract.train.sections import Section, choose_panel
 from seal_extract.train.seal import OmicsModel, SealModel
+from seal_extract.train.sections import Section, choose_panel
 
 MIN_SD = 0.05  # of log1p; a gene that hardly varies would weigh without end in the standardised error
 Told = Callable[[str], None]
@@ -80,12 +80,12 @@ def run(
         if config.omics.epochs:
             tell(f"stage 1: the expression encoder, {config.omics.epochs} epochs")
             options = replace(config.loop, epochs=config.omics.epochs, lr=config.omics.lr)
-            batches, others = _batches(pairs, config, False), held_out and _batches(held_out, config, False)
+            batches, others = _both(pairs, held_out, config, regions=False)
             train(omics, batches, others, out / "stage_1", options, identity=identity, on_epoch=_teller(tell))
     tell(f"stage 2: {config.method}, at most {config.loop.epochs} epochs")
     model = _model(config, encoder, omics, sd, pairs).to(encoder.device)
     regions = config.method == "multiscale"
-    batches, others = _batches(pairs, config, regions), held_out and _batches(held_out, config, regions)
+    batches, others = _both(pairs, held_out, config, regions)
     rows = train(
         model, batches, others, out / "stage_2", config.loop, identity=identity, on_epoch=_teller(tell)
     )
@@ -123,9 +123,11 @@ def _pairs(sections: list[Section], panel: tuple[str, ...], config: TrainConfig)
     return make_pairs(sections, panel, data.patch_px, data.mpp, smooth=data.smooth)
 
 
-def _batches(pairs: Pairs, config: TrainConfig, regions: bool) -> Batches:
-    size = min(config.batch_size, len(pairs)) if regions else config.batch_size
-    return Batches(pairs, size, config.loop.seed, regions=regions)
+def _both(
+    pairs: Pairs, held_out: Pairs | None, config: TrainConfig, regions: bool
+) -> tuple[Batches, Batches | None]:
+    batches = Batches(pairs, config.batch_size, config.loop.seed, regions=regions)
+    return batches, None if held_out is None else Batches(held_out, len(held_out), regions=regions)
 
 
 def _needs_omics(config: TrainConfig, pairs: Pairs) -> bool:
@@ -175,7 +177,7 @@ def _write(model: SealModel | MultiScaleModel, config: TrainConfig, pairs: Pairs
 
 
 def as_expression_decoder(decoder: nn.Module) -> ExpressionDecoder:
-    """The decoder as an encoder's folder holds it; one Linear layer becomes relu(W relu(x) - W relu(-x) + b)."""
+    """The decoder as an encoder's folder holds it; a Linear layer becomes relu(W relu(x) - W relu(-x) + b)."""
     if isinstance(decoder, ExpressionDecoder):
         return decoder
     assert isinstance(decoder, nn.Linear)
@@ -196,8 +198,8 @@ def _summary(config: TrainConfig, base: str, pairs: Pairs, rows: list[Row]) -> d
     last = {k: round(v, 5) for k, v in rows[-1].items()} if rows else {}
     best = min(rows, key=lambda r: r.get("validation", -r["epoch"]), default={})
     text = (
-        f"## Training\n\nFinetuned from {base} by `{config.method}` on {len(pairs)} pairs of patch and spot of "
-        f"{', '.join(pairs.names)} ({len(set(pairs.patients))} patients), {len(pairs.panel)} genes, "
+        f"## Training\n\nFinetuned from {base} by `{config.method}` on {len(pairs)} pairs of patch and spot "
+        f"of {', '.join(pairs.names)} ({len(set(pairs.patients))} patients), {len(pairs.panel)} genes, "
         f"{pairs.patches.shape[-1]} px at {config.data.mpp:g} µm/px. Epoch {best.get('epoch', 0):.0f} of "
         f"{len(rows)} was kept.\n"
     )

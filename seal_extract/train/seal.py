@@ -1,7 +1,7 @@
 """SEAL: an expression encoder, then an image encoder aligned with it (arXiv 2602.14177, version 0.0.1).
 
-Stage 1 trains the expression encoder alone. Stage 2 trains adapters in the last blocks of the image encoder, the
-image decoder and the expression encoder together. With terms left out it is the baselines of the field.
+Stage 1 trains the expression encoder alone. Stage 2 trains adapters in the last blocks of the image encoder,
+the image decoder and the expression encoder together. With terms left out it is the baselines of the field.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class SealOptions:
         weights = (self.alignment, self.reconstruction, self.prediction)
         if min(weights) < 0 or not sum(weights) or self.temperature <= 0:
             raise UsageError(
-                f"weights are {weights}, temperature {self.temperature}; allowed: weights of 0 or more, one of "
-                "them above, and a temperature above 0"
+                f"weights are {weights}, temperature {self.temperature}; allowed: weights of 0 or more, one "
+                "of them above, and a temperature above 0"
             )
 
 

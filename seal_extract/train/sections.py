@@ -64,8 +64,8 @@ class Section:
         n, g = self.counts.shape
         if (len(self.barcodes), len(self.xy_l0), len(self.genes)) != (n, n, g):
             raise UsageError(
-                f"{self.name}: {len(self.barcodes)} barcodes, {len(self.xy_l0)} places and {len(self.genes)} genes "
-                f"for counts of {n} x {g}; they have to agree"
+                f"{self.name}: {len(self.barcodes)} barcodes, {len(self.xy_l0)} places and {len(self.genes)} "
+                f"genes for counts of {n} x {g}; they have to agree"
             )
         if not n:
             raise UsageError(
@@ -99,7 +99,7 @@ class Section:
         values = self.counts if columns is None else self.counts[:, columns]
         values = np.asarray(values.toarray() if hasattr(values, "toarray") else values, np.float64)
         if self.scale == "log1p":
-            return values.astype(np.float32)
+            return np.asarray(values, np.float32)
         total = np.asarray(self.counts.sum(axis=1), np.float64).reshape(-1, 1)
         return np.log1p(values / np.maximum(total, 1) * TARGET_SUM).astype(np.float32)
 
@@ -118,12 +118,12 @@ class Section:
             mean[rows] += expression[neighbours[rows, k]]
         some = count > 0
         mean[some] /= count[some, None]
-        out = expression.copy()
+        out: Expression = expression.copy()
         out[some] = (expression[some] + mean[some]) / 2
         return out
 
     def neighbours(self) -> NDArray[np.int64]:
-        """Rows of the spots that touch each spot on the array: int64 [N, 6, 4 or 0], -1 where there is none."""
+        """Rows of the spots around each spot on the array: int64 [N, 6, 4 or 0], -1 where there is none."""
         steps = LATTICES[self.lattice] if self.array_rc is not None else ()
         if not steps or self.array_rc is None:
             return np.empty((len(self), 0), np.int64)
@@ -208,13 +208,13 @@ def _check_scale(name: str, values: NDArray[Any], scale: str) -> None:
     whole = not len(values) or bool((values == np.round(values)).all())
     if scale == "counts" and not whole:
         raise UsageError(
-            f"{name}: counts are not whole numbers (the largest is {values.max():.4g}), so they are normalised "
-            'already; give raw counts, or type counts_are = "log1p" if they are log1p of 10,000 a spot'
+            f"{name}: counts are not whole numbers (the largest is {values.max():.4g}), so they are "
+            'normalised already; give raw counts, or type counts_are = "log1p" for log1p of 10,000 a spot'
         )
     if scale == "log1p" and len(values) and (values.max() > LOG1P_MAX or whole):
         raise UsageError(
-            f'{name}: counts_are is "log1p", but the numbers are {"whole" if whole else "too large"} (the largest '
-            f'is {values.max():.4g}); type counts_are = "counts"'
+            f'{name}: counts_are is "log1p", but the numbers are {"whole" if whole else "too large"} (the '
+            f'largest is {values.max():.4g}); type counts_are = "counts"'
         )
     if scale not in ("counts", "log1p"):
         raise UsageError(f"counts_are is {scale!r}; allowed: counts, log1p")

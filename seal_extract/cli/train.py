@@ -1,0 +1,37 @@
+"""``seal-extract train CONFIG.toml``: a line per epoch, and an encoder's folder at the end."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from seal_extract.cli.options import add_common
+
+
+def train_parser() -> argparse.ArgumentParser:
+    """Options of ``seal-extract train``."""
+    p = argparse.ArgumentParser(
+        prog="seal-extract train",
+        description="Align an encoder with spatial transcriptomics, by SEAL, multi-scale contrast "
+        "or a baseline. The same command goes on with a run that was stopped.",
+    )
+    p.set_defaults(handler=run_train)
+    p.add_argument("config", type=Path, metavar="CONFIG.toml", help="all options; the README has one")
+    p.add_argument("--check", action="store_true", help="only read and check the options")
+    add_common(p)
+    return p
+
+
+def run_train(args: argparse.Namespace) -> int:
+    """Train and write; 2 for options that cannot be meant."""
+    from seal_extract.train.config import read_config
+
+    config = read_config(args.config)
+    if args.check:
+        print(config)
+        return 0
+    from seal_extract.train.run import run
+
+    trained = run(config, tell=lambda line: None if args.quiet else print(line, flush=True))
+    print(f"use it with  seal-extract slide.svs --encoder {trained.path}")
+    return 0

@@ -1,0 +1,276 @@
+"""The loop: stops, goes on, gives back the best; a whole run to a folder that loads; options and refusals."""
+
+import csv
+import dataclasses
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from train_fixtures import GENES, TINY, pairs, tiny_encoder
+
+from seal_extract import load_encoder, load_omics
+from seal_extract.cli import main
+from seal_extract.errors import OutputError, UsageError
+from seal_extract.train.batches import Batches
+from seal_extract.train.config import read_config
+from seal_extract.train.loop import CHECKPOINT, LoopOptions, TrainingError, train
+from seal_extract.train.lora import LoraOptions
+from seal_extract.train.run import new_omics, run
+from seal_extract.train.seal import OmicsModel, SealModel, SealOptions
+
+SD = torch.ones(GENES)
+OPTIONS = LoopOptions(epochs=4, lr=1e-3, seed=5)
+
+
+def model():
+    torch.manual_seed(0)
+    omics = OmicsModel(new_omics(32, GENES, (32, 16)), SD)
+    return SealModel(tiny_encoder(), omics, SD, SealOptions(lora=LoraOptions(), decoder_hidden=16))
+
+
+def state(trained):
+    return {k: v.clone() for k, v in trained.state_dict().items()}
+
+
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path):
+    whole, parted = model(), model()
+    batches = Batches(pairs(24), 8)
+    train(whole, batches, None, tmp_path / "whole", OPTIONS)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(row):
+        if row["epoch"] == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        train(parted, batches, None, tmp_path / "parted", OPTIONS, on_epoch=stop)
+    again = model()
+    rows = train(again, batches, None, tmp_path / "parted", OPTIONS)
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+    for (name, one), other in zip(state(whole).items(), state(again).values(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_what_it_leaves_behind(tmp_path):
+    rows = train(model(), Batches(pairs(24), 8), Batches(pairs(8, seed=1), 8), tmp_path, OPTIONS)
+    with (tmp_path / "metrics.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [float(r["loss"]) for r in table] == pytest.approx([r["loss"] for r in rows])
+    assert {"reconstruction", "alignment", "prediction", "validation", "lr"} <= table[0].keys()
+    with Image.open(tmp_path / "curves.png") as curves:
+        assert curves.size[0] > 300
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def test_the_best_epoch_is_given_back_and_patience_ends_it(tmp_path):
+    trained = model()
+    options = dataclasses.replace(OPTIONS, epochs=40, lr=0.05, patience=3)
+    validation = Batches(pairs(8, seed=1), 8)
+    rows = train(trained, Batches(pairs(24), 8), validation, tmp_path, options)
+    losses = [row["validation"] for row in rows]
+    assert len(rows) == losses.index(min(losses)) + 4 < 40
+    trained.eval()
+    with torch.no_grad():
+        again = sum(v.item() for v in trained(next(validation.whole())).values())
+    assert again == pytest.approx(min(losses), rel=1e-4)
+
+
+def test_batches_gathered_into_one_step(tmp_path):
+    class Sum(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, batch, seed=None):
+            return {"a": (self.w - batch.expression.mean()).square().mean()}
+
+    ends = []
+    for size, accumulate in ((8, 2), (16, 1)):
+        one = Sum()
+        options = LoopOptions(epochs=2, lr=0.1, accumulate=accumulate, weight_decay=0, clip=1e9)
+        train(one, Batches(pairs(16), size), None, tmp_path / str(size), options)
+        ends.append(one.w.item())
+    assert ends[0] == pytest.approx(ends[1], rel=1e-4)
+
+
+def test_a_loss_that_is_no_number_keeps_the_last_checkpoint(tmp_path):
+    class Breaks(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.ones(1))
+            self.calls = 0
+
+        def forward(self, batch, seed=None):
+            self.calls += 1
+            return {"a": self.w.sum() * (float("nan") if self.calls > 3 else 1)}
+
+    with pytest.raises(TrainingError, match=r"epoch 2, batch 2 is nan; checkpoint\.pt of epoch 1 stays"):
+        train(Breaks(), Batches(pairs(16), 8), None, tmp_path, OPTIONS)
+    assert torch.load(tmp_path / CHECKPOINT, weights_only=True)["trained"]["w"].isfinite().all()
+
+
+def test_a_resume_with_other_options_is_refused_and_changes_nothing(tmp_path):
+    batches = Batches(pairs(16), 8)
+    train(model(), batches, None, tmp_path, OPTIONS)
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    with pytest.raises(UsageError, match=r"made with lr = 0\.001, not 0\.01"):
+        train(model(), batches, None, tmp_path, dataclasses.replace(OPTIONS, lr=0.01))
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+    (tmp_path / CHECKPOINT).write_text("not a checkpoint")
+    with pytest.raises(UsageError, match="no checkpoint of this package"):
+        train(model(), batches, None, tmp_path, OPTIONS)
+
+
+def test_fewer_pairs_than_a_batch_are_refused():
+    with pytest.raises(UsageError, match="batch_size is 64, but S0 have 16 pairs; type batch_size = 16"):
+        Batches(pairs(16), 64)
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    one, again, other = (Batches(pairs(32), 8, seed) for seed in (1, 1, 2))
+    rows = [[b.row.tolist() for b in batches.epoch(3)] for batches in (one, again, other)]
+    assert rows[0] == rows[1] != rows[2]
+    assert rows[0] != [b.row.tolist() for b in one.epoch(4)]
+    halves = [b.row.tolist() for rank in (0, 1) for b in one.epoch(3, rank, 2)]
+    assert sorted(halves) == sorted(rows[0])
+
+
+# --- a whole run ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Two sections in tables, with expression that goes by the colour, and an encoder to finetune."""
+    rng = np.random.default_rng(0)
+    for folder in ("counts", "spots", "images"):
+        (tmp_path / "study" / folder).mkdir(parents=True)
+    for name in ("A1", "B1"):
+        colours = rng.integers(60, 220, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(colours.repeat(200, 0).repeat(200, 1)).save(tmp_path / f"study/images/{name}.png")
+        spots, counts = ["x\ty\tpixel_x\tpixel_y"], ["\t" + "\t".join(f"G{i}" for i in range(20))]
+        for y in range(1, 7):
+            for x in range(1, 7):
+                spots.append(f"{x}\t{y}\t{x * 200 + 100}\t{y * 200 + 100}")
+                mean = 1 + np.outer(colours[y, x] / 40, np.arange(1, 8)).ravel()[:20]
+                counts.append(f"{x}x{y}\t" + "\t".join(map(str, rng.poisson(mean))))
+        (tmp_path / f"study/spots/{name}_selection.tsv").write_text("\n".join(spots))
+        (tmp_path / f"study/counts/{name}.tsv").write_text("\n".join(counts))
+    tiny_encoder().save_pretrained(tmp_path / "base")
+    return tmp_path
+
+
+CONFIG = """
+name = "ours"
+encoder = "{place}/base"
+out = "{place}/out"
+method = "{method}"
+batch_size = 12
+licence = "CC-BY-4.0"
+
+[data]
+genes = 10
+patch_px = 32
+mpp = 1.0
+validation = ["B1"]
+[[data.sections]]
+kind = "st-tables"
+folder = "{place}/study"
+names = ["A1", "B1"]
+
+[omics]
+hidden = [32, 16]
+epochs = 2
+
+[loop]
+epochs = 3
+patience = 2
+"""
+
+
+def write_config(place, method="seal", **changes):
+    text = CONFIG.format(place=place, method=method)
+    for old, new in changes.values():
+        assert old in text
+        text = text.replace(old, new)
+    path = place / "config.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("method", ["seal", "multiscale", "clip", "regression", "probe"])
+def test_a_configuration_becomes_an_encoder(study, capsys, method):
+    assert main(["train", str(write_config(study, method))]) == 0
+    assert "--encoder" in capsys.readouterr().out
+    encoder = load_encoder(study / "out")
+    assert encoder.spec.name == "ours"
+    assert encoder.spec.licence == "CC-BY-4.0"
+    patches = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    embedded = encoder.encode(patches)
+    assert embedded.shape == (3, TINY.dim)
+    unchanged = torch.equal(embedded, tiny_encoder().encode(patches))
+    assert unchanged == (method == "probe")
+    if method in ("seal", "regression", "probe"):
+        assert encoder.genes is not None
+        assert set(encoder.genes) <= {f"G{i}" for i in range(20)}
+        assert encoder.predict_expression(embedded).shape == (3, 10)
+    if method in ("seal", "multiscale", "clip"):
+        omics = load_omics(study / "out")
+        assert (omics.name, omics.dim, omics.n_genes, omics.hidden) == ("ours", 32, 10, (32, 16))
+        assert omics.encode(np.ones((2, 10), np.float32)).shape == (2, 32)
+    card = (study / "out" / "README.md").read_text()
+    assert f"by `{method}` on 36 pairs" in card
+    assert str(study) not in card + (study / "out" / "config.json").read_text()
+    assert (study / "out" / "stage_2" / "curves.png").is_file()
+
+
+def test_its_results_extract_as_any_encoder_s(study):
+    run(read_config(write_config(study)))
+    image = study / "study" / "images" / "A1.png"
+    words = ["--slide-mpp", "1.0", "--mpp", "1", "--patch-px", "32", "--min-tissue", "0", "-q"]
+    assert main([str(image), "-o", str(study / "x"), "--encoder", str(study / "out"), *words]) == 0
+    (features,) = (study / "x").rglob("features_ours/*.h5")
+    with h5py.File(features) as file:
+        assert file["features"].shape[1] == 32
+
+
+def test_a_finished_encoder_is_not_overwritten(study):
+    config = read_config(write_config(study))
+    run(config)
+    with pytest.raises(OutputError, match="holds a finished encoder"):
+        run(config)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("epochs = 3", "epoch = 3", "no option 'epoch'; did you mean epochs?"),
+        ("epochs = 3", 'epochs = "three"', "epochs is 'three'; it has to be a int"),
+        ("epochs = 3", "epochs = 0", "epochs and accumulate of 1 or more"),
+        ('name = "ours"', "", "name missing"),
+        ('method = "seal"', 'method = "magic"', "method is 'magic'; allowed: seal"),
+        ('names = ["A1", "B1"]', 'names = ["A1", "Z9"]', "has no counts/Z9.tsv"),
+        ('kind = "st-tables"', 'kind = "tables"', "kind of sections is 'tables'; allowed"),
+        ('validation = ["B1"]', 'validation = ["B7"]', "names B7, which is none of the sections A1, B1"),
+        ('validation = ["B1"]', 'validation = ["A1", "B1"]', "leave some to train on"),
+        ('validation = ["B1"]', "", "patience needs a validation section"),
+        ("genes = 10", "genes = 30", "20 genes in common, 30 are asked for; type genes = 20"),
+        ("batch_size = 12", "batch_size = 99", "type batch_size = 36"),
+        ("hidden = [32, 16]", "hidden = [32]", "two widths"),
+    ],
+)
+def test_options_that_cannot_be_meant(study, capsys, old, new, message):
+    assert main(["train", str(write_config(study, change=(old, new)))]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert len([line for line in err.splitlines() if "seal-extract:" in line and "enlarged" not in line]) == 1
+    assert not (study / "out" / "config.json").exists()
+
+
+def test_check_reads_the_options_and_no_more(study, capsys):
+    assert main(["train", "--check", str(write_config(study))]) == 0
+    assert "batch_size=12" in capsys.readouterr().out
+    assert not (study / "out").exists()

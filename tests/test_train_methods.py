@@ -1,0 +1,179 @@
+"""What each method trains and what it leaves alone; sixteen pairs learnt by heart."""
+
+import dataclasses
+
+import pytest
+import torch
+from train_fixtures import GENES, pairs, tiny_encoder
+
+from seal_extract.encoders.tower import embed
+from seal_extract.errors import UsageError
+from seal_extract.train.batches import Batches
+from seal_extract.train.lora import LoraOptions, add_adapters, merge_adapters
+from seal_extract.train.multiscale import MultiScaleModel, MultiScaleOptions, first_of_each, mean_of
+from seal_extract.train.run import as_expression_decoder, new_omics
+from seal_extract.train.seal import BASELINES, OmicsModel, SealModel, SealOptions, embed_patches
+
+SD = torch.ones(GENES)
+LORA = LoraOptions(dropout=0.0)
+
+
+def omics_model():
+    torch.manual_seed(0)
+    return OmicsModel(new_omics(32, GENES, (64, 32)), SD)
+
+
+def learn(model, batch, steps, lr=3e-3):
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    for _ in range(steps):
+        loss = torch.stack(list(model(batch).values())).sum()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return loss.item()
+
+
+@pytest.fixture
+def batch():
+    return next(Batches(pairs(16), 16).epoch(0))
+
+
+def test_adapters_begin_at_the_base_and_merge_to_what_they_were():
+    encoder, x = tiny_encoder(), torch.randn(2, 3, 32, 32)
+    before = embed(encoder.tower, "cls", x)
+    names = add_adapters(encoder.tower, LORA)
+    assert torch.equal(embed(encoder.tower, "cls", x), before)
+    assert set(names) == {f"blocks.1.{n}" for n in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    for parameter in encoder.tower.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.05)
+    trained = embed(encoder.tower, "cls", x)
+    assert not torch.allclose(trained, before, atol=1e-3)
+    keys = tiny_encoder().tower.state_dict().keys()
+    merge_adapters(encoder.tower)
+    assert encoder.tower.state_dict().keys() == keys
+    assert torch.allclose(embed(encoder.tower, "cls", x), trained, atol=1e-5)
+
+
+def test_more_blocks_than_there_are_are_refused():
+    with pytest.raises(UsageError, match="3, but the encoder has 2 blocks"):
+        add_adapters(tiny_encoder().tower, LoraOptions(blocks=3))
+
+
+@pytest.mark.parametrize(
+    ("method", "trained"),
+    [
+        ("seal", {"encoder", "omics", "decoder"}),
+        ("clip", {"encoder", "omics"}),
+        ("regression", {"encoder", "decoder"}),
+        ("probe", {"decoder"}),
+    ],
+)
+def test_gradients_are_where_they_belong(batch, method, trained):
+    torch.manual_seed(0)
+    model = SealModel(tiny_encoder(), omics_model(), SD, BASELINES[method])
+    model.train()
+    torch.stack(list(model(batch, seed=1).values())).sum().backward()
+    with_gradient = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert {n.split(".")[0] for n in with_gradient} == trained
+    inside = {n for n in with_gradient if n.startswith("encoder")}
+    assert all("lora_" in n and "blocks.1." in n for n in inside)
+    assert all(p.grad is None for n, p in model.encoder.named_parameters() if "lora_" not in n)
+
+
+def test_sixteen_pairs_are_learnt_by_heart(batch):
+    torch.manual_seed(0)
+    options = SealOptions(lora=LoraOptions(blocks=2, dropout=0.0), decoder_hidden=64)
+    model = SealModel(tiny_encoder(), omics_model(), SD, options)
+    first = torch.stack(list(model(batch).values())).sum().item()
+    last = learn(model, batch, 250)
+    assert last < 0.2 * first
+    images = embed_patches(model.encoder, batch.patches)
+    expression = model.omics.losses(batch.expression)[0]
+    nearest = (
+        torch.nn.functional.normalize(images, dim=1) @ torch.nn.functional.normalize(expression, dim=1).T
+    )
+    assert (nearest.argmax(1) == torch.arange(16)).float().mean() >= 0.9
+    predicted = model.decoder(images)
+    together = torch.stack([predicted.flatten(), batch.expression.flatten()])
+    assert torch.corrcoef(together)[0, 1] > 0.9
+
+
+def test_stage_1_learns_to_give_expression_back(batch):
+    model = omics_model().eval()  # the mean of the latent, and BatchNorm as it stands
+    assert learn(model, batch, 200) < 0.3 * model(batch)["reconstruction"].item() + 0.5
+    assert model.losses(batch.expression)[0].shape == (16, 32)
+
+
+def test_the_divergence_is_asked_for_by_its_weight(batch):
+    omics = new_omics(32, GENES, (64, 32))
+    assert set(OmicsModel(omics, SD)(batch)) == {"reconstruction"}
+    assert set(OmicsModel(omics, SD, kl=0.1)(batch)) == {"reconstruction", "kl"}
+
+
+def test_patches_without_a_seed_are_embedded_as_encode_does(batch):
+    encoder = tiny_encoder()
+    assert torch.allclose(embed_patches(encoder, batch.patches), encoder.encode(batch.patches), atol=1e-6)
+
+
+def test_variation_depends_on_its_seed_alone(batch):
+    encoder = tiny_encoder()
+    one, again, other = (embed_patches(encoder, batch.patches, 0.1, seed) for seed in (3, 3, 4))
+    assert torch.equal(one, again)
+    assert not torch.allclose(one, other)
+
+
+def test_an_expression_encoder_of_another_length_is_refused():
+    with pytest.raises(UsageError, match="of one length"):
+        SealModel(tiny_encoder(), OmicsModel(new_omics(16, GENES, (8, 8)), SD), SD, SealOptions())
+
+
+def test_weights_that_ask_for_nothing_are_refused():
+    with pytest.raises(UsageError, match="one of them above"):
+        SealOptions(alignment=0, reconstruction=0, prediction=0)
+
+
+# --- multi-scale ------------------------------------------------------------------------------
+
+
+def test_regions_are_a_patch_and_its_neighbours():
+    batches = Batches(pairs(16), 4, regions=True)  # 4 x 4 on a square lattice
+    middle = batches.take(torch.tensor([5]).numpy())
+    assert sorted(middle.row.tolist()) == [0, 1, 2, 4, 5, 6, 8, 9, 10]
+    corner = batches.take(torch.tensor([0]).numpy())
+    assert sorted(corner.row.tolist()) == [0, 1, 4, 5]
+
+
+def test_a_mean_over_groups_and_the_first_of_each():
+    rows = torch.tensor([[1.0], [3.0], [5.0]])
+    assert mean_of(rows, torch.tensor([0, 0, 1])).tolist() == [[2.0], [5.0]]
+    assert first_of_each(torch.tensor([7, 3, 7, 9, 3])).tolist() == [0, 1, 3]
+
+
+def test_multi_scale_learns_and_names_its_terms():
+    torch.manual_seed(0)
+    batch = Batches(pairs(16), 4, regions=True).take(torch.arange(16).numpy())
+    options = MultiScaleOptions(lora=LoraOptions(blocks=2, dropout=0.0))
+    model = MultiScaleModel(tiny_encoder(), omics_model(), options)
+    first = model(batch)
+    assert set(first) == {"reconstruction", "patch", "region", "hierarchy"}
+    assert learn(model, batch, 80) < 0.6 * torch.stack(list(first.values())).sum().item()
+
+
+def test_multi_scale_takes_a_table_of_another_model():
+    table = torch.randn(16, 5).numpy()
+    batch = Batches(dataclasses.replace(pairs(16), embeddings=table), 4, regions=True).take(
+        torch.arange(16).numpy()
+    )
+    model = MultiScaleModel(tiny_encoder(), None, MultiScaleOptions(lora=LORA), table_dim=5)
+    assert set(model(batch)) == {"patch", "region", "hierarchy"}
+    without = Batches(pairs(16), 4, regions=True).take(torch.arange(16).numpy())
+    with pytest.raises(UsageError, match="no table of embeddings"):
+        model(without)
+    with pytest.raises(UsageError, match="nothing to align with"):
+        MultiScaleModel(tiny_encoder(), None, MultiScaleOptions())
+
+
+def test_a_linear_decoder_is_kept_as_one_of_two_layers_exactly():
+    linear, x = torch.nn.Linear(32, GENES), torch.randn(5, 32)
+    assert torch.allclose(as_expression_decoder(linear)(x), linear(x).relu(), atol=1e-5)
