@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import shared
-from encoder_fixtures import TINY_VIT
+from encoder_fixtures import TINY_CONCH
 from PIL import Image
 
 from seal_extract.cli import main
@@ -409,7 +409,7 @@ def test_hand_made_features_reach_the_yardstick_on_her2st_and_permuted_rows_do_n
 def place(tmp_path_factory):
     """Three sections of 36 spots on a square of 200 µm, 2 µm/px; the first gene is dark where it is much."""
     folder = tmp_path_factory.mktemp("evaluate")
-    tiny = untrained_encoder(TINY_VIT)
+    tiny = untrained_encoder(TINY_CONCH)
     tiny.save_pretrained(folder / "base")
     decoder, omics = ExpressionDecoder(tiny.spec.dim, Decoder(6, 3)), new_omics(tiny.spec.dim, 3, (8, 6))
     decoder = decoder.to_empty(device="cpu")
@@ -472,6 +472,7 @@ def test_the_command_prints_the_tables_and_writes_three_files(place, tmp_path, c
         "encoder, expression to image",
         "chance",
     ]
+    assert report["tables"][0]["rows"][2]["folds"]["A"] != 0  # its embeddings are not all alike
     r = report["pearson_r_per_gene"]["hand-made features, HEST-Benchmark"]["B"]
     assert r["g1"] > 0.8
     assert (tmp_path / "evaluation.md").read_text().strip() in out
