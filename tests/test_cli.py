@@ -125,7 +125,6 @@ def one_line(result, status, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], r"--encoder is missing; type --encoder NAME with one of seal-conch, seal-univ2"),
         (["--encoder", "seal-conhc"], r"there is no encoder 'seal-conhc'; did you mean seal-conch"),
         (["--encoder", "conch", "--device", "cuda:99"], r"device is cuda:99, but this machine has \d+ CUDA"),
         (["--encoder", "conch", "--device", "gpu"], r"device is 'gpu'; allowed: cpu, cuda"),

@@ -139,7 +139,7 @@ def pretrain(
         contrast, foretold = info_nce(one, other, TEMPERATURE), F.smooth_l1_loss(foretell(embedded), looks)
         loss = CONTRAST * contrast + foretold
         optimiser.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, CLIP)
         optimiser.step()
         if step % 50 == 49:
