@@ -6,9 +6,11 @@ import pytest
 import torch
 from train_fixtures import GENES, pairs, tiny_encoder
 
+from seal_extract.demo import untrained_encoder
+from seal_extract.encoders.registry import find_spec
 from seal_extract.encoders.tower import embed
 from seal_extract.errors import UsageError
-from seal_extract.train.batches import Batches
+from seal_extract.train.batches import Batches, TrainBatch
 from seal_extract.train.lora import LoraOptions, add_adapters, merge_adapters
 from seal_extract.train.multiscale import MultiScaleModel, MultiScaleOptions, first_of_each, mean_of
 from seal_extract.train.run import as_expression_decoder, new_omics
@@ -177,3 +179,34 @@ def test_multi_scale_takes_a_table_of_another_model():
 def test_a_linear_decoder_is_kept_as_one_of_two_layers_exactly():
     linear, x = torch.nn.Linear(32, GENES), torch.randn(5, 32)
     assert torch.allclose(as_expression_decoder(linear)(x), linear(x).relu(), atol=1e-5)
+
+
+@pytest.mark.slow  # CONCH's architecture
+def test_stage_2_of_a_conch_fits_a_card_of_24_gb_at_batch_64():
+    # counted: weights, gradients, moments of AdamW; 32 times what the backward pass keeps of 2 patches
+    genes = 2000
+    encoder = untrained_encoder(find_spec("conch"))
+    model = SealModel(
+        encoder,
+        OmicsModel(new_omics(512, genes, (1024, 512)), torch.ones(genes)),
+        torch.ones(genes),
+        SealOptions(),
+    )
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    patches = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    batch = TrainBatch(patches, torch.rand(2, genes), torch.arange(2))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        torch.stack(list(model(batch, seed=1).values())).sum()
+    activations = 32 * sum(size for place, size in kept.items() if place not in weights)
+    held = sum(p.nbytes * (4 if p.requires_grad else 1) for p in model.parameters())
+    # one frozen block at a time has its own passing tensors: qkv, attention, the MLP's hidden layer
+    passing = 64 * 197 * 768 * 4 * 12
+    total_gb = (activations + held + passing) / 1e9
+    print(f"\n{total_gb:.1f} GB: {activations / 1e9:.1f} kept for the backward pass, {held / 1e9:.1f} held")
+    assert total_gb < 24
