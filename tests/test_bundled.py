@@ -22,7 +22,7 @@ def test_it_is_named_loads_and_predicts_genes_by_name():
     embedded = encoder.encode(patches)
     assert embedded.shape == (2, encoder.spec.dim)
     assert encoder.genes is not None
-    assert "ERBB2" in encoder.genes
+    assert "CEACAM6" in encoder.genes
     assert encoder.predict_expression(embedded).shape == (2, len(encoder.genes))
 
 
