@@ -188,8 +188,9 @@ def checked_places(name: str, xy_l0: Any) -> NDArray[np.float64]:
     except (TypeError, ValueError) as exc:
         raise UsageError(f"{name}: places of spots are no numbers: {exc}") from exc
     if centres.ndim != 2 or centres.shape[1] != 2 or not np.isfinite(centres).all():
+        wrong = int((~np.isfinite(centres)).sum())
         raise UsageError(
-            f"{name}: places of spots are {list(centres.shape)}, {int((~np.isfinite(centres)).sum())} of them no "
-            "numbers; they have to be N x 2, x and y in pixels of the slide"
+            f"{name}: places of spots are {list(centres.shape)}, {wrong} of them no numbers; they "
+            "have to be N x 2, x and y in pixels of the slide"
         )
     return centres
