@@ -15,7 +15,7 @@ from seal_extract.provenance import PIPELINE, describe_options, describe_request
 from seal_extract.remote import look
 from seal_extract.slide import Slide
 from seal_extract.slide_list import MPP_TOLERANCE, SlideEntry, open_entry
-from seal_extract.store import SlideFeatures, read_features, read_provenance
+from seal_extract.store import SlideFeatures, find_features
 
 if TYPE_CHECKING:
     from seal_extract.encoders import Encoder
@@ -45,7 +45,7 @@ def find_finished(
     if found is None:
         return None
     request = describe_request(slide, encoder, options, name)
-    return _accept(*found, request, layout, name, options)
+    return _accept(found, request, layout, name, options)
 
 
 def resume(
@@ -75,7 +75,7 @@ def resume(
     found = _find(layout, entry.name, encoder.spec.name, options)
     if found is None:
         return None
-    provenance = found[1]
+    provenance = found.provenance
     identity = _identity(encoder, provenance["encoder"]["weights"])
     if _is_unchanged(entry, provenance):
         request = provenance["request"] | {
@@ -83,44 +83,41 @@ def resume(
             "options": describe_options(entry.path, options, entry.name),
             "encoder": identity,
         }
-        return _accept(*found, request, layout, entry.name, options)
+        return _accept(found, request, layout, entry.name, options)
     if entry.url is not None:
         return None
     with open_entry(entry, options.slide_mpp) as opened:
         return find_finished(opened, identity, out, options, entry.name)
 
 
-def _find(
-    layout: Layout, name: str, encoder: str, options: ExtractOptions
-) -> tuple[Path, dict[str, Any]] | None:
-    """The features file of that name with its provenance; None if there is none, or it shall be replaced."""
+def _find(layout: Layout, name: str, encoder: str, options: ExtractOptions) -> SlideFeatures | None:
+    """The features of that name; None if there are none, or they shall be replaced."""
     path = layout.find(name, encoder)
     if options.overwrite or path is None:
         return None
-    provenance = read_provenance(path, layout.dataset)
-    if provenance is None:
+    found = find_features(path, layout.dataset)
+    if found is None:
         raise OutputError(f"{path} exists and is not ours; type --overwrite to replace it, or another -o")
-    return path, provenance
+    return found
 
 
 def _accept(
-    path: Path,
-    provenance: dict[str, Any],
+    found: SlideFeatures,
     request: dict[str, Any],
     layout: Layout,
     name: str,
     options: ExtractOptions,
 ) -> SlideFeatures | None:
-    difference = first_difference(provenance["request"], request)
+    difference = first_difference(found.provenance["request"], request)
     if difference is not None:
         raise OutputError(
-            f"{path} exists, made with another request ({difference}); "
+            f"{found.path} exists, made with another request ({difference}); "
             f"type --overwrite to replace it, or another -o"
         )
-    if provenance["read_errors"] > options.max_read_errors:
+    if found.provenance["read_errors"] > options.max_read_errors:
         return None
     layout.complete(name, request["encoder"]["name"])
-    return read_features(path)
+    return found
 
 
 def _identity(encoder: EncoderRequest | Encoder, recorded: list[dict[str, Any]]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from seal_extract.errors import GeometryError, ResolutionError, UsageError
 from seal_extract.readers import PLAUSIBLE_MPP
 from seal_extract.slide import Slide, coarsest_level
-from seal_extract.tissue import TissueMask
+
+if TYPE_CHECKING:
+    from seal_extract.tissue import TissueMask
 
 NOMINAL_MPP = (0.125, 0.25, 0.5, 1.0, 2.0)  # what 80x, 40x, 20x, 10x and 5x mean to the scanners' makers
 MPP_TOLERANCE = 0.05  # a scan this close to a nominal µm/px is cut as if it had it

@@ -6,14 +6,16 @@ import warnings
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from seal_extract.errors import GeometryError, SlideError, UsageError
 from seal_extract.grid import MPP_TOLERANCE, PatchGrid, make_grid, read_grid
 from seal_extract.layouts import check_layout
 from seal_extract.slide import Slide
 from seal_extract.slide_list import SlideEntry
-from seal_extract.tissue import TissueMask, find_tissue
+
+if TYPE_CHECKING:
+    from seal_extract.tissue import TissueMask
 
 Resampling = Literal["bicubic", "area"]
 COORDS_NAMES = ("{}_patches.h5", "{}.h5")
@@ -111,6 +113,8 @@ def plan_slide(
     """
     if options.coords is not None:
         return SlidePlan(slide, None, read_grid(coords_file(slide.path, options.coords, name), slide))
+    from seal_extract.tissue import TissueMask, find_tissue  # with OpenCV, which finished slides do without
+
     if options.roi is not None:
         path = roi_file(slide.path, options.roi, name)
         mask = TissueMask.from_geojson(path, slide)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import lru_cache
 from importlib.metadata import version
@@ -60,7 +59,7 @@ def describe_request(
 
 def describe_options(slide: Path, options: ExtractOptions, name: str | None = None) -> dict[str, Any]:
     """The choices that decide the numbers, as JSON; files are counted by their content."""
-    choices = {k: v for k, v in asdict(options).items() if k not in WITHOUT_EFFECT}
+    choices = {k: v for k, v in vars(options).items() if k not in WITHOUT_EFFECT}
     if options.coords is not None:
         choices["coords"] = sha256(coords_file(slide, options.coords, name))
     if options.roi is not None:

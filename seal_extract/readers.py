@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import openslide
-import tiffslide
 from numpy.typing import NDArray
 from openslide.lowlevel import OpenSlideError, OpenSlideUnsupportedFormatError
 from PIL import Image, UnidentifiedImageError
@@ -215,6 +214,8 @@ class TiffSlideReader(_Reader):
     """A TIFF through tiffslide, with µm/px from OME-XML where there is some."""
 
     def __init__(self, path: Path, mpp: float | None = None) -> None:
+        import tiffslide  # with zarr behind it: a second, which most slides need not wait for
+
         self.path = path
         self.reader = f"tiffslide {version('tiffslide')}"
         refuse_impossible_tiles(path)

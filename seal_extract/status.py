@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +119,7 @@ def read_status(path: str | os.PathLike[str]) -> dict[str, StatusRow]:
 
 
 def _cells(row: StatusRow) -> dict[str, Any]:
-    return {key: "" if value is None else value for key, value in asdict(row).items()}
+    return {key: "" if value is None else value for key, value in vars(row).items()}
 
 
 NUMBERS = {"patches": int, "read_errors": int} | dict.fromkeys(

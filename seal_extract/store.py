@@ -28,6 +28,7 @@ PROVENANCE = "seal_extract"  # at the root; "encoder" and "stamp_version" there 
 PIXELS, MICROMETRES = "features", "feats"  # datasets of rows; STAMP's has coords in µm
 CHUNK_BYTES = 2**20  # a chunk of features is some hundred rows, never one
 PIECE_BYTES = 2**24  # rows copied from file to file at a time
+DAMAGED = (OSError, RuntimeError, ValueError, KeyError)  # what h5py and json find in damaged files
 
 Describe = Callable[[h5py.File], None]
 
@@ -176,16 +177,32 @@ def read_features(path: str | os.PathLike[str]) -> SlideFeatures:
         OutputError: it does not exist or was not written by this package.
     """
     path = Path(path)
-    provenance = read_provenance(path)
-    if provenance is None:
+    features = find_features(path)
+    if features is None:
         raise OutputError(
             f"{path} is no features file of seal_extract; give OUT/20x_.../features_NAME/SLIDE.h5"
         )
-    with h5py.File(path, "r") as file:
-        coords = file["coords"][()]
-        if MICROMETRES in file:  # float32 keeps a tenth of a pixel over any slide
-            coords = np.rint(coords.astype(np.float64) / provenance["slide"]["mpp"]).astype(np.int64)
-        grid = PatchGrid(coords, **provenance["grid"])
+    return features
+
+
+def find_features(path: Path, dataset: str | None = None) -> SlideFeatures | None:
+    """`read_features`, or None where this package did not write the file; it is opened once.
+
+    Args:
+        path: the file.
+        dataset: what its rows must be called; by default any of the layouts' names.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            provenance = _provenance(file, dataset)
+            if provenance is None:
+                return None
+            coords = file["coords"][()]
+            if MICROMETRES in file:  # float32 keeps a tenth of a pixel over any slide
+                coords = np.rint(coords.astype(np.float64) / provenance["slide"]["mpp"]).astype(np.int64)
+            grid = PatchGrid(coords, **provenance["grid"])
+    except DAMAGED:
+        return None
     return SlideFeatures(path, grid, provenance)
 
 
@@ -207,11 +224,15 @@ def read_provenance(path: Path, dataset: str | None = None) -> dict[str, Any] | 
     """
     try:
         with h5py.File(path, "r") as file:
-            there = any(name in file for name in ([dataset] if dataset else (PIXELS, MICROMETRES)))
-            text = file.attrs.get(PROVENANCE) if there else None
-        return dict(json.loads(text)) if isinstance(text, str) else None
-    except (OSError, RuntimeError, ValueError):  # what h5py and json find in damaged files
+            return _provenance(file, dataset)
+    except DAMAGED:
         return None
+
+
+def _provenance(file: h5py.File, dataset: str | None) -> dict[str, Any] | None:
+    there = any(name in file for name in ([dataset] if dataset else (PIXELS, MICROMETRES)))
+    text = file.attrs.get(PROVENANCE) if there else None
+    return dict(json.loads(text)) if isinstance(text, str) else None
 
 
 def grid_fields(grid: PatchGrid) -> dict[str, Any]:

@@ -272,7 +272,7 @@ def test_an_unexpected_error_is_one_line_and_debug_shows_where(place, run, tmp_p
     def fail(*args, **kwargs):
         raise ZeroDivisionError("by chance")
 
-    monkeypatch.setattr("seal_extract.plan.find_tissue", fail)
+    monkeypatch.setattr("seal_extract.tissue.find_tissue", fail)
     command = (place / "slides/a.svs", "-o", tmp_path, "--encoder", place / "encoder")
     one_line(run(*command), 1, "unexpected ZeroDivisionError: by chance; --debug shows where")
     with pytest.raises(ZeroDivisionError):
@@ -283,7 +283,7 @@ def test_ctrl_c_is_one_line(place, run, tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("seal_extract.plan.find_tissue", interrupt)
+    monkeypatch.setattr("seal_extract.tissue.find_tissue", interrupt)
     command = (place / "slides/a.svs", "-o", tmp_path, "--encoder", place / "encoder")
     one_line(run(*command), 130, "interrupted; finished slides stay, the same command goes on after them")
 

@@ -1,5 +1,6 @@
 """The page on a cohort says what happened, shows what to look at, and loads nothing from anywhere."""
 
+import base64
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from io import BytesIO
 from time import perf_counter
 
 import numpy as np
@@ -17,9 +19,10 @@ from PIL import Image
 
 from seal_extract.errors import OutputError
 from seal_extract.status import StatusRow
-from seal_extract.view import cohort_report
-from seal_extract.view.cohort_report import MOST_PICTURES, THUMB_BYTES, thumbnail, write_report
+from seal_extract.view import cohort_report, thumbnail
+from seal_extract.view.cohort_report import MOST_PICTURES, write_report
 from seal_extract.view.findings import Cohort, duration, find_unusual, group_reasons
+from seal_extract.view.thumbnail import MOST_BYTES, exif_of, make_thumbnail, read_thumbnail
 
 HOSTILE = [
     '<script>document.title="x"</script>',
@@ -186,19 +189,40 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
 @pytest.mark.parametrize("size", [(2048, 1584), (300, 2048), (2048, 60), (30, 20)])
 def test_thumbnails_are_small_whatever_they_show(tmp_path, size):
     overlay(tmp_path, "noise", size, noise=True)
-    jpeg = thumbnail(tmp_path / "overlays" / "noise.jpg")
+    jpeg = read_thumbnail(tmp_path / "overlays" / "noise.jpg")
     assert jpeg is not None
-    assert len(jpeg) <= THUMB_BYTES
+    assert len(jpeg) <= MOST_BYTES
+
+
+def test_a_kept_thumbnail_is_taken_as_it_is_and_nothing_is_decoded(tmp_path, monkeypatch):
+    for name, grey in (("s0", 60), ("s1", 200)):
+        overlay(tmp_path, name)
+        kept = make_thumbnail(Image.new("RGB", (900, 700), (grey,) * 3))
+        path = tmp_path / "overlays" / f"{name}.jpg"
+        Image.open(path).save(path, exif=exif_of(kept))
+    monkeypatch.setattr(thumbnail, "make_thumbnail", None)
+    images = page(tmp_path, homogeneous(2)).all("img")
+    shown = [Image.open(BytesIO(base64.b64decode(i["src"].partition(",")[2]))) for i in images]
+    assert [image.size for image in shown] == [(320, 249)] * 2
+    assert [image.getpixel((0, 0))[0] for image in shown] == pytest.approx([60, 200], abs=2)
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0II*\0", exif_of(b"\xff\xd8")[:-1], Image.Exif().tobytes()])
+def test_an_exif_block_of_another_kind_is_no_thumbnail(tmp_path, exif):
+    overlay(tmp_path, "a")
+    path = tmp_path / "overlays" / "a.jpg"
+    Image.open(path).save(path, exif=exif)
+    assert max(Image.open(BytesIO(read_thumbnail(path))).size) == 320
 
 
 def test_a_broken_overlay_is_none(tmp_path):
     overlay(tmp_path, "a", noise=True)
     path = tmp_path / "overlays" / "a.jpg"
     path.write_bytes(path.read_bytes()[:2000])
-    assert thumbnail(path) is None
+    assert read_thumbnail(path) is None
     path.write_text("no picture")
-    assert thumbnail(path) is None
-    assert thumbnail(tmp_path) is None
+    assert read_thumbnail(path) is None
+    assert read_thumbnail(tmp_path) is None
 
 
 def test_a_slide_takes_at_most_40_kb(tmp_path):
@@ -216,11 +240,12 @@ def test_thousands_of_slides_are_quick_and_only_the_striking_have_pictures(tmp_p
     rows[7] = replace(rows[7], patches=0, tissue_mm2=0.0)
     rows += [failing(f"f{k}", "{path} is empty (0 bytes)") for k in range(300)]
     asked = []
-    monkeypatch.setattr(cohort_report, "thumbnail", lambda path: asked.append(path.stem))
+    monkeypatch.setattr(cohort_report, "read_thumbnail", lambda path: asked.append(path.stem))
     started = perf_counter()
     parsed = page(tmp_path, rows)
     assert perf_counter() - started < 15
-    assert asked[0] == "s7"
+    assert {"s7", *(f"f{k}" for k in range(300))} <= set(asked)
+    assert len(set(asked)) == len(asked)
     assert 301 <= len(asked) < 330
     assert "only the unusual and the failed have pictures" in parsed.text
     assert any(attrs.get("class") == "table" for attrs in parsed.all("table"))

@@ -1,13 +1,16 @@
 """The picture per slide shows the tissue's outline, every patch, and says what it shows."""
 
+from io import BytesIO
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from seal_extract.errors import OutputError
 from seal_extract.grid import make_grid
 from seal_extract.tissue import TissueMask
 from seal_extract.view.overlay import PATCH_RGB, TISSUE_RGB, _round_length, draw_overlay
+from seal_extract.view.thumbnail import read_thumbnail
 
 
 def half_tissue(slide, downsample=16.0):
@@ -71,6 +74,22 @@ def test_small_slides_are_enlarged_and_large_ones_reduced(drawn, tmp_path):
         mask = half_tissue(slide)
         picture = draw(tmp_path / f"{side}.jpg", slide, mask, make_grid(slide, mask, 64, 0.5))
         assert 900 <= picture.shape[1] <= 2048
+
+
+def test_an_overlay_carries_its_thumbnail_where_exif_has_it(white, tmp_path):
+    mask = half_tissue(white)
+    picture = draw(tmp_path / "a.jpg", white, mask, make_grid(white, mask, 200, 0.5), max_px=1200)
+    jpeg = read_thumbnail(tmp_path / "a.jpg")
+    small = np.asarray(Image.open(BytesIO(jpeg)))
+    assert small.shape == (213, 320, 3)  # 1200 x 800 px without the caption
+    large = np.asarray(Image.fromarray(picture[:800]).resize((320, 213), Image.Resampling.LANCZOS))
+    # 2.7 by the loss of two JPEGs at the thin lines; with the caption in it, or 8 px off, it were 9.8
+    assert np.abs(small.astype(int) - large).mean() < 5
+    with Image.open(tmp_path / "a.jpg") as opened:
+        ifd = opened.getexif().get_ifd(ExifTags.IFD.IFD1)
+    start, length = ifd[ExifTags.Base.JpegIFOffset], ifd[ExifTags.Base.JpegIFByteCount]
+    assert (tmp_path / "a.jpg").read_bytes().find(jpeg) == 20 + 10 + start  # after JFIF's segment and "Exif"
+    assert length == len(jpeg)
 
 
 def test_the_caption_is_legible_and_fits(white, tmp_path):

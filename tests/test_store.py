@@ -13,6 +13,7 @@ from seal_extract.grid import PatchGrid
 from seal_extract.layouts.pixels import write_pixel_features
 from seal_extract.store import (
     SlideLabel,
+    find_features,
     grid_fields,
     read_features,
     read_pieces,
@@ -94,6 +95,17 @@ def test_files_of_others_are_told_apart(tmp_path):
     assert read_provenance(tmp_path / "no.h5") is None
     with pytest.raises(OutputError, match="no features file of seal_extract"):
         read_features(path)
+
+
+def test_a_file_whose_coordinates_are_gone_is_no_features_file(tmp_path):
+    write(tmp_path / "a.h5", grid_of(9))
+    assert len(find_features(tmp_path / "a.h5", "features").grid) == 9
+    assert find_features(tmp_path / "a.h5", "feats") is None
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        del file["coords"]
+    assert find_features(tmp_path / "a.h5") is None
+    with pytest.raises(OutputError, match="no features file of seal_extract"):
+        read_features(tmp_path / "a.h5")
 
 
 # --- nothing half-written ---------------------------------------------------------------------

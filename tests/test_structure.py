@@ -142,10 +142,10 @@ def test_the_command_line_and_the_encoder_table_answer_without_torch_or_numpy():
     """)
 
 
-def test_a_finished_slide_is_recognised_without_torch():
+def test_a_finished_cohort_is_recognised_without_what_is_slow_to_import():
     run("""
-        import sys, seal_extract.finished, seal_extract.encoders.request
-        assert not {"torch", "timm"} & set(sys.modules)
+        import sys, seal_extract.cohort, seal_extract.encoders.request, seal_extract.view.cohort_report
+        assert not {"torch", "timm", "cv2", "tiffslide", "zarr"} & set(sys.modules)
     """)
 
 

@@ -43,7 +43,7 @@ class EncoderRequest:
         if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise UsageError(f"device is {self.device!r}; allowed: cpu, cuda, cuda:0, ...")
 
-    @property
+    @cached_property
     def spec(self) -> EncoderSpec:
         """The row asked for, under the name of its results; a name is looked up without the network."""
         spec = find_spec(str(self.name_or_path)) if is_name(self.name_or_path) else self._located[0]
@@ -62,7 +62,7 @@ class EncoderRequest:
         Returns:
             None where the file is not the recorded one to all appearance, so that its hash has to be taken.
         """
-        adapter = () if self.adapter is None else locate_adapter(self.adapter, self.offline)
+        adapter = self._located_adapter
         with_adapter = bool(recorded) and recorded[-1]["file"] == ADAPTER_CONFIG
         if not recorded or with_adapter != bool(adapter):
             return None
@@ -80,7 +80,7 @@ class EncoderRequest:
         spec = spec if self.adapter is None else adapted(spec, self.adapter)
         return spec.identity([w["sha256"] for w in recorded], self._precision)
 
-    @property
+    @cached_property
     def _precision(self) -> str:
         """As `load_encoder` decides; torch, slow to import, is asked for a GPU only where that matters."""
         asked = check_precision(self.precision)
@@ -94,6 +94,10 @@ class EncoderRequest:
     @cached_property
     def _located(self) -> tuple[EncoderSpec, FoundFile]:
         return locate(self.name_or_path, self.checkpoint, self.revision, self.offline)
+
+    @cached_property
+    def _located_adapter(self) -> tuple[FoundFile, ...]:
+        return () if self.adapter is None else locate_adapter(self.adapter, self.offline)
 
     @cached_property
     def _encoder(self) -> Encoder:

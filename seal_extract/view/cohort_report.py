@@ -10,24 +10,18 @@ import base64
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from importlib.metadata import version
-from io import BytesIO
 from pathlib import Path
 from urllib.parse import quote
-
-from PIL import Image
 
 from seal_extract.publish import publish, writing
 from seal_extract.status import FAILED, StatusRow
 from seal_extract.view.cohort_summary import share, summary, verdict
 from seal_extract.view.findings import Cohort, count, group_reasons, number
 from seal_extract.view.markup import Markup, fill, fills, parts
+from seal_extract.view.thumbnail import read_thumbnail
 
-THUMB_PX = 320  # longest side
-THUMB_BYTES = 24_000  # of a picture's JPEG at most: 1,000 slides stay below 40 MB
-CAPTION_PX = 48  # at the foot of an overlay, illegible when it is small
 MOST_PICTURES = 2000  # of a page
 LONG_LIST = 12  # failures of one kind that are shown without a click
 MOST_CARDS = 60  # unusual slides likewise
@@ -125,28 +119,29 @@ class Pictures:
     """Thumbnails as parts of the page: each is in it once, and the script copies it to other places."""
 
     def __init__(self, cohort: Cohort, out: Path, path: Path) -> None:
-        """Reduce the overlays: of all slides, or if they are too many of the unusual and the failed."""
+        """Those of all slides, or if they are too many of the unusual and the failed."""
         self.of_all = len(cohort.slides) <= MOST_PICTURES
-        wanted = (
+        self._wanted = frozenset(
             range(len(cohort.slides)) if self.of_all else [*cohort.unusual, *cohort.failed][:MOST_PICTURES]
         )
-        self._slides, self._folder, self._page = cohort.slides, out / "overlays", path.parent
-        with ThreadPoolExecutor() as pool:
-            self._jpegs = dict(zip(wanted, pool.map(thumbnail, map(self._file, wanted)), strict=True))
-        self._shown: set[int] = set()
+        self._slides, self._folder = cohort.slides, out / "overlays"
+        self._from_page = os.path.relpath(self._folder, path.parent)
+        self._seen: dict[int, bool] = {}  # slides of which a picture was sought: whether there is one
 
     def of(self, index: int, *, none: Markup | None = None) -> Markup:
         """The picture of a slide; ``none``, or a few words, where there is no overlay."""
-        jpeg = self._jpegs.get(index)
-        if jpeg is None:
-            why = "no overlay" if index in self._jpegs else "picture left out"
+        jpeg = None
+        if index in self._wanted and index not in self._seen:
+            jpeg = read_thumbnail(self._file(index))
+            self._seen[index] = jpeg is not None
+        if not self._seen.get(index):
+            why = "no overlay" if index in self._wanted else "picture left out"
             return fill("no_picture", why=why) if none is None else none
         row = self._slides[index]
-        link = os.path.relpath(self._file(index), self._page)
+        link = os.path.join(self._from_page, self._file(index).name)
         values = {"id": f"p{index}", "link": quote(os.fsencode(link))}
-        if index in self._shown:
+        if jpeg is None:
             return fill("picture_again", **values)
-        self._shown.add(index)
         return fill(
             "picture",
             data=base64.b64encode(jpeg).decode(),
@@ -156,25 +151,6 @@ class Pictures:
 
     def _file(self, index: int) -> Path:
         return self._folder / f"{self._slides[index].name}.jpg"
-
-
-def thumbnail(path: Path) -> bytes | None:
-    """A JPEG of at most 320 px and 24 kB; None where there is no picture that can be read."""
-    try:
-        with Image.open(path) as image:
-            full = max(image.height, 10 * CAPTION_PX)
-            image.draft("RGB", (2 * THUMB_PX, 2 * THUMB_PX))
-            width, height = image.size
-            small = image.convert("RGB").crop((0, 0, width, height - round(CAPTION_PX * height / full)))
-    except (OSError, ValueError, SyntaxError):
-        return None
-    small.thumbnail((THUMB_PX, THUMB_PX), Image.Resampling.LANCZOS)
-    for quality in (72, 55, 35, 10):
-        buffer = BytesIO()
-        small.save(buffer, "JPEG", quality=quality, optimize=True)
-        if buffer.tell() <= THUMB_BYTES:
-            break
-    return buffer.getvalue()
 
 
 def _groups(rows: Sequence[StatusRow], what: str, picture: Callable[[int], Markup]) -> Markup:

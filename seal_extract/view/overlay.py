@@ -15,6 +15,7 @@ from seal_extract.publish import publish, writing
 from seal_extract.readers import Array
 from seal_extract.slide import Slide
 from seal_extract.tissue import TissueMask
+from seal_extract.view.thumbnail import exif_of, make_thumbnail
 
 PATCH_RGB = (0, 120, 110)
 TISSUE_RGB = (25, 35, 160)
@@ -31,7 +32,7 @@ def draw_overlay(
     *,
     max_px: int = 2048,
 ) -> None:
-    """Draw tissue and patches over the slide into a JPEG.
+    """Draw tissue and patches over the slide into a JPEG that carries its own thumbnail.
 
     Args:
         slide: seen from above, at most ``max_px`` wide or high.
@@ -52,9 +53,10 @@ def draw_overlay(
     if mask is not None:
         _draw_tissue(canvas, mask, scale)
     picture = _with_caption(canvas, _caption(slide, mask, grid), slide.mpp / scale)
+    thumbnail = make_thumbnail(Image.fromarray(canvas))
     path = Path(path)
     with publish(path) as part, writing(path):
-        picture.save(part, "JPEG", quality=88)
+        picture.save(part, "JPEG", quality=88, exif=exif_of(thumbnail))
 
 
 def _enlarged(overview: Overview) -> tuple[Array, float]:
