@@ -7,6 +7,8 @@ nothing of it, since features get their names only when they are whole.
 from __future__ import annotations
 
 import queue
+import re
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 SLIDES_IN_HAND = 4  # of each worker: one at the encoder, the next opened and planned
 CORES_PER_WORKER = 4  # where there is no GPU
+KNOCK_S = 10.0  # for a head node to answer
 
 
 @dataclass(frozen=True)
@@ -184,10 +187,18 @@ def _connect(ray: Any, address: str | None) -> None:
     if ray.is_initialized():
         return
     try:
+        _knock(address)
         ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError) as exc:
+    except (OSError, RuntimeError, ValueError) as exc:
         first = (str(exc).splitlines() or [type(exc).__name__])[0]
         raise UsageError(
             f"no Ray cluster at {address!r} ({first}); start one with `ray start --head`, or leave out "
             "--ray-address"
         ) from exc
+
+
+def _knock(address: str | None) -> None:
+    """Raise OSError where nobody answers at HOST:PORT; Ray itself would try for minutes, and say so often."""
+    found = re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", address or "")
+    if found is not None:
+        socket.create_connection((found[1], int(found[2])), KNOCK_S).close()

@@ -20,7 +20,7 @@ from seal_extract.results import Progress, SlideResult
 from seal_extract.slide import file_stamp
 from seal_extract.store import FeatureWriter, SlideFeatures
 
-BATCHES_AHEAD = 3  # given to the encoders before the first of them has to be written
+BATCHES_AHEAD = 3  # given to the encoders, or pictures to be drawn, before the first of them has been written
 
 
 @dataclass
@@ -44,7 +44,11 @@ class Writer:
         self._last_end = perf_counter()
 
     def begin(self, index: int, planned: PlannedSlide) -> None:
-        """A slide has its turn: its picture is drawn meanwhile; without patches that is all of it."""
+        """A slide has its turn: its picture is drawn meanwhile; without patches that is all of it.
+
+        Waits while too much is waiting to be done: slides that fail at once are open until they are drawn.
+        """
+        self._catch_up()
         self._open[index] = _Open(planned)
         self._do(self._draw, index)
         if not len(planned.plan.grid):
@@ -60,8 +64,7 @@ class Writer:
         Waits while too many batches are on their way.
         """
         self._do(self._write, batch, pending)
-        while len(self._tasks) > BATCHES_AHEAD:
-            self._tasks.popleft().result()
+        self._catch_up()
 
     def fail(self, index: int, error: SealExtractError) -> None:
         """A slide cannot be read any further."""
@@ -86,6 +89,10 @@ class Writer:
         self._thread.shutdown(wait=True, cancel_futures=True)
         for index in list(self._open):
             self._end(index, ReadError("the run was stopped"))
+
+    def _catch_up(self) -> None:
+        while len(self._tasks) > BATCHES_AHEAD:
+            self._tasks.popleft().result()
 
     def _do(self, task: Callable[..., None], *args: object) -> None:
         self._tasks.append(self._thread.submit(task, *args))

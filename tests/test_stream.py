@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 import time
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -22,6 +23,7 @@ from seal_extract.errors import EncoderError, ReadError, ResolutionError, SlideO
 from seal_extract.extract import extract_many
 from seal_extract.forward import CpuForward, GpuForward
 from seal_extract.synthetic import write_synthetic_slide
+from seal_extract.writer import BATCHES_AHEAD, Writer
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +204,31 @@ def test_ctrl_c_leaves_nothing_half_written(slides, tmp_path, after):
         time.sleep(10)  # the interrupt is there by now
     gc.collect()
     assert not half_written(tmp_path)
+
+
+def test_slides_that_fail_faster_than_they_are_drawn_do_not_pile_up(monkeypatch):
+    """Each would be open, with all its memory, until its turn to be drawn."""
+    draw_on, begun = threading.Event(), []
+    monkeypatch.setattr("seal_extract.writer.draw", lambda _: draw_on.wait(10))
+    writer = Writer([Checksums()], None)
+    slide = SimpleNamespace(plan=SimpleNamespace(grid=[0]))
+
+    def begin_all():
+        for i in range(20):
+            writer.begin(i, slide)
+            begun.append(i)
+
+    thread = threading.Thread(target=begin_all)
+    thread.start()
+    time.sleep(0.3)
+    waiting = len(begun)
+    draw_on.set()
+    thread.join()
+    writer.wait()
+    writer._open.clear()
+    writer.close()
+    assert waiting <= BATCHES_AHEAD + 1
+    assert len(begun) == 20
 
 
 @pytest.mark.usefixtures("no_threads_left")
