@@ -135,6 +135,8 @@ def plan_slide(
 
 
 def _warn_if_beside_tissue(path: Path, drawn: TissueMask, slide: Slide) -> None:
+    from seal_extract.tissue import find_tissue
+
     with suppress(SlideError):  # whoever draws tissue may have a slide on which none is found
         found = find_tissue(slide).mask
         if found.any() and not (found & drawn.mask).any():

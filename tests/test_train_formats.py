@@ -63,7 +63,7 @@ def test_the_pitch_gives_the_resolution_however_the_array_lies(lattice, array_rc
 def test_two_spots_or_none_tell_no_resolution():
     assert mpp_by_pitch(square()[:2], "square", 100.0, np.zeros((2, 2))) is None
     assert mpp_by_pitch(square(), "square", 100.0, np.zeros((25, 2))) is None
-    with pytest.raises(UsageError, match="S1: µm/px is unknown; type mpp = 0.5"):
+    with pytest.raises(UsageError, match=r"S1: µm/px is unknown; type mpp = 0\.5"):
         held_to_pitch("S1", None, None)
 
 
