@@ -114,7 +114,8 @@ def neighbourhoods(pairs: Pairs) -> NDArray[np.int64]:
         tree = cKDTree(pairs.xy_um[rows])
         distance, nearest = tree.query(pairs.xy_um[rows], k=min(REGION, len(rows)))
         distance, nearest = distance.reshape(len(rows), -1), nearest.reshape(len(rows), -1)
-        pitch = np.median(distance[:, 1]) if distance.shape[1] > 1 else 0.0
+        # of the nearest four: spots lie unevenly, and the nearest one alone is nearer than the pitch
+        pitch = np.median(distance[:, 1:5]) if distance.shape[1] > 1 else 0.0
         near = distance <= REACH * pitch
         found[rows[:, None], np.arange(distance.shape[1])] = np.where(near, rows[nearest], -1)
     return found
