@@ -23,7 +23,7 @@ from urllib.parse import unquote
 GOOD_TOKEN, OUTSIDE_TOKEN, NARROW_TOKEN = "hf_good", "hf_outside", "hf_narrow"
 TOKENS = {GOOD_TOKEN, OUTSIDE_TOKEN, NARROW_TOKEN}
 LFS = (".pth", ".bin", ".safetensors")
-LICENCES = {"apache-2.0", "mit", "cc-by-nc-nd-4.0", "other"}
+LICENCES = {"apache-2.0", "mit", "cc-by-nc-nd-4.0", "cc-by-4.0", "other"}
 
 
 @dataclass

@@ -7,6 +7,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from encoder_fixtures import local_hub
+from hub_server import GOOD_TOKEN
 from PIL import Image
 from train_fixtures import GENES, TINY, pairs, tiny_encoder
 
@@ -235,6 +237,20 @@ def test_its_results_extract_as_any_encoder_s(study):
     (features,) = (study / "x").rglob("features_ours/*.h5")
     with h5py.File(features) as file:
         assert file["features"].shape[1] == 32
+
+
+def test_to_the_hub_and_back_with_both_halves(study, tmp_path, monkeypatch):
+    trained = run(read_config(write_config(study)))
+    with local_hub(tmp_path / "hf", monkeypatch) as hub:
+        monkeypatch.setenv("HF_TOKEN", GOOD_TOKEN)
+        page = trained.push_to_hub("lab/ours")
+        repo = hub.repos["lab/ours"]
+        assert page == f"{hub.url}/lab/ours/commit/{repo.commit}"
+        assert repo.private
+        assert set(repo.files) == {"config.json", "model.safetensors", "omics.safetensors", "README.md"}
+        encoder, omics = load_encoder("lab/ours", device="cpu"), load_omics("lab/ours")
+    assert omics.genes == encoder.genes == trained.panel
+    assert omics.name == "ours"
 
 
 def test_a_finished_encoder_is_not_overwritten(study):

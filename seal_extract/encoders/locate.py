@@ -126,7 +126,7 @@ def _own_file(
         return folder.read_config(path / folder.CONFIG), _local(path / folder.WEIGHTS)
     if path.is_file():
         raise UsageError(f"{name} is a file; give the encoder's name and this file as checkpoint=")
-    if _is_repository(name_or_path):
+    if is_repository(name_or_path):
         return _own_repository(name, revision, offline)
     raise CheckpointError(f"there is no folder {name}; give one with {folder.CONFIG} and {folder.WEIGHTS}")
 
@@ -162,7 +162,7 @@ def locate_adapter(adapter: str | os.PathLike[str], offline: bool = False) -> tu
         if not weights or not (path / ADAPTER_CONFIG).is_file():
             raise CheckpointError(f"{path} holds no adapter; {_ADAPTER_ALLOWED}")
         return _local(weights[0]), _local(path / ADAPTER_CONFIG)
-    if path.is_file() or not _is_repository(adapter):
+    if path.is_file() or not is_repository(adapter):
         what = "is a file" if path.is_file() else "does not exist"
         raise CheckpointError(f"the adapter {name} {what}; {_ADAPTER_ALLOWED}")
     config = fetch(name, [ADAPTER_CONFIG], None, offline)
@@ -178,5 +178,6 @@ def adapted(spec: EncoderSpec, adapter: str | os.PathLike[str]) -> EncoderSpec:
     return replace(spec, name=f"{spec.name}+{word or 'adapter'}")
 
 
-def _is_repository(asked: str | os.PathLike[str]) -> bool:
+def is_repository(asked: str | os.PathLike[str]) -> bool:
+    """A text of the form ``owner/name``."""
     return isinstance(asked, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", asked) is not None

@@ -20,6 +20,7 @@ from seal_extract.encoders.encoder import WeightFile
 from seal_extract.encoders.expression import as_rows
 from seal_extract.encoders.folder import CONFIG, OMICS, read_config, read_decoder
 from seal_extract.encoders.hub import FoundFile, fetch
+from seal_extract.encoders.locate import is_repository
 from seal_extract.encoders.panel import check_panel
 from seal_extract.encoders.registry import find_spec, list_encoders
 from seal_extract.errors import CheckpointError, UsageError
@@ -181,7 +182,7 @@ def load_omics(
 
     Args:
         name_or_path: a SEAL encoder of `list_encoders`; or an omics file, which says its sizes itself; or the
-            folder of an encoder that was trained with one.
+            folder, or Hub repository ``owner/name``, of an encoder that was trained with one.
         checkpoint: a file on this disk, in place of the Hub's; only with a name.
         revision: branch, tag or commit on the Hub.
         device: a small network: a CPU will do.
@@ -201,10 +202,13 @@ def load_omics(
     if path.is_file():
         if checkpoint is not None or revision is not None:
             raise UsageError(f"{path} is a file; leave checkpoint= and revision= out")
-        omics = _load(path.stem, FoundFile(path, str(path.absolute().parent)), None).to(target)
-        if path.name == OMICS and (config := path.with_name(CONFIG)).is_file():
-            omics.name, omics.genes = read_config(config).name, read_decoder(config)[1]
-        return omics
+        file = FoundFile(path, str(path.absolute().parent))
+        return _named(_load(path.stem, file, None), path.with_name(CONFIG)).to(target)
+    if is_repository(name_or_path):
+        repo_id = os.fspath(name_or_path)
+        file = fetch(repo_id, [OMICS], revision, offline)
+        config = fetch(repo_id, [CONFIG], file.revision, offline)
+        return _named(_load(repo_id, file, None), config.path).to(target)
     spec = find_spec(os.fspath(name_or_path))
     layout = spec.published
     if layout is None or layout.decoder is None:
@@ -219,6 +223,13 @@ def load_omics(
         files = [name.replace("vision", "omics") for name in layout.files]
         file = fetch(spec.source, files, revision, offline)
     return _load(spec.name, file, (spec.dim, layout.decoder.genes)).to(target)
+
+
+def _named(omics: OmicsEncoder, config: Path) -> OmicsEncoder:
+    """With the name and the genes of the encoder whose half it is, if its config lies there."""
+    if omics.weights is not None and omics.weights.file == OMICS and config.is_file():
+        omics.name, omics.genes = read_config(config).name, read_decoder(config)[1]
+    return omics
 
 
 def _load(name: str, file: FoundFile, sizes: tuple[int, int] | None) -> OmicsEncoder:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from seal_extract.encoders import Encoder, folder, load_encoder
 from seal_extract.encoders.expression import ExpressionDecoder
 from seal_extract.encoders.registry import Decoder
+from seal_extract.encoders.upload import upload
 from seal_extract.errors import OutputError, UsageError
 from seal_extract.genes.omics import OmicsEncoder
 from seal_extract.genes.panel import read_panel
@@ -43,6 +46,34 @@ class Trained:
     path: Path
     panel: tuple[str, ...]
     rows: tuple[Row, ...]
+
+    def push_to_hub(self, repo_id: str, *, private: bool = True) -> str:
+        """Put the encoder with its expression half and its card into a Hub repository.
+
+        Args:
+            repo_id: ``owner/name``; made if need be.
+            private: of a new repository. Most licences of pathology encoders forbid to publish them again.
+
+        Returns:
+            The page of the commit.
+
+        Raises:
+            TokenError: no token, or one that may not write there.
+            HubError: the Hub is out of reach.
+        """
+        names = (folder.CONFIG, folder.WEIGHTS, folder.CARD, folder.OMICS)
+        with TemporaryDirectory() as place:  # without checkpoints and curves
+            for name in names:
+                if (self.path / name).is_file():
+                    shutil.copy(self.path / name, place)
+            return upload(
+                Path(place),
+                repo_id,
+                private=private,
+                revision=None,
+                message=f"Upload {self.path.name}",
+                create_pr=False,
+            )
 
 
 def run(
