@@ -12,6 +12,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,8 @@ def write_spatialdata(features: SlideFeatures, path: Path) -> None:
 
 def _write_store(features: SlideFeatures, path: Path) -> None:
     from anndata import AnnData
-    from dask.array import from_array
+
+    from_array: Any = import_module("dask.array").from_array  # typed in some versions only
     from geopandas import GeoDataFrame
     from pandas import Categorical, DataFrame
     from shapely import box
