@@ -136,7 +136,8 @@ def extract_cohort(
     entries = _failed_before(listed, before, path) if retry_failed else listed.entries
 
     ignored = [StatusRow(str(p), "", IGNORED, reason=reason) for p, reason in listed.ignored]
-    others = [row for name, row in before.items() if name not in {entry.name for entry in entries}]
+    now = {entry.name for entry in entries}
+    others = [row for name, row in before.items() if name not in now]
     sweep(Path(out))
     table = StatusFile(path, [*others, *ignored])
     rows = list(ignored)

@@ -100,7 +100,11 @@ def read_overview(slide: Slide, mpp: float, *, workers: int | None = None, holes
 
 def _refuse_fluorescence(slide: Slide, overview: Overview) -> None:
     step = max(1, round((overview.scanned.size / SAMPLE_PX) ** 0.5))
-    bright = overview.rgb[::step, ::step].max(axis=2)[overview.scanned[::step, ::step]]
+    red, green, blue = np.moveaxis(overview.rgb[::step, ::step], 2, 0)
+    brightest = np.maximum(
+        np.maximum(red, green), blue
+    )  # numpy's max over so short an axis takes 20 x as long
+    bright = brightest[overview.scanned[::step, ::step]]
     median = float(np.median(bright)) if bright.size else 0.0
     if median < FLUORESCENCE_BELOW:
         why = f"its median brightness is {median:.0f} of 255" if bright.size else "nothing in it was scanned"

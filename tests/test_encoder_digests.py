@@ -11,7 +11,7 @@ from encoder_fixtures import SEAL_TINY_CONCH, add_tiny_rows, save, seal_file
 from seal_extract.encoders import digests, load_encoder
 from seal_extract.encoders.digests import sha256_of
 from seal_extract.encoders.encoder import WeightFile
-from seal_extract.encoders.hub import FoundFile
+from seal_extract.encoders.found import FoundFile
 from seal_extract.errors import CheckpointError
 
 

@@ -127,7 +127,7 @@ def demo_parser() -> argparse.ArgumentParser:
 
 
 ONE_SLIDE = {"retry_failed": False} | dict.fromkeys(
-    ("log_json", "shard", "engine", "ray_address", "ray_workers")
+    ("log_json", "shard", "engine", "ray_address", "ray_workers", "ray_cores")
 )
 
 

@@ -119,6 +119,7 @@ def slides_parser() -> argparse.ArgumentParser:
     cohort.add_argument("--engine", choices=["ray"], help="all GPUs of a Ray cluster, or of this machine")
     cohort.add_argument("--ray-address", metavar="ADDRESS", help="of a running cluster, or auto")
     cohort.add_argument("--ray-workers", type=int, metavar="N", help="how many (default: one per GPU)")
+    cohort.add_argument("--ray-cores", type=int, metavar="N", help="of each worker (default: an equal share)")
     add_logs(p)
     add_common(p)
     return p

@@ -189,12 +189,12 @@ def embed(
 
 def _engine(args: argparse.Namespace) -> Engine | None:
     if args.engine != "ray":
-        if args.ray_address or args.ray_workers:
-            raise UsageError("--ray-address and --ray-workers are of Ray; type --engine ray")
+        if args.ray_address or args.ray_workers or args.ray_cores:
+            raise UsageError("--ray-address, --ray-workers and --ray-cores are of Ray; type --engine ray")
         return None
     from seal_extract.ray_engine import RayEngine
 
-    return RayEngine(args.ray_address, args.ray_workers)
+    return RayEngine(args.ray_address, args.ray_workers, args.ray_cores)
 
 
 def _status_name(shard: tuple[int, int] | None) -> str:

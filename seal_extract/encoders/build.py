@@ -23,7 +23,7 @@ from seal_extract.encoders.expression import (
     official_key,
     own_key,
 )
-from seal_extract.encoders.hub import FoundFile
+from seal_extract.encoders.found import FoundFile
 from seal_extract.encoders.locate import adapted, layout_of, locate, locate_adapter, locate_base
 from seal_extract.encoders.lora import Update, adapter_shapes, lora_updates, merge, wrapped_key
 from seal_extract.encoders.registry import Decoder, EncoderSpec, Published, check_precision, find_spec

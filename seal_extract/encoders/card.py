@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from huggingface_hub import ModelCardData
-
 # of the identifiers that the Hub knows, those that pathology encoders and timm's models carry
 _HUB_LICENCES = {
     *("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0"),
@@ -20,6 +18,8 @@ def model_card(config: Mapping[str, Any]) -> str:
     Args:
         config: what `folder.write` writes.
     """
+    from huggingface_hub import ModelCardData  # slow to import, and every encoder's config passes by here
+
     head = ModelCardData(
         license=_hub_licence(config["licence"]),
         library_name="seal_extract",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from seal_extract.encoders import folder
 from seal_extract.encoders.digests import sha256_of
 from seal_extract.encoders.expression import ExpressionDecoder, as_rows
-from seal_extract.encoders.hub import FoundFile
+from seal_extract.encoders.found import FoundFile
 from seal_extract.encoders.panel import check_panel
 from seal_extract.encoders.registry import EncoderSpec, list_encoders
 from seal_extract.encoders.tower import embed

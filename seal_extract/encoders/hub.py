@@ -10,7 +10,6 @@ import errno
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import (
@@ -32,6 +31,7 @@ from huggingface_hub.errors import (
     XetDownloadError,
 )
 
+from seal_extract.encoders.found import FoundFile
 from seal_extract.errors import (
     GateError,
     HubError,
@@ -46,25 +46,6 @@ from seal_extract.errors import (
 # the root of all that the HTTP client raises: httpx.HTTPError for huggingface_hub 1, httpx2.HTTPError for 2
 _TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 _TRUE = {"1", "ON", "YES", "TRUE"}
-
-
-@dataclass(frozen=True)
-class FoundFile:
-    """A weight file on this disk.
-
-    Attributes:
-        path: where it lies.
-        source: the repository it came from, or its folder.
-        revision: commit of that repository; None for a file that came from elsewhere.
-        sha256: what its content must hash to, in hex, where the Hub said so.
-        settings: a file beside it that changes what is made of it.
-    """
-
-    path: Path
-    source: str
-    revision: str | None = None
-    sha256: str | None = None
-    settings: Path | None = None
 
 
 def fetch(

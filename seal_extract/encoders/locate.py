@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from seal_extract.encoders import folder
 from seal_extract.encoders.bundled import bundled
-from seal_extract.encoders.hub import FoundFile, fetch
+from seal_extract.encoders.found import FoundFile
 from seal_extract.encoders.registry import ALIASES, ROWS, EncoderSpec, Published, find_spec
 from seal_extract.encoders.settings import with_settings
 from seal_extract.errors import CheckpointError, HubError, UsageError
@@ -74,7 +75,7 @@ def _official_file(
     if checkpoint is None:
         if not spec.source:
             raise UsageError(f"nobody says where the weights of {spec.name} are; give them as checkpoint=")
-        return fetch(spec.source, layout_of(spec).files, revision, offline)
+        return _fetch(spec.source, layout_of(spec).files, revision, offline)
     if revision is not None:
         raise UsageError("revision= names a revision on the Hub, checkpoint= a file here; leave one out")
     path = Path(checkpoint).expanduser()
@@ -105,7 +106,7 @@ def locate_base(base: EncoderSpec, beside: Path, offline: bool) -> FoundFile:
             if candidate.is_file():
                 return _local(candidate)
     try:
-        return fetch(base.source, names, None, offline)
+        return _fetch(base.source, names, None, offline)
     except HubError as exc:
         raise type(exc)(
             f"{beside.name} holds adapters only and needs its base {base.name}: {exc}; "
@@ -138,10 +139,10 @@ def _own_repository(repo_id: str, revision: str | None, offline: bool) -> tuple[
             f"{repo_id} holds its authors' files, which are loaded by name; type {' or '.join(names)}"
         )
     try:
-        config = fetch(repo_id, [folder.CONFIG], revision, offline)
+        config = _fetch(repo_id, [folder.CONFIG], revision, offline)
     except HubError as exc:
         raise type(exc)(f"there is no folder {repo_id} here, and as a Hub repository: {exc}") from exc
-    return folder.read_config(config.path), fetch(repo_id, [folder.WEIGHTS], config.revision, offline)
+    return folder.read_config(config.path), _fetch(repo_id, [folder.WEIGHTS], config.revision, offline)
 
 
 def layout_of(spec: EncoderSpec) -> Published:
@@ -165,8 +166,8 @@ def locate_adapter(adapter: str | os.PathLike[str], offline: bool = False) -> tu
     if path.is_file() or not is_repository(adapter):
         what = "is a file" if path.is_file() else "does not exist"
         raise CheckpointError(f"the adapter {name} {what}; {_ADAPTER_ALLOWED}")
-    config = fetch(name, [ADAPTER_CONFIG], None, offline)
-    return fetch(name, ADAPTER_WEIGHTS, config.revision, offline), config
+    config = _fetch(name, [ADAPTER_CONFIG], None, offline)
+    return _fetch(name, ADAPTER_WEIGHTS, config.revision, offline), config
 
 
 _ADAPTER_ALLOWED = f"allowed: a folder of PEFT with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS[0]}"
@@ -181,3 +182,9 @@ def adapted(spec: EncoderSpec, adapter: str | os.PathLike[str]) -> EncoderSpec:
 def is_repository(asked: str | os.PathLike[str]) -> bool:
     """A text of the form ``owner/name``."""
     return isinstance(asked, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", asked) is not None
+
+
+def _fetch(repo_id: str, names: Sequence[str], revision: str | None, offline: bool) -> FoundFile:
+    from seal_extract.encoders.hub import fetch  # its imports are slow, and encoders on this disk need none
+
+    return fetch(repo_id, names, revision, offline)

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from seal_extract.encoders.hub import FoundFile, fetch_beside
+from seal_extract.encoders.found import FoundFile
 from seal_extract.encoders.registry import ALIASES, FILTERS, ROWS, EncoderSpec, InputRule, Lora, find_spec
 from seal_extract.errors import CheckpointError
 
@@ -45,6 +45,8 @@ def with_settings(spec: EncoderSpec, file: FoundFile, offline: bool = False) -> 
     layout = spec.published
     if layout is None or layout.settings is None:
         return spec, file
+    from seal_extract.encoders.hub import fetch_beside
+
     path = fetch_beside(file, layout.settings, offline)
     if layout.lora is None:
         return (spec if path is None else replace(spec, input=stated_input(path, spec))), file

@@ -19,7 +19,8 @@ from seal_extract.encoders.checkpoint import check_tensors, looks_like, read_ten
 from seal_extract.encoders.encoder import WeightFile
 from seal_extract.encoders.expression import as_rows
 from seal_extract.encoders.folder import CONFIG, OMICS, read_config, read_decoder
-from seal_extract.encoders.hub import FoundFile, fetch
+from seal_extract.encoders.found import FoundFile
+from seal_extract.encoders.hub import fetch
 from seal_extract.encoders.locate import is_repository
 from seal_extract.encoders.panel import check_panel
 from seal_extract.encoders.registry import find_spec, list_encoders

@@ -45,12 +45,23 @@ def exif_of(thumbnail: bytes) -> bytes:
 def read_thumbnail(path: Path) -> bytes | None:
     """The thumbnail of an overlay, made now where it has none; None where there is no picture to be read."""
     try:
+        with path.open("rb") as file:
+            kept = _kept(file.read(2**17))  # an EXIF block comes first, and none is larger than 64 kB
+        if kept is not None:
+            return kept
         with Image.open(path) as overlay:
-            exif: bytes = overlay.info.get("exif", b"")
-            kept = exif[_EXIF.size :]
-            return kept if kept and exif == exif_of(kept) else make_thumbnail(_uncaptioned(overlay))
+            return make_thumbnail(_uncaptioned(overlay))
     except (OSError, ValueError, SyntaxError):
         return None
+
+
+def _kept(head: bytes) -> bytes | None:
+    """The thumbnail in the first bytes of an overlay, found without parsing the picture."""
+    start = head.find(b"Exif\0\0")
+    length = int.from_bytes(head[start - 2 : start], "big") - 2  # of the block, which counts its own length
+    exif = head[start : start + length]
+    kept = exif[_EXIF.size :]
+    return kept if start > 0 and kept and exif == exif_of(kept) else None
 
 
 def _uncaptioned(overlay: Image.Image) -> Image.Image:
