@@ -101,7 +101,6 @@ def _draw_tissue(canvas: Array, mask: TissueMask, scale: float) -> None:
 
 
 def _caption(slide: Slide, mask: TissueMask | None, grid: PatchGrid) -> str:
-    # Pillow's own font has neither µ nor ²
     tissue = f"{mask.area_mm2:.3g} mm2 tissue" if mask is not None else f"coordinates of {grid.origin}"
     return (
         f"{slide.path.name}   {slide.mpp:.4g} um/px   {tissue}   "
@@ -115,7 +114,7 @@ def _with_caption(canvas: Array, text: str, um_per_px: float) -> Image.Image:
     bar_um = _round_length(0.12 * width * um_per_px)
     bar_px = bar_um / um_per_px
     length = f"{bar_um / 1000:g} mm" if bar_um >= 1000 else f"{bar_um:g} um"
-    font = _fitting_font(text, width - bar_px - 60)
+    font = fitting_font(text, width - bar_px - 60)
     strip = round(font.size * 2.2)
     picture = Image.new("RGB", (width, height + strip), "white")
     picture.paste(Image.fromarray(canvas))
@@ -130,16 +129,17 @@ def _with_caption(canvas: Array, text: str, um_per_px: float) -> Image.Image:
     return picture
 
 
-def _fitting_font(text: str, width: float) -> ImageFont.FreeTypeFont:
+def fitting_font(text: str, width: float) -> ImageFont.FreeTypeFont:
     """The largest font up to 22 px in which the text is at most ``width`` wide, but never below 10 px."""
     for size in range(22, 10, -1):
-        font = _font(size)
+        font = caption_font(size)
         if font.getlength(text) <= width:
             return font
-    return _font(10)
+    return caption_font(10)
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def caption_font(size: int) -> ImageFont.FreeTypeFont:
+    """Pillow's own font, which has neither µ nor ²."""
     font = ImageFont.load_default(size)
     assert isinstance(font, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
     return font

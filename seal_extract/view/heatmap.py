@@ -1,0 +1,192 @@
+"""Numbers of patches as colours over the slide: a pixel per patch for a viewer, a PNG with a legend to keep.
+
+Colours are viridis: of even lightness steps, and told apart without red and green.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from seal_extract.errors import GeometryError, UsageError
+from seal_extract.grid import PatchGrid
+from seal_extract.overview import read_overview
+from seal_extract.publish import publish, writing
+from seal_extract.readers import Array
+from seal_extract.slide import Slide
+from seal_extract.view.overlay import caption_font, fitting_font
+
+FINER = 8  # cells a patch is wide where patches do not lie on one grid
+MOST_CELLS = 2**26  # of a raster; an overview of a 100,000 px slide in 224 px patches has 200,000
+PERCENTILES = (1.0, 99.0)  # of the values, at the ends of the colours: a few outliers do not dim the rest
+OPACITY = 0.65  # of the colours over the slide
+SIDE_PX = 1600  # longest side of a drawn picture without its legend
+LEGEND_PX = 64
+
+Values = NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class PatchRaster:
+    """A picture with one pixel per patch, or several where patches do not lie on a common grid.
+
+    Attributes:
+        shape: (h, w) in cells.
+        bounds_l0: (x0, y0, x1, y1) that the picture covers, in level-0 pixels.
+        cell_l0: side of a cell in level-0 pixels.
+        boxes: int64 [N, 4], (column, row, column after, row after) of each patch.
+    """
+
+    shape: tuple[int, int]
+    bounds_l0: tuple[float, float, float, float]
+    cell_l0: float
+    boxes: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, grid: PatchGrid) -> PatchRaster:
+        """The raster of a grid; patches that overlap keep the part up to their next neighbour.
+
+        Raises:
+            GeometryError: there is no patch.
+        """
+        if not len(grid):
+            raise GeometryError("there is no patch to draw; choose a slide whose tissue gave some")
+        first, step = grid.xy_l0.min(0), _stride(grid)
+        side = 1
+        if ((grid.xy_l0 - first) % step).any():  # another tool's, with a grid of its own for each piece
+            side = FINER if step >= FINER else 1
+            step /= side
+        corner = ((grid.xy_l0 - first) / step).round().astype(np.int64)
+        boxes = np.concatenate([corner, corner + side], axis=1)
+        width, height = (int(v) for v in boxes[:, 2:].max(0))
+        if width * height > MOST_CELLS:
+            raise GeometryError(f"the patches lie on {width} x {height} cells; allowed: {MOST_CELLS}")
+        x0, y0 = (float(v) for v in first)
+        return cls((height, width), (x0, y0, x0 + width * step, y0 + height * step), float(step), boxes)
+
+    def paint(self, rgb: NDArray[np.uint8], alpha: int = 255) -> Array:
+        """Colours of patches, uint8 [N, 3], to uint8 [h, w, 4], transparent where no patch is."""
+        picture = np.zeros((*self.shape, 4), np.uint8)
+        colours = np.concatenate([rgb, np.full((len(rgb), 1), alpha, np.uint8)], axis=1)
+        if np.array_equal(self.boxes[:, 2:], self.boxes[:, :2] + 1):
+            picture[self.boxes[:, 1], self.boxes[:, 0]] = colours
+            return picture
+        for (x0, y0, x1, y1), colour in zip(self.boxes.tolist(), colours, strict=True):
+            picture[y0:y1, x0:x1] = colour
+        return picture
+
+
+def limits(values: Values) -> tuple[float, float]:
+    """The values at the two ends of the colours: 1st and 99th percentile, apart even if all are equal."""
+    low, high = (float(v) for v in np.percentile(values, PERCENTILES))
+    return (low, high) if high > low else (low, low + max(abs(low), 1.0) * 1e-6)
+
+
+def colour(values: Values, low: float, high: float) -> NDArray[np.uint8]:
+    """Values to colours, uint8 [N, 3] RGB; those beyond the ends get the colours of the ends."""
+    share = np.clip((np.asarray(values, np.float64) - low) / (high - low), 0, 1)
+    return _table()[np.round(255 * share).astype(np.int64)]
+
+
+def draw_heatmap(
+    slide: Slide,
+    grid: PatchGrid,
+    values: Values,
+    path: str | os.PathLike[str],
+    title: str,
+    *,
+    unit: str = "",
+    max_px: int = SIDE_PX,
+) -> tuple[float, float]:
+    """Draw values over the slide into a PNG with a title and a legend.
+
+    Args:
+        slide: seen from above; tissue without patches stays as it is.
+        grid: where the patches lie.
+        values: float [N], one per patch, finite.
+        path: the PNG; its folder is made.
+        title: in the legend's line.
+        unit: of the values, behind the title.
+        max_px: longest side of the picture without its legend.
+
+    Returns:
+        The values at the two ends of the colours.
+
+    Raises:
+        UsageError: another count of values than of patches, or NaN.
+        GeometryError: there is no patch.
+        ReadError: much of the slide cannot be read.
+        OutputError: the picture cannot be written.
+    """
+    values = check_values(values, len(grid))
+    raster = PatchRaster.of(grid)
+    low, high = limits(values)
+    overview = read_overview(slide, slide.mpp * max(slide.size_l0) / max_px, holes=True)
+    grey = np.repeat(cv2.cvtColor(overview.rgb, cv2.COLOR_RGB2GRAY)[..., None], 3, axis=2)
+    canvas = _lay(np.asarray(grey, np.uint8), raster, colour(values, low, high), overview.downsample)
+    picture = _with_legend(canvas, f"{title}   {unit}".strip(), low, high)
+    path = Path(path)
+    with publish(path) as part, writing(path):
+        picture.save(part, "PNG", optimize=True)
+    return low, high
+
+
+def check_values(values: Values, patches: int) -> Values:
+    """Hold values to one finite number per patch.
+
+    Raises:
+        UsageError: they are not.
+    """
+    values = np.asarray(values)
+    if values.shape != (patches,):
+        raise UsageError(f"values are {list(values.shape)} for {patches} patches; give one per patch")
+    if not np.isfinite(values).all():
+        raise UsageError(f"the value of patch {int(np.argmin(np.isfinite(values)))} is not finite")
+    return values
+
+
+def _lay(canvas: Array, raster: PatchRaster, rgb: NDArray[np.uint8], downsample: float) -> Array:
+    """The canvas, uint8 [h, w, 3], with the raster over it."""
+    height, width = canvas.shape[:2]
+    painted = raster.paint(rgb)
+    x0, y0, _, _ = raster.bounds_l0
+    scale = raster.cell_l0 / downsample  # canvas pixels per cell
+    move = np.array([[scale, 0, x0 / downsample], [0, scale, y0 / downsample]], np.float64)
+    move[:, 2] += (scale - 1) / 2  # from centres of pixels to their edges and back
+    laid = cv2.warpAffine(painted, move, (width, height), flags=cv2.INTER_NEAREST)
+    share = OPACITY * (laid[..., 3:] > 0)
+    return np.asarray(np.round(canvas * (1 - share) + laid[..., :3] * share), np.uint8)
+
+
+def _with_legend(canvas: Array, title: str, low: float, high: float) -> Image.Image:
+    height, width = canvas.shape[:2]
+    width = max(width, 480)
+    picture = Image.new("RGB", (width, height + LEGEND_PX), "white")
+    picture.paste(Image.fromarray(canvas))
+    draw = ImageDraw.Draw(picture)
+    bar = Image.fromarray(np.repeat(_table()[None], 14, axis=0)).resize((220, 14))
+    left, top = width - 236, height + 12
+    picture.paste(bar, (left, top))
+    small = caption_font(13)
+    draw.text((left, top + 20), f"{low:.3g}", (40, 40, 40), small, anchor="la")
+    draw.text((left + 220, top + 20), f"{high:.3g}", (40, 40, 40), small, anchor="ra")
+    font = fitting_font(title, left - 28)
+    draw.text((14, height + LEGEND_PX / 2), title, (40, 40, 40), font, anchor="lm")
+    return picture
+
+
+def _table() -> NDArray[np.uint8]:
+    """The 256 colours, uint8 [256, 3] RGB."""
+    steps = np.arange(256, dtype=np.uint8)[:, None]
+    return np.asarray(cv2.applyColorMap(steps, cv2.COLORMAP_VIRIDIS)[:, 0, ::-1], np.uint8)
+
+
+def _stride(grid: PatchGrid) -> float:
+    """From patch to patch in level-0 pixels."""
+    return float(max(1, round(grid.patch_size_l0 * (grid.patch_px - grid.overlap_px) / grid.patch_px)))
