@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_layouts import grid_of, provenance_of
+from test_layouts import CONSUMER_OF, SIZE, grid_of, provenance_of
 from torch import nn
 
 from seal_extract.cli import main
@@ -19,6 +19,7 @@ from seal_extract.export import export
 from seal_extract.layouts import LAYOUTS, layout_of_grid
 from seal_extract.slide_level import open_pooling, pool_slide, read_slide_level
 from seal_extract.store import SlideLabel, read_features, read_provenance
+from seal_extract.verify import verify
 
 DIM = 24  # of the features in these tests
 FEATURES = "features_untrained-demo"
@@ -207,7 +208,7 @@ def write_features(folder, rows, *, layout="trident", name="a", unreadable=(), e
     place = layout_of_grid(layout, folder, grid)
     provenance = provenance_of(grid, encoder=encoder)
     provenance["unreadable"] = [{"row": row} for row in unreadable]
-    label = SlideLabel(name, (4000, 3000), 0.25)
+    label = SlideLabel(name, SIZE, 0.25)
     with place.write_features(label, grid, encoder, rows.shape[1], provenance) as writer:
         for start in range(0, len(rows), 5000):
             writer.append(rows[start : start + 5000])
@@ -356,6 +357,18 @@ def test_patches_that_could_not_be_read_are_left_out(tmp_path):
     assert (got.attention[:, [3, 29]] == 0).all()
 
 
+def test_a_file_with_fewer_rows_than_patches_is_refused(tmp_path):
+    features = write_features(tmp_path, rows_of(30))
+    with h5py.File(features.path, "r+") as file:
+        attrs = dict(file["features"].attrs)
+        del file["features"]
+        file.create_dataset("features", data=rows_of(29)).attrs.update(attrs)
+    for asked in ("mean", save(model_of("ABMIL"), tmp_path / "m.pt")):
+        with pytest.raises(OutputError, match="29 rows for 30 patches; encode that slide again"):
+            pool_slide(features, open_pooling(asked), tmp_path / "s.h5")
+    assert not (tmp_path / "s.h5").exists()
+
+
 def test_a_slide_without_patches_has_no_embedding(tmp_path):
     features = write_features(tmp_path, rows_of(0))
     with pytest.raises(UsageError, match=r"a.h5 has no patches, so that there is nothing to pool"):
@@ -373,6 +386,7 @@ def test_slide_level_files_are_not_mistaken_for_features(tmp_path, layout):
     assert read_provenance(path) is None
     with pytest.raises(OutputError, match="no slide-level file"):
         read_slide_level(features.path)
+    assert verify(tmp_path / "run", CONSUMER_OF[layout]) == ()
     if layout != "stamp":
         (done,) = export(tmp_path / "run", "flat" if layout != "flat" else "trident", tmp_path / "other")
         assert done.state == "written"
@@ -577,6 +591,30 @@ def test_a_slide_without_patches_is_passed_over_with_the_reason(run, drawn_slide
     assert status == 0
     assert out[1] == "0.svs: slide level by mean, no patches to pool"
     assert not list(tmp_path.glob("*/slide_features_*"))
+
+
+def test_overwriting_features_makes_their_embedding_anew_or_deletes_it(
+    run, drawn_slides, encoder_folder, tmp_path
+):
+    command = (drawn_slides[0], "-o", tmp_path, "--encoder", encoder_folder, "--slide-level", "mean")
+    assert run(*command)[0] == 0
+    (path,) = files_of(tmp_path, "mean")
+    patches = len(read_slide_level(path).grid)
+    status, _, err = run(*command, "--min-tissue", "0.9")
+    assert (status, len(err)) == (1, 1)  # of the features; there is nothing new to pool
+    assert run(*command, "--min-tissue", "0.9", "--overwrite")[0] == 0
+    assert 0 < len(read_slide_level(path).grid) < patches
+    (tmp_path / "roi.geojson").write_text(json.dumps(square(680, 530, 40)))
+    status, out, _ = run(*command, "--roi", tmp_path / "roi.geojson", "--overwrite")
+    assert (status, out[1]) == (0, f"0.svs: slide level by mean, no patches to pool, deleted {path}")
+    assert not path.exists()
+
+
+def test_the_mean_needs_no_torch():
+    code = (
+        "import sys, seal_extract.slide_level as s; s.open_pooling('mean'); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def square(x, y, side):

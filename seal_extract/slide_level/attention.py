@@ -118,7 +118,7 @@ class AttentionPooling:
             f"{self.dim} -> {self.hidden_dim}, attention of {rows})"
         )
 
-    def pool(self, pieces: Iterable[Rows]) -> Pooled:
+    def pool(self, pieces: Iterable[Rows], count: int) -> Pooled:
         """See `Pooling.pool`.
 
         Raises:
@@ -128,23 +128,23 @@ class AttentionPooling:
         highest = torch.full((rows, 1), -torch.inf, dtype=torch.float64)
         weight = torch.zeros((rows, 1), dtype=torch.float64)  # sum of exp(score - highest)
         total = torch.zeros((rows, self.hidden_dim), dtype=torch.float64)
-        seen: list[Tensor] = []
+        scores, start = torch.empty((rows, count)), 0  # in one piece: small ones would hold the heap open
         with torch.inference_mode():
             for patches in _small(pieces):
                 hidden = self._hidden(patches)  # float32 [n, E]
-                scores = torch.cat([gate(hidden) for gate in self.gates], 1).T.contiguous()  # [C, n]
-                if not bool(torch.isfinite(scores).all()):
+                found = torch.cat([gate(hidden) for gate in self.gates], 1).T  # [C, n]
+                if not bool(torch.isfinite(found).all()):
                     raise CheckpointError(
                         f"{self.path} gives attention scores that are not finite; was it trained on features "
                         f"of this encoder?"
                     )
-                seen.append(scores)
-                now = torch.maximum(highest, scores.double().amax(1, keepdim=True))
-                before, shares = (highest - now).exp(), (scores.double() - now).exp()
+                scores[:, start : start + len(patches)] = found
+                start += len(patches)
+                now = torch.maximum(highest, found.double().amax(1, keepdim=True))
+                before, shares = (highest - now).exp(), (found.double() - now).exp()
                 weight = weight * before + shares.sum(1, keepdim=True)
                 total = total * before + shares @ hidden.double()
                 highest = now
-            scores = torch.cat(seen, 1)
             attention = torch.empty_like(scores)
             for row in range(rows):  # one at a time, in float64
                 attention[row] = (scores[row].double() - highest[row]).exp() / weight[row]

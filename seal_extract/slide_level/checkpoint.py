@@ -7,10 +7,10 @@ TRIDENT  pre_attention_layers.0              image_pooler.{attention_heads.{i}.0
                                              branching_layers.{i},condensing_layer}, post_attention_layers.0
 MIL-Lab  patch_embed.{0,3,...}               global_attn.attention_{a.0,b.0,c}
 
-Networks without gate are ``attention_net.{2|3}.module.{0,2|3}``, ``attention.{0,2}``, no ``gating_layers``, and
-``global_attn.module.{0,3}``. TRIDENT's is what Patho-Bench trains, as ``slide_encoder.model...``; its layers
-around the attention are GELU, all others' ReLU. Sizes are the shapes' own: CLAM's small and big, and any
-other. Keys of classifiers are known and read past.
+Networks without gate are ``attention_net.{2|3}.module.{0,2|3}``, ``attention.{0,2}``, those without
+``gating_layers``, and ``global_attn.module.{0,3}``. TRIDENT's is what Patho-Bench trains, as
+``slide_encoder.model...``; its layers around the attention are GELU, all others' ReLU. Sizes are the
+shapes' own: CLAM's small and big, and any other. Keys of classifiers are known and read past.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ def _find(path: Path, request: dict[str, Any]) -> SlideLevel | None:
 
 def _pool(features: SlideFeatures, pooling: Pooling, left_out: NDArray[np.int64]) -> Pooled:
     try:
-        pooled = pooling.pool(_pieces(features.path, left_out))
+        pooled = pooling.pool(_pieces(features, left_out), len(features.grid) - len(left_out))
     except (*DAMAGED, EOFError) as exc:
         raise OutputError(f"{features.path} cannot be read ({exc}); encode that slide again") from exc
     if pooled.scores is None or pooled.attention is None or not len(left_out):
@@ -181,12 +181,17 @@ def _pool(features: SlideFeatures, pooling: Pooling, left_out: NDArray[np.int64]
     return Pooled(pooled.features, scores, attention)
 
 
-def _pieces(path: Path, left_out: NDArray[np.int64]) -> Iterator[Rows]:
+def _pieces(features: SlideFeatures, left_out: NDArray[np.int64]) -> Iterator[Rows]:
     start = 0
-    for piece in read_pieces(path):
+    for piece in read_pieces(features.path):
         skipped = left_out[(left_out >= start) & (left_out < start + len(piece))] - start
         start += len(piece)
-        yield np.delete(piece, skipped, 0) if len(skipped) else piece
+        if start <= len(features.grid):
+            yield np.delete(piece, skipped, 0) if len(skipped) else piece
+    if start != len(features.grid):
+        raise OutputError(
+            f"{features.path} has {start} rows for {len(features.grid)} patches; encode that slide again"
+        )
 
 
 def _write(path: Path, features: SlideFeatures, pooled: Pooled, provenance: dict[str, Any]) -> None:

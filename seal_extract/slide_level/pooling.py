@@ -58,8 +58,8 @@ class Pooling(Protocol):
         """Width of the features it takes; None for any."""
         ...
 
-    def pool(self, pieces: Iterable[Rows]) -> Pooled:
-        """Pool the patches of a slide, which come piece by piece: [B, D], at least one in all."""
+    def pool(self, pieces: Iterable[Rows], count: int) -> Pooled:
+        """Pool the ``count`` patches of a slide, one or more, which come piece by piece: [B, D]."""
         ...
 
 
@@ -80,12 +80,9 @@ class MeanPooling:
         """See `Pooling.facts`."""
         return {}
 
-    def pool(self, pieces: Iterable[Rows]) -> Pooled:
+    def pool(self, pieces: Iterable[Rows], count: int) -> Pooled:
         """See `Pooling.pool`; summed in float64."""
-        count, total = 0, np.zeros(1)
-        for rows in pieces:
-            total = total + rows.sum(0, dtype=np.float64)
-            count += len(rows)
+        total = sum(rows.sum(0, dtype=np.float64) for rows in pieces)
         return Pooled((total / count).astype(np.float32))
 
 
