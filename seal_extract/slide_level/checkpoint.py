@@ -133,7 +133,7 @@ def _mil_lab(keys: Collection[str]) -> Names | None:
         return None
     embed = {int(m[1]) for key in keys if (m := re.match(r"patch_embed\.(\d+)\.", key))}
     beside = ("classifier.", "instance_classifiers.", "instance_loss_fn.")
-    names = tuple(f"patch_embed.{i}" for i in sorted(embed or {0}))
+    names = tuple(f"patch_embed.{i}" for i in range(0, max(embed, default=0) + 1, 3))  # layer, ReLU, dropout
     return Names("MIL-Lab", names, (_gate(keys, "global_attn"),), beside, "head")
 
 
