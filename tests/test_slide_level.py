@@ -161,7 +161,7 @@ def test_what_the_same_request_wrote_is_returned_and_other_requests_are_refused(
     assert path.read_bytes() == written
     other = open_pooling(save(model_of("ABMIL"), tmp_path / "m.pt"))
     with pytest.raises(
-        OutputError, match=r"another request \(pooling kind mean, now ABMIL\); type --overwrite"
+        OutputError, match=r"another request \(pooling kind mean, now ABMIL\); move .*--overwrite"
     ):
         pool_slide(features, other, path)
     assert pool_slide(features, other, path, overwrite=True).features.shape == (500,)

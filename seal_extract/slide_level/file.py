@@ -155,13 +155,17 @@ def _find(path: Path, request: dict[str, Any]) -> SlideLevel | None:
     if not path.exists():
         return None
     found = _open(path)
-    difference = first_difference(found.provenance["request"], request) if found else "it is not ours"
+    if found is None:
+        raise OutputError(
+            f"{path} exists and is not ours; move it away, or type --overwrite, which encodes the slide again"
+        )
+    difference = first_difference(found.provenance["request"], request)
     if difference is not None:
         raise OutputError(
-            f"{path} exists, made with another request ({difference}); type --overwrite to replace it, which "
-            f"encodes the slide again too, move {path.parent.name} away, or rename the checkpoint"
+            f"{path} exists, made with another request ({difference}); move {path.parent.name} away, give the "
+            f"checkpoint another name, or type --overwrite, which encodes the slide again"
         )
-    return found and SlideLevel(found.path, found.grid, found.provenance, finished_before=True)
+    return SlideLevel(found.path, found.grid, found.provenance, finished_before=True)
 
 
 # --- rows in, file out ------------------------------------------------------------------------------
