@@ -162,8 +162,8 @@ def _find(path: Path, request: dict[str, Any]) -> SlideLevel | None:
     difference = first_difference(found.provenance["request"], request)
     if difference is not None:
         raise OutputError(
-            f"{path} exists, made with another request ({difference}); move {path.parent.name} away, give the "
-            f"checkpoint another name, or type --overwrite, which encodes the slide again"
+            f"{path} exists, made with another request ({difference}); move {path.parent.name} away, give "
+            f"the checkpoint another name, or type --overwrite, which encodes the slide again"
         )
     return SlideLevel(found.path, found.grid, found.provenance, finished_before=True)
 
