@@ -37,7 +37,7 @@ ALLOWED = {
     "results": {"reading", "encoders"},
     "story": {"reading", "pixels", "patches", "encoders", "results", "view"},
     "train": {"reading", "pixels", "patches", "encoders", "genes"},
-    "view": {"reading", "results", "publish"},
+    "view": {"reading", "results", "publish", "genes"},
     "synthetic": {"errors", "publish"},
     "demo": {"synthetic", "encoders", "errors", "publish"},
     "doctor": {"encoders", "patches", "results", "reading", "demo"},
