@@ -17,6 +17,7 @@ from seal_extract.errors import OutputError, SealExtractError, UsageError
 from seal_extract.layouts import LAYOUTS, layout_of_grid
 from seal_extract.scverse import SCVERSE
 from seal_extract.store import (
+    EXPORTED_FROM,
     MICROMETRES,
     SlideFeatures,
     SlideLabel,
@@ -26,7 +27,6 @@ from seal_extract.store import (
 )
 
 EXPORTS = (*LAYOUTS, *SCVERSE)
-FROM = "exported_from"  # the one entry of provenance in which an export differs from its source
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _jobs(folder: Path, layout: str, out: Path) -> dict[Path, Path]:
         provenance = read_provenance(file)
         if provenance is None:
             continue
-        if FROM in provenance:
+        if EXPORTED_FROM in provenance:
             exports.add(file)
         path = _place(read_features(file), layout, out)
         other = jobs.get(path, file)
@@ -137,7 +137,7 @@ def _export_one(file: Path, path: Path, layout: str, out: Path, overwrite: bool)
             )
         if layout in SCVERSE and not len(source.grid) and not SCVERSE[layout].takes_empty:
             return replace(result, state="left out")
-        provenance = source.provenance | {FROM: str(source.path.resolve())}
+        provenance = source.provenance | {EXPORTED_FROM: str(source.path.resolve())}
         if not overwrite and _is_done(path, layout, provenance):
             if layout in LAYOUTS:
                 encoder = provenance["encoder"]["name"]
@@ -180,7 +180,7 @@ def _is_done(path: Path, layout: str, provenance: dict[str, Any]) -> bool:
 
 
 def _without_origin(provenance: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in provenance.items() if key != FROM}
+    return {key: value for key, value in provenance.items() if key != EXPORTED_FROM}
 
 
 def _copy(source: SlideFeatures, provenance: dict[str, Any], layout: str, out: Path, overwrite: bool) -> None:

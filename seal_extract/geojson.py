@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.errors import GeometryError
-from seal_extract.publish import publish
+from seal_extract.publish import publish, writing
 
 Mask: TypeAlias = NDArray[np.bool_]
 Ring: TypeAlias = NDArray[np.float64]  # [K, 2], (x, y), the first point not repeated
@@ -145,6 +145,36 @@ def write_polygons(path: Path, polygons: Iterable[Polygon], name: str = "Tissue"
     ]
     with publish(path) as part:
         part.write_text(json.dumps({"type": "FeatureCollection", "features": features}), encoding="utf-8")
+
+
+def write_patches(
+    path: Path, xy_l0: NDArray[np.int64], patch_size_l0: int, measurements: dict[str, NDArray[Any]]
+) -> None:
+    """Write patches as tiles that QuPath imports, with numbers that its measurement maps show.
+
+    Args:
+        path: the file.
+        xy_l0: int64 [N, 2], top-left corners in level-0 pixels.
+        patch_size_l0: their side in level-0 pixels.
+        measurements: finite numbers [N] by the name that QuPath shows.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    columns = {name: values.tolist() for name, values in measurements.items()}
+    with publish(path) as part, writing(path), part.open("w", encoding="utf-8") as file:
+        file.write('{"type": "FeatureCollection", "features": [')
+        for row, (x, y) in enumerate(xy_l0.tolist()):
+            right, bottom = x + patch_size_l0, y + patch_size_l0
+            ring = [[x, y], [right, y], [right, bottom], [x, bottom], [x, y]]
+            numbers = {name: float(f"{column[row]:.6g}") for name, column in columns.items()}
+            tile = {
+                "type": "Feature",
+                "geometry": {"type": "Polygon", "coordinates": [ring]},
+                "properties": {"objectType": "tile", "measurements": numbers},
+            }
+            file.write(f"{',' if row else ''}\n{json.dumps(tile)}")
+        file.write("\n]}\n")
 
 
 def read_polygons(path: Path) -> tuple[list[Polygon], list[Polygon]]:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -57,8 +57,16 @@ class ScverseForm:
 # --- AnnData ----------------------------------------------------------------------------------------
 
 
-def write_h5ad(features: SlideFeatures, path: Path) -> None:
+def write_h5ad(
+    features: SlideFeatures,
+    path: Path,
+    variables: Sequence[str] | None = None,
+    pieces: Iterable[NDArray[np.float32]] | None = None,
+) -> None:
     """Write an AnnData file: a patch is an observation, a feature a variable.
+
+    With ``variables`` and ``pieces`` it is another table of the same patches, such as their expression: names
+    of its columns, and its rows in order, some at a time.
 
     ``X`` float32 [N, D]; ``obsm["spatial"]`` float64 [N, 2], the patches' centres in level-0 pixels;
     ``obs`` ``x_l0``, ``y_l0``, their top-left corners; ``uns`` ``mpp`` (µm/px at level 0), ``patch_size_l0``,
@@ -70,10 +78,12 @@ def write_h5ad(features: SlideFeatures, path: Path) -> None:
     grid, slide, encoder = features.grid, path.stem, features.provenance["encoder"]["name"]
     with new_hdf5(path) as file:
         _tag(file, "anndata", "0.1.0")
-        _write_rows(file, features)
+        names = [f"{encoder}_{i}" for i in range(features.dim)] if variables is None else list(variables)
+        rows = read_pieces(features.path) if pieces is None else pieces
+        _write_rows(file, (len(grid), len(names)), rows)
         x, y = grid.xy_l0.T
         _frame(file, "obs", _patch_names(slide, len(grid)), {"x_l0": x, "y_l0": y})
-        _frame(file, "var", [f"{encoder}_{i}" for i in range(features.dim)], {})
+        _frame(file, "var", names, {})
         _array(_dict(file, "obsm"), "spatial", _centres(features))
         for empty in ("layers", "obsp", "varm", "varp"):
             _dict(file, empty)
@@ -94,11 +104,11 @@ def read_h5ad_provenance(path: Path) -> dict[str, Any] | None:
     return dict(json.loads(text))
 
 
-def _write_rows(file: h5py.File, features: SlideFeatures) -> None:
-    n, dim = len(features.grid), features.dim
+def _write_rows(file: h5py.File, shape: tuple[int, int], pieces: Iterable[NDArray[np.float32]]) -> None:
+    n, dim = shape
     chunks = (max(1, min(n, CHUNK_BYTES // (4 * dim))), dim) if n else None
-    rows, done = file.create_dataset("X", (n, dim), np.float32, chunks=chunks), 0
-    for piece in read_pieces(features.path):
+    rows, done = file.create_dataset("X", shape, np.float32, chunks=chunks), 0
+    for piece in pieces:
         rows[done : done + len(piece)] = piece
         done += len(piece)
     _tag(rows, "array", "0.2.0")

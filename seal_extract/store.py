@@ -25,6 +25,7 @@ from seal_extract.grid import PatchGrid
 from seal_extract.publish import publish, writing
 
 PROVENANCE = "seal_extract"  # at the root; "encoder" and "stamp_version" there would mislead STAMP
+EXPORTED_FROM = "exported_from"  # in the provenance of a copy in another layout
 PIXELS, MICROMETRES = "features", "feats"  # datasets of rows; STAMP's has coords in µm
 CHUNK_BYTES = 2**20  # a chunk of features is some hundred rows, never one
 PIECE_BYTES = 2**24  # rows copied from file to file at a time
@@ -183,6 +184,27 @@ def read_features(path: str | os.PathLike[str]) -> SlideFeatures:
             f"{path} is no features file of seal_extract; give OUT/20x_.../features_NAME/SLIDE.h5"
         )
     return features
+
+
+def list_features(folder: Path) -> list[SlideFeatures]:
+    """All features of a finished run, in the order of their paths; of a file and its exports only one.
+
+    Args:
+        folder: the ``-o`` of the run, or a part of it.
+
+    Raises:
+        OutputError: there are none.
+    """
+    found = {path.resolve(): find_features(path) for path in sorted(folder.rglob("*.h5"))}
+    ours: dict[Path, SlideFeatures] = {}
+    for path, features in found.items():
+        if features is not None:
+            source = Path(features.provenance.get(EXPORTED_FROM, path))
+            if source == path or (found.get(source) is None and source not in ours):
+                ours[source] = features
+    if not ours:
+        raise OutputError(f"{folder} holds no features file of seal_extract; give the -o of a finished run")
+    return list(ours.values())
 
 
 def find_features(path: Path, dataset: str | None = None) -> SlideFeatures | None:

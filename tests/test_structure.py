@@ -33,7 +33,7 @@ ALLOWED = {
     "pixels": {"errors"},
     "patches": {"reading", "pixels"},
     "encoders": {"errors", "publish", "pixels"},
-    "genes": {"errors", "encoders"},
+    "genes": {"errors", "encoders", "publish", "reading", "results"},
     "results": {"reading", "encoders"},
     "story": {"reading", "pixels", "patches", "encoders", "results", "view"},
     "train": {"reading", "pixels", "patches", "encoders", "genes"},

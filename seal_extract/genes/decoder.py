@@ -1,0 +1,201 @@
+"""The expression decoder of an encoder alone: embeddings in, genes out.
+
+SEAL's decoder is two layers (arXiv 2602.14177). The tower beside it in the file may have 2 GB, and is not
+needed once the features are written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from seal_extract.encoders import folder
+from seal_extract.encoders.bundled import bundled
+from seal_extract.encoders.checkpoint import check_tensors, read_tensors
+from seal_extract.encoders.encoder import WeightFile
+from seal_extract.encoders.expression import (
+    ExpressionDecoder,
+    decoder_shapes,
+    filled_decoder,
+    official_key,
+)
+from seal_extract.encoders.locate import layout_of, locate
+from seal_extract.encoders.panel import check_panel
+from seal_extract.encoders.registry import list_encoders
+from seal_extract.encoders.spellings import as_row_spells
+from seal_extract.errors import EncoderError, UsageError
+
+
+@dataclass(frozen=True)
+class GeneDecoder:
+    """Predicts expression from embeddings; made by `load_decoder` or `decoder_of`.
+
+    Attributes:
+        name: of the encoder whose decoder it is.
+        dim: columns of the embeddings that it takes.
+        n_genes: columns of what it predicts.
+        genes: the gene of each, or None: nobody has published SEAL's panel.
+        weights: the file that it came from.
+    """
+
+    name: str
+    dim: int
+    n_genes: int
+    genes: tuple[str, ...] | None
+    weights: WeightFile
+    _layers: ExpressionDecoder = field(repr=False)
+
+    def __repr__(self) -> str:
+        named = "named" if self.genes else "without names"
+        return f"GeneDecoder({self.name}: {self.dim} numbers to {self.n_genes} genes, {named})"
+
+    def predict(self, features: NDArray[Any], columns: Sequence[int] | None = None) -> NDArray[np.float32]:
+        """Predict expression: float [B, D] to float32 [B, G], 0 or above, in log1p of counts per 10,000.
+
+        Args:
+            features: rows of a features file of this encoder.
+            columns: of the genes wanted, in the order wanted; all by default.
+
+        Raises:
+            UsageError: rows of another width, or not finite.
+        """
+        rows = np.asarray(features, np.float32)
+        if rows.ndim != 2 or rows.shape[1] != self.dim:
+            raise UsageError(
+                f"features are {list(rows.shape)}; the decoder of {self.name} takes [N, {self.dim}]"
+            )
+        if not np.isfinite(rows).all():
+            raise UsageError("features hold NaN or infinity; extract the slide again with --overwrite")
+        last = self._layers.genes
+        weight, bias = (last.weight, last.bias) if columns is None else self._of(columns)
+        with torch.inference_mode():
+            hidden = self._layers.hidden(torch.from_numpy(rows)).relu_()
+            predicted: NDArray[np.float32] = torch.nn.functional.linear(hidden, weight, bias).relu_().numpy()
+        return predicted
+
+    def _of(self, columns: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen = torch.as_tensor(list(columns), dtype=torch.int64)
+        return self._layers.genes.weight[chosen], self._layers.genes.bias[chosen]
+
+    def columns(self, names: Sequence[str]) -> list[int]:
+        """The column of each gene.
+
+        Raises:
+            UsageError: the columns have no names, or a name is not among them; the nearest are told.
+        """
+        where = {gene: i for i, gene in enumerate(self.named())}
+        for name in names:
+            if name not in where:
+                raise UsageError(unknown_gene(name, list(where), self.name))
+        return [where[name] for name in names]
+
+    def named(self) -> tuple[str, ...]:
+        """The genes.
+
+        Raises:
+            UsageError: nobody has said which gene each column is.
+        """
+        if self.genes is None:
+            raise UsageError(
+                f"nobody has published which gene each of the {self.n_genes} columns of {self.name} is; give "
+                "--panel genes.txt, one name per line in the order of its training"
+            )
+        return self.genes
+
+
+def unknown_gene(name: str, known: Sequence[str], of: str) -> str:
+    """The message about a gene that is not in the panel, with the nearest names."""
+    lower = {gene.lower(): gene for gene in known}
+    near = [lower[match] for match in get_close_matches(name.lower(), lower, n=3, cutoff=0.5)]
+    hint = f"the nearest are {', '.join(near)}" if near else f"it has {len(known)} others, such as {known[0]}"
+    return f"{name} is not among the genes of {of}; {hint}"
+
+
+def load_decoder(
+    name_or_path: str | os.PathLike[str],
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    panel: Sequence[str] | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+) -> GeneDecoder:
+    """Read the decoder out of an encoder's weight file, and nothing else of it.
+
+    Args:
+        name_or_path: as `load_encoder` takes it.
+        checkpoint: a file on this disk, in place of the Hub's; only with a name.
+        panel: gene names in the order of the columns, as `read_panel` gives them; counts over the file's own.
+        revision: branch, tag or commit on the Hub.
+        offline: take the file from the Hub's cache only.
+
+    Raises:
+        EncoderError: the encoder has no decoder.
+        CheckpointError: the file does not hold the decoder's weights, or was damaged.
+        UsageError: an unknown name, or a panel of another length.
+        HubError: the Hub does not give the file.
+    """
+    spec, file = locate(name_or_path, checkpoint, revision, offline)
+    config = file.path.with_name(folder.CONFIG)
+    own = spec.published is None and config.is_file()
+    shape, genes = folder.read_decoder(config) if own else (layout_of(spec).decoder, None)
+    if shape is None:
+        names = [row.name for row in list_encoders() if row.published and row.published.decoder]
+        raise EncoderError(f"{spec.name} has no expression decoder; those that have: {', '.join(names)}")
+    tensors = read_tensors(file.path)
+    if own:
+        keys = {folder.DECODER + key: key for key in decoder_shapes(spec.dim, shape)}
+    else:
+        tensors = as_row_spells(tensors, layout_of(spec))
+        keys = {official_key(key): key for key in decoder_shapes(spec.dim, shape)}
+    needed = {theirs: decoder_shapes(spec.dim, shape)[key] for theirs, key in keys.items()}
+    head = {key: tensor for key, tensor in tensors.items() if key in keys}
+    check_tensors(head, needed, (), file.path, f"the decoder of {spec.name}")
+    layers = filled_decoder(spec.dim, shape, {key: head[theirs].clone() for theirs, key in keys.items()})
+    assert layers is not None
+    named = genes if panel is None else check_panel(panel, shape.genes, spec.name)
+    return GeneDecoder(spec.name, spec.dim, shape.genes, named, WeightFile.of(file), layers)
+
+
+def decoder_of(
+    provenance: dict[str, Any],
+    *,
+    encoder: str | os.PathLike[str] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    panel: Sequence[str] | None = None,
+    offline: bool = False,
+) -> GeneDecoder:
+    """The decoder of the very encoder that made a features file, by the hash of its weights.
+
+    Args:
+        provenance: of the features.
+        encoder: where the encoder is, if not where it was.
+        checkpoint: its file on this disk, if it has a name.
+        panel: see `load_decoder`.
+        offline: see `load_decoder`.
+
+    Raises:
+        UsageError: the weights are not those that made the features.
+        SealExtractError: as `load_decoder`.
+    """
+    made_by = provenance["encoder"]
+    recorded = made_by["weights"][0] if made_by["weights"] else {"source": "", "revision": None}
+    known = {row.name for row in list_encoders()} | set(bundled())
+    asked = encoder
+    if asked is None:
+        asked = made_by["name"] if made_by["name"] in known else recorded["source"]
+    if not asked:
+        raise UsageError(f"nothing says where the encoder {made_by['name']} is; give its folder as --encoder")
+    decoder = load_decoder(asked, checkpoint=checkpoint, panel=panel, offline=offline)
+    if decoder.weights.sha256 not in [w["sha256"] for w in made_by["weights"]]:
+        raise UsageError(
+            f"the features were made by {made_by['name']} of weights {str(recorded.get('sha256'))[:12]}, "
+            f"and {asked} has {decoder.weights.sha256[:12]}; give the encoder that made them as --encoder"
+        )
+    return decoder

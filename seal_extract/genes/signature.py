@@ -1,0 +1,118 @@
+"""Gene signatures: sets of genes from GMT files, or lists with a weight for each.
+
+GMT is the Molecular Signatures Database's format: a line per set, its name, a description and its genes,
+separated by tabs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from seal_extract.errors import UsageError
+from seal_extract.genes.decoder import GeneDecoder
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Genes that are looked at together.
+
+    Attributes:
+        name: of the set.
+        weights: of each gene; 1 where nothing else was said.
+    """
+
+    name: str
+    weights: dict[str, float]
+
+    def __post_init__(self) -> None:
+        bad = [gene for gene, weight in self.weights.items() if not math.isfinite(weight) or weight == 0]
+        if not self.weights or bad:
+            what = f"the weight {self.weights[bad[0]]:g} for {bad[0]}" if bad else "no gene"
+            raise UsageError(f"the signature {self.name} has {what}; give genes with finite weights but 0")
+
+    def __repr__(self) -> str:
+        return f"Signature({self.name}: {len(self.weights)} genes)"
+
+    def known_to(self, decoder: GeneDecoder) -> tuple[list[int], list[float]]:
+        """Column and weight of each of its genes that the decoder predicts.
+
+        Raises:
+            UsageError: it predicts none of them, or its columns have no names.
+        """
+        where = {gene: i for i, gene in enumerate(decoder.named())}
+        known = [gene for gene in self.weights if gene in where]
+        if not known:
+            first = ", ".join(list(self.weights)[:3])
+            raise UsageError(
+                f"none of the {len(self.weights)} genes of {self.name} ({first}, ...) is among the "
+                f"{decoder.n_genes} of {decoder.name}, such as {decoder.named()[0]}; choose another signature"
+            )
+        return [where[gene] for gene in known], [self.weights[gene] for gene in known]
+
+
+def read_signature(text: str) -> Signature:
+    """A signature as it is typed: ``FILE.gmt:NAME``, ``FILE.gmt`` of one set, or ``GENE:WEIGHT,GENE:WEIGHT``.
+
+    Raises:
+        UsageError: no such file or set, or a weight that is no number.
+    """
+    head, colon, name = text.rpartition(":")
+    for path, chosen in ((text, None), (head, name)):
+        if path.lower().endswith(".gmt") and (chosen is None or colon):
+            return _chosen(read_gmt(path), chosen, path)
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        gene, _, weight = part.strip().partition(":")
+        try:
+            value = float(weight) if weight else 1.0
+        except ValueError:
+            value = math.nan
+        if not gene or gene in weights or math.isnan(value):
+            raise UsageError(
+                f"the signature {text!r} has {part!r}; allowed: FILE.gmt:NAME, or GENE:WEIGHT,GENE:WEIGHT "
+                "with each gene once"
+            )
+        weights[gene] = value
+    return Signature(text, weights)
+
+
+def read_gmt(path: str | Path) -> dict[str, Signature]:
+    """All sets of a GMT file, by name.
+
+    Raises:
+        UsageError: missing, not text, empty, or with a line that is no set.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8 text"
+        raise UsageError(f"cannot read {path}: {reason}; give a GMT file, such as MSigDB's") from exc
+    sets: dict[str, Signature] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        name, *rest = (field.strip() for field in line.split("\t"))
+        genes = [gene for gene in rest[1:] if gene]
+        if not name or not genes or name in sets:
+            raise UsageError(
+                f"line {number} of {path} is no gene set or has a name that was there; allowed: name, "
+                "description and genes, separated by tabs"
+            )
+        sets[name] = Signature(name, dict.fromkeys(genes, 1.0))
+    if not sets:
+        raise UsageError(f"{path} holds no gene set; give a GMT file, such as MSigDB's")
+    return sets
+
+
+def _chosen(sets: dict[str, Signature], name: str | None, path: str) -> Signature:
+    if name is None and len(sets) == 1:
+        return next(iter(sets.values()))
+    if name in sets:
+        return sets[name]
+    near: Sequence[str] = get_close_matches(name or "", sets, n=3, cutoff=0.3) or list(sets)[:3]
+    what = f"no set {name}" if name else f"{len(sets)} sets"
+    raise UsageError(f"{path} holds {what}; type {path}:NAME, such as {' or '.join(near)}")
