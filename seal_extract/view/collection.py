@@ -1,4 +1,4 @@
-"""Which slides a results folder holds, for a viewer: their features, pictures, outlines and the slides themselves."""
+"""Which slides a results folder holds, for a viewer: features, pictures, outlines, and the slides themselves."""
 
 from __future__ import annotations
 

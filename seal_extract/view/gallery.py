@@ -105,7 +105,7 @@ class Gallery:
             "name": shown.name,
             "size_l0": list(tiles.slide.size_l0),
             "mpp": tiles.slide.mpp,
-            "mpp_source": tiles.slide.mpp_source,
+            "mpp_source": shown.provenance["slide"]["mpp_source"],
             "zooms": tiles.zooms,
             "patches": len(grid),
             "patch_px": grid.patch_px,
@@ -172,7 +172,8 @@ class Gallery:
 
     def _components(self) -> Components:
         """Fitted to the cohort: the same for all its slides."""
-        return self._small.get("components", lambda: Components.of(self._sample()))  # type: ignore[no-any-return]
+        kept: Components = self._small.get("components", lambda: Components.of(self._sample()))
+        return kept
 
     def _sample(self) -> NDArray[np.float32]:
         """Embeddings from over the cohort, float32 [M, D]."""

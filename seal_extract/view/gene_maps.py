@@ -70,7 +70,7 @@ class GeneMaps:
         return (begin + inside)[:MOST_SUGGESTED]
 
     def values(self, features: SlideFeatures, asked: str) -> tuple[str, str, Rows]:
-        """A title, a unit and float32 [N] for a gene, a list of genes with or without weights, or a named set.
+        """A title, a unit and float32 [N] for a gene, for several with commas, or for a named set.
 
         Raises:
             UsageError: an unknown gene; the nearest are told.

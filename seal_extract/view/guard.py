@@ -1,4 +1,4 @@
-"""What every request must pass and every response carries: this machine's own address, and a strict policy."""
+"""What every request must pass and every response carries: this machine's own address, a strict policy."""
 
 from __future__ import annotations
 

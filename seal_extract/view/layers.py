@@ -67,7 +67,7 @@ def embedding_layer(components: Components, features: NDArray[np.float32], slide
 
 
 def cluster_layer(components: Components, features: NDArray[np.float32], k: int, slides: int) -> Layer:
-    """k clusters of the cohort's sample, each patch in the nearest."""
+    """K clusters of the cohort's sample, each patch in the nearest."""
     labels = nearest_centre(components.project(features), cluster_centres(components, k))
     counts = np.bincount(labels, minlength=k)
     legend = {
@@ -119,7 +119,7 @@ def find_attention(files: tuple[Path, ...]) -> tuple[Attention, ...]:
     for path in files:
         try:
             with h5py.File(path, "r") as file:
-                shape = file["attention"].shape if "attention" in file else ()
+                shape: tuple[int, ...] = file["attention"].shape if "attention" in file else ()
         except DAMAGED:
             continue
         if len(shape) == 2:

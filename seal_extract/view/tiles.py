@@ -1,8 +1,8 @@
 """Tiles for a viewer, made as they are asked for: squares of 256 px at powers of two of the slide's size.
 
-Zoom 0 is level 0, zoom 1 half of it, and so on until the slide is smaller than a tile. A tile is read from the
-coarsest level that is at least as fine and averaged over areas; where that would be much to read, because the
-slide has few levels, it is cut out of one overview of the whole slide.
+Zoom 0 is level 0, zoom 1 half of it, and so on until the slide is smaller than a tile. A tile is read from
+the coarsest level that is at least as fine and averaged over areas; where that would be much to read, because
+the slide has few levels, it is cut out of one overview of the whole slide.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class SlideTiles:
         x0, y0 = column * side_l0, row * side_l0
         if not side_l0 or not (0 <= x0 < width and 0 <= y0 < height):
             raise UsageError(
-                f"there is no tile {zoom}/{column}/{row}; allowed: zooms 0 to {self.zooms - 1}, within the slide"
+                f"there is no tile {zoom}/{column}/{row}; allowed: zooms 0 to {self.zooms - 1}, on the slide"
             )
         box = (x0, y0, min(x0 + side_l0, width), min(y0 + side_l0, height))
         size = (ceil((box[2] - x0) / (1 << zoom)), ceil((box[3] - y0) / (1 << zoom)))

@@ -1,4 +1,4 @@
-"""A results folder in the browser: a server for this machine alone, over the slides it was given and no other file.
+"""A results folder in the browser: served to this machine alone, and of its files only the slides given.
 
 Slides are addressed by number, the page's own files by name out of a fixed table: no path from a request
 reaches the disk. Work is done by a few threads; whoever asked and left while waiting is not worked for.

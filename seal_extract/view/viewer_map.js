@@ -124,7 +124,7 @@ export class Patches {
 export class Stage {
   constructor() {
     this.map = L.map("map", {
-      crs: CRS, zoomSnap: 0.5, zoomDelta: 1, wheelPxPerZoomLevel: 110, zoomControl: false,
+      crs: CRS, zoomSnap: 0.25, zoomDelta: 1, wheelPxPerZoomLevel: 110, zoomControl: false,
       attributionControl: false, maxZoom: MOST_ZOOM, keyboardPanDelta: 120, preferCanvas: true,
     });
     this.map.setView([0, 0], 0);

@@ -9,7 +9,8 @@ export function showFacts(slide, encoder) {
   $("name").textContent = slide.name;
   $("facts").replaceChildren(
     ...facts([
-      ["Size", `${mm(width)} × ${mm(height)} mm, ${width.toLocaleString("en")} × ${height.toLocaleString("en")} px`],
+      ["Size", `${mm(width)} × ${mm(height)} mm`],
+      ["Level 0", `${width.toLocaleString("en")} × ${height.toLocaleString("en")} px`],
       ["Resolution", `${Number(slide.mpp.toPrecision(3))} µm/px`],
       ["Patches", `${slide.patches.toLocaleString("en")} of ${slide.patch_px} px at ${Number(slide.patch_mpp.toPrecision(3))} µm/px`],
       ["Encoder", `${encoder}, ${slide.dim} numbers a patch`],
