@@ -23,12 +23,15 @@ def view_parser() -> argparse.ArgumentParser:
     )
     p.set_defaults(handler=run_view)
     p.add_argument("out", type=Path, metavar="OUT", help="the -o of a finished run, or a part of it")
-    p.add_argument("--encoder", metavar="NAME", help="whose features to show, where there are several")
+    p.add_argument(
+        "--encoder",
+        metavar="NAME|FOLDER",
+        help="whose features to show, where there are several; its folder, if it is not where it was",
+    )
     p.add_argument("--slides", type=Path, metavar="FOLDER", help="where the slides lie, if they have moved")
     genes = p.add_argument_group("genes")
     genes.add_argument("--panel", type=Path, metavar="FILE", help="the gene of each column, one per line")
     genes.add_argument("--signatures", type=Path, metavar="FILE.gmt", help="gene sets to choose from by name")
-    genes.add_argument("--weights", metavar="NAME|FOLDER", help="the encoder, if it is not where it was")
     genes.add_argument("--checkpoint", type=Path, metavar="FILE", help="its weights on this disk")
     genes.add_argument("--offline", action="store_true", help="never ask the network for the decoder")
     p.add_argument("--port", type=int, default=0, metavar="N", help="default: a free one")
@@ -44,7 +47,7 @@ def run_view(args: argparse.Namespace) -> int:
     from seal_extract.view.gene_maps import GeneMaps
     from seal_extract.view.viewer import listen, serve
 
-    collection = Collection.find(args.out, args.encoder, args.slides)
+    collection = Collection.find(args.out, _name(args.encoder), args.slides)
     provenance = next(s.provenance for s in collection.slides if s.provenance)
     panel, signatures = _panel(args), _signatures(args)
     gallery = Gallery(collection, GeneMaps(lambda: _decoder(args, provenance, panel), signatures))
@@ -70,6 +73,15 @@ def _announce(address: str, slides: int, args: argparse.Namespace) -> None:
         webbrowser.open(address)
 
 
+def _name(encoder: str | None) -> str | None:
+    """Of an encoder given by name or as a folder."""
+    if encoder is None or not Path(encoder).is_dir():
+        return encoder
+    from seal_extract.encoders.folder import CONFIG, read_config
+
+    return read_config(Path(encoder) / CONFIG).name
+
+
 def _panel(args: argparse.Namespace) -> tuple[str, ...] | None:
     from seal_extract.genes.panel import read_panel
 
@@ -90,5 +102,5 @@ def _decoder(
     from seal_extract.genes.decoder import decoder_of
 
     return decoder_of(
-        provenance, encoder=args.weights, checkpoint=args.checkpoint, panel=panel, offline=args.offline
+        provenance, encoder=args.encoder, checkpoint=args.checkpoint, panel=panel, offline=args.offline
     )

@@ -1,4 +1,4 @@
-"""What was made is kept while it fits: what was least recently used goes first; nothing is made twice at once."""
+"""What was made is kept while it fits: the least recently used goes first; nothing is made twice at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which slides a results folder holds, for a viewer: features, pictures, outlines, and the slides themselves."""
+"""The slides of a results folder, for a viewer: features, pictures, outlines, and where the slides lie."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from seal_extract.view.colours import CLUSTERS, Components
 from seal_extract.view.gene_maps import GeneMaps
 from seal_extract.view.heatmap import PatchRaster
 from seal_extract.view.layers import (
+    Attention,
     Layer,
     cluster_layer,
     embedding_layer,
@@ -167,7 +168,8 @@ class Gallery:
             return scale_layer(*self.genes.values(features, of))
         if kind == "attention":
             found = self._attention(index)
-            return found[_number(of, "attention", (0, len(found) - 1))].layer(len(features.grid))
+            chosen = _number(of, "attention", (0, len(found) - 1))
+            return found[chosen].layer(features.grid.xy_l0)
         raise UsageError(f"the layer is {kind!r}; allowed: embedding, clusters, genes, attention")
 
     def _components(self) -> Components:
@@ -185,9 +187,10 @@ class Gallery:
     def _finished(self) -> int:
         return sum(slide.features is not None for slide in self.collection.slides)
 
-    def _attention(self, index: int) -> Any:
+    def _attention(self, index: int) -> tuple[Attention, ...]:
         files = self._shown(index).attention
-        return self._small.get(("attention", index), lambda: find_attention(files))
+        kept: tuple[Attention, ...] = self._small.get(("attention", index), lambda: find_attention(files))
+        return kept
 
     # --- a patch --------------------------------------------------------------------------------------
 

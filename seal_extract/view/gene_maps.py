@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,6 +69,21 @@ class GeneMaps:
         begin = sorted(name for name in known if name.upper().startswith(wanted))
         inside = sorted(name for name in known if wanted in name.upper()[1:] and name not in begin)
         return (begin + inside)[:MOST_SUGGESTED]
+
+    def check(self, asked: str) -> dict[str, Any]:
+        """Why what was typed cannot be shown, in a line that is empty if it can, and the nearest genes."""
+        try:
+            _ = self.signatures.get(asked) or self._typed(asked)
+        except SealExtractError as exc:
+            return {"why": str(exc), "nearest": self._near(asked)}
+        return {"why": "", "nearest": []}
+
+    def _near(self, asked: str) -> list[str]:
+        """Genes spelled like the first that is not known."""
+        spelled = {name.upper(): name for name in self.decoder.named()}
+        typed = (part.partition(":")[0].strip().upper() for part in asked.split(","))
+        unknown = next((name for name in typed if name and name not in spelled), "")
+        return [spelled[name] for name in get_close_matches(unknown, spelled, n=3, cutoff=0.5)]
 
     def values(self, features: SlideFeatures, asked: str) -> tuple[str, str, Rows]:
         """A title, a unit and float32 [N] for a gene, for several with commas, or for a named set.

@@ -94,8 +94,8 @@ class Attention:
     column: int
     title: str
 
-    def layer(self, patches: int) -> Layer:
-        """One number per patch.
+    def layer(self, xy_l0: NDArray[np.int64]) -> Layer:
+        """One number per patch, at int64 [N, 2], in multiples of the slide's mean, as the weights add to 1.
 
         Raises:
             UsageError: the file has another count of patches, or cannot be read.
@@ -103,14 +103,17 @@ class Attention:
         try:
             with h5py.File(self.path, "r") as file:
                 values = np.asarray(file["attention"][self.column], np.float32)
+                same = "coords" not in file or np.array_equal(file["coords"][()], xy_l0)
         except DAMAGED as exc:
             raise UsageError(f"the attention in {self.path.name} cannot be read; write it again") from exc
-        if values.shape != (patches,) or not np.isfinite(values).all():
+        if not same or values.shape != (len(xy_l0),) or not np.isfinite(values).all():
             raise UsageError(
-                f"{self.path.name} holds attention over {values.shape[-1]} patches, the features have "
-                f"{patches}; write it again from these features"
+                f"{self.path} holds attention over other patches than the {len(xy_l0)} of these features; "
+                "write it again from them"
             )
-        return scale_layer(self.title, "attention weight", values)
+        mean = float(values.mean())
+        unit = "attention, in multiples of the slide's mean"
+        return scale_layer(self.title, unit, values / mean if mean > 0 else values)
 
 
 def find_attention(files: tuple[Path, ...]) -> tuple[Attention, ...]:

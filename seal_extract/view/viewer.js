@@ -19,7 +19,7 @@ async function latest(kind, step, then, failed) {
     const answer = await step();
     if (turn === turns[kind]) then(answer);
   } catch (error) {
-    if (turn === turns[kind]) failed(error.message);
+    if (turn === turns[kind]) failed(error);
   }
 }
 
@@ -51,7 +51,7 @@ function listItem(slide) {
 function inShort(slide) {
   if (slide.status === "failed") return "failed";
   if (slide.problem) return "slide not found";
-  const area = slide.tissue_mm2 === null ? "" : ` · ${fixed(slide.tissue_mm2, 1)} mm²`;
+  const area = slide.tissue_mm2 === null ? "" : ` · ${fixed(slide.tissue_mm2, 1)}\u00a0mm²`;
   const errors = slide.read_errors ? ` · ${count(slide.read_errors, "read error")}` : "";
   return slide.patches === null ? "done" : `${count(slide.patches, "patch", "patches")}${area}${errors}`;
 }
@@ -60,8 +60,10 @@ async function openSlide(index, patch = -1) {
   const line = state.slides[index];
   mark(index);
   draw.leave();
+  turns.slide = (turns.slide || 0) + 1;
+  if (line.problem) return showProblem(line, line.problem);
   await latest("slide", () => Promise.all([ask(`/api/slides/${index}`), askBytes(address(index, "patches"))]),
-    ([slide, xy]) => showSlide(slide, new Int32Array(xy), patch), (why) => showProblem(line, why));
+    ([slide, xy]) => showSlide(slide, new Int32Array(xy), patch), (error) => showProblem(line, error.message));
 }
 
 function mark(index) {
@@ -125,7 +127,7 @@ function setKind(kind) {
 function colour() {
   if (!state.slide) return;
   const of = { clusters: $("clusters").value, genes: state.gene, attention: $("attention").value }[state.kind] || "";
-  $("gene-error").hidden = true;
+  $("colour-error").hidden = true;
   if (state.kind === "none" || !state.patches.length || (state.kind === "genes" && !of)) {
     turns.colour = (turns.colour || 0) + 1;
     stage.paint(null);
@@ -135,6 +137,7 @@ function colour() {
   const { index } = state.slide;
   const part = (name) => address(index, `layers/${state.kind}/${name}`, { of });
   latest("colour", async () => {
+    if (state.kind === "genes") await checkGenes(of);
     const said = await ask(part("legend"));
     return [said, part("picture"), new Float32Array(await askBytes(part("values")))];
   }, ([said, picture, values]) => {
@@ -144,11 +147,17 @@ function colour() {
   }, notColoured);
 }
 
-function notColoured(why) {
+async function checkGenes(typed) {
+  const { why, nearest } = await ask(`/api/check?typed=${encodeURIComponent(typed)}`);
+  if (why) throw Object.assign(new Error(why), { nearest });
+}
+
+function notColoured(error) {
   stage.paint(null);
   legend.show(null);
-  $("gene-error").textContent = why;
-  $("gene-error").hidden = false;
+  const near = (error.nearest || []).map((gene) => element("button", { type: "button", onclick: () => takeGene(gene) }, gene));
+  $("colour-error").replaceChildren(near.length ? error.message.split(";")[0] : error.message, near.length ? element("br") : "", ...near);
+  $("colour-error").hidden = false;
 }
 
 function setOpacity(percent) {
@@ -190,15 +199,16 @@ async function choosePatch(row, move = false) {
   history.replaceState(null, "", `#${slide.index}/${row + 1}`);
   stage.choose(row, [], move);
   legend.point(row);
+  if (!move) $("patch").parentElement.scrollIntoView({ block: "nearest" });
   const panel = showPatch(slide, row, patches, actions);
   const path = `/api/slides/${slide.index}/patches/${row}`;
-  latest("patch", () => ask(path), ({ genes }) => panel.genes(genes), (why) => panel.failed("genes", why));
+  latest("patch", () => ask(path), ({ genes }) => panel.genes(genes), (error) => panel.failed("genes", error.message));
   latest("alike", () => ask(`${path}/alike?scope=slide`), (found) => {
     panel.alike("slide", found);
     stage.choose(row, found.map((one) => one.row), false);
-  }, (why) => panel.failed("slide", why));
+  }, (error) => panel.failed("slide", error.message));
   if (state.slides.filter((one) => one.status === "done").length < 2) return;
-  latest("cohort", () => ask(`${path}/alike?scope=cohort`), (found) => panel.alike("cohort", found), (why) => panel.failed("cohort", why));
+  latest("cohort", () => ask(`${path}/alike?scope=cohort`), (found) => panel.alike("cohort", found), (error) => panel.failed("cohort", error.message));
 }
 
 const actions = {
@@ -215,8 +225,9 @@ function takeRegion(polygon) {
   $("region").replaceChildren(element("p", { className: "muted" }, "Comparing…"));
   const body = JSON.stringify({ polygon });
   const send = { method: "POST", body, headers: { "Content-Type": "application/json" } };
-  latest("region", () => ask(`/api/slides/${index}/region`, send), (answer) => showRegion(answer, actions), (why) =>
-    $("region").replaceChildren(element("p", { className: "bad" }, why)));
+  latest("region", () => ask(`/api/slides/${index}/region`, send), (answer) => showRegion(answer, actions), (error) =>
+    $("region").replaceChildren(element("p", { className: "bad" }, error.message)));
+  $("region").parentElement.scrollIntoView({ block: "nearest" });
 }
 
 function clearRegion() {

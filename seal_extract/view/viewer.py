@@ -7,8 +7,6 @@ reaches the disk. Work is done by a few threads; whoever asked and left while wa
 from __future__ import annotations
 
 import asyncio
-import json
-import math
 import os
 import socket
 from collections.abc import Awaitable, Callable, Iterator
@@ -20,6 +18,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from seal_extract.errors import SealExtractError, UsageError
 from seal_extract.view.gallery import Gallery
 from seal_extract.view.guard import Guard
+from seal_extract.view.requests import (
+    ClientLeft,
+    Missing,
+    path_number,
+    polygon_of,
+    query_text,
+    read_body,
+)
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -32,10 +38,6 @@ OWN_FILES = (
 )
 LEAFLET = ("leaflet.js", "leaflet.css")
 MEDIA = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-MOST_BODY = 64 * 1024
-MOST_CORNERS = 1000
-MOST_TYPED = 4000  # characters of a list of genes
-LARGEST_L0 = 1e7  # of a coordinate: no slide is so wide
 KEPT = "private, max-age=86400, immutable"  # the page asks for it by a version of its own
 WORKERS = max(2, min(4, os.cpu_count() or 1))
 
@@ -61,6 +63,7 @@ def make_app(gallery: Gallery, port: int) -> Guard:
         Route("/api/slides", desk.slides),
         Route("/api/genes", desk.genes),
         Route("/api/suggest", desk.suggest),
+        Route("/api/check", desk.check),
         Route(slide, desk.slide),
         Route(f"{slide}/thumbnail", desk.thumbnail),
         Route(f"{slide}/tiles/{{zoom}}/{{column}}/{{row}}", desk.tile),
@@ -124,28 +127,32 @@ class _Desk:
 
     async def slide(self, request: Request) -> Response:
         """One slide."""
-        index = _path(request, "slide")
+        index = path_number(request, "slide")
         return await self._json(request, lambda: self._gallery.slide(index))
 
     async def thumbnail(self, request: Request) -> Response:
         """Its small picture."""
-        index = _path(request, "slide")
+        index = path_number(request, "slide")
         return await self._bytes(request, lambda: self._gallery.thumbnail(index), "image/jpeg")
 
     async def tile(self, request: Request) -> Response:
         """A tile."""
-        place = [_path(request, name) for name in ("slide", "zoom", "column", "row")]
+        place = [path_number(request, name) for name in ("slide", "zoom", "column", "row")]
         content, media = await self._work(request, lambda: self._gallery.tile(*place))
         return _kept(request, content, media)
 
     async def patches(self, request: Request) -> Response:
         """Where its patches lie."""
-        index = _path(request, "slide")
+        index = path_number(request, "slide")
         return await self._bytes(request, lambda: self._gallery.patches(index), "application/octet-stream")
 
     async def layer(self, request: Request) -> Response:
         """A layer's legend, picture or values."""
-        index, kind, of = _path(request, "slide"), request.path_params["kind"], _query(request, "of")
+        index, kind, of = (
+            path_number(request, "slide"),
+            request.path_params["kind"],
+            query_text(request, "of"),
+        )
         part = request.path_params["part"]
         if part == "picture":
             return await self._bytes(request, lambda: self._gallery.layer_png(index, kind, of), "image/png")
@@ -161,22 +168,26 @@ class _Desk:
 
     async def patch(self, request: Request) -> Response:
         """A patch and its genes."""
-        index, row = _path(request, "slide"), _path(request, "patch")
+        index, row = path_number(request, "slide"), path_number(request, "patch")
         return await self._json(request, lambda: self._gallery.patch(index, row))
 
     async def patch_image(self, request: Request) -> Response:
         """Its picture."""
-        index, row = _path(request, "slide"), _path(request, "patch")
+        index, row = path_number(request, "slide"), path_number(request, "patch")
         return await self._bytes(request, lambda: self._gallery.patch_image(index, row), "image/jpeg")
 
     async def alike(self, request: Request) -> Response:
         """The patches that look like it."""
-        index, row, scope = _path(request, "slide"), _path(request, "patch"), _query(request, "scope")
+        index, row, scope = (
+            path_number(request, "slide"),
+            path_number(request, "patch"),
+            query_text(request, "scope"),
+        )
         return await self._json(request, lambda: self._gallery.alike(index, row, scope))
 
     async def region(self, request: Request) -> Response:
         """What a polygon holds."""
-        index, polygon = _path(request, "slide"), _polygon(await _body(request))
+        index, polygon = path_number(request, "slide"), polygon_of(await read_body(request))
         return await self._json(request, lambda: self._gallery.region(index, polygon))
 
     # --- genes ----------------------------------------------------------------------------------------
@@ -187,16 +198,13 @@ class _Desk:
 
     async def suggest(self, request: Request) -> Response:
         """What a name may go on as."""
-        typed = _query(request, "typed")
+        typed = query_text(request, "typed")
         return await self._json(request, lambda: self._gallery.genes.suggest(typed))
 
-
-class ClientLeft(Exception):
-    """Whoever asked has gone."""
-
-
-class Missing(Exception):
-    """There is nothing at that address."""
+    async def check(self, request: Request) -> Response:
+        """Whether what was typed can be shown, and if not what is near."""
+        typed = query_text(request, "typed")
+        return await self._json(request, lambda: self._gallery.genes.check(typed))
 
 
 def _handlers() -> dict[Any, Callable[[Request, Exception], Awaitable[Response]]]:
@@ -232,47 +240,6 @@ def _handlers() -> dict[Any, Callable[[Request, Exception], Awaitable[Response]]
         HTTPException: other,
         Exception: unexpected,
     }
-
-
-# --- what comes in --------------------------------------------------------------------------------------
-
-
-def _path(request: Request, name: str) -> int:
-    text = request.path_params[name]
-    if not text.isascii() or not text.isdigit() or len(text) > 9:
-        raise Missing
-    return int(text)
-
-
-def _query(request: Request, name: str) -> str:
-    text = request.query_params.get(name, "")
-    if len(text) > MOST_TYPED:
-        raise UsageError(f"{name} has {len(text)} characters; allowed: {MOST_TYPED}")
-    return text
-
-
-async def _body(request: Request) -> bytes:
-    """The body, of which no more is taken than is allowed."""
-    body = b""
-    async for piece in request.stream():
-        body += piece
-        if len(body) > MOST_BODY:
-            raise UsageError(f"the request has more than {MOST_BODY} bytes; draw a simpler region")
-    return body
-
-
-def _polygon(body: bytes) -> list[list[float]]:
-    """``{"polygon": [[x, y], ...]}`` in level-0 pixels, or a line that says what is wrong."""
-    try:
-        corners = json.loads(body)["polygon"]
-        polygon = [[float(x), float(y)] for x, y in corners]
-    except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as exc:
-        raise UsageError('the request is no region; allowed: {"polygon": [[x, y], ...]}') from exc
-    if not 3 <= len(polygon) <= MOST_CORNERS:
-        raise UsageError(f"the region has {len(polygon)} corners; allowed: 3 to {MOST_CORNERS}")
-    if not all(math.isfinite(v) and abs(v) <= LARGEST_L0 for corner in polygon for v in corner):
-        raise UsageError("the region has a corner that is no place on a slide; allowed: level-0 pixels")
-    return polygon
 
 
 def _kept(request: Request, content: bytes, media: str) -> Response:

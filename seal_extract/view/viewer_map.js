@@ -166,6 +166,7 @@ export class Stage {
   }
 
   fit() {
+    this.map.invalidateSize({ animate: false });
     if (this.bounds) this.map.fitBounds(this.bounds, { animate: false, padding: [12, 12] });
   }
 
