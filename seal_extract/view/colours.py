@@ -99,9 +99,12 @@ def nearest_centre(points: Rows, centres: Rows) -> NDArray[np.int64]:
 
 
 def cluster_colours(k: int) -> Colours:
-    """Colours that are told apart, uint8 [k, 3]: hues around CIELAB's circle, in three lightnesses."""
-    hue = np.deg2rad(20 + 360 * ((np.arange(k) * 5) % CLUSTERS[1]) / CLUSTERS[1])
-    lightness = np.array([66, 80, 52], np.float32)[np.arange(k) % 3]
-    lab = np.stack([lightness, 58 * np.cos(hue), 58 * np.sin(hue)], axis=1).astype(np.float32)
+    """Colours that are told apart, uint8 [k, 3]: hues around CIELAB's circle, in three lightnesses.
+
+    Any two lie at least 30 apart in CIELAB.
+    """
+    hue = np.deg2rad(10 + 360 * ((np.arange(k) * 5) % CLUSTERS[1]) / CLUSTERS[1])
+    lightness = np.array([55, 78, 38], np.float32)[np.arange(k) % 3]
+    lab = np.stack([lightness, 64 * np.cos(hue), 64 * np.sin(hue)], axis=1).astype(np.float32)
     rgb = cv2.cvtColor(lab[None], cv2.COLOR_Lab2RGB)[0]
     return np.asarray(np.round(255 * np.clip(rgb, 0, 1)), np.uint8)
