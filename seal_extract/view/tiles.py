@@ -20,7 +20,7 @@ from seal_extract.slide import Slide, coarsest_level
 
 TILE_PX = 256
 JPEG_QUALITY = 85
-OVERVIEW_PX = 2048  # longest side
+OVERVIEW_PX = 4096  # longest side it may have
 MOST_READ_PX = 1_500_000  # pixels of a level; more are taken from the overview if it is fine enough
 
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in level-0 pixels
@@ -32,6 +32,7 @@ class SlideTiles:
     def __init__(self, slide: Slide) -> None:
         self.slide = slide
         self.zooms = 1 + max(0, ceil(log2(max(slide.size_l0) / TILE_PX)))
+        self._overview_downsample = max(self._first_large(), max(slide.size_l0) / OVERVIEW_PX)
         self._overview: Overview | None = None
         self._lock = threading.Lock()
 
@@ -70,7 +71,7 @@ class SlideTiles:
         level = coarsest_level(self.slide, downsample)
         per_px = self.slide.levels[level].downsample
         w, h = (max(1, round(side / per_px)) for side in (box[2] - box[0], box[3] - box[1]))
-        if w * h > MOST_READ_PX and downsample >= max(1.0, max(self.slide.size_l0) / OVERVIEW_PX):
+        if w * h > MOST_READ_PX and downsample >= self._overview_downsample:
             part = _cut(self.overview(), box)
         else:
             part = self.slide.read_region((box[0], box[1]), level, (w, h))
@@ -80,16 +81,24 @@ class SlideTiles:
         return np.asarray(cv2.resize(part, size_px, interpolation=way), np.uint8)
 
     def overview(self) -> Overview:
-        """The whole slide, at most 2048 px wide or high; read once.
+        """The whole slide, no finer than tiles are cut from it; read once.
 
         Raises:
             ReadError: much of the slide cannot be read.
         """
         with self._lock:
             if self._overview is None:
-                mpp = self.slide.mpp * max(self.slide.size_l0) / OVERVIEW_PX
+                mpp = self.slide.mpp * self._overview_downsample
                 self._overview = read_overview(self.slide, mpp, holes=True)
             return self._overview
+
+    def _first_large(self) -> int:
+        """Level-0 pixels per pixel of the finest tiles that would be much to read."""
+        for zoom in range(self.zooms):
+            level = self.slide.levels[coarsest_level(self.slide, 1 << zoom)]
+            if (TILE_PX * (1 << zoom) / level.downsample) ** 2 > MOST_READ_PX:
+                return 1 << zoom
+        return 1 << self.zooms
 
 
 def jpeg(rgb: Array, quality: int = JPEG_QUALITY) -> bytes:

@@ -123,7 +123,7 @@ function alikeButton(scope, one, actions) {
 // --- region ---------------------------------------------------------------------------------------------
 
 export function showRegion(answer, actions) {
-  const area = answer.area_mm2 >= 0.1 ? `${fixed(answer.area_mm2)} mm²` : `${Math.round(answer.area_mm2 * 1e6).toLocaleString("en")} µm²`;
+  const area = answer.area_mm2 >= 0.01 ? `${fixed(answer.area_mm2)} mm²` : `${Math.round(answer.area_mm2 * 1e6).toLocaleString("en")} µm²`;
   const parts = [element("p", {}, `${count(answer.patches, "patch", "patches")}, ${area}`)];
   if (answer.why) parts.push(element("p", { className: "muted small" }, answer.why));
   if (answer.genes.length) parts.push(...regionGenes(answer, actions));
