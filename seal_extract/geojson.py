@@ -125,6 +125,21 @@ def _fill_even_odd(rings: Sequence[Ring], shape: tuple[int, int]) -> Mask:
     return np.asarray(np.bitwise_xor.accumulate(toggles & 1, axis=1)[:, :width] > 0)
 
 
+def inside_polygons(polygons: Iterable[Polygon], points: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """Points that lie in one of the polygons, by the even-odd rule: float [N, 2] to bool [N]."""
+    found = np.zeros(len(points), np.bool_)
+    for polygon in polygons:
+        odd = np.zeros(len(points), np.bool_)
+        for ring in (polygon.exterior, *polygon.holes):
+            for (x0, y0), (x1, y1) in zip(ring, np.roll(ring, -1, axis=0), strict=True):
+                if y0 != y1:
+                    crosses = (points[:, 1] < y0) != (points[:, 1] < y1)
+                    at = x0 + (points[:, 1] - y0) * ((x1 - x0) / (y1 - y0))
+                    odd ^= crosses & (points[:, 0] < at)
+        found |= odd
+    return found
+
+
 # --- GeoJSON ----------------------------------------------------------------------------------
 
 

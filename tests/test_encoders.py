@@ -54,7 +54,7 @@ def no_hub(monkeypatch):
     def asked(*args, **kwargs):
         raise AssertionError(f"the Hub was asked for {args}")
 
-    monkeypatch.setattr(locate, "fetch", asked)
+    monkeypatch.setattr(locate, "_fetch", asked)
 
 
 def load(name, checkpoint, **kwargs):

@@ -53,7 +53,7 @@ def no_hub(monkeypatch):
     def asked(*args, **kwargs):
         raise AssertionError(f"the Hub was asked for {args}")
 
-    monkeypatch.setattr(locate, "fetch", asked)
+    monkeypatch.setattr(locate, "_fetch", asked)
     monkeypatch.setattr("seal_extract.encoders.hub.fetch", asked)
 
 

@@ -20,8 +20,8 @@ from seal_extract.errors import EncoderError, SealExtractError, UsageError
 from seal_extract.view.cache import BoundedCache
 from seal_extract.view.collection import Collection
 from seal_extract.view.colours import Components, cluster_centres, cluster_colours, nearest_centre
-from seal_extract.view.gene_maps import GeneMaps, cohens_d
-from seal_extract.view.neighbours import alike_in_files, alike_in_slide
+from seal_extract.view.gene_maps import GeneMaps
+from seal_extract.view.neighbours import alike_in_others, alike_in_slide
 from seal_extract.view.tiles import SlideTiles
 
 pytest.importorskip("uvicorn")
@@ -153,6 +153,7 @@ def test_a_region_has_the_patches_whose_centre_lies_in_it(client):
     assert answer["patches"] == int((xy[:, 0] + 224 < half).sum())
     assert answer["area_mm2"] == pytest.approx(half * 1100 * 0.25**2 / 1e6)
     assert len(answer["genes"]) == 20
+    assert all(0 < gene["p"] <= 1 for gene in answer["genes"])
     everything = client.region([[0, 0], [1400, 0], [1400, 1100], [0, 1100]])[1]
     assert (everything["genes"], bool(everything["why"])) == ([], True)
 
@@ -451,22 +452,15 @@ def test_cluster_colours_differ():
 
 
 def test_neighbours_are_those_of_the_whole_matrix(viewer_out):
-    paths = sorted(viewer_out.rglob("features_seal-tiny/*.h5"))
-    slides = [read_features(path).features for path in paths]
-    query = slides[0][1]
-    everything = np.concatenate(slides[1:])
+    slides = [read_features(path) for path in sorted(viewer_out.rglob("features_seal-tiny/*.h5"))]
+    query = slides[0].features[1]
+    everything = np.concatenate([slide.features for slide in slides[1:]])
     cosine = everything @ query / np.linalg.norm(everything, axis=1) / np.linalg.norm(query)
-    found = alike_in_files(query, [(1, paths[1]), (2, paths[2])], 5)
-    assert [a.cosine for a in found] == pytest.approx(np.sort(cosine)[::-1][:5], abs=1e-5)
-    assert all(slides[a.file][a.row] @ query > 0 for a in found)
-    assert alike_in_slide(slides[0][:1], 0, 8) == []
-
-
-def test_cohens_d_is_a_difference_in_standard_deviations():
-    rng = np.random.default_rng(0)
-    first, second = rng.normal(1, 2, (5000, 1)), rng.normal(0, 2, (5000, 1))
-    assert cohens_d(first, second)[0] == pytest.approx(0.5, abs=0.06)
-    assert cohens_d(np.ones((4, 1)), np.ones((4, 1)))[0] == 0
+    found = alike_in_others(slides[0], 1, slides, 5)
+    assert [one.score for one in found] == pytest.approx(np.sort(cosine)[::-1][:5], abs=1e-5)
+    assert {one.slide.path for one in found} <= {slide.path for slide in slides[1:]}
+    assert alike_in_others(slides[0], 1, slides[:1], 5) == []
+    assert 1 not in {one.row for one in alike_in_slide(slides[0], 1, 5)}
 
 
 # --- the command ----------------------------------------------------------------------------------------

@@ -163,6 +163,21 @@ def load_decoder(
     return GeneDecoder(spec.name, spec.dim, shape.genes, named, WeightFile.of(file), layers)
 
 
+def whereabouts(provenance: dict[str, Any]) -> str:
+    """Where the encoder is that made features: its name, if all know it, else its folder or repository.
+
+    Raises:
+        UsageError: nothing says so.
+    """
+    made_by = provenance["encoder"]
+    if made_by["name"] in {row.name for row in list_encoders()} | set(bundled()):
+        return str(made_by["name"])
+    source = made_by["weights"][0]["source"] if made_by["weights"] else ""
+    if not source:
+        raise UsageError(f"nothing says where the encoder {made_by['name']} is; give its folder as --encoder")
+    return str(source)
+
+
 def decoder_of(
     provenance: dict[str, Any],
     *,
@@ -185,17 +200,11 @@ def decoder_of(
         SealExtractError: as `load_decoder`.
     """
     made_by = provenance["encoder"]
-    recorded = made_by["weights"][0] if made_by["weights"] else {"source": "", "revision": None}
-    known = {row.name for row in list_encoders()} | set(bundled())
-    asked = encoder
-    if asked is None:
-        asked = made_by["name"] if made_by["name"] in known else recorded["source"]
-    if not asked:
-        raise UsageError(f"nothing says where the encoder {made_by['name']} is; give its folder as --encoder")
+    asked = whereabouts(provenance) if encoder is None else encoder
     decoder = load_decoder(asked, checkpoint=checkpoint, panel=panel, offline=offline)
     if decoder.weights.sha256 not in [w["sha256"] for w in made_by["weights"]]:
         raise UsageError(
-            f"the features were made by {made_by['name']} of weights {str(recorded.get('sha256'))[:12]}, "
+            f"the features were made by {made_by['name']} of weights {made_by['weights'][0]['sha256'][:12]}, "
             f"and {asked} has {decoder.weights.sha256[:12]}; give the encoder that made them as --encoder"
         )
     return decoder

@@ -7,13 +7,13 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.errors import SealExtractError, UsageError
-from seal_extract.geojson import read_polygons, signed_area
+from seal_extract.geojson import Polygon, inside_polygons, read_polygons, signed_area
 from seal_extract.grid import PatchGrid
 from seal_extract.store import SlideFeatures, sample_rows
 from seal_extract.view.cache import BoundedCache
@@ -29,17 +29,18 @@ from seal_extract.view.layers import (
     find_attention,
     scale_layer,
 )
-from seal_extract.view.neighbours import Alike, alike_in_files, alike_in_slide
+from seal_extract.view.neighbours import alike_in_others, alike_in_slide
 from seal_extract.view.thumbnail import read_thumbnail
 from seal_extract.view.tiles import SlideTiles, jpeg, png
+
+if TYPE_CHECKING:
+    from seal_extract.genes.search import Found
 
 TILE_BYTES, FEATURE_BYTES, LAYER_BYTES = 256 << 20, 1 << 30, 64 << 20
 MOST_OPEN = 8  # slides at a time
 SAMPLED_SLIDES, SAMPLED_ROWS = 64, 8192  # of a cohort, for colours
 PATCH_IMAGE_PX = 160
 ALIKE = 8  # neighbours shown
-
-Polygon_l0 = NDArray[np.float64]  # [K, 2]
 
 
 class Gallery:
@@ -233,27 +234,26 @@ class Gallery:
             UsageError: there is no such patch or scope.
         """
         self._check_row(index, row)
-        features = self._read(index).features
         if scope == "slide":
-            found = [a._replace(file=index) for a in alike_in_slide(features, row, ALIKE)]
+            found = alike_in_slide(self._read(index), row, ALIKE)
         elif scope == "cohort":
-            files = [
-                (i, s.features)
-                for i, s in enumerate(self.collection.slides)
-                if i != index and s.features is not None
-            ]
-            found = alike_in_files(features[row], files, ALIKE)
+            found = alike_in_others(self._read(index), row, list(self._cohort().values()), ALIKE)
         else:
             raise UsageError(f"the scope is {scope!r}; allowed: slide, cohort")
-        return [self._neighbour(alike) for alike in found]
+        numbers = {features.path: number for number, features in self._cohort().items()}
+        return [self._neighbour(numbers[one.slide.path], one) for one in found]
 
-    def _neighbour(self, alike: Alike) -> dict[str, Any]:
-        return {
-            "slide": alike.file,
-            "name": self._shown(alike.file).name,
-            "row": alike.row,
-            "cosine": alike.cosine,
-        }
+    def _neighbour(self, index: int, found: Found) -> dict[str, Any]:
+        name = self._shown(index).name
+        return {"slide": index, "name": name, "row": found.row, "cosine": found.score}
+
+    def _cohort(self) -> dict[int, SlideFeatures]:
+        """The features of all slides that have patches, by their number; none of their rows is held."""
+        finished = [(i, s) for i, s in enumerate(self.collection.slides) if s.features is not None]
+        kept: dict[int, SlideFeatures] = self._small.get(
+            "cohort", lambda: {i: f for i, s in finished if len((f := s.read()).grid)}
+        )
+        return kept
 
     def _check_row(self, index: int, row: int) -> None:
         count = len(self._read(index).grid)
@@ -268,11 +268,10 @@ class Gallery:
         """How large a polygon in level-0 pixels is, how many patches have their centre in it, their genes."""
         features = self._read(index)
         corners = np.asarray(polygon, np.float64)
-        inside = _inside(features.grid, corners)
+        inside = inside_polygons([Polygon(corners)], features.grid.xy_l0 + features.grid.patch_size_l0 / 2)
         area_um2 = abs(signed_area(corners)) * self._slide(index).slide.mpp ** 2
         answer = {
             "patches": int(inside.sum()),
-            "outside": int((~inside).sum()),
             "area_mm2": area_um2 / 1e6,
             "genes": [],
             "why": "",
@@ -315,18 +314,6 @@ def _rings(path: Path) -> list[list[list[int]]]:
         return []
     rings = [ring for polygon in polygons for ring in (polygon.exterior, *polygon.holes)]
     return [np.round(ring).astype(int).tolist() for ring in rings]
-
-
-def _inside(grid: PatchGrid, corners: Polygon_l0) -> NDArray[np.bool_]:
-    """Patches whose centre lies in a polygon: bool [N]."""
-    centres = grid.xy_l0 + grid.patch_size_l0 / 2
-    inside = np.zeros(len(grid), np.bool_)
-    for (x0, y0), (x1, y1) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
-        crossed = (y0 > centres[:, 1]) != (y1 > centres[:, 1])
-        if y0 != y1:
-            x = x0 + (centres[:, 1] - y0) * (x1 - x0) / (y1 - y0)
-            inside ^= crossed & (centres[:, 0] < x)
-    return inside
 
 
 def _number(text: str, what: str, allowed: tuple[int, int]) -> int:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 UNIT = "predicted log1p expression"
 SAMPLE = 4096  # patches of a slide that a patch is compared with
 MOST_SUGGESTED = 12
+LARGE = 20_000_000  # patches times genes; more would take many seconds
 MOST_GENES = 200  # of a signature that is typed
 
 Rows = NDArray[np.float32]
@@ -143,40 +144,26 @@ class GeneMaps:
         ]
 
     def of_region(self, features: SlideFeatures, inside: NDArray[np.bool_], most: int = 20) -> dict[str, Any]:
-        """The genes by which patches inside stand out most of the others of their slide.
+        """The genes by which a region, bool [N], stands out most of the rest of its slide.
 
-        Args:
-            features: of the slide.
-            inside: bool [N], neither none nor all.
-            most: how many genes.
-
-        Returns:
-            ``genes``, each with both means and Cohen's d, and ``compared``: how many patches of each side
-            were looked at, 4,096 at most.
+        See `region_genes`; on large slides fewer draws are made, and the note says how many.
         """
-        names = self.decoder.named()
-        rows = [np.flatnonzero(side)[:: max(1, int(side.sum()) // SAMPLE)] for side in (inside, ~inside)]
-        within, beyond = (self.decoder.predict(features.features[k]) for k in rows)
-        effect = cohens_d(within, beyond)
-        means = within.mean(0), beyond.mean(0)
+        from seal_extract.genes.region import region_genes
+
+        large = len(features.grid) * self.decoder.n_genes > LARGE
+        found = region_genes(features, self.decoder, inside, permutations=199 if large else 999)
+        rows = zip(found.genes, found.inside, found.outside, found.effect, found.p_pieces, strict=True)
         return {
-            "compared": [len(k) for k in rows],
             "genes": [
                 {
-                    "gene": names[k],
-                    "inside": float(means[0][k]),
-                    "outside": float(means[1][k]),
-                    "effect": float(effect[k]),
+                    "gene": gene,
+                    "inside": float(within),
+                    "outside": float(beyond),
+                    "effect": float(effect),
+                    "p": float(p),
                 }
-                for k in np.argsort(-effect, kind="stable")[:most]
+                for gene, within, beyond, effect, p in list(rows)[:most]
             ],
+            "note": f"{UNIT}; effect is Cohen's d; p is the share of {found.permutations} pieces as large, "
+            "elsewhere on the slide, that differ as much, not corrected for the number of genes",
         }
-
-
-def cohens_d(first: Rows, second: Rows) -> NDArray[np.float64]:
-    """Difference of the means in pooled standard deviations (Cohen 1988), per column: float64 [G]."""
-    n, m = len(first), len(second)
-    a, b = first.astype(np.float64), second.astype(np.float64)
-    squares = ((a - a.mean(0)) ** 2).sum(0) + ((b - b.mean(0)) ** 2).sum(0)
-    deviation = np.sqrt(squares / max(1, n + m - 2))
-    return np.where(deviation > 1e-9, (a.mean(0) - b.mean(0)) / np.maximum(deviation, 1e-9), 0.0)

@@ -1,64 +1,65 @@
-"""Patches that look alike by cosine similarity, in a slide and over all files of a cohort, exactly."""
+"""Patches that look like one, in its slide and in the others of a cohort."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
+from seal_extract.errors import OutputError, UsageError
+from seal_extract.store import SlideFeatures
 
-from seal_extract.store import read_pieces
+if TYPE_CHECKING:
+    from seal_extract.genes.index import Index
+    from seal_extract.genes.search import Found
 
-Rows = NDArray[np.float32]
+LOOKED_AT = 512  # nearest patches of an index, of which those of the slide itself are left out
 
 
-class Alike(NamedTuple):
-    """A patch that looks like the one asked about.
+def alike_in_slide(slide: SlideFeatures, row: int, most: int) -> list[Found]:
+    """The patches of a slide most like its patch ``row``, without itself, the nearest first.
 
-    Attributes:
-        file: which of the files, counted from 0.
-        row: which of its patches.
-        cosine: of the two embeddings, -1 to 1.
+    Raises:
+        UsageError: the embedding is 0, as of a patch that could not be read.
     """
+    from seal_extract.genes.index import ExactIndex
+    from seal_extract.genes.search import Found
 
-    file: int
-    row: int
-    cosine: float
-
-
-def alike_in_slide(features: Rows, row: int, most: int) -> list[Alike]:
-    """The patches most like ``row`` of float32 [N, D], without itself, the nearest first."""
-    cosine = _cosines(features, features[row])
-    cosine[row] = -np.inf
-    return [Alike(0, k, c) for k, c in _largest(cosine, min(most, len(features) - 1))]
+    return ExactIndex([slide]).search(slide.features[row], most, skip=Found(slide, row, 1.0))
 
 
-def alike_in_files(query: Rows, files: Iterable[tuple[int, Path]], most: int) -> list[Alike]:
-    """The patches most like an embedding, float32 [D], over many files, of which none is held in memory.
+def alike_in_others(
+    slide: SlideFeatures, row: int, cohort: Sequence[SlideFeatures], most: int
+) -> list[Found]:
+    """The patches of other slides most like one, the nearest first.
+
+    The run's FAISS index is asked where there is one that is up to date, else every row is looked at.
 
     Args:
-        query: the embedding.
-        files: number and path of each features file.
+        slide: whose patch it is.
+        row: the patch.
+        cohort: all slides, by one encoder.
         most: how many to return.
+
+    Raises:
+        UsageError: the embedding is 0, or slides were made with other weights.
     """
-    found: list[Alike] = []
-    for number, path in files:
-        start = 0
-        for piece in read_pieces(path):
-            cosine = _cosines(piece.astype(np.float32, copy=False), query)
-            found += [Alike(number, start + k, c) for k, c in _largest(cosine, most)]
-            start += len(piece)
-        found = sorted(found, key=lambda a: -a.cosine)[:most]
-    return found
+    from seal_extract.genes.index import ExactIndex
+
+    query, index = slide.features[row], _made_before(cohort)
+    if index is not None:
+        found = index.search(query, LOOKED_AT)
+        return [one for one in found if one.slide.path != slide.path][:most]
+    others = [other for other in cohort if other.path != slide.path]
+    return ExactIndex(others).search(query, most) if others else []
 
 
-def _cosines(features: Rows, query: Rows) -> Rows:
-    lengths = np.linalg.norm(features, axis=1) * np.linalg.norm(query)
-    return np.asarray(features @ query / np.maximum(lengths, 1e-12), np.float32)
+def _made_before(cohort: Sequence[SlideFeatures]) -> Index | None:
+    from seal_extract.genes.faiss_index import index_folder, open_index
 
-
-def _largest(values: Rows, most: int) -> list[tuple[int, float]]:
-    first = np.argsort(-values, kind="stable")[:most]
-    return [(int(k), float(values[k])) for k in first]
+    folder = index_folder(cohort)
+    if not folder.exists():
+        return None
+    try:
+        return open_index(cohort, folder)
+    except (UsageError, OutputError):  # older than the features, another encoder's, or FAISS is not installed
+        return None

@@ -129,9 +129,9 @@ def _with_caption(canvas: Array, text: str, um_per_px: float) -> Image.Image:
     return picture
 
 
-def fitting_font(text: str, width: float) -> ImageFont.FreeTypeFont:
-    """The largest font up to 22 px in which the text is at most ``width`` wide, but never below 10 px."""
-    for size in range(22, 10, -1):
+def fitting_font(text: str, width: float, largest: int = 22) -> ImageFont.FreeTypeFont:
+    """The largest font in which the text is at most ``width`` wide, but never below 10 px."""
+    for size in range(largest, 10, -1):
         font = caption_font(size)
         if font.getlength(text) <= width:
             return font

@@ -1,0 +1,142 @@
+"""Which genes go with a region: predicted expression of its patches against the rest of the slide.
+
+Two p-values, for patches are no independent samples. One permutes single patches, which says how far the
+region stands out of as many patches drawn anywhere; neighbours being alike, it is small for almost any
+region. The other draws as many patches in one piece around a random place, which keeps neighbours together;
+where the two disagree, believe the second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from seal_extract.errors import UsageError
+from seal_extract.genes.decoder import GeneDecoder
+from seal_extract.genes.predict import predicted
+from seal_extract.geojson import Polygon, inside_polygons
+from seal_extract.grid import PatchGrid
+from seal_extract.store import SlideFeatures
+
+PERMUTATIONS = 999
+
+Membership = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class RegionGenes:
+    """Each gene inside a region against outside, the most over-represented first.
+
+    Attributes:
+        genes: names, or ``column 0``, ... where the decoder's columns have none.
+        inside: mean of the predicted log1p expression in the region, float64 [G].
+        outside: mean in the rest of the slide, float64 [G].
+        effect: Cohen's d: their difference in pooled standard deviations, float64 [G]; 0 where nothing
+            varies.
+        p_patches: share of draws of single patches with at least this difference, float64 [G]; one-sided.
+        p_pieces: likewise of draws in one piece.
+        patches: how many lie inside.
+        permutations: how many draws of each kind; no p is below 1 / (this + 1).
+    """
+
+    genes: tuple[str, ...]
+    inside: NDArray[np.float64]
+    outside: NDArray[np.float64]
+    effect: NDArray[np.float64]
+    p_patches: NDArray[np.float64]
+    p_pieces: NDArray[np.float64]
+    patches: int
+    permutations: int
+
+    def __repr__(self) -> str:
+        return f"RegionGenes({len(self.genes)} genes, {self.patches} patches inside, {self.genes[0]} first)"
+
+
+def region_genes(
+    slide: SlideFeatures,
+    decoder: GeneDecoder,
+    inside: Membership,
+    *,
+    permutations: int = PERMUTATIONS,
+    seed: int = 0,
+) -> RegionGenes:
+    """Compare a region with the rest of its slide, gene by gene.
+
+    The p-value of a permutation test counts the observed draw too (Phipson and Smyth 2010), so it is never 0.
+    Nothing is corrected for the number of genes.
+
+    Args:
+        slide: features of the slide.
+        decoder: of their encoder.
+        inside: bool [N], the patches of the region.
+        permutations: draws of each kind.
+        seed: of the draws.
+
+    Raises:
+        UsageError: the region holds no patch, or all of them; or ``permutations`` is below 1.
+    """
+    count, members = len(slide.grid), int(inside.sum())
+    if not 0 < members < count:
+        what = "no patch" if not members else "every patch"
+        raise UsageError(f"the region holds {what} of {slide.path.stem}; draw one with some of its {count}")
+    if permutations < 1:
+        raise UsageError(f"permutations is {permutations}; allowed: 1 or more")
+    draws = _draws(slide.grid, inside, permutations, np.random.default_rng(seed))  # bool [1 + 2 P, N]
+    sums, total, squares = _sums(slide, decoder, draws)
+    mean_in, mean_out = sums[0] / members, (total - sums[0]) / (count - members)
+    within = squares[0] - members * mean_in**2 + squares[1] - (count - members) * mean_out**2
+    deviation = np.sqrt(np.maximum(within, 0) / max(1, count - 2))
+    varies = deviation > 1e-6 * np.maximum(1, np.abs(mean_in))
+    effect = np.where(varies, (mean_in - mean_out) / np.where(varies, deviation, 1), 0)
+    # a draw with a larger sum inside has the larger difference, for all have as many patches
+    slack = 1e-5 * np.maximum(1, np.abs(sums[0]))  # sums of float32: equal draws need not give equal sums
+    as_large = sums[1:] >= sums[0] - slack
+    p_patches, p_pieces = (
+        (1 + as_large[k * permutations : (k + 1) * permutations].sum(0)) / (1 + permutations) for k in (0, 1)
+    )
+    order = np.argsort(-effect, kind="stable")
+    names = decoder.genes or tuple(f"column {i}" for i in range(decoder.n_genes))
+    return RegionGenes(
+        tuple(names[i] for i in order),
+        *(mean_in[order], mean_out[order], effect[order], p_patches[order], p_pieces[order]),
+        patches=members,
+        permutations=permutations,
+    )
+
+
+def patches_inside(grid: PatchGrid, polygons: list[Polygon]) -> Membership:
+    """Patches whose centre lies in one of the polygons, level-0 pixels: bool [N]."""
+    return inside_polygons(polygons, grid.xy_l0 + grid.patch_size_l0 / 2)
+
+
+def _draws(grid: PatchGrid, inside: Membership, permutations: int, rng: np.random.Generator) -> Membership:
+    """The region, then draws of single patches, then draws in one piece: where a patch is in it."""
+    count, members = len(grid), int(inside.sum())
+    draws = np.zeros((1 + 2 * permutations, count), np.bool_)
+    draws[0] = inside
+    xy = grid.xy_l0.astype(np.float64)
+    for k in range(1, 1 + permutations):
+        draws[k, rng.choice(count, members, replace=False)] = True
+        far = ((xy - xy[rng.integers(count)]) ** 2).sum(1)
+        draws[permutations + k, np.argpartition(far, members - 1)[:members]] = True
+    return draws
+
+
+def _sums(
+    slide: SlideFeatures, decoder: GeneDecoder, draws: Membership
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Sums in each draw [1 + 2 P, G] and in all [G]; sums of squares inside and outside the region [2, G]."""
+    sums = np.zeros((len(draws), decoder.n_genes))
+    total, squares, done = np.zeros(decoder.n_genes), np.zeros((2, decoder.n_genes)), 0
+    for block in predicted(slide, decoder):
+        part = draws[:, done : done + len(block)]
+        sums += (torch.from_numpy(part.astype(np.float32)) @ torch.from_numpy(block)).numpy()
+        exact = block.astype(np.float64)
+        total += exact.sum(0)
+        chosen = part[0]
+        squares += np.stack([(exact[chosen] ** 2).sum(0), (exact[~chosen] ** 2).sum(0)])
+        done += len(block)
+    return sums, total, squares

@@ -1,0 +1,286 @@
+"""Predicted expression: the decoder alone, signatures, files beside the features, the command."""
+
+import json
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+from cohort_fixtures import run
+from PIL import Image
+
+from seal_extract import extract, load_encoder
+from seal_extract.errors import EncoderError, OutputError, SlideOpenError, UsageError
+from seal_extract.genes.decoder import decoder_of, load_decoder
+from seal_extract.genes.predict import (
+    expression_path,
+    find_expression,
+    moments,
+    predict_genes,
+    signature_scores,
+    write_expression,
+)
+from seal_extract.genes.signature import Signature, read_gmt, read_signature
+from seal_extract.view.origin import open_origin
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_encoder("seal-tiny", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return load_decoder("seal-tiny")
+
+
+@pytest.fixture(scope="module")
+def finished(drawn_slides, tiny, tmp_path_factory):
+    """Features of a few drawn slides by the bundled encoder."""
+    out = tmp_path_factory.mktemp("finished")
+    return [extract(slide, tiny, out) for slide in drawn_slides]
+
+
+# --- the decoder ------------------------------------------------------------------------------
+
+
+def test_the_decoder_alone_predicts_what_its_encoder_predicts(tiny, decoder, finished):
+    features = finished[0].features
+    expected = tiny.predict_expression(features).numpy()
+    np.testing.assert_array_equal(decoder.predict(features), expected)
+    np.testing.assert_allclose(decoder.predict(features, [7, 2]), expected[:, [7, 2]], atol=1e-5)
+    assert decoder.genes == tiny.genes
+
+
+def test_a_decoder_is_found_by_the_provenance_of_features(finished, decoder):
+    assert decoder_of(finished[0].provenance).weights == decoder.weights
+
+
+def test_a_decoder_of_other_weights_is_refused(finished, tmp_path):
+    other = load_encoder("seal-tiny", device="cpu")
+    other.decoder.genes.bias += 1
+    other.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"made by seal-tiny of weights \w+, and .* has \w+; give"):
+        decoder_of(finished[0].provenance, encoder=tmp_path)
+
+
+def test_an_encoder_without_a_decoder_is_refused(encoder_folder):
+    with pytest.raises(EncoderError, match="untrained-demo has no expression decoder; those that"):
+        load_decoder(encoder_folder)
+
+
+def test_the_panel_names_the_columns_or_is_refused(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"genes": None}))
+    unnamed = load_decoder(tmp_path)
+    with pytest.raises(UsageError, match="nobody has published which gene each of the 500 columns"):
+        unnamed.columns(["CD24"])
+    with pytest.raises(UsageError, match="the gene panel has 2 names; seal-tiny has 500 columns"):
+        load_decoder(tmp_path, panel=["A", "B"])
+    assert load_decoder(tmp_path, panel=[f"G{i}" for i in range(500)]).columns(["G7"]) == [7]
+
+
+def test_an_unknown_gene_is_refused_with_the_nearest_names(decoder):
+    with pytest.raises(UsageError, match="cd24 is not among the genes of seal-tiny; the nearest are CD24"):
+        decoder.columns(["cd24"])
+
+
+@pytest.mark.parametrize("rows", [np.zeros((3, 31)), np.zeros(32), np.full((2, 32), np.nan)])
+def test_features_that_cannot_be_its_own_are_refused(decoder, rows):
+    with pytest.raises(UsageError, match=r"takes \[N, 32\]|NaN"):
+        decoder.predict(rows)
+
+
+# --- signatures -------------------------------------------------------------------------------
+
+
+def test_signatures_as_they_are_typed(tmp_path):
+    gmt = tmp_path / "hallmark.gmt"
+    gmt.write_text("ONE\thttp://x\tCD24\tERBB3\t\nTWO\t\tA2M\n")
+    assert read_signature(f"{gmt}:ONE") == Signature("ONE", {"CD24": 1.0, "ERBB3": 1.0})
+    assert read_signature("CD24:2, A2M:-1,ERBB3").weights == {"CD24": 2.0, "A2M": -1.0, "ERBB3": 1.0}
+    assert list(read_gmt(gmt)) == ["ONE", "TWO"]
+    with pytest.raises(UsageError, match=r"holds no set ONCE; type .*:NAME, such as ONE"):
+        read_signature(f"{gmt}:ONCE")
+    with pytest.raises(UsageError, match="holds 2 sets; type"):
+        read_signature(str(gmt))
+
+
+@pytest.mark.parametrize("text", ["CD24:x", "CD24,CD24", ",", "CD24:0", "CD24:inf"])
+def test_lists_that_are_no_signature_are_refused(text):
+    with pytest.raises(UsageError, match=r"allowed: FILE\.gmt:NAME|finite weights"):
+        read_signature(text)
+
+
+def test_a_gmt_that_names_no_known_gene_is_refused(decoder):
+    with pytest.raises(UsageError, match=r"none of the 1 genes of X .* is among the 500 of seal-tiny"):
+        Signature("X", {"NOGENE": 1.0}).known_to(decoder)
+
+
+def test_moments_are_those_of_all_patches_together(finished, decoder):
+    rows = np.concatenate([decoder.predict(f.features) for f in finished]).astype(np.float64)
+    mean, deviation = moments(finished, decoder)
+    np.testing.assert_allclose(mean, rows.mean(0), rtol=1e-9)
+    np.testing.assert_allclose(deviation, rows.std(0), rtol=1e-6, atol=1e-9)
+
+
+def test_a_signature_is_a_weighted_mean_of_standardised_genes(finished, decoder):
+    signature = Signature("S", {"CD24": 2.0, "A2M": -1.0, "NOGENE": 1.0})
+    columns = decoder.columns(["CD24", "A2M"])
+    rows = np.concatenate([decoder.predict(f.features, columns) for f in finished]).astype(np.float64)
+    standard = (rows - rows.mean(0)) / rows.std(0)
+    expected = (2 * standard[:, 0] - standard[:, 1]) / 3
+    found = signature_scores(finished, decoder, signature)
+    assert [len(scores) for scores in found] == [len(f.grid) for f in finished]
+    np.testing.assert_allclose(np.concatenate(found), expected, atol=1e-5)
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+def test_expression_lies_beside_the_features_in_their_order(finished, decoder, tmp_path):
+    features = finished[0]
+    columns = decoder.columns(["CD24", "A2M"])
+    path = expression_path(features, tmp_path)
+    written = write_expression(features, decoder, path, columns)
+    assert find_expression(path) == written
+    assert written.genes == ("CD24", "A2M")
+    np.testing.assert_array_equal(written.column("A2M"), predict_genes(features, decoder, columns)[:, 1])
+    with h5py.File(path) as file, h5py.File(features.path) as source:
+        np.testing.assert_array_equal(file["coords"][()], source["coords"][()])
+        assert file["expression"].shape == (len(features.grid), 2)
+
+
+def test_expression_of_other_genes_is_not_replaced_unasked(finished, decoder, tmp_path):
+    path = tmp_path / "a.h5"
+    write_expression(finished[0], decoder, path, [0])
+    before = path.stat().st_mtime_ns
+    write_expression(finished[0], decoder, path, [0])
+    assert path.stat().st_mtime_ns == before
+    with pytest.raises(OutputError, match="holds other genes or other weights; type --overwrite"):
+        write_expression(finished[0], decoder, path, [1])
+    assert write_expression(finished[0], decoder, path, [1], overwrite=True).genes == (decoder.genes[1],)
+    path.write_text("mine")
+    with pytest.raises(OutputError, match="holds something else"):
+        write_expression(finished[0], decoder, path, [1])
+
+
+def test_a_slide_that_has_moved_is_found_by_its_name_or_asked_for(drawn_slides, tiny, tmp_path):
+    slide = tmp_path / "here" / "a.svs"
+    slide.parent.mkdir()
+    slide.write_bytes(drawn_slides[0].read_bytes())
+    features = extract(slide, tiny, tmp_path / "out")
+    slide.rename(tmp_path / "a.svs")
+    with pytest.raises(SlideOpenError, match="no longer there; give the folder that holds it as --slides"):
+        open_origin(features)
+    open_origin(features, tmp_path).close()
+    with pytest.raises(SlideOpenError, match=r"holds no file of the name a\.svs"):
+        open_origin(features, tmp_path / "out")
+
+
+# --- the command ------------------------------------------------------------------------------
+
+
+def test_the_command_writes_every_form(finished, decoder, tmp_path):
+    files = [f.path for f in finished]
+    done = run("genes", *files, "--genes", "CD24,A2M", "--signature", "CD24:1,A2M:-1", "-o", tmp_path,
+               "--write", "h5,h5ad,geojson,png")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    stem = files[0].stem
+    tiles = json.loads((tmp_path / f"{stem}.geojson").read_text())["features"]
+    assert len(tiles) == len(finished[0].grid)
+    x, y = finished[0].grid.xy_l0[0].tolist()
+    assert tiles[0]["geometry"]["coordinates"][0][0] == [x, y]
+    assert set(tiles[0]["properties"]["measurements"]) == {"CD24", "A2M", "CD24:1,A2M:-1"}
+    expected = predict_genes(
+        finished[0], load_decoder("seal-tiny"), load_decoder("seal-tiny").columns(["CD24"])
+    )
+    found = [tile["properties"]["measurements"]["CD24"] for tile in tiles]
+    np.testing.assert_allclose(found, expected[:, 0], rtol=1e-5)
+    with h5py.File(tmp_path / f"{stem}.h5ad") as file:
+        assert [name.decode() for name in file["var/_index"][()]] == ["CD24", "A2M"]
+        np.testing.assert_allclose(file["X"][:, 0], expected[:, 0], rtol=1e-6)
+    with Image.open(tmp_path / f"{stem}_CD24.png") as picture:
+        assert len(picture.convert("RGB").getcolors(2**24)) > 50
+
+
+def test_all_genes_of_a_run(finished, tmp_path):
+    out = finished[0].path.parents[2]
+    done = run("genes", out, "--all", "-o", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {f.path.name for f in finished}
+    assert len(find_expression(tmp_path / finished[0].path.name).genes) == 500
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--genes", "CD42"], "CD42 is not among the genes"),
+        ([], "type --genes A,B, --signature FILE.gmt:NAME or --all"),
+        (["--all", "--write", "pdf"], "allowed: h5, h5ad, geojson, png"),
+        (["--all", "--panel", "missing.txt"], "cannot read the gene panel"),
+        (["--signature", "none.gmt:X"], "cannot read none.gmt"),
+    ],
+)
+def test_the_command_refuses_in_one_line(finished, words, answer):
+    done = run("genes", finished[0].path, *words)
+    assert done.returncode == 2
+    assert answer in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+# --- at scale ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_all_2000_genes_of_100_000_patches(tmp_path, finished):
+    """Prints seconds beyond reading, and the memory; run with -s."""
+    patches, dim, genes = 100_000, 512, 2000
+    script = tmp_path / "scale.py"
+    script.write_text(SCALE.format(patches=patches, dim=dim, genes=genes, folder=str(tmp_path)))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    assert "765 MB written" in done.stdout
+
+
+SCALE = """
+import resource, time
+from pathlib import Path
+import numpy as np, torch
+from seal_extract.encoders.encoder import WeightFile
+from seal_extract.encoders.expression import ExpressionDecoder
+from seal_extract.encoders.registry import Decoder
+from seal_extract.genes.decoder import GeneDecoder
+from seal_extract.genes.predict import write_expression
+from seal_extract.grid import PatchGrid
+from seal_extract.store import SlideFeatures, grid_fields, read_features, read_pieces, write_rows
+
+folder, n, dim, genes = Path({folder!r}), {patches}, {dim}, {genes}
+xy = np.stack(np.divmod(np.arange(n), 400), 1)[:, ::-1].astype(np.int64) * 224
+grid = PatchGrid(xy, 224, 0.5, 224, 0, 0, 224)
+rng = np.random.default_rng(0)
+provenance = {{"encoder": {{"name": "x"}}, "slide": {{"mpp": 0.5}}, "grid": grid_fields(grid)}}
+with write_rows(folder / "a.h5", "features", (n, dim), np.float32, provenance,
+                lambda file: file.create_dataset("coords", data=xy)) as writer:
+    for _ in range(n // 10_000):
+        writer.append(rng.standard_normal((10_000, dim), dtype=np.float32))
+layers = ExpressionDecoder(dim, Decoder(512, genes)).to_empty(device="cpu").requires_grad_(False)
+for parameter in layers.parameters():
+    torch.nn.init.normal_(parameter, std=0.05)
+decoder = GeneDecoder("x", dim, genes, None, WeightFile("", None, "x", 0, 0, "0"), layers)
+features = read_features(folder / "a.h5")
+start = time.perf_counter()
+for piece in read_pieces(features.path):
+    pass
+reading = time.perf_counter() - start
+start = time.perf_counter()
+write_expression(features, decoder, folder / "out.h5")
+seconds = time.perf_counter() - start
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+size = (folder / "out.h5").stat().st_size / 2**20
+print(f"{{n:,}} patches of {{dim}}, {{genes}} genes: {{seconds:.1f}} s, of them {{reading:.1f}} s reading; "
+      f"peak {{peak:.2f}} GB; {{size:.0f}} MB written")
+"""
