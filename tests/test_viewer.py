@@ -276,6 +276,28 @@ def test_nonsense_on_the_wire_leaves_it_standing(client):
     assert client.ask("/api/slides")[0] == 200
 
 
+def test_no_random_question_is_an_unexpected_failure(client):
+    rng = np.random.default_rng(0)
+    words = ["api", "slides", "0", "1", "3", "tiles", "patches", "layers", "genes", "clusters", "attention"]
+    words += ["legend", "values", "picture", "alike", "region", "image", "%00", "..", "-1", "1e9", "%F0%9F"]
+    values = ["", "2", "EPCAM", "EPCAM:0", ",", ":", "EPCAM,EPCAM", "%00", "%FF", "cohort", "9" * 30, "nan"]
+    for _ in range(400):
+        path = "/api/slides/0/" + "/".join(rng.choice(words, rng.integers(1, 4)))
+        query = "&".join(f"{name}={rng.choice(values)}" for name in ("of", "scope", "typed", "v"))
+        status, _, body = client.ask(f"{path}?{query}")
+        assert status in (200, 400, 403, 404, 405, 422), (path, query, body[:200])
+
+
+def test_sets_of_genes_are_named(viewer_out):
+    from seal_extract.genes.signature import Signature
+
+    gallery = gallery_of(
+        viewer_out, signatures={"IMMUNE": Signature("IMMUNE", {"CD74": 1.0, "HLA-DRA": 1.0})}
+    )
+    assert gallery.genes.suggest("imm") == ["IMMUNE"]
+    assert gallery.layer(0, "genes", "IMMUNE").legend["title"] == "IMMUNE"
+
+
 # --- many at once ---------------------------------------------------------------------------------------
 
 

@@ -1,35 +1,13 @@
 """The viewer's page in a real browser, by pointer and by keyboard alone."""
 
-import shutil
-
 import pytest
-from viewer_fixtures import gallery_of, serving
+from viewer_fixtures import Page, gallery_of, serving
 
 pytest.importorskip("uvicorn")
-selenium = pytest.importorskip("selenium")
+pytest.importorskip("selenium")
 
-from selenium import webdriver  # noqa: E402
-from selenium.webdriver import ActionChains  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium with its chromedriver here")
-WAIT_S = 60
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    """A browser without a window."""
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1300,900"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
+from selenium.webdriver import ActionChains
+from selenium.webdriver.common.keys import Keys
 
 
 @pytest.fixture
@@ -39,53 +17,6 @@ def page(chromium, client):
     page.open(client.url)
     yield page
     assert page.console() == []
-
-
-class Page:
-    """What one does with the page, and sees of it."""
-
-    def __init__(self, driver):
-        self.driver = driver
-
-    def open(self, url):
-        self.driver.get("about:blank")
-        self.driver.get(url)
-        self.until("return document.querySelectorAll('.slide-tile.leaflet-tile-loaded').length > 0")
-
-    def until(self, script):
-        return WebDriverWait(self.driver, WAIT_S, 0.05).until(lambda d: d.execute_script(script))
-
-    def look(self, script):
-        return self.driver.execute_script(f"return {script}")
-
-    def text(self, selector):
-        return self.look(f"document.querySelector({selector!r}).innerText")
-
-    def click(self, selector):
-        self.driver.find_element("css selector", selector).click()
-
-    def keys(self, *keys):
-        for key in keys:
-            ActionChains(self.driver).send_keys(key).perform()
-
-    def until_text(self, selector, part):
-        self.until(f"return document.querySelector({selector!r}).innerText.includes({part!r})")
-
-    def click_map(self, x, y):
-        """A click at a share of the map's width and height."""
-        box = self.driver.find_element("id", "map")
-        across, down = (x - 0.5) * box.size["width"], (y - 0.5) * box.size["height"]
-        ActionChains(self.driver).move_to_element_with_offset(
-            box, round(across), round(down)
-        ).click().perform()
-
-    def painted(self):
-        """Whether the picture of colours has loaded, with its pixels as they are."""
-        self.until("const i = document.querySelector('img.pixels'); return i && i.naturalWidth > 0")
-        return self.look("getComputedStyle(document.querySelector('img.pixels')).imageRendering")
-
-    def console(self):
-        return [entry for entry in self.driver.get_log("browser") if entry["level"] != "DEBUG"]
 
 
 def test_the_first_slide_lies_whole_on_the_stage(page):

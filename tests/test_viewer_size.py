@@ -6,7 +6,7 @@ import time
 import cv2
 import numpy as np
 import pytest
-from viewer_fixtures import gallery_of, serving
+from viewer_fixtures import Page, gallery_of, serving
 
 from seal_extract import open_slide, read_features
 from seal_extract.grid import PatchGrid
@@ -147,3 +147,21 @@ def test_a_large_slide_opens_and_moves_fast(tmp_path, drawn_slides, viewer_out):
         ):
             took, body = timed(lambda path=path: ask(path))
             print(f"{what} {took:.0f}, {len(body):,} bytes")
+
+
+@pytest.mark.slow
+def test_a_large_slide_in_a_browser(tmp_path, drawn_slides, viewer_out, chromium):
+    model = next(viewer_out.rglob("features_seal-tiny/slide_0.h5"))
+    out = write_large_run(tmp_path, drawn_slides[0], model)
+    whole = "const t = [...document.querySelectorAll('.slide-tile')]; return t.length > 3 && t.every(i => i.complete)"
+    for what, gallery in (
+        ("100,000 x 100,000 px", gallery_of(out)),
+        ("1,400 x 1,100 px", gallery_of(viewer_out)),
+    ):
+        with serving(gallery) as client:
+            page = Page(chromium)
+            chromium.get("about:blank")
+            took, _ = timed(lambda p=page, c=client: (p.driver.get(c.url), p.until(whole)))
+            print(f"\n{what}: all tiles of the first view after {took:.0f} ms")
+            page.keys("e")
+            print(f"colours after {timed(page.painted)[0]:.0f} ms")

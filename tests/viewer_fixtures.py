@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import shutil
 import threading
 import time
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import pytest
 from seal_extract.plan import ExtractOptions
 
 SLIDES = 3  # finished ones; a fourth fails
+WAIT_S = 60  # for the page
 
 
 @pytest.fixture(scope="session")
@@ -110,3 +112,76 @@ def client(viewer_out):
     """A server over `viewer_out`."""
     with serving(gallery_of(viewer_out)) as client:
         yield client
+
+
+# --- a browser ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A browser without a window."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not (chromium and shutil.which("chromedriver")):
+        pytest.skip("no chromium with its chromedriver here")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1300,900"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+class Page:
+    """What one does with the page, and sees of it."""
+
+    def __init__(self, driver):
+        self.driver = driver
+
+    def open(self, url):
+        self.driver.get("about:blank")
+        self.driver.get(url)
+        self.until("return document.querySelectorAll('.slide-tile.leaflet-tile-loaded').length > 0")
+
+    def until(self, script):
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        return WebDriverWait(self.driver, WAIT_S, 0.05).until(lambda d: d.execute_script(script))
+
+    def look(self, script):
+        return self.driver.execute_script(f"return {script}")
+
+    def text(self, selector):
+        return self.look(f"document.querySelector({selector!r}).innerText")
+
+    def click(self, selector):
+        self.driver.find_element("css selector", selector).click()
+
+    def keys(self, *keys):
+        from selenium.webdriver import ActionChains
+
+        for key in keys:
+            ActionChains(self.driver).send_keys(key).perform()
+
+    def until_text(self, selector, part):
+        self.until(f"return document.querySelector({selector!r}).innerText.includes({part!r})")
+
+    def click_map(self, x, y):
+        """A click at a share of the map's width and height."""
+        from selenium.webdriver import ActionChains
+
+        box = self.driver.find_element("id", "map")
+        across, down = (x - 0.5) * box.size["width"], (y - 0.5) * box.size["height"]
+        ActionChains(self.driver).move_to_element_with_offset(
+            box, round(across), round(down)
+        ).click().perform()
+
+    def painted(self):
+        """Whether the picture of colours has loaded, with its pixels as they are."""
+        self.until("const i = document.querySelector('img.pixels'); return i && i.naturalWidth > 0")
+        return self.look("getComputedStyle(document.querySelector('img.pixels')).imageRendering")
+
+    def console(self):
+        return [entry for entry in self.driver.get_log("browser") if entry["level"] != "DEBUG"]

@@ -59,7 +59,7 @@ def run_view(args: argparse.Namespace) -> int:
                 f"seal-extract: {moved} slides are not where they were; type --slides FOLDER", file=sys.stderr
             )
         try:
-            serve(gallery, sock, lambda: _announce(address, len(collection.slides), args))
+            serve(gallery, sock, lambda: _announce(address, len(collection.slides), args), debug=args.debug)
         except KeyboardInterrupt:
             print("stopped")
     return 0

@@ -1,5 +1,5 @@
 // The page: which slide is shown, how it is coloured, what was chosen; and the keys for all of it.
-import { $, address, ask, askBytes, count, element, fixed, setVersion } from "./viewer_api.js";
+import { $, address, ask, askBytes, count, element, setVersion } from "./viewer_api.js";
 import { geneCombo } from "./viewer_combo.js";
 import { Draw } from "./viewer_draw.js";
 import { Patches, Stage } from "./viewer_map.js";
@@ -51,9 +51,8 @@ function listItem(slide) {
 function inShort(slide) {
   if (slide.status === "failed") return "failed";
   if (slide.problem) return "slide not found";
-  const area = slide.tissue_mm2 === null ? "" : ` · ${fixed(slide.tissue_mm2, 1)}\u00a0mm²`;
   const errors = slide.read_errors ? ` · ${count(slide.read_errors, "read error")}` : "";
-  return slide.patches === null ? "done" : `${count(slide.patches, "patch", "patches")}${area}${errors}`;
+  return slide.patches === null ? "done" : `${count(slide.patches, "patch", "patches")}${errors}`;
 }
 
 async function openSlide(index, patch = -1) {
@@ -79,7 +78,7 @@ function showSlide(slide, xy, patch) {
   Object.assign(state, { slide, patches: new Patches(xy, slide.patch_size_l0), patch: -1 });
   $("problem").hidden = true;
   stage.show(slide, state.patches);
-  showFacts(slide, state.encoder);
+  showFacts(slide, state.slides[slide.index], state.encoder);
   offer(slide);
   forget();
   colour();
@@ -225,9 +224,10 @@ function takeRegion(polygon) {
   $("region").replaceChildren(element("p", { className: "muted" }, "Comparing…"));
   const body = JSON.stringify({ polygon });
   const send = { method: "POST", body, headers: { "Content-Type": "application/json" } };
-  latest("region", () => ask(`/api/slides/${index}/region`, send), (answer) => showRegion(answer, actions), (error) =>
-    $("region").replaceChildren(element("p", { className: "bad" }, error.message)));
-  $("region").parentElement.scrollIntoView({ block: "nearest" });
+  latest("region", () => ask(`/api/slides/${index}/region`, send), (answer) => {
+    showRegion(answer, actions);
+    $("region").parentElement.scrollIntoView({ block: "start" });
+  }, (error) => $("region").replaceChildren(element("p", { className: "bad" }, error.message)));
 }
 
 function clearRegion() {

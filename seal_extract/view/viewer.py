@@ -292,8 +292,16 @@ def listen(port: int) -> socket.socket:
     return sock
 
 
-def serve(gallery: Gallery, sock: socket.socket, started: Callable[[], None] = lambda: None) -> None:
+def serve(
+    gallery: Gallery,
+    sock: socket.socket,
+    started: Callable[[], None] = lambda: None,
+    *,
+    debug: bool = False,
+) -> None:
     """Answer on a socket from `listen` until Ctrl-C; ``started`` is called once it answers.
+
+    With ``debug``, what was unexpected goes to standard error with its traceback.
 
     Raises:
         UsageError: its libraries are not installed.
@@ -304,7 +312,7 @@ def serve(gallery: Gallery, sock: socket.socket, started: Callable[[], None] = l
     _allow_files()
     config = uvicorn.Config(
         app,
-        log_level="critical",
+        log_level="error" if debug else "critical",
         access_log=False,
         lifespan="off",
         timeout_keep_alive=30,

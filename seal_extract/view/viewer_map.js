@@ -131,8 +131,10 @@ export class Stage {
     this.map.createPane("colours").style.zIndex = 300;
     this.map.createPane("grid").style.zIndex = 320;
     this.map.on("move zoom zoomend", () => this.#drawScale());
+    this.map.on("zoomend", () => $("map").classList.toggle("over", this.map.getZoom() > 0));
     new ResizeObserver(() => this.map.invalidateSize()).observe($("map"));
     this.opacity = 0.65;
+    this.colours = [];
     this.shown = { tissue: true, grid: false };
   }
 
@@ -158,7 +160,8 @@ export class Stage {
   }
 
   clear() {
-    for (const name of ["tiles", "outline", "grid", "marks", "colours", "region"]) {
+    this.paint(null);
+    for (const name of ["tiles", "outline", "grid", "marks", "region"]) {
       if (this[name]) this[name].remove();
       this[name] = null;
     }
@@ -180,24 +183,28 @@ export class Stage {
     $("map").classList.toggle("grey", on);
   }
 
-  /** Lay a picture of a pixel per patch over the slide; null takes it away. */
+  /** Lay a picture of a pixel per patch over the slide, in place of any before; null takes it away. */
   paint(url) {
     const before = this.colours;
-    this.colours = null;
+    this.colours = [];
     if (url === null) {
-      if (before) before.remove();
+      before.forEach((layer) => layer.remove());
       return;
     }
     const [x0, y0, x1, y1] = this.slide.bounds_l0;
     const options = { opacity: this.opacity, className: "pixels", pane: "colours", alt: "Colours of patches" };
-    this.colours = L.imageOverlay(url, [[y0, x0], [y1, x1]], options);
-    if (before) this.colours.once("load error", () => before.remove());
-    this.colours.addTo(this.map);
+    const layer = L.imageOverlay(url, [[y0, x0], [y1, x1]], options);
+    this.colours = [...before, layer];
+    layer.once("load error", () => { // the one before stays until the new one is there
+      before.forEach((old) => old.remove());
+      this.colours = this.colours.filter((one) => !before.includes(one));
+    });
+    layer.addTo(this.map);
   }
 
   fade(share) {
     this.opacity = share;
-    if (this.colours) this.colours.setOpacity(share);
+    this.colours.forEach((layer) => layer.setOpacity(share));
   }
 
   /** Frame the chosen patch and those like it, and bring it into view if it is not. */

@@ -3,13 +3,17 @@ import { $, address, count, element, fixed } from "./viewer_api.js";
 
 const facts = (pairs) => pairs.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]);
 
-export function showFacts(slide, encoder) {
+export function showFacts(slide, line, encoder) {
   const [width, height] = slide.size_l0;
   const mm = (px) => fixed((px * slide.mpp) / 1000, 1);
   $("name").textContent = slide.name;
+  const tissue = line.tissue_mm2 === null ? [] : [["Tissue", `${fixed(line.tissue_mm2, 1)} mm²`]];
+  const patient = line.case ? [["Case", line.case]] : [];
   $("facts").replaceChildren(
     ...facts([
+      ...patient,
       ["Size", `${mm(width)} × ${mm(height)} mm`],
+      ...tissue,
       ["Level 0", `${width.toLocaleString("en")} × ${height.toLocaleString("en")} px`],
       ["Resolution", `${Number(slide.mpp.toPrecision(3))} µm/px`],
       ["Patches", `${slide.patches.toLocaleString("en")} of ${slide.patch_px} px at ${Number(slide.patch_mpp.toPrecision(3))} µm/px`],
