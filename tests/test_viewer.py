@@ -291,10 +291,9 @@ def test_no_random_question_is_an_unexpected_failure(client):
 def test_sets_of_genes_are_named(viewer_out):
     from seal_extract.genes.signature import Signature
 
-    gallery = gallery_of(
-        viewer_out, signatures={"IMMUNE": Signature("IMMUNE", {"CD74": 1.0, "HLA-DRA": 1.0})}
-    )
-    assert gallery.genes.suggest("imm") == ["IMMUNE"]
+    immune = Signature("IMMUNE", {"CD74": 1.0, "HLA-DRA": 1.0})
+    gallery = gallery_of(viewer_out, signatures={"IMMUNE": immune})
+    assert gallery.genes.suggest("immu") == ["IMMUNE"]
     assert gallery.layer(0, "genes", "IMMUNE").legend["title"] == "IMMUNE"
 
 
