@@ -267,7 +267,8 @@ def read_provenance(path: Path, dataset: str | None = None) -> dict[str, Any] | 
 def _provenance(file: h5py.File, dataset: str | None) -> dict[str, Any] | None:
     there = any(name in file for name in ([dataset] if dataset else (PIXELS, MICROMETRES)))
     text = file.attrs.get(PROVENANCE) if there else None
-    return dict(json.loads(text)) if isinstance(text, str) else None
+    provenance = dict(json.loads(text)) if isinstance(text, str) else {}
+    return provenance if "grid" in provenance else None  # a slide-level file has none of its own
 
 
 def grid_fields(grid: PatchGrid) -> dict[str, Any]:

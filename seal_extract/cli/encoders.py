@@ -126,7 +126,7 @@ def demo_parser() -> argparse.ArgumentParser:
     return p
 
 
-ONE_SLIDE = {"retry_failed": False} | dict.fromkeys(
+ONE_SLIDE = {"retry_failed": False, "slide_level": []} | dict.fromkeys(
     ("log_json", "shard", "engine", "ray_address", "ray_workers", "ray_cores")
 )
 

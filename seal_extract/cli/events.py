@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from seal_extract.errors import OutputError
+from seal_extract.errors import OutputError, SealExtractError
 
 if TYPE_CHECKING:
     from seal_extract.results import SlideResult
@@ -61,3 +61,12 @@ class Events:
             read_errors=first.provenance["read_errors"],
             files=[str(features.path) for features in result.features],
         )
+
+    def tell_slide_level(self, result: SlideResult, said: str | SealExtractError) -> None:
+        """What became of one of its slide-level files."""
+        slide = result.entry.source
+        if isinstance(said, SealExtractError):
+            kind = type(said).__name__
+            self.tell("slide level failed", slide=slide, name=result.name, error=kind, reason=str(said))
+        else:
+            self.tell("slide level", slide=slide, name=result.name, result=said)

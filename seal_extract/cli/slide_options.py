@@ -104,6 +104,15 @@ def slides_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--overwrite", action="store_true", help="replace files that other options made")
 
+    run.add_argument(
+        "--slide-level",
+        action="append",
+        default=[],
+        metavar="mean|FILE[,...]",
+        help="also pool each slide's patches into one embedding: mean, or the attention of a CLAM or ABMIL "
+        "checkpoint, trained on features of that encoder",
+    )
+
     cohort = p.add_argument_group("many slides")
     cohort.add_argument("--slide-folder", metavar="FOLDER", help="where the slides of a table lie")
     cohort.add_argument("--retry-failed", action="store_true", help="only those that status.csv says failed")

@@ -155,7 +155,10 @@ def embed(
     args: argparse.Namespace,
 ) -> int:
     """Embed slides, one line for each; a table for all, and a page where there are several."""
+    from seal_extract.cli.slide_level import SlideLevels
     from seal_extract.cohort import extract_cohort
+
+    levels = SlideLevels(args.slide_level, requests, args.out, options)
 
     with Events(args.log_json) as events, _Bars(args.quiet, len(slides)) as bars:
         events.tell("start", slides=len(slides), encoders=[r.spec.name for r in requests], out=str(args.out))
@@ -167,6 +170,12 @@ def embed(
                 print(line, flush=True)
             if result.error is not None:
                 fail(f"FAILED {result.error}", 1)
+            for said in levels.lines(result):
+                events.tell_slide_level(result, said)
+                if isinstance(said, SealExtractError):
+                    fail(f"FAILED {said}", 1)
+                else:
+                    print(said, flush=True)
 
         try:
             report = extract_cohort(
@@ -184,7 +193,7 @@ def embed(
             events.tell("interrupted")
             raise
         events.tell("end", done=len(report.done), failed=len(report.failed), seconds=round(report.seconds, 1))
-    return _close(report, args)
+    return max(_close(report, args), levels.status())
 
 
 def _engine(args: argparse.Namespace) -> Engine | None:

@@ -1,6 +1,6 @@
 """An index for millions of patches: FAISS inverted files on the disk, in shards.
 
-Embeddings are put into cells around centres (k-means on a sample, the cells found through a graph) and kept
+Embeddings are put into cells around centres, by k-means on a sample, and kept
 in 8 bits a number; a search looks into some cells of each shard. Shards are mapped from the disk, so that
 neither building nor searching needs more memory than one of them. Source: Douze et al., arXiv 2401.08281.
 """
@@ -25,7 +25,7 @@ from seal_extract.store import SlideFeatures
 
 MANIFEST, TRAINED = "slides.json", "trained.faiss"
 SHARD_ROWS = 1_000_000  # 512 MB of 512 numbers
-SAMPLE_PER_CELL = 64
+SAMPLE_PER_CELL = 40
 CELLS = (16, 4096)
 PROBES = 48  # cells looked into; of fewer cells a quarter at least
 SEED = 0
@@ -91,6 +91,7 @@ class FaissIndex:
                 shard = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
             except RuntimeError as exc:
                 raise OutputError(f"{path} is damaged or gone; type --index build to make it again") from exc
+            shard.parallel_mode = 1  # over the cells of one query
             shard.nprobe = max(PROBES, shard.nlist // 4) if shard.nlist <= 4 * PROBES else PROBES
             self._shards[number] = shard
         return self._shards[number]
@@ -220,21 +221,20 @@ def _train(slides: Sequence[SlideFeatures]) -> Any:
     cells = 2 ** int(np.log2(np.clip(4 * total**0.5, *CELLS)))
     cells = max(1, min(cells, total // 40)) if total < 40 * CELLS[0] else cells
     sample = _sample(slides, min(total, SAMPLE_PER_CELL * cells))
-    coarse = faiss.IndexHNSWFlat(sample.shape[1], 32, faiss.METRIC_INNER_PRODUCT)
-    coarse.hnsw.efSearch = 128
-    index = faiss.IndexIVFScalarQuantizer(
-        coarse, sample.shape[1], cells, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
-    )
-    index.own_fields = True
-    coarse.this.disown()
+    dim = sample.shape[1]
     kmeans = faiss.Kmeans(
-        sample.shape[1], cells, niter=10, seed=SEED, spherical=True,
-        max_points_per_centroid=SAMPLE_PER_CELL, min_points_per_centroid=1,
+        dim, cells, niter=10, seed=SEED, spherical=True, min_points_per_centroid=1,
+        max_points_per_centroid=SAMPLE_PER_CELL,
     )  # fmt: skip
     kmeans.train(sample)
+    coarse = faiss.IndexFlatIP(dim)
     coarse.add(kmeans.centroids)
-    index.quantizer_trains_alone = 2  # its centres are there
-    index.train(sample)
+    index = faiss.IndexIVFScalarQuantizer(
+        coarse, dim, cells, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
+    )
+    index.train(sample)  # of the 8 bits; the cells are there
+    index.own_fields = True
+    coarse.this.disown()
     return index
 
 

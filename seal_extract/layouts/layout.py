@@ -65,6 +65,10 @@ class Layout(ABC):
         """Tissue contours of a slide."""
         return self.out / "contours_geojson" / f"{slide}.geojson"
 
+    def slide_level(self, slide: str, name: str) -> Path:
+        """Embedding of a whole slide, by the name of what pooled it."""
+        return self.out / f"slide_features_{name}" / f"{slide}.h5"
+
     def place(self, slide: str, encoder: str, grid: PatchGrid) -> Path:
         """Where the features of a slide with these patches go."""
         return self.features(slide, encoder) if len(grid) else self.empty(slide, encoder)

@@ -2,6 +2,7 @@
 
 OUT/20x_224px_0px_overlap/patches/{slide}_patches.h5      coords
 OUT/20x_224px_0px_overlap/features_{encoder}/{slide}.h5   features, coords
+OUT/20x_224px_0px_overlap/slide_features_{name}/{slide}.h5   of the whole slide
 """
 
 from __future__ import annotations
@@ -34,3 +35,7 @@ class TridentLayout(Layout):
     def coords(self, slide: str) -> Path:
         """Coordinates of a slide."""
         return self.folder / "patches" / f"{slide}_patches.h5"
+
+    def slide_level(self, slide: str, name: str) -> Path:
+        """Embedding of a whole slide, beside those of its patches."""
+        return self.folder / f"slide_features_{name}" / f"{slide}.h5"

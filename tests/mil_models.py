@@ -1,0 +1,175 @@
+"""Attention models whose layers have the published names; their forward passes say what pooling must give."""
+
+import torch
+from torch import nn
+
+DIM = 24  # of the features in these tests
+
+
+def mlp(*layers):
+    return nn.Sequential(*layers)
+
+
+class Gated(nn.Module):
+    """CLAM's names for the attention network with a gate."""
+
+    def __init__(self, width, inner, rows, drop=()):
+        super().__init__()
+        self.attention_a = mlp(nn.Linear(width, inner), nn.Tanh(), *drop)
+        self.attention_b = mlp(nn.Linear(width, inner), nn.Sigmoid(), *drop)
+        self.attention_c = nn.Linear(inner, rows)
+
+    def forward(self, h):
+        return self.attention_c(self.attention_a(h) * self.attention_b(h))
+
+
+class Plain(nn.Module):
+    """CLAM's names for the one without."""
+
+    def __init__(self, width, inner, rows, drop=()):
+        super().__init__()
+        self.module = mlp(nn.Linear(width, inner), nn.Tanh(), *drop, nn.Linear(inner, rows))
+
+    def forward(self, h):
+        return self.module(h)
+
+
+class Clam(nn.Module):
+    """Single and multi branch: ``branches`` networks over 512 hidden features."""
+
+    def __init__(
+        self, dim=DIM, hidden=512, inner=256, branches=1, classes=3, gate=Gated, drop=(), drop_fc=None
+    ):
+        super().__init__()
+        drop_fc = drop if drop_fc is None else drop_fc
+        net = gate(hidden, inner, branches, drop)
+        self.attention_net = mlp(nn.Linear(dim, hidden), nn.ReLU(), *drop_fc, net)
+        heads = [nn.Linear(hidden, 1) for _ in range(classes)]
+        self.classifiers = nn.Linear(hidden, classes) if branches == 1 else nn.ModuleList(heads)
+        self.instance_classifiers = nn.ModuleList(nn.Linear(hidden, 2) for _ in range(classes))
+
+    def pooled(self, x):
+        hidden = self.attention_net[:2](x)
+        scores = self.attention_net[-1](hidden).T
+        return (scores.softmax(1) @ hidden).squeeze(0), scores
+
+
+class AmLab(nn.Module):
+    """Ilse et al.: ``score`` is what the last layer is called, which differs between versions."""
+
+    def __init__(self, dim=DIM, hidden=500, inner=128, rows=1, gated=True, embed=True, score="attention_w"):
+        super().__init__()
+        hidden = hidden if embed else dim
+        if embed:
+            self.feature_extractor_part2 = mlp(nn.Linear(dim, hidden), nn.ReLU())
+        if gated:
+            self.attention_V = mlp(nn.Linear(hidden, inner), nn.Tanh())
+            self.attention_U = mlp(nn.Linear(hidden, inner), nn.Sigmoid())
+            setattr(self, score, nn.Linear(inner, rows))
+        else:
+            self.attention = mlp(nn.Linear(hidden, inner), nn.Tanh(), nn.Linear(inner, rows))
+        self.classifier = mlp(nn.Linear(hidden * rows, 1), nn.Sigmoid())
+        self.score = score
+        self.gated, self.embed = gated, embed
+
+    def pooled(self, x):
+        hidden = self.feature_extractor_part2(x) if self.embed else x
+        if self.gated:
+            scores = getattr(self, self.score)(self.attention_V(hidden) * self.attention_U(hidden)).T
+        else:
+            scores = self.attention(hidden).T
+        return (scores.softmax(1) @ hidden).squeeze(0), scores
+
+
+class Heads(nn.Module):
+    """The pooler of TRIDENT's ABMIL."""
+
+    def __init__(self, dim, inner, heads, gated):
+        super().__init__()
+        self.attention_heads = nn.ModuleList(
+            mlp(nn.Linear(dim, inner), nn.Tanh(), nn.Dropout(0.1)) for _ in range(heads)
+        )
+        if gated:
+            self.gating_layers = nn.ModuleList(
+                mlp(nn.Linear(dim, inner), nn.Sigmoid(), nn.Dropout(0.1)) for _ in range(heads)
+            )
+        self.branching_layers = nn.ModuleList(nn.Linear(inner, 1) for _ in range(heads))
+        if heads > 1:
+            self.condensing_layer = nn.Linear(heads * dim, dim)
+
+    def forward(self, h):
+        found = [head(h) for head in self.attention_heads]
+        if hasattr(self, "gating_layers"):
+            found = [one * gate(h) for one, gate in zip(found, self.gating_layers, strict=True)]
+        scores = torch.cat([c(one) for one, c in zip(found, self.branching_layers, strict=True)], 1).T
+        embedding = (scores.softmax(1) @ h).flatten()
+        return self.condensing_layer(embedding) if hasattr(self, "condensing_layer") else embedding, scores
+
+
+class PathoBench(nn.Module):
+    """TRIDENT's slide encoder as Patho-Bench trains it, under a classifier."""
+
+    def __init__(self, dim=DIM, inner=16, heads=4, gated=True):
+        super().__init__()
+        around = [mlp(nn.Linear(dim, dim), nn.GELU(), nn.Dropout(0.1)) for _ in range(2)]
+        self.slide_encoder = nn.Module()
+        self.slide_encoder.model = nn.ModuleDict(
+            {
+                "pre_attention_layers": around[0],
+                "image_pooler": Heads(dim, inner, heads, gated),
+                "post_attention_layers": around[1],
+            }
+        )
+        self.classification_head = nn.Linear(dim, 2)
+
+    def pooled(self, x):
+        model = self.slide_encoder.model
+        embedding, scores = model["image_pooler"](model["pre_attention_layers"](x))
+        return model["post_attention_layers"](embedding), scores
+
+
+class MilLab(nn.Module):
+    """MIL-Lab's ABMIL: two layers on the features, heads one after the other."""
+
+    def __init__(self, dim=DIM, hidden=64, inner=32, heads=2, gate=Gated):
+        super().__init__()
+        self.patch_embed = mlp(
+            nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(0.25), nn.Linear(hidden, hidden), nn.ReLU()
+        )
+        self.global_attn = gate(hidden, inner, heads, (nn.Dropout(0.25),))
+        self.classifier = nn.Linear(hidden * heads, 2)
+
+    def pooled(self, x):
+        hidden = self.patch_embed(x)
+        scores = self.global_attn(hidden).T
+        return (scores.softmax(1) @ hidden).flatten(), scores
+
+
+DROP = (nn.Dropout(0.25),)
+MODELS = {
+    "CLAM_SB small": (Clam, {}),
+    "CLAM_SB big": (Clam, {"inner": 384}),
+    "CLAM_SB with dropout": (Clam, {"drop": DROP}),
+    "CLAM_SB with dropout on the features alone": (Clam, {"drop_fc": DROP}),
+    "CLAM_SB of 512": (Clam, {"dim": 512, "hidden": 256, "inner": 128}),
+    "CLAM_SB without gate": (Clam, {"gate": Plain}),
+    "CLAM_SB without gate, with dropout": (Clam, {"gate": Plain, "drop": DROP}),
+    "CLAM_MB small": (Clam, {"branches": 3}),
+    "CLAM_MB big with dropout": (Clam, {"branches": 3, "inner": 384, "drop": DROP}),
+    "ABMIL gated": (AmLab, {}),
+    "ABMIL gated, its older name": (AmLab, {"score": "attention_weights"}),
+    "ABMIL": (AmLab, {"gated": False}),
+    "ABMIL of two branches": (AmLab, {"rows": 2}),
+    "ABMIL on the features themselves": (AmLab, {"embed": False}),
+    "ABMIL of TRIDENT": (PathoBench, {}),
+    "ABMIL of TRIDENT, one head without gate": (PathoBench, {"heads": 1, "gated": False}),
+    "ABMIL of MIL-Lab": (MilLab, {}),
+    "ABMIL of MIL-Lab, one head without gate": (MilLab, {"heads": 1, "gate": Plain}),
+}
+
+
+def model_of(kind, **kwargs):
+    """A model of `MODELS` with random weights, ready to be asked."""
+    torch.manual_seed(7)
+    build, chosen = MODELS[kind]
+    return build(**(chosen | kwargs)).eval()
