@@ -237,6 +237,19 @@ def read_pieces(path: Path) -> Iterator[NDArray[Any]]:
             yield rows[start : start + step]
 
 
+def sample_rows(path: Path, most: int) -> NDArray[np.float32]:
+    """At most ``most`` rows of a features file, in runs from all over it: float32 [M, D]."""
+    with h5py.File(path, "r") as file:
+        rows = _rows(file)
+        runs = min(8, most)
+        if len(rows) <= most:
+            sample: NDArray[np.float32] = rows[()].astype(np.float32, copy=False)
+            return sample
+        starts = np.linspace(0, len(rows) - most // runs, runs).astype(int)
+        pieces = [rows[start : start + most // runs] for start in starts.tolist()]
+    return np.concatenate(pieces).astype(np.float32, copy=False)
+
+
 def read_provenance(path: Path, dataset: str | None = None) -> dict[str, Any] | None:
     """What made the features file, or None where this package did not.
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from seal_extract.readers import Level
 
-pytest_plugins = ("cohort_fixtures",)
+pytest_plugins = ("cohort_fixtures", "viewer_fixtures")
 
 SHARED = Path(__file__).parents[2] / "shared"
 

@@ -38,7 +38,7 @@ ALLOWED = {
     "slide_level": {"reading", "encoders", "results"},
     "story": {"reading", "pixels", "patches", "encoders", "results", "view"},
     "train": {"reading", "pixels", "patches", "encoders", "genes"},
-    "view": {"reading", "results", "publish", "encoders", "genes"},
+    "view": {"reading", "results", "publish", "genes"},
     "synthetic": {"errors", "publish"},
     "demo": {"synthetic", "encoders", "errors", "publish"},
     "doctor": {"encoders", "patches", "results", "reading", "demo"},

@@ -1,0 +1,106 @@
+"""``seal-extract view``: a results folder in the browser."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from seal_extract.cli.options import add_common
+
+if TYPE_CHECKING:
+    from seal_extract.genes.decoder import GeneDecoder
+    from seal_extract.genes.signature import Signature
+
+
+def view_parser() -> argparse.ArgumentParser:
+    """Options of ``seal-extract view``."""
+    p = argparse.ArgumentParser(
+        prog="seal-extract view",
+        description="Look at a finished run in the browser: slides, patches, embeddings, clusters, predicted "
+        "genes, attention. The page is served to this machine alone and needs no network.",
+    )
+    p.set_defaults(handler=run_view)
+    p.add_argument("out", type=Path, metavar="OUT", help="the -o of a finished run, or a part of it")
+    p.add_argument(
+        "--encoder",
+        metavar="NAME|FOLDER",
+        help="whose features to show, where there are several; its folder, if it is not where it was",
+    )
+    p.add_argument("--slides", type=Path, metavar="FOLDER", help="where the slides lie, if they have moved")
+    genes = p.add_argument_group("genes")
+    genes.add_argument("--panel", type=Path, metavar="FILE", help="the gene of each column, one per line")
+    genes.add_argument("--signatures", type=Path, metavar="FILE.gmt", help="gene sets to choose from by name")
+    genes.add_argument("--checkpoint", type=Path, metavar="FILE", help="its weights on this disk")
+    genes.add_argument("--offline", action="store_true", help="never ask the network for the decoder")
+    p.add_argument("--port", type=int, default=0, metavar="N", help="default: a free one")
+    p.add_argument("--no-browser", action="store_true", help="print the address and open nothing")
+    add_common(p)
+    return p
+
+
+def run_view(args: argparse.Namespace) -> int:
+    """Serve until Ctrl-C."""
+    from seal_extract.view.collection import Collection
+    from seal_extract.view.gallery import Gallery
+    from seal_extract.view.gene_maps import GeneMaps
+    from seal_extract.view.viewer import listen, serve
+
+    collection = Collection.find(args.out, _name(args.encoder), args.slides)
+    provenance = next(s.provenance for s in collection.slides if s.provenance)
+    panel, signatures = _panel(args), _signatures(args)
+    gallery = Gallery(collection, GeneMaps(lambda: _decoder(args, provenance, panel), signatures))
+    with listen(args.port) as sock:
+        address = f"http://127.0.0.1:{sock.getsockname()[1]}/"
+        moved = sum(s.problem is not None for s in collection.slides if s.features is not None)
+        if moved:
+            print(
+                f"seal-extract: {moved} slides are not where they were; type --slides FOLDER", file=sys.stderr
+            )
+        try:
+            serve(gallery, sock, lambda: _announce(address, len(collection.slides), args), debug=args.debug)
+        except KeyboardInterrupt:
+            print("stopped")
+    return 0
+
+
+def _announce(address: str, slides: int, args: argparse.Namespace) -> None:
+    print(f"{slides} slide{'s' * (slides != 1)} of {args.out} at {address} (Ctrl-C ends it)", flush=True)
+    if not args.no_browser:
+        import webbrowser
+
+        webbrowser.open(address)
+
+
+def _name(encoder: str | None) -> str | None:
+    """Of an encoder given by name or as a folder."""
+    if encoder is None or not Path(encoder).is_dir():
+        return encoder
+    from seal_extract.encoders.folder import CONFIG, read_config
+
+    return read_config(Path(encoder) / CONFIG).name
+
+
+def _panel(args: argparse.Namespace) -> tuple[str, ...] | None:
+    from seal_extract.genes.panel import read_panel
+
+    return None if args.panel is None else read_panel(args.panel)
+
+
+def _signatures(args: argparse.Namespace) -> dict[str, Signature] | None:
+    if args.signatures is None:
+        return None
+    from seal_extract.genes.signature import read_gmt
+
+    return read_gmt(args.signatures)
+
+
+def _decoder(
+    args: argparse.Namespace, provenance: dict[str, Any], panel: tuple[str, ...] | None
+) -> GeneDecoder:
+    from seal_extract.genes.decoder import decoder_of
+
+    return decoder_of(
+        provenance, encoder=args.encoder, checkpoint=args.checkpoint, panel=panel, offline=args.offline
+    )

@@ -1,0 +1,91 @@
+// A text field that suggests: arrows choose, Enter takes, Escape closes. It completes the last of several genes.
+import { $, ask, element } from "./viewer_api.js";
+
+const WAIT_MS = 90;
+
+export class Combo {
+  constructor(field, list, taken) {
+    this.field = field;
+    this.list = list;
+    this.taken = taken;
+    this.chosen = -1;
+    this.turn = 0;
+    field.addEventListener("input", () => this.#soon());
+    field.addEventListener("keydown", (event) => this.#key(event));
+    field.addEventListener("blur", () => setTimeout(() => this.close(), 150));
+    list.addEventListener("mousedown", (event) => event.preventDefault());
+    list.addEventListener("click", (event) => this.#click(event));
+  }
+
+  close() {
+    this.turn++;
+    clearTimeout(this.timer);
+    this.list.hidden = true;
+    this.chosen = -1;
+    this.field.setAttribute("aria-expanded", "false");
+    this.field.removeAttribute("aria-activedescendant");
+  }
+
+  #soon() {
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => this.#suggest(), WAIT_MS);
+  }
+
+  async #suggest() {
+    const typed = this.field.value.split(",").at(-1).trim();
+    const turn = ++this.turn;
+    if (!typed) return this.close();
+    const names = await ask(`/api/suggest?typed=${encodeURIComponent(typed)}`).catch(() => []);
+    if (turn !== this.turn) return;
+    this.list.replaceChildren(...names.map((name, i) => this.#option(name, i)));
+    this.list.hidden = names.length === 0;
+    this.chosen = -1;
+    this.field.setAttribute("aria-expanded", String(names.length > 0));
+  }
+
+  #option(name, i) {
+    const option = element("li", { textContent: name, id: `gene-${i}` });
+    option.setAttribute("role", "option");
+    option.setAttribute("aria-selected", "false");
+    return option;
+  }
+
+  #key(event) {
+    const options = [...this.list.children];
+    if (event.key === "ArrowDown" && !this.list.hidden) this.#mark(options, this.chosen + 1);
+    else if (event.key === "ArrowUp" && !this.list.hidden) this.#mark(options, this.chosen - 1);
+    else if (event.key === "Escape" && !this.list.hidden) this.close();
+    else if (event.key === "Enter") this.#enter(options);
+    else return;
+    event.preventDefault();
+    event.stopPropagation();
+  }
+
+  #mark(options, index) {
+    this.chosen = (index + options.length) % options.length;
+    options.forEach((option, i) => option.setAttribute("aria-selected", String(i === this.chosen)));
+    options[this.chosen].scrollIntoView({ block: "nearest" });
+    this.field.setAttribute("aria-activedescendant", options[this.chosen].id);
+  }
+
+  #enter(options) {
+    if (this.chosen >= 0) this.#put(options[this.chosen].textContent);
+    this.close();
+    if (this.field.value.trim()) this.taken(this.field.value.trim());
+  }
+
+  #click(event) {
+    const option = event.target.closest("li");
+    if (!option) return;
+    this.#put(option.textContent);
+    this.close();
+    this.taken(this.field.value.trim());
+  }
+
+  #put(name) {
+    const before = this.field.value.split(",").slice(0, -1).map((part) => part.trim());
+    this.field.value = [...before, name].join(", ");
+  }
+}
+
+export const geneCombo = (taken) => new Combo($("gene"), $("gene-list"), taken);

@@ -1,0 +1,187 @@
+"""A small finished run, and a server over it in a thread."""
+
+import http.client
+import json
+import os
+import shutil
+import threading
+import time
+from contextlib import contextmanager
+
+import h5py
+import numpy as np
+import pytest
+
+from seal_extract.plan import ExtractOptions
+
+SLIDES = 3  # finished ones; a fourth fails
+WAIT_S = 60  # for the page
+
+
+@pytest.fixture(scope="session")
+def viewer_out(tmp_path_factory, drawn_slides):
+    """Three slides by seal-tiny, one that failed, and attention over the first."""
+    from seal_extract import extract_cohort, load_encoder
+
+    root = tmp_path_factory.mktemp("viewed")
+    slides, out = root / "slides", root / "out"
+    slides.mkdir()
+    for i, path in enumerate(drawn_slides):
+        os.link(path, slides / f"slide_{i}.svs")
+    (slides / "broken.svs").write_bytes(b"II*\0" + bytes(100))
+    options = ExtractOptions(overlap_px=112, workers=1)
+    extract_cohort([slides], load_encoder("seal-tiny", device="cpu"), out, options=options)
+    write_attention(out)
+    return out
+
+
+def write_attention(out):
+    """A slide-level file beside the features of slide_0: the weights grow from patch to patch."""
+    (features,) = out.rglob("features_seal-tiny/slide_0.h5")
+    path = features.parent.parent / "slide_features_abmil" / "slide_0.h5"
+    path.parent.mkdir()
+    with h5py.File(features) as source, h5py.File(path, "w") as file:
+        source.copy("coords", file)
+        n = len(source["coords"])
+        file["attention"] = np.linspace(1, 2, n, dtype=np.float32)[None].repeat(2, 0) / n
+
+
+def gallery_of(out, *, encoder=None, slides=None, panel=None, signatures=None):
+    """As the command makes it."""
+    from seal_extract.genes.decoder import decoder_of
+    from seal_extract.view.collection import Collection
+    from seal_extract.view.gallery import Gallery
+    from seal_extract.view.gene_maps import GeneMaps
+
+    collection = Collection.find(out, encoder, slides)
+    provenance = next(s.provenance for s in collection.slides if s.provenance)
+    return Gallery(collection, GeneMaps(lambda: decoder_of(provenance, panel=panel), signatures))
+
+
+class Client:
+    """Asks the server as a browser would, or as one should not."""
+
+    def __init__(self, port):
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}/"
+
+    def ask(self, path, method="GET", body=None, **headers):
+        """Status, headers and body of one request."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        try:
+            connection.request(method, path, body, headers)
+            answer = connection.getresponse()
+            return answer.status, answer.headers, answer.read()
+        finally:
+            connection.close()
+
+    def json(self, path, **how):
+        """Status and JSON."""
+        status, _, body = self.ask(path, **how)
+        return status, json.loads(body)
+
+    def region(self, polygon, slide=0):
+        return self.json(f"/api/slides/{slide}/region", method="POST", body=json.dumps({"polygon": polygon}))
+
+
+@contextmanager
+def serving(gallery):
+    """A server in a thread, until the block ends."""
+    import uvicorn
+
+    from seal_extract.view.viewer import listen, make_app
+
+    with listen(0) as sock:
+        port = sock.getsockname()[1]
+        config = uvicorn.Config(make_app(gallery, port), log_level="critical", lifespan="off", backlog=2048)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        try:
+            yield Client(port)
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="session")
+def client(viewer_out):
+    """A server over `viewer_out`."""
+    with serving(gallery_of(viewer_out)) as client:
+        yield client
+
+
+# --- a browser ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A browser without a window."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not (chromium and shutil.which("chromedriver")):
+        pytest.skip("no chromium with its chromedriver here")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1300,900"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+class Page:
+    """What one does with the page, and sees of it."""
+
+    def __init__(self, driver):
+        self.driver = driver
+
+    def open(self, url):
+        self.driver.get("about:blank")
+        self.driver.get(url)
+        self.until("return document.querySelectorAll('.slide-tile.leaflet-tile-loaded').length > 0")
+
+    def until(self, script):
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        return WebDriverWait(self.driver, WAIT_S, 0.05).until(lambda d: d.execute_script(script))
+
+    def look(self, script):
+        return self.driver.execute_script(f"return {script}")
+
+    def text(self, selector):
+        return self.look(f"document.querySelector({selector!r}).innerText")
+
+    def click(self, selector):
+        self.driver.find_element("css selector", selector).click()
+
+    def keys(self, *keys):
+        from selenium.webdriver import ActionChains
+
+        for key in keys:
+            ActionChains(self.driver).send_keys(key).perform()
+
+    def until_text(self, selector, part):
+        self.until(f"return document.querySelector({selector!r}).innerText.includes({part!r})")
+
+    def click_map(self, x, y):
+        """A click at a share of the map's width and height."""
+        from selenium.webdriver import ActionChains
+
+        box = self.driver.find_element("id", "map")
+        across, down = (x - 0.5) * box.size["width"], (y - 0.5) * box.size["height"]
+        ActionChains(self.driver).move_to_element_with_offset(
+            box, round(across), round(down)
+        ).click().perform()
+
+    def painted(self):
+        """Whether the picture of colours has loaded, with its pixels as they are."""
+        self.until("const i = document.querySelector('img.pixels'); return i && i.naturalWidth > 0")
+        return self.look("getComputedStyle(document.querySelector('img.pixels')).imageRendering")
+
+    def console(self):
+        return [entry for entry in self.driver.get_log("browser") if entry["level"] != "DEBUG"]
