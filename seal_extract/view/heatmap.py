@@ -27,7 +27,9 @@ MOST_CELLS = 2**26  # of a raster; an overview of a 100,000 px slide in 224 px p
 PERCENTILES = (1.0, 99.0)  # of the values, at the ends of the colours: a few outliers do not dim the rest
 OPACITY = 0.65  # of the colours over the slide
 SIDE_PX = 1600  # longest side of a drawn picture without its legend
-LEGEND_PX = 64
+MOST_OVERVIEW_PX = 4096  # longest side of the slide that it is cut from
+INK = (40, 40, 40)
+MARGIN = 0.04  # of slide around the patches
 
 Values = NDArray[np.floating]
 
@@ -50,7 +52,7 @@ class PatchRaster:
 
     @classmethod
     def of(cls, grid: PatchGrid) -> PatchRaster:
-        """The raster of a grid; patches that overlap keep the part up to their next neighbour.
+        """The raster of a grid; of patches that overlap, the middle as wide as their distance.
 
         Raises:
             GeometryError: there is no patch.
@@ -67,7 +69,7 @@ class PatchRaster:
         width, height = (int(v) for v in boxes[:, 2:].max(0))
         if width * height > MOST_CELLS:
             raise GeometryError(f"the patches lie on {width} x {height} cells; allowed: {MOST_CELLS}")
-        x0, y0 = (float(v) for v in first)
+        x0, y0 = (float(v) + (grid.patch_size_l0 - side * step) / 2 for v in first)
         return cls((height, width), (x0, y0, x0 + width * step, y0 + height * step), float(step), boxes)
 
     def paint(self, rgb: NDArray[np.uint8], alpha: int = 255) -> Array:
@@ -104,10 +106,10 @@ def draw_heatmap(
     unit: str = "",
     max_px: int = SIDE_PX,
 ) -> tuple[float, float]:
-    """Draw values over the slide into a PNG with a title and a legend.
+    """Draw values over the part of the slide that has patches, into a PNG with a title and a legend.
 
     Args:
-        slide: seen from above; tissue without patches stays as it is.
+        slide: seen from above, in grey; tissue without patches stays as it is.
         grid: where the patches lie.
         values: float [N], one per patch, finite.
         path: the PNG; its folder is made.
@@ -127,9 +129,13 @@ def draw_heatmap(
     values = check_values(values, len(grid))
     raster = PatchRaster.of(grid)
     low, high = limits(values)
-    overview = read_overview(slide, slide.mpp * max(slide.size_l0) / max_px, holes=True)
+    x0, y0, x1, y1 = _around(raster, slide.size_l0)
+    downsample = max((x1 - x0) / max_px, (y1 - y0) / max_px, max(slide.size_l0) / MOST_OVERVIEW_PX)
+    overview = read_overview(slide, slide.mpp * downsample, holes=True)
     grey = np.repeat(cv2.cvtColor(overview.rgb, cv2.COLOR_RGB2GRAY)[..., None], 3, axis=2)
     canvas = _lay(np.asarray(grey, np.uint8), raster, colour(values, low, high), overview.downsample)
+    left, top, right, bottom = (round(v / overview.downsample) for v in (x0, y0, x1, y1))
+    canvas = canvas[top:bottom, left:right]
     picture = _with_legend(canvas, f"{title}   {unit}".strip(), low, high)
     path = Path(path)
     with publish(path) as part, writing(path):
@@ -164,20 +170,31 @@ def _lay(canvas: Array, raster: PatchRaster, rgb: NDArray[np.uint8], downsample:
     return np.asarray(np.round(canvas * (1 - share) + laid[..., :3] * share), np.uint8)
 
 
+def _around(raster: PatchRaster, size_l0: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The patches with a margin, inside the slide: (x0, y0, x1, y1) in level-0 pixels."""
+    x0, y0, x1, y1 = raster.bounds_l0
+    margin = MARGIN * max(x1 - x0, y1 - y0)
+    return (
+        max(0, x0 - margin),
+        max(0, y0 - margin),
+        min(size_l0[0], x1 + margin),
+        min(size_l0[1], y1 + margin),
+    )
+
+
 def _with_legend(canvas: Array, title: str, low: float, high: float) -> Image.Image:
-    height, width = canvas.shape[:2]
-    width = max(width, 480)
-    picture = Image.new("RGB", (width, height + LEGEND_PX), "white")
+    """The canvas above a white strip with the title on the left and the colours on the right."""
+    height, width = canvas.shape[0], max(canvas.shape[1], 480)
+    em = max(13, round(width / 64))  # px
+    picture = Image.new("RGB", (width, height + 4 * em), "white")
     picture.paste(Image.fromarray(canvas))
     draw = ImageDraw.Draw(picture)
-    bar = Image.fromarray(np.repeat(_table()[None], 14, axis=0)).resize((220, 14))
-    left, top = width - 236, height + 12
-    picture.paste(bar, (left, top))
-    small = caption_font(13)
-    draw.text((left, top + 20), f"{low:.3g}", (40, 40, 40), small, anchor="la")
-    draw.text((left + 220, top + 20), f"{high:.3g}", (40, 40, 40), small, anchor="ra")
-    font = fitting_font(title, left - 28)
-    draw.text((14, height + LEGEND_PX / 2), title, (40, 40, 40), font, anchor="lm")
+    bar_px, left = width // 4, width - width // 4 - em
+    picture.paste(Image.fromarray(_table()[None]).resize((bar_px, em)), (left, height + em * 3 // 4))
+    for x, anchor, value in ((left, "la", low), (left + bar_px, "ra", high)):
+        draw.text((x, height + 2 * em), f"{value:.3g}", INK, caption_font(em), anchor=anchor)
+    font = fitting_font(title, left - 2 * em, largest=round(1.4 * em))
+    draw.text((em, height + 2 * em), title, INK, font, anchor="lm")
     return picture
 
 
