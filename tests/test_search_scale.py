@@ -2,7 +2,7 @@
 
     SEAL_EXTRACT_MILLIONS=10 pytest -m slow -s tests/test_search_scale.py
 
-makes 20 GB of features in the temporary folder and takes most of an hour on 2 cores; the default is one million.
+makes 20 GB of features in the temporary folder and takes most of an hour on 2 cores.
 """
 
 import os

@@ -27,7 +27,10 @@ MANIFEST, TRAINED = "slides.json", "trained.faiss"
 SHARD_ROWS = 1_000_000  # 512 MB of 512 numbers
 SAMPLE_PER_CELL = 40
 CELLS = (16, 4096)
-PROBES = 48  # cells looked into; of fewer cells a quarter at least
+PROBES = 48  # cells looked into
+WHOLE_ROWS = 100_000  # a shard of no more is looked at whole, in some 20 ms
+OUTGROWN = 4  # times as many patches as the cells were made for: all is made anew
+MARGIN = 0.5  # of the range of each number, on both sides: slides that come later may go beyond it
 SEED = 0
 
 
@@ -92,7 +95,7 @@ class FaissIndex:
             except RuntimeError as exc:
                 raise OutputError(f"{path} is damaged or gone; type --index build to make it again") from exc
             shard.parallel_mode = 1  # over the cells of one query
-            shard.nprobe = max(PROBES, shard.nlist // 4) if shard.nlist <= 4 * PROBES else PROBES
+            shard.nprobe = shard.nlist if shard.ntotal <= WHOLE_ROWS else PROBES
             self._shards[number] = shard
         return self._shards[number]
 
@@ -106,7 +109,8 @@ def index_folder(slides: Sequence[SlideFeatures]) -> Path:
 def build(slides: Sequence[SlideFeatures], folder: Path) -> FaissIndex:
     """Make the index, or bring it up to date: new slides are added, those that changed or vanished dropped.
 
-    A shard is made again once more than half of it is dropped.
+    A shard is made again once more than half of it is dropped, and all of them once the cohort has outgrown
+    the cells that were made for it.
 
     Args:
         slides: features of one encoder: all that shall be in the index.
@@ -117,7 +121,7 @@ def build(slides: Sequence[SlideFeatures], folder: Path) -> FaissIndex:
         OutputError: the folder holds another encoder's index or something else, or cannot be written.
     """
     key, faiss = check_one_encoder(slides), _faiss()
-    entries = _read(folder, key) if folder.exists() else []
+    trained_on, entries = _read(folder, key) if folder.exists() else (0, [])
     now = {str(slide.path.resolve()): slide for slide in slides}
     entries = [_still_there(entry, now) for entry in entries]
     entries = _without_mostly_dropped(entries)
@@ -125,7 +129,9 @@ def build(slides: Sequence[SlideFeatures], folder: Path) -> FaissIndex:
     new = [slide for path, slide in now.items() if path not in held and len(slide.grid)]
     if not held and not new:
         raise UsageError("these slides have no patches to search; choose others")
-    if not entries:
+    total = sum(len(slide.grid) for slide in slides)
+    if not entries or total > OUTGROWN * trained_on:
+        entries, new, trained_on = [], [slide for slide in now.values() if len(slide.grid)], total
         shutil.rmtree(folder, ignore_errors=True)
         with writing(folder):
             folder.mkdir(parents=True)
@@ -135,7 +141,7 @@ def build(slides: Sequence[SlideFeatures], folder: Path) -> FaissIndex:
         entries += _add(group, number, folder)
         number += 1
     with publish(folder / MANIFEST) as part, writing(folder / MANIFEST):
-        listed = {"encoder": key, "slides": [asdict(entry) for entry in entries]}
+        listed = {"encoder": key, "trained_on": trained_on, "slides": [asdict(entry) for entry in entries]}
         part.write_text(json.dumps(listed), encoding="utf-8")
     used = {_name(entry.shard) for entry in entries}
     for path in folder.glob("shard_*.faiss"):
@@ -156,7 +162,7 @@ def open_index(slides: Sequence[SlideFeatures], folder: Path) -> FaissIndex:
     if not (folder / MANIFEST).exists():
         raise UsageError(f"there is no index in {folder}; type --index build")
     now = {str(slide.path.resolve()): slide for slide in slides if len(slide.grid)}
-    entries = [_still_there(entry, now) for entry in _read(folder, key)]
+    entries = [_still_there(entry, now) for entry in _read(folder, key)[1]]
     held = {entry.path for entry in entries if not entry.dropped}
     if held != set(now):
         raise UsageError(
@@ -232,6 +238,7 @@ def _train(slides: Sequence[SlideFeatures]) -> Any:
     index = faiss.IndexIVFScalarQuantizer(
         coarse, dim, cells, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
     )
+    index.sq.rangestat_arg = MARGIN
     index.train(sample)  # of the 8 bits; the cells are there
     index.own_fields = True
     coarse.this.disown()
@@ -260,17 +267,17 @@ def _write(faiss: Any, index: Any, path: Path) -> None:
             raise OutputError(f"cannot write {path}: {exc}") from exc
 
 
-def _read(folder: Path, key: str) -> list[_Entry]:
-    """The entries of an index of this encoder."""
+def _read(folder: Path, key: str) -> tuple[int, list[_Entry]]:
+    """Of an index of this encoder: for how many patches its cells were made, and its entries."""
     try:
         listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         entries = [_Entry(**entry) for entry in listed["slides"]]
-        other = listed["encoder"] != key
+        trained_on, other = int(listed["trained_on"]), listed["encoder"] != key
     except (OSError, ValueError, KeyError, TypeError) as exc:
         raise OutputError(f"{folder} holds no index of seal_extract, or a damaged one; remove it") from exc
     if other:
         raise OutputError(f"{folder} is the index of another encoder or of other weights; remove it")
-    return entries
+    return trained_on, entries
 
 
 def _name(number: int) -> str:
