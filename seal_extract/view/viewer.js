@@ -155,7 +155,7 @@ function notColoured(error) {
   stage.paint(null);
   legend.show(null);
   const near = (error.nearest || []).map((gene) => element("button", { type: "button", onclick: () => takeGene(gene) }, gene));
-  $("colour-error").replaceChildren(near.length ? error.message.split(";")[0] : error.message, near.length ? element("br") : "", ...near);
+  $("colour-error").replaceChildren(near.length ? error.message.split(";")[0] : error.message, ...(near.length ? ["; the nearest: ", ...near] : []));
   $("colour-error").hidden = false;
 }
 
