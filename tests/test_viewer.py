@@ -6,6 +6,7 @@ import json
 import signal
 import socket
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import cv2
@@ -23,6 +24,7 @@ from seal_extract.view.colours import Components, cluster_centres, cluster_colou
 from seal_extract.view.gene_maps import GeneMaps
 from seal_extract.view.neighbours import alike_in_others, alike_in_slide
 from seal_extract.view.tiles import SlideTiles
+from seal_extract.view.viewer import make_app
 
 pytest.importorskip("uvicorn")
 
@@ -497,6 +499,15 @@ def test_the_command_prints_its_address_and_ends_on_ctrl_c(viewer_out):
     started.send_signal(signal.SIGINT)
     out, err = started.communicate(timeout=30)
     assert (started.returncode, out, err) == (0, "stopped\n", "")
+
+
+@pytest.mark.parametrize("missing", ["starlette", "uvicorn", "xstatic"])
+def test_without_the_extra_one_line_says_what_to_install(viewer_out, monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    for name in [name for name in sys.modules if name.startswith(f"{missing}.")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(UsageError, match=r'pip install "seal-extract\[view\]"'):
+        make_app(gallery_of(viewer_out), 1)
 
 
 def test_a_port_in_use_is_told_in_a_line(viewer_out):

@@ -12,6 +12,7 @@ from seal_extract import open_slide, read_features
 from seal_extract.grid import PatchGrid
 from seal_extract.layouts import open_layout
 from seal_extract.store import SlideLabel
+from seal_extract.view.gene_maps import GeneMaps
 
 pytest.importorskip("uvicorn")
 
@@ -98,6 +99,21 @@ def write_large_run(folder, drawn, model):
     return folder / "out"
 
 
+def random_decoder():
+    """As large as SEAL's: to 2,000 genes over 512 hidden numbers."""
+    import torch
+
+    from seal_extract.encoders.expression import ExpressionDecoder
+    from seal_extract.encoders.registry import Decoder
+    from seal_extract.genes.decoder import GeneDecoder
+
+    torch.manual_seed(0)
+    layers = ExpressionDecoder(DIM, Decoder(512, 2000)).to_empty(device="cpu").requires_grad_(False)
+    for parameter in layers.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    return GeneDecoder("large", DIM, 2000, tuple(f"GENE{i}" for i in range(2000)), None, layers)
+
+
 def timed(work):
     start = time.perf_counter()
     answer = work()
@@ -109,6 +125,7 @@ def test_a_large_slide_opens_and_moves_fast(tmp_path, drawn_slides, viewer_out):
     model = next(viewer_out.rglob("features_seal-tiny/slide_0.h5"))
     out = write_large_run(tmp_path, drawn_slides[0], model)
     took, gallery = timed(lambda: gallery_of(out))
+    gallery.genes = GeneMaps(random_decoder)
     print(f"\n{SIDE_PX:,} x {SIDE_PX:,} px, {PATCHES:,} patches of {DIM} numbers, in milliseconds")
     print(f"looking through the folder {took:.0f}")
     with serving(gallery) as client:
@@ -143,10 +160,18 @@ def test_a_large_slide_opens_and_moves_fast(tmp_path, drawn_slides, viewer_out):
             ("5 clusters", "/api/slides/0/layers/clusters/picture?of=5"),
             ("8 clusters", "/api/slides/0/layers/clusters/picture?of=8"),
             ("neighbours of a patch", "/api/slides/0/patches/20000/alike?scope=slide"),
+            ("a gene, and torch is imported", "/api/slides/0/layers/genes/picture?of=GENE1"),
+            ("another gene", "/api/slides/0/layers/genes/picture?of=GENE2"),
+            ("a signature of 3", "/api/slides/0/layers/genes/picture?of=GENE3,GENE4,GENE5"),
+            ("the first patch with its genes", "/api/slides/0/patches/20000"),
+            ("another patch", "/api/slides/0/patches/20001"),
             ("a patch's picture", "/api/slides/0/patches/20000/image"),
         ):
             took, body = timed(lambda path=path: ask(path))
             print(f"{what} {took:.0f}, {len(body):,} bytes")
+        square = [[0, 0], [30_000, 0], [30_000, 30_000], [0, 30_000]]
+        took, (_, answer) = timed(lambda: client.region(square))
+        print(f"genes of a region of {answer['patches']:,} patches {took:.0f}")
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,13 +56,11 @@ def run_view(args: argparse.Namespace) -> int:
         address = f"http://127.0.0.1:{sock.getsockname()[1]}/"
         moved = sum(s.problem is not None for s in collection.slides if s.features is not None)
         if moved:
-            print(
-                f"seal-extract: {moved} slides are not where they were; type --slides FOLDER", file=sys.stderr
-            )
-        try:
+            said = "1 slide is not where it was" if moved == 1 else f"{moved} slides are not where they were"
+            print(f"seal-extract: {said}; type --slides FOLDER", file=sys.stderr)
+        with suppress(KeyboardInterrupt):
             serve(gallery, sock, lambda: _announce(address, len(collection.slides), args), debug=args.debug)
-        except KeyboardInterrupt:
-            print("stopped")
+    print("stopped")
     return 0
 
 

@@ -155,7 +155,7 @@ function notColoured(error) {
   stage.paint(null);
   legend.show(null);
   const near = (error.nearest || []).map((gene) => element("button", { type: "button", onclick: () => takeGene(gene) }, gene));
-  $("colour-error").replaceChildren(near.length ? error.message.split(";")[0] : error.message, near.length ? element("br") : "", ...near);
+  $("colour-error").replaceChildren(near.length ? error.message.split(";")[0] : error.message, ...(near.length ? ["; the nearest: ", ...near] : []));
   $("colour-error").hidden = false;
 }
 
@@ -278,7 +278,7 @@ const KEYS = {
   n: () => setKind("none"), e: () => setKind("embedding"), c: () => setKind("clusters"), a: () => setKind("attention"),
   "/": typeGene, t: press("tissue"), g: press("grid"), s: press("grey"), d: toggleDraw, r: middleRegion,
   ",": () => setOpacity(Number($("opacity").value) - 10), ".": () => setOpacity(Number($("opacity").value) + 10),
-  "+": () => stage.map.zoomIn(), "-": () => stage.map.zoomOut(),
+  "+": () => stage.map.zoomIn(), "=": () => stage.map.zoomIn(), "-": () => stage.map.zoomOut(),
   p: () => state.patches && choosePatch(stage.middle()),
 };
 const BESIDE = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
@@ -288,8 +288,7 @@ function onKey(event) {
   const onButton = event.target.matches("button, input, summary") && [" ", "Enter"].includes(event.key);
   if (draw.on && !onButton && draw.key(event.key)) return stop(event);
   if (event.altKey) return event.key in BESIDE ? beside(event) : undefined;
-  const leaflets = document.activeElement === $("map") && ["+", "-"].includes(event.key);
-  const act = leaflets ? null : KEYS[event.key.toLowerCase()];
+  const act = KEYS[event.key.toLowerCase()]; // with Shift, which + needs, Leaflet would zoom by three
   if (!act) return undefined;
   act();
   return stop(event);

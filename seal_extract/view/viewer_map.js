@@ -4,7 +4,7 @@ import { $, address } from "./viewer_api.js";
 
 const ACCENT = "#58c7b8";
 const CRS = L.extend({}, L.CRS.Simple, { transformation: new L.Transformation(1, 0, 1, 0) });
-const MOST_ZOOM = 3; // a pixel of the slide becomes 8 of the screen
+const MOST_ZOOM = 2; // a pixel of the slide becomes 4 of the screen
 const OUTLINED_FROM_PX = 7; // smaller patches are tinted
 
 const SlideTiles = L.GridLayer.extend({
@@ -131,7 +131,7 @@ export class Stage {
     this.map.createPane("colours").style.zIndex = 300;
     this.map.createPane("grid").style.zIndex = 320;
     this.map.on("move zoom zoomend", () => this.#drawScale());
-    this.map.on("zoomend", () => $("map").classList.toggle("over", this.map.getZoom() > 0));
+    this.map.on("zoomend", () => this.#overlapTiles());
     new ResizeObserver(() => this.map.invalidateSize()).observe($("map"));
     this.opacity = 0.65;
     this.colours = [];
@@ -251,6 +251,12 @@ export class Stage {
       L.polygon(corners, { color: "#000", weight: 5, fill: false, interactive: false }),
       L.polygon(corners, { color: ACCENT, weight: 2.5, fillOpacity: 0.08, interactive: false }),
     ]).addTo(this.map);
+  }
+
+  /** Tiles reach a little over each other, or their scaled edges would show: by 2 pixels of the screen at most. */
+  #overlapTiles() {
+    const enlarged = 2 ** Math.max(0, this.map.getZoom());
+    $("map").style.setProperty("--tile", `${256 + Math.min(0.5, 2 / enlarged)}px`);
   }
 
   #drawScale() {
