@@ -1,103 +1,227 @@
 """An index for millions of patches: FAISS inverted files on the disk, in shards.
 
-Embeddings are put into cells around centres, by k-means on a sample, and kept
-in 8 bits a number; a search looks into some cells of each shard. Shards are mapped from the disk, so that
-neither building nor searching needs more memory than one of them. Source: Douze et al., arXiv 2401.08281.
+Embeddings are put into cells around centres and kept in 8 bits a number: a patch takes D + 8 bytes. A search
+looks into some cells of each shard, reads the rows of the best candidates from the features files, and ranks
+them by their true cosine. Shards are mapped from the disk, so that neither building nor searching needs more
+memory than one of them.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.errors import OutputError, UsageError
-from seal_extract.genes.index import Rows, check_one_encoder, check_query, unit_pieces
+from seal_extract.genes.faiss_cells import import_faiss, read_cells
+from seal_extract.genes.faiss_manifest import Changes, Entry, Manifest, read_manifest, shard_path
+from seal_extract.genes.faiss_update import bring_up_to_date
+from seal_extract.genes.index import (
+    Best,
+    Hits,
+    Rows,
+    as_hits,
+    check_one_encoder,
+    check_queries,
+    check_query,
+    exact_scores,
+    places_of,
+    rows_to_skip,
+    unit,
+)
 from seal_extract.genes.search import Found
-from seal_extract.publish import publish, writing
-from seal_extract.store import SlideFeatures
+from seal_extract.store import DAMAGED, MICROMETRES, PIXELS, SlideFeatures
 
-MANIFEST, TRAINED = "slides.json", "trained.faiss"
-SHARD_ROWS = 1_000_000  # 512 MB of 512 numbers
-SAMPLE_PER_CELL = 40
-CELLS = (16, 4096)
-PROBES = 48  # cells looked into
-WHOLE_ROWS = 100_000  # a shard of no more is looked at whole, in some 20 ms
-OUTGROWN = 4  # times as many patches as the cells were made for: all is made anew
-MARGIN = 0.5  # of the range of each number, on both sides: slides that come later may go beyond it
-SEED = 0
+PROBES = 48  # cells looked into, of each shard
+WHOLE_ROWS = 100_000  # an index of no more is looked at whole, in some 20 ms
+CANDIDATES = 2  # rows read again, for each that is asked for
+MORE_CANDIDATES = 10  # and so many more
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """A slide as the index holds it."""
+class _Shard:
+    """One file of the index.
 
-    path: str
-    bytes: int
-    mtime_ns: int
-    rows: int
-    shard: int
-    start: int  # its first row in the shard
-    dropped: bool = False
+    Attributes:
+        index: FAISS's.
+        starts: first row of each slide in it, ascending, int64 [E].
+        place: of that slide in `FaissIndex.slides`, -1 if it is not searched, int32 [E].
+    """
+
+    index: Any
+    starts: NDArray[np.int64]
+    place: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, index: Any, entries: Sequence[Entry], place: dict[str, int]) -> _Shard:
+        places = [-1 if entry.dropped else place.get(entry.path, -1) for entry in entries]
+        return cls(index, np.array([entry.start for entry in entries], np.int64), np.array(places, np.int32))
+
+    def shown(self, chosen: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Which of its slides are among those chosen, bool [E]; ``chosen`` is bool [slides]."""
+        return np.append(chosen, False)[self.place]
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """Rows of each slide in it, int64 [E]."""
+        return np.diff(np.append(self.starts, self.index.ntotal))
+
+    def named(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Slide and row there of rows here."""
+        entry = np.searchsorted(self.starts, rows, side="right") - 1
+        return self.place[entry], rows - self.starts[entry]
 
 
 class FaissIndex:
-    """A folder on the disk; made by `build`, opened by `open`.
+    """A folder on the disk; made by `build`, opened by `open_index`.
 
     Attributes:
         folder: with the shards and the list of slides.
         slides: those that are searched.
+        changes: what `build` did; None for an index that was only opened.
     """
 
-    def __init__(self, folder: Path, slides: Sequence[SlideFeatures], entries: list[_Entry]) -> None:
-        self.folder, self.slides, self._entries = folder, tuple(slides), entries
-        self._by_path = {str(slide.path.resolve()): slide for slide in slides}
-        self._shards: dict[int, Any] = {}
+    def __init__(
+        self,
+        folder: Path,
+        slides: Sequence[SlideFeatures],
+        manifest: Manifest,
+        changes: Changes | None = None,
+    ) -> None:
+        """Open the shards.
+
+        Raises:
+            OutputError: one is damaged or gone.
+            UsageError: FAISS is not installed.
+        """
+        self.folder, self.slides, self.changes = folder, tuple(slides), changes
+        self._dim = self.slides[0].dim
+        place = {str(slide.path.resolve()): i for i, slide in enumerate(self.slides)}
+        self._shards = []
+        for number, size in manifest.sizes.items():
+            entries = manifest.of(number)
+            index = read_cells(shard_path(folder, number), size)
+            if index is None or index.ntotal != sum(entry.rows for entry in entries) or index.d != self._dim:
+                raise OutputError(
+                    f"{shard_path(folder, number)} is damaged or gone; type --index build to make it again"
+                )
+            self._shards.append(_Shard.of(index, entries, place))
 
     def __repr__(self) -> str:
-        rows = sum(entry.rows for entry in self._entries if not entry.dropped)
+        rows = sum(len(slide.grid) for slide in self.slides)
         return f"FaissIndex({len(self.slides)} slides, {rows:,} patches, {self.folder.name})"
 
     def search(self, query: NDArray[np.floating], k: int, *, skip: Found | None = None) -> list[Found]:
-        """As `ExactIndex.search`, but some of the best may be missed, and scores are of rounded numbers.
+        """As `ExactIndex.search`, with the same scores, but some of the best may be missed.
 
         Raises:
             UsageError: as there.
-            OutputError: a shard is damaged or gone.
+            OutputError: a features file is gone.
         """
-        wanted = check_query(query, self.slides[0].dim, k)[None]
-        found: list[Found] = []
-        for number in sorted({entry.shard for entry in self._entries if not entry.dropped}):
-            entries = [entry for entry in self._entries if entry.shard == number]
-            hidden = sum(entry.rows for entry in entries if entry.dropped)
-            scores, rows = self._shard(number).search(wanted, k + hidden + (skip is not None))
-            for score, row in zip(scores[0].tolist(), rows[0].tolist(), strict=True):
-                entry = next((e for e in entries if e.start <= row < e.start + e.rows), None)
-                if entry is None or entry.dropped:
-                    continue
-                one = Found(self._by_path[entry.path], row - entry.start, score)
-                if skip is None or (one.slide.path, one.row) != (skip.slide.path, skip.row):
-                    found.append(one)
-        return sorted(found, key=lambda one: -one.score)[:k]
+        queries = check_query(query, self._dim)[None]
+        return self.search_many(queries, k, skip=() if skip is None else (skip,)).of(0)
 
-    def _shard(self, number: int) -> Any:
-        if number not in self._shards:
-            faiss = _faiss()
-            path = self.folder / _name(number)
-            try:
-                shard = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
-            except RuntimeError as exc:
-                raise OutputError(f"{path} is damaged or gone; type --index build to make it again") from exc
-            shard.parallel_mode = 1  # over the cells of one query
-            shard.nprobe = shard.nlist if shard.ntotal <= WHOLE_ROWS else PROBES
-            self._shards[number] = shard
-        return self._shards[number]
+    def search_many(
+        self,
+        queries: NDArray[np.floating],
+        k: int,
+        *,
+        among: Collection[str] | None = None,
+        skip: Sequence[Found] = (),
+    ) -> Hits:
+        """As `ExactIndex.search_many`, with the same scores, but some of the best may be missed.
+
+        Where only some of the rows are looked for, more cells are looked into.
+
+        Raises:
+            UsageError: as there.
+            OutputError: a features file is gone.
+        """
+        wanted = check_queries(queries, self._dim, k)
+        chosen = np.zeros(len(self.slides), bool)
+        chosen[places_of(self.slides, among)] = True
+        left_out = rows_to_skip(self.slides, skip)
+        gone = sum(map(len, left_out.values()))
+        candidates = CANDIDATES * k + MORE_CANDIDATES + gone
+        rough = [Best(candidates) for _ in wanted]
+        for scores, slide, row in self._candidates(unit(wanted), candidates, chosen):
+            for q, one in enumerate(rough):
+                real = slide[q] >= 0
+                one.add(scores[q][real], slide[q][real], row[q][real])
+        return as_hits(
+            self.slides, [self._ranked(q, one, k, left_out) for q, one in zip(wanted, rough, strict=True)]
+        )
+
+    def _candidates(
+        self, queries: Rows, count: int, chosen: NDArray[np.bool_]
+    ) -> list[tuple[Rows, NDArray[np.int32], NDArray[np.int64]]]:
+        """From each shard, scores of rounded rows, slides (-1 where there is none) and rows, [Q, count]."""
+        shown = [shard.shown(chosen) for shard in self._shards]
+        looked_for = [int(shard.rows[some].sum()) for shard, some in zip(self._shards, shown, strict=True)]
+        rows_held = sum(shard.index.ntotal for shard in self._shards)
+        found, cells = [], None
+        for shard, some, there in zip(self._shards, shown, looked_for, strict=True):
+            if not there:
+                continue
+            index, wanted = shard.index, min(count, there)
+            index.parallel_mode = int(len(queries) == 1)  # 1: threads share the cells of a query
+            index.nprobe = _probes(index.nlist, rows_held, sum(looked_for), count)
+            if some.all():
+                if cells is None:  # the centres are the same in each shard
+                    cells = index.quantizer.search(queries, index.nprobe)
+                scores, rows = index.search_preassigned(queries, wanted, cells[1], cells[0])
+            else:
+                scores, rows = index.search(queries, wanted, params=_only(np.repeat(some, shard.rows), index))
+            slide, row = shard.named(rows)
+            found.append((scores, np.where(rows >= 0, slide, -1), row))
+        return found
+
+    def _ranked(self, query: Rows, rough: Best, k: int, left_out: dict[int, list[int]]) -> Best:
+        """The best of some candidates by their true scores."""
+        best = Best(k)
+        for place in np.unique(rough.slide).tolist():
+            rows = np.setdiff1d(rough.row[rough.slide == place], left_out.get(place, []))
+            values = _read_rows(self.slides[place], rows.astype(np.int64))
+            usable = np.isfinite(values).all(1)
+            rows, values = rows[usable], values[usable]
+            best.add(exact_scores(values, query), np.full(len(rows), place, np.int32), rows.astype(np.int64))
+        return best
+
+
+def _probes(cells: int, rows: int, looked_for: int, candidates: int) -> int:
+    """How many cells to look into, where some of the rows in all shards are looked for."""
+    if rows <= WHOLE_ROWS:
+        return cells
+    some = max(PROBES * rows, 4 * candidates * cells)  # four times as many as are wanted, or more
+    return min(cells, -(-some // looked_for))
+
+
+def _only(rows: NDArray[np.bool_], index: Any) -> Any:
+    """Parameters of a search among some rows, bool [rows]."""
+    faiss = import_faiss()
+    chosen = faiss.IDSelectorBitmap(np.packbits(rows, bitorder="little"))
+    return faiss.SearchParametersIVF(nprobe=index.nprobe, sel=chosen)
+
+
+def _read_rows(slide: SlideFeatures, rows: NDArray[np.int64]) -> Rows:
+    """Some rows of a features file, ascending, float32 [B, D]."""
+    try:
+        with h5py.File(slide.path, "r", rdcc_nbytes=0) as file:  # no cache: rows are read, not their chunks
+            dataset = file[PIXELS if PIXELS in file else MICROMETRES]
+            return (
+                np.stack([dataset[row] for row in rows.tolist()]).astype(np.float32, copy=False)
+                if len(rows)
+                else np.empty((0, dataset.shape[1]), np.float32)
+            )
+    except DAMAGED as exc:
+        raise OutputError(
+            f"{slide.path} has changed since the index was opened; type --index build to bring it up to date"
+        ) from exc
 
 
 def index_folder(slides: Sequence[SlideFeatures]) -> Path:
@@ -109,8 +233,8 @@ def index_folder(slides: Sequence[SlideFeatures]) -> Path:
 def build(slides: Sequence[SlideFeatures], folder: Path) -> FaissIndex:
     """Make the index, or bring it up to date: new slides are added, those that changed or vanished dropped.
 
-    A shard is made again once more than half of it is dropped, and all of them once the cohort has outgrown
-    the cells that were made for it.
+    A file of rows is made again where it is damaged or more than half of it is dropped, and all of them where
+    the cohort has grown to several times what its cells were found for.
 
     Args:
         slides: features of one encoder: all that shall be in the index.
@@ -118,175 +242,35 @@ def build(slides: Sequence[SlideFeatures], folder: Path) -> FaissIndex:
 
     Raises:
         UsageError: several encoders, no patches, or FAISS is not installed.
-        OutputError: the folder holds another encoder's index or something else, or cannot be written.
+        OutputError: the folder holds another encoder's index or something else, or cannot be written; or a
+            features file cannot be read.
     """
-    key, faiss = check_one_encoder(slides), _faiss()
-    trained_on, entries = _read(folder, key) if folder.exists() else (0, [])
-    now = {str(slide.path.resolve()): slide for slide in slides}
-    entries = [_still_there(entry, now) for entry in entries]
-    entries = _without_mostly_dropped(entries)
-    held = {entry.path for entry in entries if not entry.dropped}
-    new = [slide for path, slide in now.items() if path not in held and len(slide.grid)]
-    if not held and not new:
-        raise UsageError("these slides have no patches to search; choose others")
-    total = sum(len(slide.grid) for slide in slides)
-    if not entries or total > OUTGROWN * trained_on:
-        entries, new, trained_on = [], [slide for slide in now.values() if len(slide.grid)], total
-        shutil.rmtree(folder, ignore_errors=True)
-        with writing(folder):
-            folder.mkdir(parents=True)
-        _write(faiss, _train(new), folder / TRAINED)
-    number = 1 + max((entry.shard for entry in entries), default=-1)
-    for group in _grouped(new):
-        entries += _add(group, number, folder)
-        number += 1
-    with publish(folder / MANIFEST) as part, writing(folder / MANIFEST):
-        listed = {"encoder": key, "trained_on": trained_on, "slides": [asdict(entry) for entry in entries]}
-        part.write_text(json.dumps(listed), encoding="utf-8")
-    used = {_name(entry.shard) for entry in entries}
-    for path in folder.glob("shard_*.faiss"):
-        if path.name not in used:
-            path.unlink()
-    return FaissIndex(folder, [s for s in slides if len(s.grid)], entries)
+    key = check_one_encoder(slides)
+    import_faiss()
+    manifest, changes = bring_up_to_date(slides, folder, key)
+    return FaissIndex(folder, [slide for slide in slides if len(slide.grid)], manifest, changes)
 
 
 def open_index(slides: Sequence[SlideFeatures], folder: Path) -> FaissIndex:
-    """Open an index that holds exactly these slides as they now are.
+    """Open an index that holds these slides as they now are; others that it holds are not searched.
 
     Raises:
         UsageError: it does not; or FAISS is not installed.
         OutputError: it is another encoder's, or damaged.
     """
     key = check_one_encoder(slides)
-    _faiss()
-    if not (folder / MANIFEST).exists():
+    import_faiss()
+    manifest = read_manifest(folder, key)
+    if manifest is None:
         raise UsageError(f"there is no index in {folder}; type --index build")
     now = {str(slide.path.resolve()): slide for slide in slides if len(slide.grid)}
-    entries = [_still_there(entry, now) for entry in _read(folder, key)[1]]
-    held = {entry.path for entry in entries if not entry.dropped}
-    if held != set(now):
+    manifest = manifest.held_to(now)
+    missing = len(set(now) - manifest.held)
+    if missing or not now:
         raise UsageError(
-            f"{len(set(now) - held)} slides have come or changed since {folder} was made; type --index build "
+            f"{missing} slides have come or changed since {folder} was made; type --index build "
             "to bring it up to date"
+            if now
+            else "these slides have no patches to search; choose others"
         )
-    return FaissIndex(folder, list(now.values()), entries)
-
-
-def _still_there(entry: _Entry, now: dict[str, SlideFeatures]) -> _Entry:
-    """The entry, dropped if its slide changed or is not wanted."""
-    slide = now.get(entry.path)
-    if slide is not None:
-        stat = slide.path.stat()
-        if (stat.st_size, stat.st_mtime_ns) == (entry.bytes, entry.mtime_ns):
-            return entry
-    return _Entry(**(asdict(entry) | {"dropped": True}))
-
-
-def _without_mostly_dropped(entries: list[_Entry]) -> list[_Entry]:
-    """Entries of shards of which most is in use; the slides of the others are added anew."""
-    kept: list[_Entry] = []
-    for number in {entry.shard for entry in entries}:
-        shard = [entry for entry in entries if entry.shard == number]
-        dropped = sum(entry.rows for entry in shard if entry.dropped)
-        if 2 * dropped <= sum(entry.rows for entry in shard):
-            kept += shard
-    return kept
-
-
-def _grouped(slides: Sequence[SlideFeatures]) -> Iterator[list[SlideFeatures]]:
-    """Slides of a shard each."""
-    group: list[SlideFeatures] = []
-    for slide in slides:
-        if group and sum(len(s.grid) for s in group) + len(slide.grid) > SHARD_ROWS:
-            yield group
-            group = []
-        group.append(slide)
-    if group:
-        yield group
-
-
-def _add(slides: list[SlideFeatures], number: int, folder: Path) -> list[_Entry]:
-    """Write a shard of these slides; their entries."""
-    faiss = _faiss()
-    shard = faiss.read_index(str(folder / TRAINED))
-    entries = []
-    for slide in slides:
-        start, stat = shard.ntotal, slide.path.stat()
-        for rows in unit_pieces(slide):
-            shard.add(rows)
-        path = str(slide.path.resolve())
-        entries.append(_Entry(path, stat.st_size, stat.st_mtime_ns, shard.ntotal - start, number, start))
-    _write(faiss, shard, folder / _name(number))
-    return entries
-
-
-def _train(slides: Sequence[SlideFeatures]) -> Any:
-    """An empty index whose cells are known."""
-    faiss = _faiss()
-    total = sum(len(slide.grid) for slide in slides)
-    cells = 2 ** int(np.log2(np.clip(4 * total**0.5, *CELLS)))
-    cells = max(1, min(cells, total // 40)) if total < 40 * CELLS[0] else cells
-    sample = _sample(slides, min(total, SAMPLE_PER_CELL * cells))
-    dim = sample.shape[1]
-    kmeans = faiss.Kmeans(
-        dim, cells, niter=10, seed=SEED, spherical=True, min_points_per_centroid=1,
-        max_points_per_centroid=SAMPLE_PER_CELL,
-    )  # fmt: skip
-    kmeans.train(sample)
-    coarse = faiss.IndexFlatIP(dim)
-    coarse.add(kmeans.centroids)
-    index = faiss.IndexIVFScalarQuantizer(
-        coarse, dim, cells, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
-    )
-    index.sq.rangestat_arg = MARGIN
-    index.train(sample)  # of the 8 bits; the cells are there
-    index.own_fields = True
-    coarse.this.disown()
-    return index
-
-
-def _sample(slides: Sequence[SlideFeatures], wanted: int) -> Rows:
-    """Rows of all slides, each as likely as any other, float32 [wanted, D]."""
-    rng = np.random.default_rng(SEED)
-    total = sum(len(slide.grid) for slide in slides)
-    chosen = np.sort(rng.choice(total, wanted, replace=False))
-    parts, start = [], 0
-    for slide in slides:
-        for rows in unit_pieces(slide):
-            inside = chosen[(chosen >= start) & (chosen < start + len(rows))] - start
-            parts.append(rows[inside])
-            start += len(rows)
-    return np.ascontiguousarray(np.concatenate(parts))
-
-
-def _write(faiss: Any, index: Any, path: Path) -> None:
-    with publish(path) as part, writing(path):
-        try:
-            faiss.write_index(index, str(part))
-        except RuntimeError as exc:
-            raise OutputError(f"cannot write {path}: {exc}") from exc
-
-
-def _read(folder: Path, key: str) -> tuple[int, list[_Entry]]:
-    """Of an index of this encoder: for how many patches its cells were made, and its entries."""
-    try:
-        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        entries = [_Entry(**entry) for entry in listed["slides"]]
-        trained_on, other = int(listed["trained_on"]), listed["encoder"] != key
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise OutputError(f"{folder} holds no index of seal_extract, or a damaged one; remove it") from exc
-    if other:
-        raise OutputError(f"{folder} is the index of another encoder or of other weights; remove it")
-    return trained_on, entries
-
-
-def _name(number: int) -> str:
-    return f"shard_{number:04}.faiss"
-
-
-def _faiss() -> Any:
-    try:
-        import faiss
-    except ImportError as exc:
-        raise UsageError('FAISS is not installed; type: pip install "seal-extract[search]"') from exc
-    return faiss
+    return FaissIndex(folder, list(now.values()), manifest)

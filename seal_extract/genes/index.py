@@ -8,17 +8,52 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from seal_extract.errors import UsageError
+from seal_extract.errors import OutputError, UsageError
 from seal_extract.genes.search import Found
-from seal_extract.store import SlideFeatures, read_pieces
+from seal_extract.store import DAMAGED, SlideFeatures, read_pieces
+
+METRICS = ("cosine", "inner product")
+QUERIES = 256  # scored at a time: as many columns of scores as a piece has of features
 
 Rows = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Hits:
+    """What a search found, best first; equal scores in the order of slides and rows.
+
+    Attributes:
+        slides: that were searched.
+        scores: float32 [Q, K]; -inf where a query has fewer hits than others.
+        slide: place in ``slides``, int32 [Q, K]; -1 there.
+        row: of the slide's patches, int64 [Q, K]; -1 there.
+    """
+
+    slides: tuple[SlideFeatures, ...]
+    scores: Rows
+    slide: NDArray[np.int32]
+    row: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        shapes = {self.scores.shape, self.slide.shape, self.row.shape}
+        if len(shapes) > 1 or self.scores.ndim != 2:
+            raise UsageError(f"hits have shapes {sorted(shapes)}; allowed: one [Q, K] for all")
+
+    def __repr__(self) -> str:
+        return f"Hits({len(self.scores)} queries x {self.scores.shape[1]} patches, {len(self.slides)} slides)"
+
+    def of(self, query: int) -> list[Found]:
+        """The hits of one query, best first."""
+        found = zip(self.slide[query].tolist(), self.row[query].tolist(), self.scores[query], strict=True)
+        return [Found(self.slides[slide], row, float(score)) for slide, row, score in found if slide >= 0]
 
 
 class Index(Protocol):
@@ -30,22 +65,36 @@ class Index(Protocol):
         """The ``k`` patches most like ``query``, float [D]; see `ExactIndex.search`."""
         ...
 
+    def search_many(
+        self,
+        queries: NDArray[np.floating],
+        k: int,
+        *,
+        among: Collection[str] | None = None,
+        skip: Sequence[Found] = (),
+    ) -> Hits:
+        """The same of many, float [Q, D]; see `ExactIndex.search_many`."""
+        ...
+
 
 class ExactIndex:
     """Looks at every row at every search; nothing is kept but the list of files.
 
     Attributes:
         slides: features of one encoder.
+        metric: ``"cosine"`` or ``"inner product"``.
     """
 
-    def __init__(self, slides: Sequence[SlideFeatures]) -> None:
+    def __init__(self, slides: Sequence[SlideFeatures], *, metric: str = "cosine") -> None:
         """Hold the slides to one encoder.
 
         Raises:
-            UsageError: they were made by several, or there is none.
+            UsageError: they were made by several, or there is none; or there is no such metric.
         """
         check_one_encoder(slides)
-        self.slides = tuple(slides)
+        if metric not in METRICS:
+            raise UsageError(f"metric is {metric!r}; allowed: {', '.join(METRICS)}")
+        self.slides, self.metric = tuple(slides), metric
 
     def __repr__(self) -> str:
         return f"ExactIndex({len(self.slides)} slides, {sum(len(s.grid) for s in self.slides):,} patches)"
@@ -59,22 +108,128 @@ class ExactIndex:
             skip: a patch to leave out, such as the one that was asked with.
 
         Returns:
-            Best first, scored by the cosine; equal ones in the order of slides and rows.
+            Best first; equal ones in the order of slides and rows.
 
         Raises:
             UsageError: ``query`` is of another width, not finite or 0; or ``k`` is below 1.
         """
-        wanted = check_query(query, self.slides[0].dim, k)
-        found: list[Found] = []
-        for slide in self.slides:
-            pieces = [rows @ wanted for rows in unit_pieces(slide)]
-            scores = np.concatenate(pieces) if pieces else np.empty(0, np.float32)
-            if skip is not None and skip.slide.path == slide.path:
-                scores[skip.row] = -np.inf
-            chosen = np.argsort(-scores, kind="stable")[:k]
-            found += [Found(slide, int(row), float(scores[row])) for row in chosen if scores[row] > -np.inf]
-            found = sorted(found, key=lambda one: -one.score)[:k]
-        return found
+        queries = check_query(query, self.slides[0].dim)[None]
+        return self.search_many(queries, k, skip=() if skip is None else (skip,)).of(0)
+
+    def search_many(
+        self,
+        queries: NDArray[np.floating],
+        k: int,
+        *,
+        among: Collection[str] | None = None,
+        skip: Sequence[Found] = (),
+    ) -> Hits:
+        """The patches most like each of many embeddings; the files are read once for all of them.
+
+        Rows are scored in float32, and those that its rounding could have ranked otherwise once more in
+        float64: equal rows score equally wherever they lie. Memory is that of a piece of rows and of the
+        hits. Rows that are not finite are never found.
+
+        Args:
+            queries: float [Q, D], each of any length but 0.
+            k: how many for each; all if there are fewer.
+            among: names of the slides to look at; all by default.
+            skip: patches to leave out of all answers.
+
+        Raises:
+            UsageError: a query is of another width, not finite or 0; ``k`` is below 1; or a slide of
+                ``among`` is not here.
+            OutputError: a features file cannot be read.
+        """
+        wanted = check_queries(queries, self.slides[0].dim, k)
+        chosen = places_of(self.slides, among)
+        left_out = rows_to_skip(self.slides, skip)
+        best = [Best(k) for _ in wanted]
+        for place in chosen:
+            start = 0
+            for rows in pieces(self.slides[place]):
+                usable = np.asarray(np.isfinite(rows).all(axis=1))
+                gone = [row - start for row in left_out.get(place, ()) if start <= row < start + len(rows)]
+                usable[gone] = False
+                for first in range(0, len(wanted), QUERIES):
+                    these = slice(first, first + QUERIES)
+                    self._add(rows, usable, wanted[these], best[these], place, start)
+                start += len(rows)
+        return as_hits(self.slides, best)
+
+    def _add(
+        self, rows: Rows, usable: NDArray[np.bool_], queries: Rows, best: list[Best], place: int, start: int
+    ) -> None:
+        """Bring the best of each query up to date with a piece of a slide."""
+        with np.errstate(invalid="ignore", over="ignore"):  # of rows that are not usable
+            squares = np.einsum("ij,ij->i", rows, rows)
+            rough = rows @ (unit(queries) if self.metric == "cosine" else queries).T  # [B, Q]
+        length = np.sqrt(squares, where=usable, out=np.zeros_like(squares))
+        # sums of D products in float32 are off by less than D / 2**24 of their lengths (Higham 2002, 3.5):
+        # twice for two scores that are compared, twice for the length
+        slack = 4 * (rows.shape[1] + 8) * 2.0**-24
+        if self.metric == "cosine":
+            rough[usable] /= np.where(length > 0, length, 1)[usable, None]
+        else:
+            slack *= float(length.max(initial=0))
+        rough[~usable] = -np.inf
+        for query, scores, one in zip(queries, rough.T, best, strict=True):
+            bound = slack if self.metric == "cosine" else slack * float(np.linalg.norm(query))
+            floor = one.floor
+            if len(scores) > one.k:
+                floor = max(floor, float(np.partition(scores, -one.k)[-one.k]))
+            chosen = np.flatnonzero((scores >= floor - bound) & usable)
+            if len(chosen):
+                exact = exact_scores(rows[chosen], query, self.metric)
+                one.add(exact, np.full(len(chosen), place, np.int32), chosen + start)
+
+
+class Best:
+    """The best of one query so far: scores float32 [n], slide int32 [n], row int64 [n], n up to ``k``."""
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self.scores, self.slide, self.row = (
+            np.empty(0, np.float32),
+            np.empty(0, np.int32),
+            np.empty(0, np.int64),
+        )
+
+    @property
+    def floor(self) -> float:
+        """What a patch must score to come in."""
+        return float(self.scores[-1]) if len(self.scores) == self.k else -np.inf
+
+    def add(self, scores: Rows, slide: NDArray[np.int32], row: NDArray[np.int64]) -> None:
+        """Take more patches in, in the order of score, slide and row."""
+        scores, slide = np.concatenate([self.scores, scores]), np.concatenate([self.slide, slide])
+        row = np.concatenate([self.row, row])
+        order = np.lexsort((row, slide, -scores))[: self.k]
+        self.scores, self.slide, self.row = scores[order], slide[order], row[order]
+
+
+def as_hits(slides: tuple[SlideFeatures, ...], best: Sequence[Best]) -> Hits:
+    """The best of all queries side by side."""
+    shape = (len(best), max((len(one.scores) for one in best), default=0))
+    scores, slide, row = np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int32), np.full(shape, -1)
+    for q, one in enumerate(best):
+        n = len(one.scores)
+        scores[q, :n], slide[q, :n], row[q, :n] = one.scores, one.slide, one.row
+    return Hits(slides, scores, slide, row.astype(np.int64, copy=False))
+
+
+def exact_scores(rows: Rows, query: Rows, metric: str = "cosine") -> Rows:
+    """Scores of rows [B, D] in float64, rounded to float32 [B]; each as if it were alone."""
+    many, one = rows.astype(np.float64), query.astype(np.float64)
+    scores = (many * one).sum(1)  # not a matrix product, whose sums depend on where a row lies
+    if metric == "cosine":
+        length = np.sqrt((many * many).sum(1)) * np.sqrt((one * one).sum())
+        scores /= np.where(length > 0, length, 1)
+    rounded: Rows = scores.astype(np.float32)
+    return rounded
+
+
+# --- what may be asked ------------------------------------------------------------------------------
 
 
 def check_one_encoder(slides: Sequence[SlideFeatures]) -> str:
@@ -85,15 +240,15 @@ def check_one_encoder(slides: Sequence[SlideFeatures]) -> str:
     """
     if not slides:
         raise UsageError("there are no slides to search; give the -o of a finished run")
-    first = slides[0]
+    first, key = slides[0], encoder_key(slides[0])
     for slide in slides[1:]:
-        if encoder_key(slide) != encoder_key(first):
+        if encoder_key(slide) != key:
             ours, theirs = (s.provenance["encoder"]["name"] for s in (first, slide))
             other = f"by {theirs}" if ours != theirs else f"by other weights of {theirs}"
             raise UsageError(
                 f"{first.path} was made by {ours} and {slide.path} {other}; give files of one encoder"
             )
-    return encoder_key(first)
+    return key
 
 
 def encoder_key(slide: SlideFeatures) -> str:
@@ -102,21 +257,57 @@ def encoder_key(slide: SlideFeatures) -> str:
     return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
-def check_query(query: NDArray[np.floating], dim: int, k: int) -> Rows:
-    """The query at length 1, float32 [D].
+def check_query(query: NDArray[Any], dim: int) -> NDArray[Any]:
+    """The query, if it is one, [D].
 
     Raises:
-        UsageError: it is of another width, not finite or 0; or ``k`` is below 1.
+        UsageError: it is of another width.
     """
-    wanted = np.asarray(query, np.float32)
+    wanted = np.asarray(query)
     if wanted.shape != (dim,):
         raise UsageError(f"the query is {list(wanted.shape)}; these features have {dim} numbers a patch")
+    return wanted
+
+
+def check_queries(queries: NDArray[np.floating], dim: int, k: int) -> Rows:
+    """The queries as float32 [Q, D].
+
+    Raises:
+        UsageError: one is of another width, not finite or 0; or ``k`` is below 1.
+    """
+    wanted = np.asarray(queries, np.float32)
+    if wanted.ndim != 2 or wanted.shape[1] != dim:
+        raise UsageError(f"the queries are {list(wanted.shape)}; these features have {dim} numbers a patch")
     if k < 1:
         raise UsageError(f"{k} patches were asked for; allowed: 1 or more")
-    if not np.isfinite(wanted).all() or not wanted.any():
-        raise UsageError("the query is 0 or not finite, so nothing is like it; choose another patch")
-    row: Rows = unit(wanted[None])[0]
-    return row
+    bad = np.flatnonzero(~(np.isfinite(wanted).all(1) & wanted.any(1)))
+    if len(bad):
+        which = "the query is" if len(wanted) == 1 else f"query {bad[0]} is"
+        raise UsageError(f"{which} 0 or not finite, so nothing is like it; choose another patch")
+    return wanted
+
+
+def places_of(slides: Sequence[SlideFeatures], names: Collection[str] | None) -> list[int]:
+    """Places of the slides of these names, in order; of all by default.
+
+    Raises:
+        UsageError: a name is not among them.
+    """
+    there = [slide.path.stem for slide in slides]
+    for name in sorted(set(names or ()) - set(there)):
+        near = get_close_matches(name, there, n=3, cutoff=0.3) or there[:1]
+        raise UsageError(f"there is no slide {name} here; the nearest are {', '.join(near)}")
+    return [i for i, name in enumerate(there) if names is None or name in names]
+
+
+def rows_to_skip(slides: Sequence[SlideFeatures], skip: Sequence[Found]) -> dict[int, list[int]]:
+    """Rows to leave out, by the place of their slide."""
+    place = {slide.path.resolve(): i for i, slide in enumerate(slides)} if skip else {}
+    rows: dict[int, list[int]] = {}
+    for one in skip:
+        if (where := place.get(one.slide.path.resolve())) is not None:
+            rows.setdefault(where, []).append(one.row)
+    return rows
 
 
 def unit(rows: NDArray[np.floating]) -> Rows:
@@ -127,6 +318,20 @@ def unit(rows: NDArray[np.floating]) -> Rows:
 
 
 def unit_pieces(slide: SlideFeatures) -> Iterator[Rows]:
-    """All rows of a slide at length 1, some thousand at a time."""
-    for piece in read_pieces(slide.path):
-        yield unit(piece)
+    """All rows of a slide at length 1, some thousand at a time; those that are not finite are 0."""
+    for rows in pieces(slide):
+        rows[~np.isfinite(rows).all(1)] = 0
+        yield unit(rows)
+
+
+def pieces(slide: SlideFeatures) -> Iterator[Rows]:
+    """All rows of a slide as they are, some thousand at a time.
+
+    Raises:
+        OutputError: the file cannot be read.
+    """
+    try:
+        for piece in read_pieces(slide.path):
+            yield np.asarray(piece, np.float32)
+    except DAMAGED as exc:
+        raise OutputError(f"{slide.path} cannot be read ({exc}); encode that slide again") from exc
