@@ -5,6 +5,7 @@ import subprocess
 import sys
 from importlib import import_module
 
+import h5py
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from seal_extract.errors import OutputError, UsageError
 from seal_extract.genes.faiss_manifest import MANIFEST
+from seal_extract.genes.feature_rows import RowPlaces
 from seal_extract.genes.index import METRICS, ExactIndex, Hits, unit_pieces
 from seal_extract.genes.search import Found
 from seal_extract.grid import PatchGrid
@@ -160,6 +162,26 @@ def test_the_exact_search_holds_a_piece_in_memory_and_not_the_cohort(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 100 * 1024  # kB
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("compression", [None, "gzip"])
+def test_single_rows_are_those_of_the_file(tmp_path, monkeypatch, dtype, compression):
+    monkeypatch.setattr("seal_extract.store.CHUNK_BYTES", 200)
+    rows = np.random.default_rng(0).normal(size=(100, DIM)).astype(dtype)
+    slide = features_file(tmp_path / "a.h5", rows, dtype=dtype)
+    if compression:  # as another tool may have packed it again
+        with h5py.File(slide.path, "r+") as file:
+            name = "features" if dtype == np.float32 else "feats"
+            del file[name]
+            file.create_dataset(name, data=rows, chunks=(10, DIM), compression=compression)
+    stat, places = slide.path.stat(), RowPlaces.of(slide.path)
+    assert bool(places.chunks) == (compression is None)
+    some, state = np.array([99, 0, 41]), (stat.st_size, stat.st_mtime_ns)
+    np.testing.assert_array_equal(places.read(slide, some, state), rows[some].astype(np.float32))
+    assert places.read(slide, some[:0], state).shape == (0, DIM)
+    with pytest.raises(OutputError, match="has changed since the index was opened; type --index build"):
+        places.read(slide, some, (1, 2))
 
 
 # --- FAISS --------------------------------------------------------------------------------------

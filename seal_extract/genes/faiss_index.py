@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.errors import OutputError, UsageError
 from seal_extract.genes.faiss_cells import import_faiss, read_cells
 from seal_extract.genes.faiss_manifest import Changes, Entry, Manifest, read_manifest, shard_path
-from seal_extract.genes.faiss_update import bring_up_to_date
+from seal_extract.genes.faiss_update import bring_up_to_date, with_patches
 from seal_extract.genes.index import (
     Best,
     Hits,
@@ -35,12 +34,11 @@ from seal_extract.genes.index import (
     unit,
 )
 from seal_extract.genes.search import Found
-from seal_extract.store import DAMAGED, MICROMETRES, PIXELS, SlideFeatures
+from seal_extract.store import SlideFeatures
 
 PROBES = 48  # cells looked into, of each shard
 WHOLE_ROWS = 100_000  # an index of no more is looked at whole, in some 20 ms
-CANDIDATES = 2  # rows read again, for each that is asked for
-MORE_CANDIDATES = 10  # and so many more
+MORE_CANDIDATES = 10  # rows read again beside half as many more as are asked for
 
 
 @dataclass(frozen=True)
@@ -101,16 +99,18 @@ class FaissIndex:
         """
         self.folder, self.slides, self.changes = folder, tuple(slides), changes
         self._dim = self.slides[0].dim
+        entries = {entry.path: entry for entry in manifest.entries if not entry.dropped}
         place = {str(slide.path.resolve()): i for i, slide in enumerate(self.slides)}
+        self._entries = [entries[path] for path in place]
         self._shards = []
         for number, size in manifest.sizes.items():
-            entries = manifest.of(number)
+            there = manifest.of(number)
             index = read_cells(shard_path(folder, number), size)
-            if index is None or index.ntotal != sum(entry.rows for entry in entries) or index.d != self._dim:
+            if index is None or index.ntotal != sum(entry.rows for entry in there) or index.d != self._dim:
                 raise OutputError(
                     f"{shard_path(folder, number)} is damaged or gone; type --index build to make it again"
                 )
-            self._shards.append(_Shard.of(index, entries, place))
+            self._shards.append(_Shard.of(index, there, place))
 
     def __repr__(self) -> str:
         rows = sum(len(slide.grid) for slide in self.slides)
@@ -147,7 +147,7 @@ class FaissIndex:
         chosen[places_of(self.slides, among)] = True
         left_out = rows_to_skip(self.slides, skip)
         gone = sum(map(len, left_out.values()))
-        candidates = CANDIDATES * k + MORE_CANDIDATES + gone
+        candidates = k + k // 2 + MORE_CANDIDATES + gone
         rough = [Best(candidates) for _ in wanted]
         for scores, slide, row in self._candidates(unit(wanted), candidates, chosen):
             for q, one in enumerate(rough):
@@ -186,10 +186,12 @@ class FaissIndex:
         best = Best(k)
         for place in np.unique(rough.slide).tolist():
             rows = np.setdiff1d(rough.row[rough.slide == place], left_out.get(place, []))
-            values = _read_rows(self.slides[place], rows.astype(np.int64))
+            slide, rows = self.slides[place], rows.astype(np.int64)
+            entry = self._entries[place]
+            values = entry.places.read(slide, rows, entry.state)
             usable = np.isfinite(values).all(1)
             rows, values = rows[usable], values[usable]
-            best.add(exact_scores(values, query), np.full(len(rows), place, np.int32), rows.astype(np.int64))
+            best.add(exact_scores(values, query), np.full(len(rows), place, np.int32), rows)
         return best
 
 
@@ -206,22 +208,6 @@ def _only(rows: NDArray[np.bool_], index: Any) -> Any:
     faiss = import_faiss()
     chosen = faiss.IDSelectorBitmap(np.packbits(rows, bitorder="little"))
     return faiss.SearchParametersIVF(nprobe=index.nprobe, sel=chosen)
-
-
-def _read_rows(slide: SlideFeatures, rows: NDArray[np.int64]) -> Rows:
-    """Some rows of a features file, ascending, float32 [B, D]."""
-    try:
-        with h5py.File(slide.path, "r", rdcc_nbytes=0) as file:  # no cache: rows are read, not their chunks
-            dataset = file[PIXELS if PIXELS in file else MICROMETRES]
-            return (
-                np.stack([dataset[row] for row in rows.tolist()]).astype(np.float32, copy=False)
-                if len(rows)
-                else np.empty((0, dataset.shape[1]), np.float32)
-            )
-    except DAMAGED as exc:
-        raise OutputError(
-            f"{slide.path} has changed since the index was opened; type --index build to bring it up to date"
-        ) from exc
 
 
 def index_folder(slides: Sequence[SlideFeatures]) -> Path:
@@ -248,7 +234,7 @@ def build(slides: Sequence[SlideFeatures], folder: Path) -> FaissIndex:
     key = check_one_encoder(slides)
     import_faiss()
     manifest, changes = bring_up_to_date(slides, folder, key)
-    return FaissIndex(folder, [slide for slide in slides if len(slide.grid)], manifest, changes)
+    return FaissIndex(folder, list(with_patches(slides).values()), manifest, changes)
 
 
 def open_index(slides: Sequence[SlideFeatures], folder: Path) -> FaissIndex:
@@ -263,7 +249,7 @@ def open_index(slides: Sequence[SlideFeatures], folder: Path) -> FaissIndex:
     manifest = read_manifest(folder, key)
     if manifest is None:
         raise UsageError(f"there is no index in {folder}; type --index build")
-    now = {str(slide.path.resolve()): slide for slide in slides if len(slide.grid)}
+    now = with_patches(slides)
     manifest = manifest.held_to(now)
     missing = len(set(now) - manifest.held)
     if missing or not now:

@@ -6,8 +6,10 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from seal_extract.errors import OutputError
+from seal_extract.genes.feature_rows import RowPlaces
 from seal_extract.publish import publish, writing
 from seal_extract.store import SlideFeatures
 
@@ -26,6 +28,7 @@ class Entry:
         rows: how many.
         shard: number of the file that they are in.
         start: the first of them there.
+        places: where its rows lie in the features file.
         dropped: whether the slide has changed or gone since.
     """
 
@@ -35,14 +38,20 @@ class Entry:
     rows: int
     shard: int
     start: int
+    places: RowPlaces
     dropped: bool = False
+
+    @property
+    def state(self) -> tuple[int, int]:
+        """Size and time of the features file."""
+        return self.bytes, self.mtime_ns
 
     def is_still(self, slide: SlideFeatures | None) -> bool:
         """Whether the features file is the one whose rows were put in, by size and time."""
         if slide is None:
             return False
         stat = slide.path.stat()
-        return (stat.st_size, stat.st_mtime_ns) == (self.bytes, self.mtime_ns)
+        return (stat.st_size, stat.st_mtime_ns) == self.state
 
 
 @dataclass(frozen=True)
@@ -160,13 +169,17 @@ def read_manifest(folder: Path, encoder: str) -> Manifest | None:
         return None
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))
-        entries = tuple(Entry(**entry) for entry in listed.pop("entries"))
+        entries = tuple(_entry(**entry) for entry in listed.pop("entries"))
         manifest = Manifest(**listed, entries=entries)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
         raise OutputError(f"{folder} holds no index of seal_extract, or a damaged one; remove it") from exc
     if manifest.encoder != encoder:
         raise OutputError(f"{folder} is the index of another encoder or of other weights; remove it")
     return manifest
+
+
+def _entry(*, places: dict[str, Any], **rest: Any) -> Entry:
+    return Entry(places=RowPlaces(**places | {"chunks": tuple(places["chunks"])}), **rest)
 
 
 def shard_path(folder: Path, number: int) -> Path:

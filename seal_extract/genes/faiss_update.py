@@ -20,6 +20,7 @@ from seal_extract.genes.faiss_manifest import (
     shard_path,
     trained_path,
 )
+from seal_extract.genes.feature_rows import RowPlaces
 from seal_extract.genes.index import unit_pieces
 from seal_extract.publish import sweep, writing
 from seal_extract.store import SlideFeatures
@@ -37,7 +38,7 @@ def bring_up_to_date(slides: Sequence[SlideFeatures], folder: Path, encoder: str
         OutputError: the folder holds another index or something else, or cannot be written; or a features
             file cannot be read.
     """
-    now = {str(slide.path.resolve()): slide for slide in slides if len(slide.grid)}
+    now = with_patches(slides)
     if not now:
         raise UsageError("these slides have no patches to search; choose others")
     old = read_manifest(folder, encoder) or Manifest(encoder)
@@ -59,6 +60,11 @@ def bring_up_to_date(slides: Sequence[SlideFeatures], folder: Path, encoder: str
         manifest = _with_shard(manifest, group, base, folder)
         manifest.write(folder)
     return manifest, changes
+
+
+def with_patches(slides: Sequence[SlideFeatures]) -> dict[str, SlideFeatures]:
+    """The slides that have patches, by the path of their file, each once."""
+    return {str(slide.path.resolve()): slide for slide in slides if len(slide.grid)}
 
 
 def _still_good(manifest: Manifest, folder: Path, rows: int) -> tuple[Manifest, Any | None]:
@@ -139,11 +145,10 @@ def _with_shard(manifest: Manifest, slides: list[SlideFeatures], base: int | Non
 
 def _added(slide: SlideFeatures, shard: Any, number: int) -> Entry:
     """Put the rows of a slide into a file that is open."""
-    start = shard.ntotal
-    stat = slide.path.stat()
+    start, stat, places = shard.ntotal, slide.path.stat(), RowPlaces.of(slide.path)
     for rows in unit_pieces(slide):
         shard.add(rows)
     if shard.ntotal - start != len(slide.grid):
         raise OutputError(f"{slide.path} has changed while it was read; type --index build again")
     path = str(slide.path.resolve())
-    return Entry(path, stat.st_size, stat.st_mtime_ns, len(slide.grid), number, start)
+    return Entry(path, stat.st_size, stat.st_mtime_ns, len(slide.grid), number, start, places)
