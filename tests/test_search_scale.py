@@ -94,6 +94,6 @@ for q, query in enumerate(queries):
     times.append(took)
     hits += len(state(found) & state(right.of(q)))
 ms = np.percentile(times, [50, 90, 100]) * 1000
-print(f"opened in {opening:.2f} s; median {ms[0]:.0f} ms, 9 of 10 below {ms[1]:.0f} ms, slowest {ms[2]:.0f} ms; "
-      f"{size / total:.0f} bytes a patch; recall at 10 {hits / len(queries) / 10:.3f}, end")
+print(f"opened in {opening:.2f} s; median {ms[0]:.0f} ms, 9 of 10 below {ms[1]:.0f} ms, slowest "
+      f"{ms[2]:.0f} ms; {size / total:.0f} bytes a patch; recall at 10 {hits / len(queries) / 10:.3f}, end")
 """
