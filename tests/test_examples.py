@@ -75,3 +75,16 @@ def test_seal_tiny(tmp_path):
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)
 def test_examples_are_short(path):
     assert len(path.read_text().splitlines()) < 60
+
+
+@pytest.mark.slow  # a minute each: a real section
+@pytest.mark.filterwarnings("ignore:.*enlarged")
+def test_gene_map_and_search(tmp_path):
+    her2st = str(shared("data", "her2st"))
+    main = runpy.run_path(str(EXAMPLES / "03_gene_map.py"))["main"]
+    found = main(her2st, "C2", "EPCAM,IGLC2", "seal-tiny", str(tmp_path / "maps"))
+    assert min(found.values()) > 0.4  # it has seen this section
+    assert {p.name for p in (tmp_path / "maps").glob("*.png")} == {"C2_EPCAM.png", "C2_IGLC2.png"}
+    main = runpy.run_path(str(EXAMPLES / "04_search_by_genes.py"))["main"]
+    assert main(her2st, "C2", "EPCAM,CD24,KRT8", "seal-tiny", str(tmp_path / "found")) > 60
+    assert (tmp_path / "found" / "contact_sheet.png").exists()
