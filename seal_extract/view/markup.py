@@ -29,7 +29,6 @@ def fill(part: str, **values: object) -> Markup:
     Raises:
         KeyError: a name without a value, or no such part.
     """
-
     return fill_text(parts()[part], **values)
 
 

@@ -25,11 +25,11 @@ export function table(head, rows) {
   return element("table", {}, element("thead", {}, cells("th", head)), element("tbody", {}, ...rows.map((row) => cells("td", row))));
 }
 
-export function patchGenes(genes, actions) {
+export function patchGenes(genes, actions, which = "by which it stands out of the slide") {
   if (!genes.length) return [];
   const rows = genes.slice(0, 8).map(({ gene, value, above }) => [geneButton(gene, actions), fixed(value), signed(above)]);
   return [
-    element("h4", {}, "Genes ", element("small", {}, "by which it stands out of the slide")),
+    element("h4", {}, "Genes ", element("small", {}, which)),
     table(["Gene", "predicted", "SD above mean"], rows),
   ];
 }
