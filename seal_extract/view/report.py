@@ -279,7 +279,8 @@ def _notes(features: SlideFeatures, overview: Overview) -> list[str]:
     if encoder.get("mismatch"):
         notes.append(f"{encoder['mismatch']}.")
     if unread:
-        notes.append(f"{unread:,} patches could not be read: what is shown of them means nothing.")
+        words = "1 patch" if unread == 1 else f"{unread:,} patches"
+        notes.append(f"{words} could not be read: what is shown there means nothing.")
     if len(features.grid):
         notes.append(
             "Colours of embedding and clusters are fitted to this slide alone; on another they differ."
