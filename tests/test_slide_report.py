@@ -270,6 +270,7 @@ def test_attention_over_other_patches_is_left_out_and_that_is_said(features, tmp
     html = write(read_features(copy), tmp_path / "a.html", None).read_text(encoding="utf-8")
     assert "The attention of abmil is left out: it is over other patches." in html
     assert "attention" not in data_of(html)["kinds"]
+    assert "There is no tissue outline" in html
     assert str(tmp_path) not in html
 
 
@@ -645,10 +646,12 @@ def test_a_large_slide_stays_small_enough_to_mail(tmp_path, drawn_slides, featur
     page = Page(chromium)
     opened, _ = timed(lambda: show(page, path))
     switched, _ = timed(lambda: (page.keys("/"), page.painted()))
+    page.look("document.activeElement.blur()")
+    chosen, _ = timed(lambda: (page.keys("p"), page.until("return document.querySelector('#patch b')")))
     print(
         f"\n{PATCHES:,} patches, 50 genes: {size / 1e6:.1f} MB (slide {picture / 1e6:.1f}, genes "
         f"{genes / 1e6:.1f}), written in {took / 1000:.1f} s, opened in {opened / 1000:.1f} s, first gene "
-        f"after {switched:.0f} ms"
+        f"after {switched:.0f} ms, first patch after {chosen:.0f} ms"
     )
     assert size < 15e6
     assert page.console() == []

@@ -26,17 +26,33 @@ function slidePicture(of, span) {
 // --- numbers --------------------------------------------------------------------------------------------
 
 function bytes(base64) {
-  return Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0)).buffer;
+  const text = atob(base64);
+  const found = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i++) found[i] = text.charCodeAt(i);
+  return found.buffer;
+}
+
+/** Numbers as they lie in bytes: float16, or float32. */
+function unpacked(type, buffer) {
+  return type === "f2" ? Float32Array.from(new Uint16Array(buffer), half) : new Float32Array(buffer);
 }
 
 /** The numbers of a layer's patches, unpacked at their first use; none of colours that are three at once. */
 function valuesOf(layer) {
-  if (layer.numbers === undefined && layer.values === null) layer.numbers = [];
-  if (layer.numbers === undefined) {
-    const { type, base64 } = layer.values;
-    layer.numbers = type === "f2" ? Float32Array.from(new Uint16Array(bytes(base64)), half) : new Float32Array(bytes(base64));
-  }
+  if (layer.values === null) return [];
+  layer.numbers ??= unpacked(layer.values.type, bytes(layer.values.base64));
   return layer.numbers;
+}
+
+/** One patch's number alone: four letters of base64 are three bytes. */
+function valueAt(layer, row) {
+  if (layer.numbers) return layer.numbers[row];
+  const { type, base64 } = layer.values;
+  const width = Number(type[1]);
+  const [first, after] = [row * width, (row + 1) * width];
+  const triple = Math.floor(first / 3);
+  const near = bytes(base64.slice(4 * triple, 4 * Math.ceil(after / 3)));
+  return unpacked(type, near.slice(first - 3 * triple, after - 3 * triple))[0];
 }
 
 /** A float16 of IEEE 754 by its bits. */
@@ -149,7 +165,7 @@ function showPatch() {
 function shownValue() {
   const { layer, patch } = state;
   if (!layer || !layer.values) return [];
-  const value = valuesOf(layer)[patch];
+  const value = valueAt(layer, patch);
   const words = layer.legend.kind === "clusters" ? `cluster ${value + 1}` : fixed(value);
   return [element("p", { className: "value" }, `${layer.legend.title}: `, element("b", {}, words)),
     element("p", { className: "muted small" }, layer.legend.unit)];
@@ -158,7 +174,7 @@ function shownValue() {
 /** The genes in this page by which a patch stands out of its slide, as the viewer orders all genes. */
 function topGenes(row) {
   const found = (kinds.genes || []).map((layer) => {
-    const value = valuesOf(layer)[row];
+    const value = valueAt(layer, row);
     return { gene: layer.legend.title, value, above: layer.sd > 1e-6 ? (value - layer.mean) / layer.sd : 0 };
   });
   return found.sort((a, b) => b.above - a.above);

@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -97,21 +98,18 @@ class LayerParts:
 
     def embedding(self) -> list[Part]:
         """The embedding as one layer, its colours fitted to this slide alone."""
-        layer = embedding_layer(self._components(), self._features.features, slides=1)
+        layer = embedding_layer(self._components, self._features.features, slides=1)
         return [self._part(layer, png(self._raster.paint(layer.rgb)))]
 
     def clusters(self) -> list[Part]:
         """A layer for each count of clusters that the slide has patches for."""
-        components = self._components()
-        layers = [
-            cluster_layer(components, self._features.features, k, slides=1)
-            for k in CLUSTER_COUNTS
-            if k <= len(components.sample)
-        ]
-        return [
-            self._part(layer, self._palette(_values(layer).astype(np.uint8), cluster_colours(k)))
-            for layer, k in zip(layers, CLUSTER_COUNTS, strict=False)
-        ]
+        parts = []
+        for k in CLUSTER_COUNTS:
+            if k <= len(self._components.sample):
+                layer = cluster_layer(self._components, self._features.features, k, slides=1)
+                picture = self._palette(_values(layer).astype(np.uint8), cluster_colours(k))
+                parts.append(self._part(layer, picture))
+        return parts
 
     def genes(self, decoder: GeneDecoder, columns: Sequence[int]) -> list[Part]:
         """A layer for each gene, with its mean and standard deviation over the slide."""
@@ -142,6 +140,7 @@ class LayerParts:
         """(x0, y0, x1, y1) of every picture, in level-0 pixels."""
         return self._raster.bounds_l0
 
+    @cached_property
     def _components(self) -> Components:
         return Components.of(sample_rows(self._features.path, SAMPLED_ROWS))
 
