@@ -81,6 +81,7 @@ function offer() {
   $("genes-are").textContent = data.genes_are;
   $("gene").placeholder = `one of ${geneNames.length.toLocaleString("en")} in this page`;
   $("tissue").disabled = !slide.tissue.length;
+  $("tissue").checked = slide.tissue.length > 0;
   $("grid").disabled = !patches.length;
 }
 
@@ -156,7 +157,7 @@ function showPatch() {
   const [x, y] = patches.at(state.patch);
   const um = (px) => Math.round(px * slide.mpp).toLocaleString("en");
   const place = element("p", { className: "muted small" },
-    `x ${x.toLocaleString("en")}, y ${y.toLocaleString("en")} px of level 0  ·  ${um(x)}, ${um(y)} µm`);
+    `x ${x.toLocaleString("en")}, y ${y.toLocaleString("en")} px of level 0`, element("br"), `x ${um(x)}, y ${um(y)} µm, its top left corner`);
   const unread = slide.unread.includes(state.patch) ? [element("p", { className: "bad small" }, "This patch could not be read.")] : [];
   $("patch").replaceChildren(element("b", {}, `Patch ${(state.patch + 1).toLocaleString("en")}`), place, ...unread, ...shownValue(),
     ...patchGenes(topGenes(state.patch), { gene: takeGene }, "in this page by which it stands out most"));

@@ -123,8 +123,8 @@ class LayerParts:
 
     def signatures(self, decoder: GeneDecoder, signatures: Sequence[Signature]) -> list[Part]:
         """A layer for each signature, in standard deviations over this slide."""
-        maps = GeneMaps(lambda: decoder, {signature.name: signature for signature in signatures})
-        return [self._scale(*maps.values(self._features, name)) for name in maps.signatures]
+        maps = [(one.name, GeneMaps(lambda: decoder, {one.name: one})) for one in signatures]
+        return [self._scale(*own.values(self._features, name)) for name, own in maps]
 
     def attention(self, attention: Attention) -> Part:
         """Attention of one class.
