@@ -259,6 +259,19 @@ def test_no_genes_but_a_signature(features, decoder, tmp_path):
     assert len(kinds["signatures"]) == 1
 
 
+def test_two_signatures_of_one_name_are_both_there(features, decoder, tmp_path):
+    other = Signature(EPITHELIUM.name, {"CD74": 1.0})
+    path = write(features, tmp_path / "a.html", decoder, genes=[], signatures=[EPITHELIUM, other])
+    shown = data_of(path.read_text(encoding="utf-8"))["kinds"]["signatures"]
+    for layer, signature in zip(shown, (EPITHELIUM, other), strict=True):
+        (scores,) = signature_scores([features], decoder, signature)
+        np.testing.assert_allclose(numbers(layer["values"]), scores, rtol=2**-10, atol=2**-14)
+
+
+def test_overlapping_patches_are_told(html):
+    assert "Patches overlap: a colour fills the upper left of its patch" in html
+
+
 def test_attention_over_other_patches_is_left_out_and_that_is_said(features, tmp_path):
     copy = tmp_path / "run" / "features_seal-tiny" / "slide_0.h5"
     wrong = tmp_path / "run" / "slide_features_abmil" / "slide_0.h5"
@@ -353,13 +366,16 @@ def test_a_report_is_replaced_and_what_is_none_is_not(features, tmp_path):
 
 
 def test_the_command_writes_a_file_for_each_slide(viewer_out, tmp_path):
-    done = run("report", viewer_out, "-o", tmp_path, "--genes", "EPCAM, CD74", "--signature", "EPCAM,KRT8")
+    done = run(
+        "report", viewer_out, "-o", tmp_path, "--genes", "EPCAM, CD74", "--signature", "EPCAM,KRT8,NOSUCH"
+    )
     assert done.returncode == 0, done.stderr
+    assert done.stderr == "seal-extract: EPCAM,KRT8,NOSUCH: 2 of 3 genes are in the panel\n"
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"slide_{i}.html" for i in range(3)]
     assert [line.split(":")[0] for line in done.stdout.splitlines()] == [f"slide_{i}" for i in range(3)]
     kinds = data_of((tmp_path / "slide_1.html").read_text(encoding="utf-8"))["kinds"]
     assert [layer["legend"]["title"] for layer in kinds["genes"]] == ["EPCAM", "CD74"]
-    assert [layer["legend"]["title"] for layer in kinds["signatures"]] == ["EPCAM,KRT8"]
+    assert [layer["legend"]["title"] for layer in kinds["signatures"]] == ["EPCAM,KRT8,NOSUCH"]
 
 
 def test_it_lies_beside_the_features_by_default(features):

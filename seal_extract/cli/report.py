@@ -69,7 +69,9 @@ def run_report(args: argparse.Namespace) -> int:
         if genes:
             decoder.columns(genes)
         for signature in signatures:
-            signature.known_to(decoder)
+            known, of = len(signature.known_to(decoder)[0]), len(signature.weights)
+            if known < of:
+                _tell(f"{signature.name}: {known} of {of} genes are in the panel")
     wanted: dict[str, Any] = {
         "decoder": decoder,
         "genes": genes,
@@ -127,7 +129,7 @@ def _decoder(args: argparse.Namespace, provenance: dict[str, Any]) -> GeneDecode
         return None
     published = {row.name: row.published for row in list_encoders()}.get(name)
     if not asked and published is not None and not published.decoder:  # its file may have gigabytes
-        _tell(f"{name} has no expression decoder")
+        _tell(f"{name} has no expression decoder; the pages have no genes")
         return None
     panel = None if args.panel is None else read_panel(args.panel)
     try:
@@ -141,9 +143,9 @@ def _decoder(args: argparse.Namespace, provenance: dict[str, Any]) -> GeneDecode
     except EncoderError as exc:
         if asked or type(exc) is not EncoderError:  # a damaged file or no network is another matter
             raise
-        _tell(str(exc))
+        _tell(f"{exc}; the pages have no genes")
         return None
 
 
-def _tell(why: str) -> None:
-    print(f"seal-extract: {why}; the pages have no genes", file=sys.stderr)
+def _tell(line: str) -> None:
+    print(f"seal-extract: {line}", file=sys.stderr)

@@ -287,6 +287,8 @@ def _notes(features: SlideFeatures, overview: Overview) -> list[str]:
     if unread:
         words = "1 patch" if unread == 1 else f"{unread:,} patches"
         notes.append(f"{words} could not be read: what is shown there means nothing.")
+    if features.grid.overlap_px:
+        notes.append("Patches overlap: a colour fills the upper left of its patch, up to the next one.")
     if len(features.grid):
         notes.append(
             "Colours of embedding and clusters are fitted to this slide alone; on another they differ."
