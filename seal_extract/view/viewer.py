@@ -33,9 +33,8 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 OWN_FILES = (
-    *("viewer.html", "viewer.css", "viewer_icon.svg", "viewer.js", "viewer_api.js", "viewer_combo.js"),
-    *("viewer_draw.js", "viewer_legend.js", "viewer_map.js", "viewer_panels.js", "viewer_parts.js"),
-    "viewer_tiles.js",
+    *("viewer.html", "viewer.css", "viewer_icon.svg"),
+    *(f"viewer{part}.js" for part in ("", *"_api _combo _draw _legend _map _panels _parts _tiles".split())),
 )
 LEAFLET = ("leaflet.js", "leaflet.css")
 MEDIA = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
