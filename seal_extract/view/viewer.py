@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 OWN_FILES = (
     *("viewer.html", "viewer.css", "viewer_icon.svg"),
-    *(f"viewer{part}.js" for part in ("", *"_api _combo _draw _legend _map _panels _parts _tiles".split())),
+    *(
+        f"viewer{part}.js"
+        for part in ("", *["_api", "_combo", "_draw", "_legend", "_map", "_panels", "_parts", "_tiles"])
+    ),
 )
 LEAFLET = ("leaflet.js", "leaflet.css")
 MEDIA = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
