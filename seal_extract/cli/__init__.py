@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from seal_extract.cli import bench, encoders, evaluate, genes, search, train, verify, view
+from seal_extract.cli import bench, encoders, evaluate, genes, report, search, train, verify, view
 from seal_extract.cli.fail import fail
 from seal_extract.cli.slide_options import slides_parser
 from seal_extract.errors import SealExtractError
@@ -26,6 +26,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "verify": verify.verify_parser,
     "export": verify.export_parser,
     "genes": genes.genes_parser,
+    "report": report.report_parser,
     "search": search.search_parser,
     "train": train.train_parser,
     "view": view.view_parser,

@@ -115,7 +115,7 @@ class Gallery:
             "patch_size_l0": grid.patch_size_l0,
             "dim": features.dim,
             "bounds_l0": None if raster is None else list(raster.bounds_l0),
-            "tissue": _rings(shown.tissue),
+            "tissue": tissue_rings(shown.tissue),
             "attention": [a.title for a in attention],
             "clusters": [CLUSTERS[0], min(CLUSTERS[1], max(CLUSTERS[0], len(grid)))],
         }
@@ -306,7 +306,7 @@ def _raster(grid: PatchGrid) -> PatchRaster | None:
     return PatchRaster.of(grid) if len(grid) else None
 
 
-def _rings(path: Path) -> list[list[list[int]]]:
+def tissue_rings(path: Path) -> list[list[list[int]]]:
     """The outline's rings in level-0 pixels; none where it was never written or was damaged since."""
     try:
         polygons, _ = read_polygons(path)

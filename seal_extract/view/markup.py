@@ -29,12 +29,21 @@ def fill(part: str, **values: object) -> Markup:
     Raises:
         KeyError: a name without a value, or no such part.
     """
+    return fill_text(parts()[part], **values)
+
+
+def fill_text(template: str, **values: object) -> Markup:
+    """Any text with ``{{names}}``, as `fill` fills a part.
+
+    Raises:
+        KeyError: a name without a value.
+    """
 
     def value(name: re.Match[str]) -> str:
         text = values[name[1]]
         return text if isinstance(text, Markup) else escape("–" if text is None else str(text))
 
-    return Markup(re.sub(r"{{(\w+)}}", value, parts()[part]))
+    return Markup(re.sub(r"{{(\w+)}}", value, template))
 
 
 def fills(part: str, rows: Iterable[dict[str, object]]) -> Markup:

@@ -1,14 +1,17 @@
 // The page: which slide is shown, how it is coloured, what was chosen; and the keys for all of it.
-import { $, address, ask, askBytes, count, element, setVersion } from "./viewer_api.js";
+import { address, ask, askBytes, setVersion } from "./viewer_api.js";
 import { geneCombo } from "./viewer_combo.js";
 import { Draw } from "./viewer_draw.js";
+import { Legend } from "./viewer_legend.js";
 import { Patches, Stage } from "./viewer_map.js";
-import { Legend, showFacts, showPatch, showRegion } from "./viewer_panels.js";
+import { showFacts, showPatch, showRegion } from "./viewer_panels.js";
+import { $, count, element } from "./viewer_parts.js";
+import { slideTiles } from "./viewer_tiles.js";
 
-const stage = new Stage();
+const stage = new Stage(slideTiles);
 const legend = new Legend();
 const draw = new Draw(stage, takeRegion);
-const combo = geneCombo(takeGene);
+const combo = geneCombo(suggestGenes, takeGene);
 const state = { slides: [], encoder: "", slide: null, patches: null, patch: -1, kind: "none", genes: null, gene: "" };
 const turns = {}; // the latest question of each kind: answers to earlier ones are dropped
 
@@ -176,6 +179,10 @@ async function askGenes() {
   $("genes-why").hidden = genes.named;
   $("genes-why").textContent = genes.named ? "" : `No genes: ${genes.why}`;
   if (genes.named) $("gene").placeholder = `one of ${genes.count.toLocaleString("en")}`;
+}
+
+function suggestGenes(typed) {
+  return ask(`/api/suggest?typed=${encodeURIComponent(typed)}`).catch(() => []);
 }
 
 function takeGene(text) {

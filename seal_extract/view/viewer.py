@@ -32,10 +32,8 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
 HERE = Path(__file__).parent
-OWN_FILES = (
-    *("viewer.html", "viewer.css", "viewer_icon.svg", "viewer.js", "viewer_api.js", "viewer_combo.js"),
-    *("viewer_draw.js", "viewer_map.js", "viewer_panels.js"),
-)
+SCRIPTS = ("", "_api", "_combo", "_draw", "_legend", "_map", "_panels", "_parts", "_tiles")
+OWN_FILES = ("viewer.html", "viewer.css", "viewer_icon.svg", *(f"viewer{part}.js" for part in SCRIPTS))
 LEAFLET = ("leaflet.js", "leaflet.css")
 MEDIA = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 KEPT = "private, max-age=86400, immutable"  # the page asks for it by a version of its own

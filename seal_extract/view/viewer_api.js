@@ -1,9 +1,8 @@
-// Questions to the server, and small helpers for the document.
+// Questions to the server.
+import { $ } from "./viewer_parts.js";
 
 let version = "";
 let asking = 0;
-
-export const $ = (id) => document.getElementById(id);
 
 export function setVersion(value) {
   version = value;
@@ -46,13 +45,3 @@ function busy(change) {
   asking += change;
   setTimeout(() => $("busy").classList.toggle("on", asking > 0), 250);
 }
-
-/** An element with properties and children. */
-export function element(tag, properties = {}, ...children) {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children);
-  return made;
-}
-
-export const count = (n, word, words = `${word}s`) => `${n.toLocaleString("en")} ${n === 1 ? word : words}`;
-export const fixed = (value, digits = 2) => value.toFixed(digits).replace("-", "−");

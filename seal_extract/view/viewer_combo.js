@@ -1,12 +1,14 @@
 // A text field that suggests: arrows choose, Enter takes, Escape closes. It completes the last of several genes.
-import { $, ask, element } from "./viewer_api.js";
+import { $, element } from "./viewer_parts.js";
 
 const WAIT_MS = 90;
 
 export class Combo {
-  constructor(field, list, taken) {
+  /** `suggest` gives the names for what was typed, or a promise of them; `taken` is told what was entered. */
+  constructor(field, list, suggest, taken) {
     this.field = field;
     this.list = list;
+    this.suggest = suggest;
     this.taken = taken;
     this.chosen = -1;
     this.turn = 0;
@@ -35,7 +37,7 @@ export class Combo {
     const typed = this.field.value.split(",").at(-1).trim();
     const turn = ++this.turn;
     if (!typed) return this.close();
-    const names = await ask(`/api/suggest?typed=${encodeURIComponent(typed)}`).catch(() => []);
+    const names = await this.suggest(typed);
     if (turn !== this.turn) return;
     this.list.replaceChildren(...names.map((name, i) => this.#option(name, i)));
     this.list.hidden = names.length === 0;
@@ -88,4 +90,4 @@ export class Combo {
   }
 }
 
-export const geneCombo = (taken) => new Combo($("gene"), $("gene-list"), taken);
+export const geneCombo = (suggest, taken) => new Combo($("gene"), $("gene-list"), suggest, taken);

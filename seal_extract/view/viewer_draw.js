@@ -1,6 +1,6 @@
 // Drawing a polygon by clicks, or by Space at the cross in the middle.
 /* global L */
-import { $ } from "./viewer_api.js";
+import { $ } from "./viewer_parts.js";
 
 export class Draw {
   constructor(stage, finished) {

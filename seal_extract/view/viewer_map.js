@@ -1,22 +1,11 @@
-// The stage: tiles, patches and colours of one slide in level-0 pixels, x to the right and y downwards.
+// The stage: a slide, patches and colours of one slide in level-0 pixels, x to the right and y downwards.
 /* global L */
-import { $, address } from "./viewer_api.js";
+import { $ } from "./viewer_parts.js";
 
 const ACCENT = "#58c7b8";
 const CRS = L.extend({}, L.CRS.Simple, { transformation: new L.Transformation(1, 0, 1, 0) });
 const MOST_ZOOM = 2; // a pixel of the slide becomes 4 of the screen
 const OUTLINED_FROM_PX = 7; // smaller patches are tinted
-
-const SlideTiles = L.GridLayer.extend({
-  createTile(at, done) {
-    const tile = L.DomUtil.create("img", "slide-tile");
-    tile.alt = "";
-    tile.onload = () => done(null, tile);
-    tile.onerror = () => done(new Error("a tile"), tile);
-    tile.src = address(this.options.slide, `tiles/${-at.z}/${at.x}/${at.y}`);
-    return tile;
-  },
-});
 
 const PatchGrid = L.GridLayer.extend({
   createTile(at) {
@@ -122,7 +111,9 @@ export class Patches {
 
 /** The map, and what lies on it. */
 export class Stage {
-  constructor() {
+  /** `ground` makes the layer that shows a slide, of the slide and its span of zooms. */
+  constructor(ground) {
+    this.ground = ground;
     this.map = L.map("map", {
       crs: CRS, zoomSnap: 0.25, zoomDelta: 1, wheelPxPerZoomLevel: 110, zoomControl: false,
       attributionControl: false, maxZoom: MOST_ZOOM, keyboardPanDelta: 120, preferCanvas: true,
@@ -147,13 +138,12 @@ export class Stage {
     this.bounds = L.latLngBounds([0, 0], [height, width]);
     this.map.setMinZoom(-slide.zooms - 1);
     this.map.setMaxBounds(this.bounds.pad(0.6));
-    const zooms = { minNativeZoom: 1 - slide.zooms, maxNativeZoom: 0, minZoom: -slide.zooms - 1, maxZoom: MOST_ZOOM };
-    this.tiles = new SlideTiles({ ...zooms, slide: slide.index, bounds: this.bounds, keepBuffer: 1 }).addTo(this.map);
+    const span = { minZoom: -slide.zooms - 1, maxZoom: MOST_ZOOM, bounds: this.bounds };
+    this.tiles = this.ground(slide, span).addTo(this.map);
     this.outline = L.polygon(slide.tissue.map((ring) => ring.map(([x, y]) => [y, x])), {
       color: "#2f6bff", weight: 2, fill: false, interactive: false,
     });
-    const span = { minZoom: -slide.zooms - 1, maxZoom: MOST_ZOOM };
-    this.grid = new PatchGrid({ ...span, patches, pane: "grid", bounds: this.bounds, keepBuffer: 1 });
+    this.grid = new PatchGrid({ ...span, patches, pane: "grid", keepBuffer: 1 });
     this.marks = L.layerGroup().addTo(this.map);
     for (const name of ["tissue", "grid"]) this.toggle(name, this.shown[name]);
     this.fit();

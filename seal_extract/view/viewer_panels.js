@@ -1,7 +1,6 @@
-// What stands beside the slide: facts, legend, the chosen patch, the region.
-import { $, address, count, element, fixed } from "./viewer_api.js";
-
-const facts = (pairs) => pairs.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]);
+// What stands beside the slide: facts, the chosen patch, the region.
+import { address } from "./viewer_api.js";
+import { $, count, element, facts, fixed, geneButton, patchGenes, signed, table } from "./viewer_parts.js";
 
 export function showFacts(slide, line, encoder) {
   const [width, height] = slide.size_l0;
@@ -22,63 +21,6 @@ export function showFacts(slide, line, encoder) {
   );
 }
 
-// --- legend ---------------------------------------------------------------------------------------------
-
-export class Legend {
-  constructor() {
-    this.legend = null;
-  }
-
-  show(legend, values) {
-    this.legend = legend;
-    this.values = values;
-    $("legend").hidden = legend === null;
-    if (legend === null) return;
-    $("legend-title").textContent = legend.title;
-    $("legend-unit").textContent = legend.unit;
-    const bodies = { scale: () => this.#scale(), clusters: () => this.#clusters(), embedding: () => [] };
-    $("legend-body").replaceChildren(...bodies[legend.kind]());
-  }
-
-  /** Mark the value of a patch; -1 marks nothing. */
-  point(row) {
-    if (!this.legend || !this.values || !this.values.length) return;
-    const value = row < 0 ? null : this.values[row];
-    if (this.legend.kind === "scale") this.#pointScale(value);
-    if (this.legend.kind === "clusters") this.items.forEach((item, k) => item.classList.toggle("here", k === value));
-  }
-
-  #scale() {
-    const { colours, low, high, least, most } = this.legend;
-    const bar = element("div", { className: "bar" });
-    bar.style.background = `linear-gradient(to right, ${colours.join(", ")})`;
-    this.mark = element("i", { className: "mark", hidden: true });
-    this.here = element("p", { className: "here" });
-    bar.append(this.mark);
-    const end = (value, beyond, sign) => `${beyond ? sign : ""}${fixed(value)}`;
-    const ends = element("div", { className: "ends" },
-      element("span", {}, end(low, least < low - 1e-6, "≤ ")), element("span", {}, end(high, most > high + 1e-6, "≥ ")));
-    return [bar, ends, this.here];
-  }
-
-  #pointScale(value) {
-    const { low, high } = this.legend;
-    this.mark.hidden = value === null;
-    this.here.textContent = value === null ? "" : `here ${fixed(value)}`;
-    if (value !== null) this.mark.style.left = `${100 * Math.min(1, Math.max(0, (value - low) / (high - low)))}%`;
-  }
-
-  #clusters() {
-    const total = this.legend.counts.reduce((a, b) => a + b, 0);
-    this.items = this.legend.colours.map((colour, k) => {
-      const swatch = element("i");
-      swatch.style.background = colour;
-      return element("li", {}, swatch, `${k + 1}  ·  ${fixed((100 * this.legend.counts[k]) / total, 0)} %`);
-    });
-    return [element("ol", {}, ...this.items)];
-  }
-}
-
 // --- patch ----------------------------------------------------------------------------------------------
 
 /** The chosen patch: its picture and place at once, its genes and neighbours as they come. */
@@ -95,15 +37,6 @@ export function showPatch(slide, row, patches, actions) {
     alike: (scope, found) => places[scope].replaceChildren(...alike(scope, found, actions)),
     failed: (scope, line) => places[scope].replaceChildren(element("p", { className: "bad small" }, line)),
   };
-}
-
-function patchGenes(genes, actions) {
-  if (!genes.length) return [];
-  const rows = genes.slice(0, 8).map(({ gene, value, above }) => [geneButton(gene, actions), fixed(value), signed(above)]);
-  return [
-    element("h4", {}, "Genes ", element("small", {}, "by which it stands out of the slide")),
-    table(["Gene", "predicted", "SD above mean"], rows),
-  ];
 }
 
 function alike(scope, found, actions) {
@@ -126,6 +59,8 @@ function alikeButton(scope, one, actions) {
 
 // --- region ---------------------------------------------------------------------------------------------
 
+const small = (p) => (p < 0.001 ? "< .001" : fixed(p, 3));
+
 export function showRegion(answer, actions) {
   const area = answer.area_mm2 >= 0.01 ? `${fixed(answer.area_mm2)} mm²` : `${Math.round(answer.area_mm2 * 1e6).toLocaleString("en")} µm²`;
   const parts = [element("p", {}, `${count(answer.patches, "patch", "patches")}, ${area}`)];
@@ -145,19 +80,4 @@ function regionGenes(answer, actions) {
     table(head, rows),
     element("p", { className: "muted small" }, answer.note || ""),
   ];
-}
-
-// --- parts ----------------------------------------------------------------------------------------------
-
-const signed = (value) => `${value >= 0 ? "+" : ""}${fixed(value, 1)}`;
-const small = (p) => (p < 0.001 ? "< .001" : fixed(p, 3));
-
-function geneButton(gene, actions) {
-  const button = element("button", { type: "button", onclick: () => actions.gene(gene), title: `Show ${gene} on the slide` }, gene);
-  return button;
-}
-
-function table(head, rows) {
-  const cells = (tag, values) => element("tr", {}, ...values.map((value) => element(tag, {}, value)));
-  return element("table", {}, element("thead", {}, cells("th", head)), element("tbody", {}, ...rows.map((row) => cells("td", row))));
 }
