@@ -269,7 +269,7 @@ def test_two_signatures_of_one_name_are_both_there(features, decoder, tmp_path):
 
 
 def test_overlapping_patches_are_told(html):
-    assert "Patches overlap: a colour fills the upper left of its patch" in html
+    assert "Patches overlap: a colour fills the middle of its patch" in html
 
 
 def test_attention_over_other_patches_is_left_out_and_that_is_said(features, tmp_path):

@@ -288,7 +288,7 @@ def _notes(features: SlideFeatures, overview: Overview) -> list[str]:
         words = "1 patch" if unread == 1 else f"{unread:,} patches"
         notes.append(f"{words} could not be read: what is shown there means nothing.")
     if features.grid.overlap_px:
-        notes.append("Patches overlap: a colour fills the upper left of its patch, up to the next one.")
+        notes.append("Patches overlap: a colour fills the middle of its patch, as wide as their distance.")
     if len(features.grid):
         notes.append(
             "Colours of embedding and clusters are fitted to this slide alone; on another they differ."
