@@ -345,6 +345,21 @@ def test_the_command_finds_patches_and_writes_them(out, slides, tmp_path):
     assert len(done.stdout.splitlines()) == 4
 
 
+def test_the_command_makes_an_index_of_a_run_and_not_of_a_part(out, slides, tmp_path):
+    pytest.importorskip("faiss")
+    x, y = (slides[0].grid.xy_l0[0] + 10).tolist()
+    asked = ["--patch", f"{slides[0].path.stem}:{x},{y}", "-k", 3, "-o", tmp_path]
+    exact = run("search", out, *asked).stdout.splitlines()
+    done = run("search", out, *asked, "--index", "build")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].startswith("3 slides added, 0 changed, 0 dropped, 0 kept -> ")
+    assert done.stdout.splitlines()[1:] == exact
+    assert run("search", out, *asked, "--index", "use").stdout.splitlines() == exact
+    done = run("search", slides[0].path, *asked, "--index", "build")
+    assert done.returncode == 2
+    assert "--index build is of a whole run" in done.stderr
+
+
 def test_the_command_tells_the_genes_of_a_region(out, slides, tmp_path):
     grid = slides[0].grid
     x0, y0 = grid.xy_l0[0].tolist()
@@ -380,6 +395,7 @@ def test_a_slide_that_has_moved_costs_the_sheet_only(drawn_slides, tiny, tmp_pat
         (["--gene", "CD24", "-k", "0"], "allowed: 1 or more"),
         (["--patch", "slide_0000:999999,0"], "no patch of slide_0000 holds"),
         (["--image", "x.png"], "give its µm/px as --image-mpp"),
+        (["--profile", "none.csv"], "cannot read none.csv; give a table of genes and counts"),
         (["--region", "slide_0000"], "type SLIDE:FILE.geojson"),
         (["--gene", "CD24", "--index", "use", "--per-slide", "0"], "allowed: 1 or more"),
     ],

@@ -197,7 +197,15 @@ def _index(slides: list[SlideFeatures], args: argparse.Namespace) -> Index:
     from seal_extract.genes.faiss_index import build, index_folder, open_index
 
     folder = index_folder(slides)
-    return build(slides, folder) if args.index == "build" else open_index(slides, folder)
+    if args.index == "use":
+        return open_index(slides, folder)
+    if any(path.is_file() for path in args.features):
+        raise UsageError(
+            "--index build is of a whole run, for it drops what it is not given; give the run's -o"
+        )
+    index = build(slides, folder)
+    print(f"{index.changes} -> {folder}")
+    return index
 
 
 # --- what is written ----------------------------------------------------------------------------
