@@ -1,14 +1,18 @@
 """Cohorts of small slides, good and broken, made quickly: links to a few drawn ones."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
+import warnings
 
 import h5py
 import numpy as np
 import pytest
 from PIL import Image
 
+from seal_extract.cli import main
 from seal_extract.synthetic import write_synthetic_slide
 
 SIZE_PX = (1400, 1100)
@@ -96,3 +100,15 @@ def contents(out):
         with h5py.File(path) as file:
             found[path.name] = (file["features"][()].tobytes(), file["coords"][()].tobytes())
     return found
+
+
+def run_here(*words):
+    """The command line in this process, which has imported everything before; as `run`."""
+    out, err = io.StringIO(), io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        warnings.simplefilter("default")
+        try:
+            status = main([str(word) for word in words])
+        except SystemExit as exc:  # argparse's
+            status = exc.code
+    return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())

@@ -7,7 +7,7 @@ import sys
 import h5py
 import numpy as np
 import pytest
-from cohort_fixtures import run
+from cohort_fixtures import run_here as run
 from PIL import Image
 
 from seal_extract import extract, load_encoder

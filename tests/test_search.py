@@ -5,7 +5,8 @@ import json
 
 import numpy as np
 import pytest
-from cohort_fixtures import link_cohort, run
+from cohort_fixtures import link_cohort
+from cohort_fixtures import run_here as run
 from PIL import Image
 
 from seal_extract import extract, load_encoder, open_slide

@@ -16,7 +16,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from cohort_fixtures import run
+from cohort_fixtures import run_here as run
 from PIL import Image
 from viewer_fixtures import Page
 

@@ -89,6 +89,7 @@ def write_expression(
         "unit": LOG1P,
         "genes_named": decoder.genes is not None,
         "decoder": {"name": decoder.name, "weights": decoder.weights.sha256},
+        "grid": features.provenance["grid"],
         "features": features.provenance,
     }
     found = find_expression(path)
