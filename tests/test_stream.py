@@ -4,6 +4,7 @@ import _thread
 import gc
 import os
 import shutil
+import signal
 import threading
 import time
 from types import SimpleNamespace
@@ -182,7 +183,15 @@ def test_a_stream_closed_early_leaves_nothing_half_written(slides, tmp_path):
         next(stream)
 
 
-@pytest.mark.usefixtures("no_threads_left")
+@pytest.fixture
+def ctrl_c_interrupts():
+    """As in a terminal; a shell starts what runs in its background with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("no_threads_left", "ctrl_c_interrupts")
 @pytest.mark.parametrize("after", [1, 3, 6])
 def test_ctrl_c_leaves_nothing_half_written(slides, tmp_path, after):
     calls = []
