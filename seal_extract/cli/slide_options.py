@@ -20,6 +20,10 @@ commands:
   seal-extract evaluate ...       how much of gene expression an encoder's embeddings hold
   seal-extract verify FOLDER      is all of it as CLAM, TRIDENT, Patho-Bench, STAMP or MIL-Lab reads it
   seal-extract export FOLDER      a finished run in another layout, AnnData or SpatialData
+  seal-extract genes OUT ...      predicted expression of a finished run: tables and heat maps
+  seal-extract search OUT ...     its patches by gene, signature, profile, patch or picture; genes of a region
+  seal-extract view OUT           all of it in the browser
+  seal-extract report OUT         a slide in one HTML file, to mail
 
 example:
   seal-extract slide.svs -o out --encoder seal-conch
