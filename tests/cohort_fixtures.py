@@ -35,6 +35,22 @@ def encoder(encoder_folder):
 
 
 @pytest.fixture(scope="session")
+def tiny():
+    """The bundled encoder."""
+    from seal_extract import load_encoder
+
+    return load_encoder("seal-tiny", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def decoder():
+    """Its decoder alone."""
+    from seal_extract.genes.decoder import load_decoder
+
+    return load_decoder("seal-tiny")
+
+
+@pytest.fixture(scope="session")
 def drawn_slides(tmp_path_factory):
     """A few different slides of some patches each."""
     return draw_slides(tmp_path_factory.mktemp("drawn"))

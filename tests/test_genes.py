@@ -26,16 +26,6 @@ from seal_extract.view.origin import open_origin
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    return load_encoder("seal-tiny", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def decoder():
-    return load_decoder("seal-tiny")
-
-
-@pytest.fixture(scope="module")
 def finished(drawn_slides, tiny, tmp_path_factory):
     """Features of a few drawn slides by the bundled encoder."""
     out = tmp_path_factory.mktemp("finished")
@@ -229,6 +219,17 @@ def test_the_command_refuses_in_one_line(finished, words, answer):
     assert done.returncode == 2
     assert answer in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_two_slides_of_one_name_are_not_written_over_each_other(finished, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "s.h5").write_bytes(finished[0].path.read_bytes())
+    files = [tmp_path / folder / "s.h5" for folder in ("a", "b")]
+    done = run("genes", *files, "--genes", "CD24", "-o", tmp_path / "out")
+    assert done.returncode == 2
+    assert "would both become s.h5; give them in two commands, each with its own -o" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 # --- at scale ---------------------------------------------------------------------------------

@@ -9,10 +9,9 @@ from cohort_fixtures import link_cohort
 from cohort_fixtures import run_here as run
 from PIL import Image
 
-from seal_extract import extract, load_encoder, open_slide
+from seal_extract import extract, open_slide
 from seal_extract.cohort import extract_cohort
 from seal_extract.errors import OutputError, UsageError
-from seal_extract.genes.decoder import load_decoder
 from seal_extract.genes.index import ExactIndex
 from seal_extract.genes.omics import load_omics
 from seal_extract.genes.predict import predict_genes
@@ -30,16 +29,6 @@ from seal_extract.geojson import Polygon, inside_polygons
 from seal_extract.grid import PatchGrid
 from seal_extract.store import grid_fields, list_features, read_features, write_rows
 from seal_extract.view.contact_sheet import read_patch
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return load_encoder("seal-tiny", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def decoder():
-    return load_decoder("seal-tiny")
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,6 @@ from viewer_fixtures import Page
 
 from seal_extract import ExtractOptions, extract, read_features
 from seal_extract.errors import OutputError, UsageError
-from seal_extract.genes.decoder import load_decoder
 from seal_extract.genes.predict import moments, predict_genes, signature_scores
 from seal_extract.genes.signature import Signature
 from seal_extract.grid import PatchGrid
@@ -34,11 +33,6 @@ from seal_extract.view.report import is_report, report_path, write_slide_report
 pytest.importorskip("xstatic.pkg.leaflet")
 
 EPITHELIUM = Signature("Epithelium <b>", {"EPCAM": 1.0, "KRT8": 1.0})
-
-
-@pytest.fixture(scope="module")
-def decoder():
-    return load_decoder("seal-tiny")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,22 +76,13 @@ def add_slides(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """A line per slide; 1 if any failed."""
-    from seal_extract.genes.decoder import decoder_of
-    from seal_extract.genes.panel import read_panel
-    from seal_extract.genes.predict import signature_scores
+    from seal_extract.genes.predict import expression_path, signature_scores
     from seal_extract.genes.signature import read_signature
 
     forms = _forms(args)
     slides = finished_features(args.features, args.encoder)
-    panel = None if args.panel is None else read_panel(args.panel)
-    decoder = decoder_of(
-        slides[0].provenance,
-        encoder=args.encoder,
-        checkpoint=args.checkpoint,
-        panel=panel,
-        offline=args.offline,
-    )
-    same_encoder(slides)
+    one_file_each(slides, lambda slide: expression_path(slide, args.out))
+    decoder = decoder_for(slides, args)
     columns = _columns(args, decoder)
     signatures = [read_signature(text) for text in args.signature]
     for signature in signatures:
@@ -129,19 +120,41 @@ def finished_features(paths: Sequence[Path], encoder: str | None) -> list[SlideF
     return wanted
 
 
-def same_encoder(slides: Sequence[SlideFeatures]) -> None:
-    """Hold slides to one encoder.
+def decoder_for(slides: Sequence[SlideFeatures], args: argparse.Namespace) -> GeneDecoder:
+    """The decoder of the one encoder that made all of these, as the options of `add_decoder` say.
 
     Raises:
-        UsageError: they were made by different ones of one name.
+        SealExtractError: see `decoder_of`, and `check_one_encoder`.
     """
-    first = slides[0].provenance["request"]["encoder"]
-    for slide in slides[1:]:
-        if slide.provenance["request"]["encoder"] != first:
+    from seal_extract.genes.decoder import decoder_of
+    from seal_extract.genes.index import check_one_encoder
+    from seal_extract.genes.panel import read_panel
+
+    check_one_encoder(slides)
+    return decoder_of(
+        slides[0].provenance,
+        encoder=args.encoder,
+        checkpoint=args.checkpoint,
+        panel=None if args.panel is None else read_panel(args.panel),
+        offline=args.offline,
+    )
+
+
+def one_file_each(slides: Sequence[SlideFeatures], path_of: Callable[[SlideFeatures], Path]) -> None:
+    """Refuse two slides that would be written to one file.
+
+    Raises:
+        UsageError: there are two.
+    """
+    seen: dict[Path, Path] = {}
+    for features in slides:
+        path = path_of(features)
+        if path in seen:
             raise UsageError(
-                f"{slide.path} was made by another {first['name']} than {slides[0].path}; "
-                "give files of one encoder"
+                f"{seen[path]} and {features.path} would both become {path.name}; give them in two commands, "
+                "each with its own -o"
             )
+        seen[path] = features.path
 
 
 def _forms(args: argparse.Namespace) -> list[str]:
@@ -184,12 +197,14 @@ def _one(
     args: argparse.Namespace,
 ) -> str:
     """Write what was asked for of one slide; what was written, in words."""
+    from seal_extract.genes.decoder import column_names
     from seal_extract.genes.predict import LOG1P, expression_path, predict_genes, predicted, write_expression
     from seal_extract.geojson import write_patches
     from seal_extract.scverse import write_h5ad
 
     path, written = expression_path(slide, args.out), []
-    genes = [decoder.genes[i] if decoder.genes else f"column {i}" for i in columns]
+    names = column_names(decoder)
+    genes = [names[i] for i in columns]
     if columns and "h5" in forms:
         write_expression(slide, decoder, path, columns, overwrite=args.overwrite)
         written.append(path)

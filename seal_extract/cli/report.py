@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seal_extract.cli.fail import fail
-from seal_extract.cli.genes import add_decoder, add_slides, finished_features, same_encoder
+from seal_extract.cli.genes import add_decoder, add_slides, decoder_for, finished_features, one_file_each
 from seal_extract.cli.options import add_common
 from seal_extract.errors import EncoderError, SealExtractError, UsageError
 
@@ -55,14 +55,15 @@ def report_parser() -> argparse.ArgumentParser:
 
 def run_report(args: argparse.Namespace) -> int:
     """A line per slide; 1 if any failed."""
+    from seal_extract.genes.index import check_one_encoder
     from seal_extract.genes.signature import read_signature
-    from seal_extract.view.report import check_side
+    from seal_extract.view.report import check_side, report_path
 
     check_side(args.max_px)
     slides = finished_features(args.features, args.encoder)
-    same_encoder(slides)
-    _one_each(slides, args.out)
-    decoder = _decoder(args, slides[0].provenance)
+    check_one_encoder(slides)
+    one_file_each(slides, lambda slide: report_path(slide, args.out))
+    decoder = _decoder(args, slides)
     genes = [g.strip() for g in args.genes.split(",") if g.strip()] if args.genes else None
     signatures = [read_signature(text) for text in args.signature]
     if decoder is not None:  # what no slide can have is told once
@@ -99,28 +100,11 @@ def _one(features: SlideFeatures, wanted: dict[str, Any], args: argparse.Namespa
     return f"{len(features.grid):,} patches, {path.stat().st_size / 1e6:.1f} MB -> {path}"
 
 
-def _one_each(slides: Sequence[SlideFeatures], out: Path | None) -> None:
-    """Refuse two slides that would be written to one file."""
-    from seal_extract.view.report import report_path
-
-    seen: dict[Path, Path] = {}
-    for features in slides:
-        path = report_path(features, out)
-        if path in seen:
-            raise UsageError(
-                f"{seen[path]} and {features.path} would both become {path.name}; give them in two commands, "
-                "each with its own -o"
-            )
-        seen[path] = features.path
-
-
-def _decoder(args: argparse.Namespace, provenance: dict[str, Any]) -> GeneDecoder | None:
+def _decoder(args: argparse.Namespace, slides: Sequence[SlideFeatures]) -> GeneDecoder | None:
     """The decoder; None where it has none and no gene was asked for, which is said."""
     from seal_extract.encoders.registry import list_encoders
-    from seal_extract.genes.decoder import decoder_of
-    from seal_extract.genes.panel import read_panel
 
-    asked, name = bool(args.genes or args.signature or args.panel), provenance["encoder"]["name"]
+    asked, name = bool(args.genes or args.signature or args.panel), slides[0].provenance["encoder"]["name"]
     if args.no_genes and asked:
         raise UsageError(
             "--no-genes leaves the decoder out that --signature and --panel need; type one of them"
@@ -131,15 +115,8 @@ def _decoder(args: argparse.Namespace, provenance: dict[str, Any]) -> GeneDecode
     if not asked and published is not None and not published.decoder:  # its file may have gigabytes
         _tell(f"{name} has no expression decoder; the pages have no genes")
         return None
-    panel = None if args.panel is None else read_panel(args.panel)
     try:
-        return decoder_of(
-            provenance,
-            encoder=args.encoder,
-            checkpoint=args.checkpoint,
-            panel=panel,
-            offline=args.offline,
-        )
+        return decoder_for(slides, args)
     except EncoderError as exc:
         if asked or type(exc) is not EncoderError:  # a damaged file or no network is another matter
             raise

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from seal_extract.cli.fail import fail
-from seal_extract.cli.genes import add_decoder, add_slides, finished_features, same_encoder
+from seal_extract.cli.genes import add_decoder, add_slides, decoder_for, finished_features
 from seal_extract.cli.options import add_common, mpp
 from seal_extract.errors import SealExtractError, UsageError
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from seal_extract.genes.decoder import GeneDecoder
     from seal_extract.genes.index import Index
     from seal_extract.genes.region import RegionGenes
     from seal_extract.genes.search import Found
@@ -75,8 +74,10 @@ def search_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Print what was found, then where it was written."""
+    from seal_extract.genes.index import check_one_encoder
+
     slides = finished_features(args.features, args.encoder)
-    same_encoder(slides)
+    check_one_encoder(slides)
     if args.region is not None:
         return _genes_of_region(slides, args)
     found = _find(slides, args)
@@ -91,7 +92,7 @@ def _find(slides: list[SlideFeatures], args: argparse.Namespace) -> list[Found]:
     from seal_extract.genes.signature import Signature, read_signature
 
     if args.gene is not None or args.signature is not None:
-        decoder = _decoder(slides[0], args)
+        decoder = decoder_for(slides, args)
         if args.gene is not None:
             decoder.columns([args.gene])
             signature = Signature(args.gene, {args.gene: 1.0})
@@ -109,16 +110,6 @@ def _find(slides: list[SlideFeatures], args: argparse.Namespace) -> list[Found]:
     else:
         query = _query_of_image(slides[0], args)
     return _index(slides, args).search(query, args.k, skip=skip)
-
-
-def _decoder(slide: SlideFeatures, args: argparse.Namespace) -> GeneDecoder:
-    from seal_extract.genes.decoder import decoder_of
-    from seal_extract.genes.panel import read_panel
-
-    panel = None if args.panel is None else read_panel(args.panel)
-    return decoder_of(
-        slide.provenance, encoder=args.encoder, checkpoint=args.checkpoint, panel=panel, offline=args.offline
-    )
 
 
 def _query_of_profile(slide: SlideFeatures, args: argparse.Namespace) -> NDArray[np.float32]:
@@ -258,7 +249,7 @@ def _genes_of_region(slides: list[SlideFeatures], args: argparse.Namespace) -> i
         raise UsageError(f"--region {args.region!r}; type SLIDE:FILE.geojson, of areas drawn in QuPath")
     slide = _named(slides, name)
     polygons, _ = read_polygons(Path(file))
-    decoder = _decoder(slide, args)
+    decoder = decoder_for([slide], args)
     inside = patches_inside(slide.grid, polygons)
     found = region_genes(slide, decoder, inside, permutations=args.permutations)
     _print_genes(found, len(slide.grid))

@@ -110,6 +110,11 @@ class GeneDecoder:
         return self.genes
 
 
+def column_names(decoder: GeneDecoder) -> tuple[str, ...]:
+    """The gene of each column; ``column 0``, ``column 1``, ... where nobody has named them."""
+    return decoder.genes or tuple(f"column {i}" for i in range(decoder.n_genes))
+
+
 def unknown_gene(name: str, known: Sequence[str], of: str) -> str:
     """The message about a gene that is not in the panel, with the nearest names."""
     lower = {gene.lower(): gene for gene in known}

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.errors import OutputError, UsageError
-from seal_extract.genes.decoder import GeneDecoder
+from seal_extract.genes.decoder import GeneDecoder, column_names
 from seal_extract.genes.signature import Signature
 from seal_extract.store import DAMAGED, SlideFeatures, read_pieces, read_provenance, write_rows
 
@@ -83,7 +83,8 @@ def write_expression(
         UsageError: features of another width.
     """
     wanted = range(decoder.n_genes) if columns is None else columns
-    genes = tuple(decoder.genes[i] if decoder.genes else f"column {i}" for i in wanted)
+    names = column_names(decoder)
+    genes = tuple(names[i] for i in wanted)
     provenance = {
         "kind": EXPRESSION,
         "unit": LOG1P,

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from seal_extract.errors import UsageError
-from seal_extract.genes.decoder import GeneDecoder
+from seal_extract.genes.decoder import GeneDecoder, column_names
 from seal_extract.genes.predict import predicted
 from seal_extract.geojson import Polygon, inside_polygons
 from seal_extract.grid import PatchGrid
@@ -98,7 +98,7 @@ def region_genes(
         (1 + as_large[k * permutations : (k + 1) * permutations].sum(0)) / (1 + permutations) for k in (0, 1)
     )
     order = np.argsort(-effect, kind="stable")
-    names = decoder.genes or tuple(f"column {i}" for i in range(decoder.n_genes))
+    names = column_names(decoder)
     return RegionGenes(
         tuple(names[i] for i in order),
         *(mean_in[order], mean_out[order], effect[order], p_patches[order], p_pieces[order]),
