@@ -67,12 +67,21 @@ def describe_options(slide: Path, options: ExtractOptions, name: str | None = No
     return choices
 
 
-def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
-    """The first entry in which two requests differ, in words; None if they are equal."""
+def first_difference(
+    old: dict[str, Any], new: dict[str, Any], missing: dict[str, Any] | None = None
+) -> str | None:
+    """The first entry in which two requests differ, in words; None if they are equal.
+
+    Args:
+        old: of a file, whose version may not have known all of today's options.
+        new: of this run.
+        missing: what entries count as that are missing; an option has its default.
+    """
+    missing = missing or {}
     for key in dict.fromkeys([*old, *new]):
-        before, after = old.get(key), new.get(key)
+        before, after = (request.get(key, missing.get(key)) for request in (old, new))
         if isinstance(before, dict) and isinstance(after, dict):
-            deeper = first_difference(before, after)
+            deeper = first_difference(before, after, vars(ExtractOptions()) if key == "options" else None)
             if deeper:
                 return f"{key} {deeper}"
         elif before != after:

@@ -201,6 +201,20 @@ def test_a_file_of_other_options_is_not_taken_for_done(finished, svs, encoder, n
         extract(svs, encoder, finished[1], options=ExtractOptions(**options))
 
 
+def test_an_option_that_an_older_version_did_not_have_counts_as_its_default(
+    finished, svs, encoder, tmp_path, no_work
+):
+    older = tmp_path / finished[0].path.name
+    older.write_bytes(finished[0].path.read_bytes())
+    with h5py.File(older, "r+") as file:
+        provenance = json.loads(file.attrs["seal_extract"])
+        del provenance["request"]["options"]["overlap_px"]
+        file.attrs["seal_extract"] = json.dumps(provenance)
+    assert extract(svs, encoder, tmp_path, options=ExtractOptions(layout="flat")).path == older
+    with pytest.raises(OutputError, match=r"\(options overlap_px 0, now 32\)"):
+        extract(svs, encoder, tmp_path, options=ExtractOptions(layout="flat", overlap_px=32))
+
+
 def test_a_file_of_other_weights_is_not_taken_for_done(finished, svs, tmp_path, no_work):
     other = load_encoder(write_untrained_encoder(tmp_path, seed=1), device="cpu")
     with pytest.raises(OutputError, match=r"\(encoder weights "):
