@@ -1,6 +1,10 @@
 """The viewer's page in a real browser, by pointer and by keyboard alone."""
 
+import json
+
+import numpy as np
 import pytest
+from PIL import Image
 from viewer_fixtures import Page, gallery_of, serving
 
 pytest.importorskip("uvicorn")
@@ -108,6 +112,56 @@ def test_a_region_is_drawn_by_clicks(page):
     assert "mm²" in page.text("#region")
     page.click("#clear")
     assert page.text("#region") == ""
+
+
+def test_regions_are_kept_with_a_class_and_saved_for_qupath(page, tmp_path, viewer_out):
+    from seal_extract.genes.region import patches_inside
+    from seal_extract.geojson import read_polygons
+    from seal_extract.store import read_features
+
+    for name in ("Tumor", "Immune cells"):
+        page.keys("r")
+        page.until("return !document.getElementById('keep').hidden")
+        field = page.driver.find_element("id", "region-class")
+        field.clear()
+        field.send_keys(name)
+        page.click("#keep button")
+        page.keys("+")
+    assert page.look("[...document.querySelectorAll('#kept li')].map(e => e.innerText)") == [
+        *("1. Tumor\n×", "2. Immune cells\n×")
+    ]
+    path = page.saved(tmp_path / "saved", lambda: page.click("#save-regions"))
+    assert path.name == "slide_0_regions.geojson"
+    collection = json.loads(path.read_text())
+    assert [f["properties"]["classification"]["name"] for f in collection["features"]] == [
+        *("Tumor", "Immune cells")
+    ]
+    features = read_features(next(viewer_out.rglob("features_seal-tiny/slide_0.h5")))
+    inside = patches_inside(features.grid, read_polygons(path)[0])
+    assert 0 < inside.sum() < len(features.grid)
+    page.click("#kept li:first-child button:last-child")
+    page.keys("]")
+    page.until_text("#name", "slide_1")
+    assert page.look("document.querySelectorAll('#kept li').length") == 0
+    page.keys("[")
+    page.until_text("#kept", "1. Immune cells")
+    page.click("#kept button:last-child")
+
+
+def test_the_view_is_saved_as_a_picture_with_its_legend(page, tmp_path):
+    page.keys("e")
+    page.painted()
+    assert page.legend_hides_nothing()
+    path = page.saved(tmp_path / "saved", lambda: page.keys("i"))
+    assert path.name == "slide_0_Embedding.png"
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    map_px = page.look("document.getElementById('map').clientHeight") * 2
+    assert pixels.shape[0] > map_px  # the legend has room of its own below
+    assert len(np.unique(pixels[: map_px : 8, ::8].reshape(-1, 3), axis=0)) > 100  # tissue and colours
+    below = pixels[map_px + 4 :]
+    assert (below == 255).all(-1).mean() > 0.5
+    assert (below < 60).all(-1).any()  # text and scale bar
 
 
 def test_everything_is_reached_by_keyboard_alone(page):

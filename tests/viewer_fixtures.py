@@ -178,6 +178,26 @@ class Page:
             box, round(across), round(down)
         ).click().perform()
 
+    def saved(self, folder, act):
+        """The one file that an action has the browser save."""
+        folder.mkdir()
+        where = {"behavior": "allow", "downloadPath": str(folder)}
+        self.driver.execute_cdp_cmd("Browser.setDownloadBehavior", where)
+        act()
+        deadline = time.monotonic() + WAIT_S
+        while not (done := [p for p in folder.iterdir() if p.suffix != ".crdownload" and p.stat().st_size]):
+            assert time.monotonic() < deadline, "nothing was saved"
+            time.sleep(0.05)
+        return done[0]
+
+    def legend_hides_nothing(self):
+        """Whether the middle of every part of the map but scale and zoom belongs to the map."""
+        return self.look(
+            "(() => { const b = document.getElementById('map').getBoundingClientRect();"
+            "return [0.1, 0.3, 0.5, 0.7].every(y => [0.05, 0.2, 0.5, 0.8].every(x =>"
+            "document.elementFromPoint(b.left + x * b.width, b.top + y * b.height).closest('#map'))) })()"
+        )
+
     def painted(self):
         """Whether the picture of colours has loaded, with its pixels as they are."""
         self.until("const i = document.querySelector('img.pixels'); return i && i.naturalWidth > 0")

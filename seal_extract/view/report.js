@@ -1,6 +1,7 @@
 // The page of one slide, with all of it inside: which colours are shown, what was chosen; and the keys for it.
 /* global L */
 import { geneCombo } from "./viewer_combo.js";
+import { saveFigure } from "./viewer_figure.js";
 import { Legend } from "./viewer_legend.js";
 import { Patches, Stage } from "./viewer_map.js";
 import { $, element, facts, fixed, patchGenes } from "./viewer_parts.js";
@@ -181,6 +182,15 @@ function topGenes(row) {
   return found.sort((a, b) => b.above - a.above);
 }
 
+// --- a picture ------------------------------------------------------------------------------------------
+
+function takePicture() {
+  const { layer } = state;
+  const predicted = ["genes", "signatures"].includes(state.kind) ? ", predicted from the picture, not measured" : "";
+  const lines = [[slide.name, ...(layer ? [`${slide.encoder}${predicted}`] : [])].join(" · ")];
+  saveFigure([slide.name, ...(layer ? [layer.legend.title] : [])].join("_"), lines, layer && layer.legend);
+}
+
 // --- pointer, fields, keys ------------------------------------------------------------------------------
 
 const press = (id) => () => $(id).click();
@@ -188,7 +198,7 @@ const nearest = () => patches.length && choosePatch(stage.middle());
 const KEYS = {
   "?": () => $("help").showModal(), f: () => stage.fit(), "/": typeGene, p: nearest,
   n: () => setKind("none"), e: () => setKind("embedding"), c: () => setKind("clusters"), a: () => setKind("attention"),
-  t: press("tissue"), g: press("grid"), s: press("grey"),
+  t: press("tissue"), g: press("grid"), s: press("grey"), i: takePicture,
   ",": () => setOpacity(Number($("opacity").value) - 10), ".": () => setOpacity(Number($("opacity").value) + 10),
   "+": () => stage.map.zoomIn(), "-": () => stage.map.zoomOut(),
 };
@@ -215,6 +225,7 @@ function listen() {
   $("zoom-in").addEventListener("click", () => stage.map.zoomIn());
   $("zoom-out").addEventListener("click", () => stage.map.zoomOut());
   $("zoom-fit").addEventListener("click", () => stage.fit());
+  $("save-figure").addEventListener("click", takePicture);
   $("show-help").addEventListener("click", () => $("help").showModal());
   $("close-help").addEventListener("click", () => $("help").close());
 }

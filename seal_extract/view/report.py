@@ -244,6 +244,7 @@ def _data(
     return {
         "slide": {
             "name": features.path.stem,
+            "encoder": features.provenance["encoder"]["name"],
             "size_l0": list(slide.size_l0),
             "mpp": slide.mpp,
             "zooms": ceil(log2(max(1.0, max(slide.size_l0) / TILE_PX))) + 1,

@@ -2,17 +2,20 @@
 import { address, ask, askBytes, setVersion } from "./viewer_api.js";
 import { geneCombo } from "./viewer_combo.js";
 import { Draw } from "./viewer_draw.js";
+import { saveFigure } from "./viewer_figure.js";
 import { Legend } from "./viewer_legend.js";
 import { Patches, Stage } from "./viewer_map.js";
 import { showFacts, showPatch, showRegion } from "./viewer_panels.js";
 import { $, count, element } from "./viewer_parts.js";
+import { Regions } from "./viewer_regions.js";
 import { slideTiles } from "./viewer_tiles.js";
 
 const stage = new Stage(slideTiles);
 const legend = new Legend();
 const draw = new Draw(stage, takeRegion);
+const regions = new Regions(stage, takeRegion);
 const combo = geneCombo(suggestGenes, takeGene);
-const state = { slides: [], encoder: "", slide: null, patches: null, patch: -1, kind: "none", genes: null, gene: "" };
+const state = { slides: [], encoder: "", slide: null, patches: null, patch: -1, kind: "none", genes: null, gene: "", region: null };
 const turns = {}; // the latest question of each kind: answers to earlier ones are dropped
 
 /** Run an asynchronous step; if another of its kind began meanwhile, what follows is not done. */
@@ -84,6 +87,7 @@ function showSlide(slide, xy, patch) {
   showFacts(slide, state.slides[slide.index], state.encoder);
   offer(slide);
   forget();
+  regions.open(slide);
   colour();
   if (patch >= 0 && patch < state.patches.length) choosePatch(patch, true);
   if (state.genes === null) stage.tiles.once("load", askGenes);
@@ -226,8 +230,9 @@ const actions = {
 
 function takeRegion(polygon) {
   const { index } = state.slide;
+  state.region = polygon;
   stage.outlineRegion(polygon);
-  $("clear").hidden = false;
+  $("clear").hidden = $("keep").hidden = false;
   $("region").replaceChildren(element("p", { className: "muted" }, "Comparing…"));
   const body = JSON.stringify({ polygon });
   const send = { method: "POST", body, headers: { "Content-Type": "application/json" } };
@@ -239,9 +244,26 @@ function takeRegion(polygon) {
 
 function clearRegion() {
   turns.region = (turns.region || 0) + 1;
+  state.region = null;
   stage.outlineRegion(null);
-  $("clear").hidden = true;
+  $("clear").hidden = $("keep").hidden = true;
   $("region").replaceChildren();
+}
+
+function keepRegion() {
+  if (!state.region) return;
+  regions.keep(state.region, $("region-class").value);
+  clearRegion();
+}
+
+// --- a picture ------------------------------------------------------------------------------------------
+
+function takePicture() {
+  if (!state.slide) return;
+  const { name } = state.slide;
+  const shown = legend.legend;
+  const made = state.kind === "none" ? [] : [`${state.encoder}${state.kind === "genes" ? ", predicted from the picture, not measured" : ""}`];
+  saveFigure([name, ...(shown ? [shown.title] : [])].join("_"), [[name, ...made].join(" · ")], shown);
 }
 
 const toggleDraw = () => state.slide && (draw.on ? draw.leave() : draw.begin());
@@ -266,6 +288,9 @@ function listen() {
   $("draw").addEventListener("click", toggleDraw);
   $("middle").addEventListener("click", middleRegion);
   $("clear").addEventListener("click", clearRegion);
+  $("keep").addEventListener("submit", (event) => { event.preventDefault(); keepRegion(); });
+  $("save-regions").addEventListener("click", () => regions.save());
+  $("save-figure").addEventListener("click", takePicture);
   $("zoom-in").addEventListener("click", () => stage.map.zoomIn());
   $("zoom-out").addEventListener("click", () => stage.map.zoomOut());
   $("zoom-fit").addEventListener("click", () => stage.fit());
@@ -283,7 +308,7 @@ const press = (id) => () => $(id).click();
 const KEYS = {
   "?": () => $("help").showModal(), f: () => stage.fit(), "[": () => step(-1), "]": () => step(1),
   n: () => setKind("none"), e: () => setKind("embedding"), c: () => setKind("clusters"), a: () => setKind("attention"),
-  "/": typeGene, t: press("tissue"), g: press("grid"), s: press("grey"), d: toggleDraw, r: middleRegion,
+  "/": typeGene, t: press("tissue"), g: press("grid"), s: press("grey"), d: toggleDraw, r: middleRegion, k: keepRegion, i: takePicture,
   ",": () => setOpacity(Number($("opacity").value) - 10), ".": () => setOpacity(Number($("opacity").value) + 10),
   "+": () => stage.map.zoomIn(), "=": () => stage.map.zoomIn(), "-": () => stage.map.zoomOut(),
   p: () => state.patches && choosePatch(stage.middle()),

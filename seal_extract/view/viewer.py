@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
 HERE = Path(__file__).parent
-SCRIPTS = ("", "_api", "_combo", "_draw", "_legend", "_map", "_panels", "_parts", "_tiles")
+SCRIPTS = (
+    *("", "_api", "_combo", "_draw", "_figure", "_legend", "_map", "_panels", "_parts", "_regions", "_tiles"),
+)
 OWN_FILES = ("viewer.html", "viewer.css", "viewer_icon.svg", *(f"viewer{part}.js" for part in SCRIPTS))
 LEAFLET = ("leaflet.js", "leaflet.css")
 MEDIA = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}

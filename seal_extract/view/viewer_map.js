@@ -151,7 +151,7 @@ export class Stage {
 
   clear() {
     this.paint(null);
-    for (const name of ["tiles", "outline", "grid", "marks", "region"]) {
+    for (const name of ["tiles", "outline", "grid", "marks", "region", "kept"]) {
       if (this[name]) this[name].remove();
       this[name] = null;
     }
@@ -241,6 +241,13 @@ export class Stage {
       L.polygon(corners, { color: "#000", weight: 5, fill: false, interactive: false }),
       L.polygon(corners, { color: ACCENT, weight: 2.5, fillOpacity: 0.08, interactive: false }),
     ]).addTo(this.map);
+  }
+
+  /** Show polygons that are kept, in place of those before. */
+  outlineKept(polygons) {
+    if (this.kept) this.kept.remove();
+    const style = { color: ACCENT, weight: 2, dashArray: "6 4", fill: false, interactive: false };
+    this.kept = L.layerGroup(polygons.map((ring) => L.polygon(ring.map(([x, y]) => [y, x]), style))).addTo(this.map);
   }
 
   /** Tiles reach a little over each other, or their scaled edges would show: by 2 pixels of the screen at most. */
