@@ -158,7 +158,7 @@ def test_the_view_is_saved_as_a_picture_with_its_legend(page, tmp_path):
         pixels = np.asarray(picture.convert("RGB"))
     map_px = page.look("document.getElementById('map').clientHeight") * 2
     assert pixels.shape[0] > map_px  # the legend has room of its own below
-    assert len(np.unique(pixels[: map_px : 8, ::8].reshape(-1, 3), axis=0)) > 100  # tissue and colours
+    assert len(np.unique(pixels[:map_px:8, ::8].reshape(-1, 3), axis=0)) > 100  # tissue and colours
     below = pixels[map_px + 4 :]
     assert (below == 255).all(-1).mean() > 0.5
     assert (below < 60).all(-1).any()  # text and scale bar

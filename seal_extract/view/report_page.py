@@ -15,7 +15,8 @@ from seal_extract.view.markup import Markup, fill_text
 
 HERE = Path(__file__).parent
 SCRIPTS = (  # in the order in which one needs the other
-    *("viewer_parts.js", "viewer_figure.js", "viewer_legend.js", "viewer_combo.js", "viewer_map.js", "report.js"),
+    *("viewer_parts.js", "viewer_figure.js", "viewer_legend.js", "viewer_combo.js", "viewer_map.js"),
+    "report.js",
 )
 IMPORT, EXPORT = re.compile(r"^import\b[^;]*;\n", re.M), re.compile(r"^export (?=\w)", re.M)
 
