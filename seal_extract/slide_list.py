@@ -10,12 +10,13 @@ import csv
 import glob
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from seal_extract import remote
 from seal_extract.errors import ResolutionError, SealExtractError, UsageError
+from seal_extract.folders import files_below, is_own
 from seal_extract.slide import Slide, open_slide
 
 SLIDE_SUFFIXES = {
@@ -25,6 +26,7 @@ SLIDE_SUFFIXES = {
 SEVERAL_FILES = (".mrxs", ".vms", ".vmu", ".dcm")
 SLIDE_COLUMNS = ("slide", "slide_id", "wsi")  # ours, CLAM's, TRIDENT's
 SEPARATOR = "__"  # between folder and name
+OWN = "made by seal-extract"
 MPP_TOLERANCE = 0.05  # by which table and file may differ
 
 Ignored = list[tuple[Path | str, str]]  # files, each with the reason
@@ -148,6 +150,8 @@ def list_slides(
             found, beside = _below(source)
         elif not source.exists() and glob.has_magic(str(source)):
             found, beside = _matching(str(source))
+        elif is_own(source):
+            raise UsageError(f"{source} was {OWN} and is no slide; give the slide that it was made of")
         else:
             found, beside = [SlideEntry.of(source)], []
         entries += found
@@ -203,7 +207,12 @@ def refuse_uncopied(entry: SlideEntry) -> None:
 
 
 def _below(folder: Path) -> tuple[list[SlideEntry], Ignored]:
-    found, ignored = _sort_out(_files(folder))
+    found, ignored = _sort_out(files_below(folder))
+    if not found and (OWN in (reason for _, reason in ignored)):
+        raise UsageError(
+            f"{folder} holds results of seal-extract and no slide; type: seal-extract verify {folder}, "
+            "or give the folder of the slides"
+        )
     if not found:
         raise UsageError(f"{folder} holds no slide; allowed: {' '.join(sorted(SLIDE_SUFFIXES))}")
     return found, ignored
@@ -218,20 +227,6 @@ def _matching(pattern: str) -> tuple[list[SlideEntry], Ignored]:
     return found, ignored
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """All files below, in order, through links but in no circle; not the inside of a slide of many files."""
-    seen: set[str] = set()
-    for here, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(here)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        slides = {Path(name).stem for name in files if name.lower().endswith(".mrxs")}
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in slides)
-        yield from (Path(here, name) for name in sorted(files) if not name.startswith("."))
-
-
 def _sort_out(files: Iterable[Path]) -> tuple[list[SlideEntry], Ignored]:
     files = list(files)
     vms = {path.parent for path in files if path.suffix.lower() in (".vms", ".vmu")}
@@ -240,7 +235,9 @@ def _sort_out(files: Iterable[Path]) -> tuple[list[SlideEntry], Ignored]:
     series: dict[str, Path] = {}
     for path in files:
         suffix = path.suffix.lower()
-        if suffix not in SLIDE_SUFFIXES:
+        if is_own(path):
+            ignored.append((path, OWN))
+        elif suffix not in SLIDE_SUFFIXES:
             ignored.append((path, f"{suffix or 'no suffix'} is no slide"))
         elif suffix in (".jpg", ".jpeg") and path.parent in vms:
             ignored.append((path, "part of the VMS slide beside it"))

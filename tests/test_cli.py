@@ -155,6 +155,51 @@ def test_an_empty_folder_exits_with_2(place, run, tmp_path):
     one_line(run(tmp_path, "--dry-run"), 2, "holds no slide; allowed: .bif .dcm")
 
 
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["verfy", "out"], "verify"),
+        (["serach", "out", "--patch", "a:1,2"], "search"),
+        (["Gene", "out", "--genes", "EPCAM"], "genes"),
+        (["-q", "verify", "out"], "verify"),
+    ],
+)
+def test_a_mistyped_command_is_named_and_nothing_is_touched(place, run, tmp_path, monkeypatch, words, meant):
+    monkeypatch.chdir(tmp_path)
+    assert run(place / "slides/a.svs", "-o", "out", "--encoder", place / "encoder")[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    one_line(
+        run(*words), 2, f"no file '{words[-2] if words[0] == '-q' else words[0]}'.* seal-extract {meant}$"
+    )
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_slide_may_be_called_like_a_command(place, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "verfy").mkdir()
+    shutil.copy(place / "slides/a.svs", tmp_path / "verfy")
+    assert run("verfy", "--dry-run")[0] == 0
+
+
+def test_results_are_never_slides_wherever_they_lie(place, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(place / "slides", tmp_path / "slides")
+    for out in ("slides", "slides/out"):
+        command = ("slides", "-o", out, "--encoder", place / "encoder")
+        assert run(*command)[0] == 0
+        (tmp_path / out / "20x_224px_0px_overlap" / "map.png").touch()
+        status, lines, err = run(*command, "--slide-mpp", "0.25", "--overwrite", "--verbose")
+        assert (status, err) == (0, [])
+        assert f"{out}/overlays: ignored, made by seal-extract" in lines
+        assert set(read_status(f"{out}/status.csv")) == {"", "a", "b"}
+    before = (tmp_path / "slides/out/status.csv").read_bytes()
+    for results in ("slides/out", "slides/out/overlays"):
+        one_line(run(results, "-o", "slides/out"), 2, "holds results of seal-extract and no slide; type: ")
+    one_line(run("slides/out/overlays/a.jpg", "--dry-run"), 2, "was made by seal-extract and is no slide")
+    one_line(run("slides/out/*/*.jpg", "--dry-run"), 2, "no slide matches")
+    assert (tmp_path / "slides/out/status.csv").read_bytes() == before
+
+
 def test_two_slides_of_one_name_are_kept_apart(place, run, tmp_path):
     for site in ("x", "y"):
         (tmp_path / site).mkdir()

@@ -21,6 +21,7 @@ READING = {
     "readers",
     "slide",
     "slide_list",
+    "folders",
     "remote",
     "overview",
     "evidence",

@@ -10,11 +10,13 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
 
 from seal_extract.cli import bench, encoders, evaluate, genes, report, search, train, verify, view
 from seal_extract.cli.fail import fail
 from seal_extract.cli.slide_options import slides_parser
-from seal_extract.errors import SealExtractError
+from seal_extract.errors import SealExtractError, UsageError
 
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "encoders": encoders.encoders_parser,
@@ -36,10 +38,10 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0, 1 for a failure, 2 for a usage error, 130 for Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] in PARSERS:
-        args = PARSERS[argv[0]]().parse_args(argv[1:])
-    else:
-        args = slides_parser().parse_args(argv)
+    try:
+        args = _parse(argv)
+    except UsageError as exc:
+        return fail(str(exc), exc.exit_status)
     warnings.showwarning = _show_warning
     try:
         status: int = args.handler(args)
@@ -57,6 +59,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return fail(f"unexpected {type(exc).__name__}: {_one_line(exc)}; --debug shows where", 1)
     return status
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    if argv and argv[0] in PARSERS:
+        return PARSERS[argv[0]]().parse_args(argv[1:])
+    _refuse_mistyped(argv[:1])  # before its options, which those of slides are not
+    args = slides_parser().parse_args(argv)
+    _refuse_mistyped(args.slides[:1])
+    return args
+
+
+def _refuse_mistyped(first: list[str]) -> None:
+    """Refuse a first word that is no file and looks like a command: the words after it are no slides."""
+    for word in first:
+        near = get_close_matches(word.lower(), PARSERS, n=1, cutoff=0.7)
+        if near and not Path(word).exists():
+            raise UsageError(
+                f"there is no file {word!r}; if the command is meant, type it first: seal-extract {near[0]}"
+            )
 
 
 def _show_warning(
