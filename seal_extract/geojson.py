@@ -25,6 +25,8 @@ Ring: TypeAlias = NDArray[np.float64]  # [K, 2], (x, y), the first point not rep
 ALLOWED = "Polygon, MultiPolygon and collections of these"
 IN_QUPATH = "in QuPath: select the annotations, File > Export objects as GeoJSON"
 TISSUE_RGB = (0, 128, 128)
+MADE_OF = "seal_extract"  # a member of our own, which RFC 7946 (6.1) allows and QuPath passes over
+MOST_HEAD = 2**24  # characters of the first line
 
 
 class Polygon(NamedTuple):
@@ -163,7 +165,11 @@ def write_polygons(path: Path, polygons: Iterable[Polygon], name: str = "Tissue"
 
 
 def write_patches(
-    path: Path, xy_l0: NDArray[np.int64], patch_size_l0: int, measurements: dict[str, NDArray[Any]]
+    path: Path,
+    xy_l0: NDArray[np.int64],
+    patch_size_l0: int,
+    measurements: dict[str, NDArray[Any]],
+    made_of: dict[str, Any] | None = None,
 ) -> None:
     """Write patches as tiles that QuPath imports, with numbers that its measurement maps show.
 
@@ -172,13 +178,15 @@ def write_patches(
         xy_l0: int64 [N, 2], top-left corners in level-0 pixels.
         patch_size_l0: their side in level-0 pixels.
         measurements: finite numbers [N] by the name that QuPath shows.
+        made_of: JSON that `read_made_of` gives back.
 
     Raises:
         OutputError: the file cannot be written.
     """
     columns = {name: values.tolist() for name, values in measurements.items()}
     with publish(path) as part, writing(path), part.open("w", encoding="utf-8") as file:
-        file.write('{"type": "FeatureCollection", "features": [')
+        about = "" if made_of is None else f'"{MADE_OF}": {json.dumps(made_of)}, '
+        file.write(f'{{"type": "FeatureCollection", {about}"features": [')
         for row, (x, y) in enumerate(xy_l0.tolist()):
             right, bottom = x + patch_size_l0, y + patch_size_l0
             ring = [[x, y], [right, y], [right, bottom], [x, bottom], [x, y]]
@@ -190,6 +198,16 @@ def write_patches(
             }
             file.write(f"{',' if row else ''}\n{json.dumps(tile)}")
         file.write("\n]}\n")
+
+
+def read_made_of(path: Path) -> dict[str, Any] | None:
+    """What `write_patches` was told that tiles were made of, from the first line; None where it is not there."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            found = json.loads(file.readline(MOST_HEAD) + "]}")[MADE_OF]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def read_polygons(path: Path) -> tuple[list[Polygon], list[Polygon]]:

@@ -62,33 +62,45 @@ def write_h5ad(
     path: Path,
     variables: Sequence[str] | None = None,
     pieces: Iterable[NDArray[np.float32]] | None = None,
+    *,
+    observed: dict[str, NDArray[np.float32]] | None = None,
+    provenance: dict[str, Any] | None = None,
 ) -> None:
     """Write an AnnData file: a patch is an observation, a feature a variable.
 
-    With ``variables`` and ``pieces`` it is another table of the same patches, such as their expression: names
-    of its columns, and its rows in order, some at a time.
-
     ``X`` float32 [N, D]; ``obsm["spatial"]`` float64 [N, 2], the patches' centres in level-0 pixels;
-    ``obs`` ``x_l0``, ``y_l0``, their top-left corners; ``uns`` ``mpp`` (µm/px at level 0), ``patch_size_l0``,
-    ``patch_um``, ``encoder``, ``slide`` and ``seal_extract``, the provenance as JSON.
+    ``obs`` ``x_l0``, ``y_l0``, their top-left corners, and what was ``observed``; ``uns`` ``mpp`` (µm/px at
+    level 0), ``patch_size_l0``, ``patch_um``, ``encoder``, ``slide`` and ``seal_extract``, the provenance as
+    JSON.
+
+    Args:
+        features: of the slide.
+        path: the file.
+        variables: names of the columns of ``X``, where it is another table of the same patches, such as their
+            expression; the columns of the features by default.
+        pieces: its rows in order, float32 [B, D], some at a time.
+        observed: further columns of ``obs``, [N] each; a ``/`` in a name becomes ``_``.
+        provenance: of that table; the features' own by default.
 
     Raises:
         OutputError: it cannot be written.
     """
     grid, slide, encoder = features.grid, path.stem, features.provenance["encoder"]["name"]
+    further = _as_columns(observed or {})
     with new_hdf5(path) as file:
         _tag(file, "anndata", "0.1.0")
         names = [f"{encoder}_{i}" for i in range(features.dim)] if variables is None else list(variables)
         rows = read_pieces(features.path) if pieces is None else pieces
         _write_rows(file, (len(grid), len(names)), rows)
         x, y = grid.xy_l0.T
-        _frame(file, "obs", _patch_names(slide, len(grid)), {"x_l0": x, "y_l0": y})
+        _frame(file, "obs", _patch_names(slide, len(grid)), {"x_l0": x, "y_l0": y} | further)
         _frame(file, "var", names, {})
         _array(_dict(file, "obsm"), "spatial", _centres(features))
         for empty in ("layers", "obsp", "varm", "varp"):
             _dict(file, empty)
         uns = _dict(file, "uns")
-        for key, value in (_facts(features, slide) | {PROVENANCE: json.dumps(features.provenance)}).items():
+        made_of = json.dumps(features.provenance if provenance is None else provenance)
+        for key, value in (_facts(features, slide) | {PROVENANCE: made_of}).items():
             text = isinstance(value, str)
             dataset = uns.create_dataset(key, data=value, dtype=h5py.string_dtype() if text else None)
             _tag(dataset, "string" if text else "numeric-scalar", "0.2.0")
@@ -106,7 +118,7 @@ def read_h5ad_provenance(path: Path) -> dict[str, Any] | None:
 
 def _write_rows(file: h5py.File, shape: tuple[int, int], pieces: Iterable[NDArray[np.float32]]) -> None:
     n, dim = shape
-    chunks = (max(1, min(n, CHUNK_BYTES // (4 * dim))), dim) if n else None
+    chunks = (max(1, min(n, CHUNK_BYTES // (4 * dim))), dim) if n and dim else None
     rows, done = file.create_dataset("X", shape, np.float32, chunks=chunks), 0
     for piece in pieces:
         rows[done : done + len(piece)] = piece
@@ -123,6 +135,19 @@ def _frame(file: h5py.File, name: str, index: list[str], columns: dict[str, NDAr
     _tag(names, "string-array", "0.2.0")
     for key, values in columns.items():
         _array(group, key, values)
+
+
+def _as_columns(observed: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+    """By names that HDF5 takes, none of them twice or one of our own."""
+    columns: dict[str, NDArray[np.float32]] = {}
+    for name, values in observed.items():
+        column = name.replace("/", "_")
+        if column in {"", ".", "_index", "x_l0", "y_l0", *columns}:
+            raise UsageError(
+                f"AnnData has no place for a column {column!r} of that name; give it another name"
+            )
+        columns[column] = values
+    return columns
 
 
 def _dict(parent: h5py.Group, name: str) -> h5py.Group:

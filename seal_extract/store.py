@@ -151,8 +151,8 @@ def write_rows(
         OutputError: it cannot be written, or not as many rows came as ``shape`` says.
     """
     with publish(path) as part, _hdf5(part, path) as (file, disk):
-        rows = max(1, min(shape[0], CHUNK_BYTES // (np.dtype(dtype).itemsize * shape[1])))
-        chunks = (rows, shape[1]) if shape[0] else None  # HDF5 has no chunks of nothing
+        rows = max(1, min(shape[0], CHUNK_BYTES // max(1, np.dtype(dtype).itemsize * shape[1])))
+        chunks = (rows, shape[1]) if all(shape) else None  # HDF5 has no chunks of nothing
         writer = FeatureWriter(path, file.create_dataset(dataset, shape, dtype, chunks=chunks), disk)
         describe(file)
         yield writer

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -143,18 +144,48 @@ def test_expression_lies_beside_the_features_in_their_order(finished, decoder, t
         assert file["expression"].shape == (len(features.grid), 2)
 
 
-def test_expression_of_other_genes_is_not_replaced_unasked(finished, decoder, tmp_path):
+def test_genes_are_added_to_a_file_of_the_same_features_and_weights(finished, decoder, tmp_path):
     path = tmp_path / "a.h5"
-    write_expression(finished[0], decoder, path, [0])
+    write_expression(finished[0], decoder, path, [7])
     before = path.stat().st_mtime_ns
-    write_expression(finished[0], decoder, path, [0])
+    write_expression(finished[0], decoder, path, [7])
     assert path.stat().st_mtime_ns == before
-    with pytest.raises(OutputError, match="holds other genes or other weights; type --overwrite"):
-        write_expression(finished[0], decoder, path, [1])
-    assert write_expression(finished[0], decoder, path, [1], overwrite=True).genes == (decoder.genes[1],)
+    first, second = decoder.genes[7], decoder.genes[2]
+    both = write_expression(finished[0], decoder, path, [2])
+    assert both.genes == find_expression(path).genes == (first, second)
+    np.testing.assert_array_equal(both.column(second), predict_genes(finished[0], decoder, [7, 2])[:, 1])
+    before = path.stat().st_mtime_ns
+    assert write_expression(finished[0], decoder, path, [2]).genes == (first, second)
+    assert path.stat().st_mtime_ns == before
+    assert write_expression(finished[0], decoder, path, [2], overwrite=True).genes == (second,)
+    assert write_expression(finished[0], decoder, path).genes == decoder.genes
+
+
+def test_what_is_not_the_same_request_is_not_replaced_unasked(finished, decoder, tmp_path):
+    path = tmp_path / "a.h5"
+    write_expression(finished[1], decoder, path, [0])
+    swapped = replace(decoder, genes=(decoder.genes[1], decoder.genes[0], *decoder.genes[2:]))
+    for slide, other in ((finished[0], decoder), (finished[1], swapped)):
+        with pytest.raises(OutputError, match=r"holds .*; type --overwrite to replace it, or another -o"):
+            write_expression(slide, other, path, [1])
     path.write_text("mine")
     with pytest.raises(OutputError, match="holds something else"):
         write_expression(finished[0], decoder, path, [1])
+
+
+def test_a_file_without_columns_and_signatures_counts_as_finished(finished, decoder, tmp_path):
+    """As the version before wrote it."""
+    path = tmp_path / "a.h5"
+    write_expression(finished[0], decoder, path, [3])
+    with h5py.File(path, "a") as file:
+        provenance = json.loads(file.attrs["seal_extract"])
+        for entry in ("source", "genes", "columns", "signatures"):
+            del provenance[entry]
+        file.attrs["seal_extract"] = json.dumps(provenance)
+    before = path.stat().st_mtime_ns
+    write_expression(finished[0], decoder, path, [3])
+    assert path.stat().st_mtime_ns == before
+    assert write_expression(finished[0], decoder, path, [5]).genes == (decoder.genes[3], decoder.genes[5])
 
 
 def test_a_slide_that_has_moved_is_found_by_its_name_or_asked_for(drawn_slides, tiny, tmp_path):
@@ -194,6 +225,61 @@ def test_the_command_writes_every_form(finished, decoder, tmp_path):
         np.testing.assert_allclose(file["X"][:, 0], expected[:, 0], rtol=1e-6)
     with Image.open(tmp_path / f"{stem}_CD24.png") as picture:
         assert len(picture.convert("RGB").getcolors(2**24)) > 50
+
+
+def test_signatures_reach_every_table(finished, decoder, tmp_path):
+    out, gmt = finished[0].path.parents[2], tmp_path / "sets.gmt"
+    gmt.write_text("UP/DOWN\t\tCD24\tA2M\nOTHER\t\tERBB3\tCD24\n")
+    words = ["genes", out, "--signature", f"{gmt}:UP/DOWN", "--write", "h5,h5ad,geojson", "-o", tmp_path]
+    done = run(*words)
+    assert done.returncode == 0, done.stderr
+    signatures = read_gmt(gmt).values()
+    slides = [finished[i] for i in np.argsort([f.path for f in finished])]
+    first, second = (signature_scores(slides, decoder, signature)[0] for signature in signatures)
+    table = find_expression(tmp_path / slides[0].path.name)
+    np.testing.assert_allclose(table.column("UP/DOWN"), first, atol=1e-6)
+    assert (table.genes, table.signatures) == ((), ("UP/DOWN",))
+
+    done = run(*words, "--genes", "CD24", "--signature", f"{gmt}:OTHER")
+    assert done.returncode == 0, done.stderr
+    table = find_expression(tmp_path / slides[0].path.name)
+    assert (table.genes, table.signatures) == (("CD24",), ("UP/DOWN", "OTHER"))
+    tiles = json.loads((tmp_path / slides[0].path.name).with_suffix(".geojson").read_text())["features"]
+    with h5py.File((tmp_path / slides[0].path.name).with_suffix(".h5ad")) as file:
+        np.testing.assert_allclose(file["X"][:, 0], table.column("CD24"), atol=1e-6)
+        for name, column, scores in (("UP/DOWN", "UP_DOWN", first), ("OTHER", "OTHER", second)):
+            np.testing.assert_allclose(table.column(name), scores, atol=1e-6)
+            np.testing.assert_allclose(file["obs"][column], scores, atol=1e-6)
+            found = [tile["properties"]["measurements"][name] for tile in tiles]
+            np.testing.assert_allclose(found, scores, rtol=1e-5, atol=1e-5)
+
+
+def test_one_name_for_two_columns_is_refused(finished, tmp_path):
+    done = run("genes", finished[0].path, "--genes", "CD24", "--signature", "CD24", "-o", tmp_path)
+    assert done.returncode == 2
+    assert "CD24 would name two columns of one table; give the signature another name" in done.stderr
+
+
+@pytest.mark.parametrize("form", ["h5", "h5ad", "geojson", "png"])
+def test_no_form_is_replaced_unasked(finished, tmp_path, form):
+    words = ["genes", finished[0].path, "--genes", "CD24", "--write", form, "-o", tmp_path]
+    assert run(*words).returncode == 0
+    (path,) = tmp_path.iterdir()
+    before = path.read_bytes(), path.stat().st_mtime_ns
+    assert run(*words).returncode == 0  # it is finished
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == before
+    path.write_bytes(b"mine")
+    done = run(*words)
+    assert (done.returncode, path.read_bytes()) == (1, b"mine")
+    assert f"{path} exists and holds something else; type --overwrite" in done.stderr
+    assert run(*words, "--overwrite").returncode == 0
+    assert path.read_bytes()[:8] == before[0][:8]
+    other = tmp_path / "other" / finished[0].path.name
+    other.parent.mkdir()
+    other.write_bytes(finished[1].path.read_bytes())  # another slide of that name
+    done = run("genes", other, *words[2:])
+    assert done.returncode == 1
+    assert "holds genes or signatures of other features, weights or slides; type --overwrite" in done.stderr
 
 
 def test_all_genes_of_a_run(finished, tmp_path):

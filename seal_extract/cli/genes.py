@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from seal_extract.genes.contents import Contents
     from seal_extract.genes.decoder import GeneDecoder
     from seal_extract.store import SlideFeatures
 
@@ -56,7 +57,11 @@ def genes_parser() -> argparse.ArgumentParser:
         "(default: h5,png); the last two of genes that are named, not of --all",
     )
     p.add_argument("-o", "--out", type=Path, help="folder (default: expression_ENCODER beside the features)")
-    p.add_argument("--overwrite", action="store_true", help="replace expression of other genes or weights")
+    p.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace files instead of adding to those of the same features and weights",
+    )
     add_slides(p)
     add_common(p)
     return p
@@ -76,7 +81,8 @@ def add_slides(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """A line per slide; 1 if any failed."""
-    from seal_extract.genes.predict import expression_path, signature_scores
+    from seal_extract.genes.contents import Contents
+    from seal_extract.genes.predict import expression_path, fit_signatures
     from seal_extract.genes.signature import read_signature
 
     forms = _forms(args)
@@ -88,12 +94,12 @@ def run(args: argparse.Namespace) -> int:
     for signature in signatures:
         known, _ = signature.known_to(decoder)
         print(f"{signature.name}: {len(known)} of {len(signature.weights)} genes are in the panel")
-    scored = [signature_scores(slides, decoder, signature) for signature in signatures]
+    fitted = fit_signatures(slides, decoder, signatures) if signatures else []
+    wanted = [Contents.of(slide, decoder, columns, fitted) for slide in slides]
     failed = 0
-    for i, slide in enumerate(slides):
-        scores = {s.name: values[i] for s, values in zip(signatures, scored, strict=True)}
+    for slide, asked in zip(slides, wanted, strict=True):
         try:
-            print(f"{slide.path.stem}: {_one(slide, decoder, columns, scores, forms, args)}", flush=True)
+            print(f"{slide.path.stem}: {_one(slide, decoder, asked, forms, args)}", flush=True)
         except SealExtractError as exc:
             failed += 1
             fail(f"{slide.path.stem}: {exc}", 1)
@@ -180,61 +186,98 @@ def _columns(args: argparse.Namespace, decoder: GeneDecoder) -> list[int]:
     return decoder.columns(list(dict.fromkeys(names)))
 
 
-@dataclass(frozen=True)
-class _Map:
-    """Numbers of one slide's patches."""
-
-    values: NDArray[np.float32]  # [N]
-    unit: str
-
-
 def _one(
-    slide: SlideFeatures,
-    decoder: GeneDecoder,
-    columns: list[int],
-    scores: dict[str, NDArray[np.float32]],
-    forms: list[str],
-    args: argparse.Namespace,
+    slide: SlideFeatures, decoder: GeneDecoder, asked: Contents, forms: list[str], args: argparse.Namespace
 ) -> str:
     """Write what was asked for of one slide; what was written, in words."""
-    from seal_extract.genes.decoder import column_names
-    from seal_extract.genes.predict import LOG1P, expression_path, predict_genes, predicted, write_expression
-    from seal_extract.geojson import write_patches
-    from seal_extract.scverse import write_h5ad
+    from seal_extract.genes.predict import expression_path, write_expression
 
     path, written = expression_path(slide, args.out), []
-    names = column_names(decoder)
-    genes = [names[i] for i in columns]
-    if columns and "h5" in forms:
-        write_expression(slide, decoder, path, columns, overwrite=args.overwrite)
+    if "h5" in forms:
+        write_expression(
+            slide, decoder, path, asked.columns, signatures=asked.signatures, overwrite=args.overwrite
+        )
         written.append(path)
-    if columns and "h5ad" in forms:
+    if "h5ad" in forms:
         written.append(path.with_suffix(".h5ad"))
-        write_h5ad(slide, written[-1], genes, predicted(slide, decoder, columns))
-    maps = {name: _Map(values, "standard deviations") for name, values in scores.items()}
-    if columns and not args.all:
-        rows = predict_genes(slide, decoder, columns)
-        maps |= {gene: _Map(values, LOG1P) for gene, values in zip(genes, rows.T, strict=True)}
-    if "geojson" in forms and maps:
+        _write_h5ad(slide, decoder, asked, written[-1], args.overwrite)
+    shown = replace(asked, genes=(), columns=()) if args.all else asked
+    if "geojson" in forms and (shown.genes or shown.signatures):
         written.append(path.with_suffix(".geojson"))
-        numbers = {name: one.values for name, one in maps.items()}
-        write_patches(written[-1], slide.grid.xy_l0, slide.grid.patch_size_l0, numbers)
-    if "png" in forms and maps and len(slide.grid):
-        written += _draw(slide, maps, path.with_suffix(""), args.slides)
+        _write_tiles(slide, decoder, shown, written[-1], args.overwrite)
+    if "png" in forms and len(slide.grid):
+        written += _draw(slide, decoder, shown, path.with_suffix(""), args)
     return f"{len(slide.grid):,} patches -> {', '.join(str(file) for file in written) or 'nothing to draw'}"
 
 
-def _draw(slide: SlideFeatures, maps: dict[str, _Map], stem: Path, slides: Path | None) -> list[Path]:
+def _write_h5ad(
+    slide: SlideFeatures, decoder: GeneDecoder, asked: Contents, path: Path, overwrite: bool
+) -> None:
+    from seal_extract.genes.contents import Contents, source_provenance, to_write
+    from seal_extract.genes.predict import predicted, score
+    from seal_extract.scverse import read_h5ad_provenance, write_h5ad
+
+    held = Contents.read(read_h5ad_provenance(path), decoder)
+    contents = to_write(path, held, asked, overwrite=overwrite)
+    if contents is not None:
+        write_h5ad(
+            slide,
+            path,
+            contents.genes,
+            predicted(slide, decoder, contents.columns),
+            observed={s.name: score(slide, decoder, s) for s in contents.signatures},
+            provenance=source_provenance(slide, decoder) | contents.entries(),
+        )
+
+
+def _write_tiles(
+    slide: SlideFeatures, decoder: GeneDecoder, asked: Contents, path: Path, overwrite: bool
+) -> None:
+    from seal_extract.genes.contents import Contents, to_write
+    from seal_extract.geojson import read_made_of, write_patches
+
+    held = Contents.read(read_made_of(path), decoder)
+    contents = to_write(path, held, asked, overwrite=overwrite)
+    if contents is not None:
+        numbers = _numbers(slide, decoder, contents)
+        write_patches(path, slide.grid.xy_l0, slide.grid.patch_size_l0, numbers, contents.entries())
+
+
+def _numbers(
+    slide: SlideFeatures, decoder: GeneDecoder, contents: Contents
+) -> dict[str, NDArray[np.float32]]:
+    """Float32 [N] of each gene and signature."""
+    from seal_extract.genes.predict import predict_genes, score
+
+    rows = predict_genes(slide, decoder, contents.columns)
+    genes = dict(zip(contents.genes, rows.T, strict=True))
+    return genes | {s.name: score(slide, decoder, s) for s in contents.signatures}
+
+
+def _draw(
+    slide: SlideFeatures, decoder: GeneDecoder, asked: Contents, stem: Path, args: argparse.Namespace
+) -> list[Path]:
     """A heat map of each: ``SLIDE_GENE.png``."""
-    from seal_extract.view.heatmap import draw_heatmap
+    from seal_extract.genes.contents import LOG1P, Contents, to_write
+    from seal_extract.view.heatmap import draw_heatmap, read_made_of
     from seal_extract.view.origin import open_origin
 
-    written = []
-    with closing(open_origin(slide, slides)) as opened:
-        for name, one in maps.items():
-            written.append(stem.with_name(f"{stem.name}_{_as_file_name(name)}.png"))
-            draw_heatmap(opened, slide.grid, one.values, written[-1], name, unit=one.unit)
-    return written
+    wanted = {}
+    for one in asked.each():
+        name = one.names[0]
+        path = stem.with_name(f"{stem.name}_{_as_file_name(name)}.png")
+        held = Contents.read(read_made_of(path), decoder)
+        wanted[path] = to_write(path, held, one, overwrite=args.overwrite)
+    if any(wanted.values()):
+        with closing(open_origin(slide, args.slides)) as opened:
+            for path, contents in wanted.items():
+                if contents is not None:
+                    ((name, values),) = _numbers(slide, decoder, contents).items()
+                    unit = LOG1P if contents.genes else "standard deviations"
+                    draw_heatmap(
+                        opened, slide.grid, values, path, name, unit=unit, made_of=contents.entries()
+                    )
+    return list(wanted)
 
 
 def _as_file_name(name: str) -> str:

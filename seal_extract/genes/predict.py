@@ -11,13 +11,14 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from seal_extract.errors import OutputError, UsageError
-from seal_extract.genes.decoder import GeneDecoder, column_names
-from seal_extract.genes.signature import Signature
+from seal_extract.errors import UsageError
+from seal_extract.genes.contents import EXPRESSION, Contents, source_provenance, to_write
+from seal_extract.genes.decoder import GeneDecoder
+from seal_extract.genes.signature import FittedSignature, Signature
 from seal_extract.store import DAMAGED, SlideFeatures, read_pieces, read_provenance, write_rows
 
-EXPRESSION, GENES = "expression", "genes"  # datasets of the file
-LOG1P = "predicted log1p expression"
+GENES = "genes"  # the dataset of their names
+SIGNATURES, SIGNATURE_NAMES = "signatures", "signature_names"
 BLOCK_ROWS = 4096  # rows predicted at a time: 33 MB of 2,000 genes
 
 
@@ -27,26 +28,32 @@ class Expression:
 
     Attributes:
         path: the HDF5 file: ``expression`` float32 [N, G] in log1p of counts per 10,000, ``coords`` as in the
-            features file, ``genes`` [G].
+            features file, ``genes`` [G]; where signatures were asked for, ``signatures`` float32 [N, S] in
+            standard deviations and ``signature_names`` [S].
         genes: the gene of each column; ``column 0``, ``column 1``, ... where nobody has named them.
+        signatures: names of the signatures.
         provenance: the decoder's encoder and weights, and the features file's own.
     """
 
     path: Path
     genes: tuple[str, ...]
+    signatures: tuple[str, ...]
     provenance: dict[str, Any]
 
-    def column(self, gene: str) -> NDArray[np.float32]:
-        """float32 [N] of one gene.
+    def column(self, name: str) -> NDArray[np.float32]:
+        """float32 [N] of one gene or signature.
 
         Raises:
             UsageError: the file does not hold it.
         """
-        if gene not in self.genes:
-            raise UsageError(f"{self.path} holds no {gene}; it has {len(self.genes)} genes")
-        with h5py.File(self.path, "r") as file:
-            values: NDArray[np.float32] = file[EXPRESSION][:, self.genes.index(gene)]
-        return values
+        for dataset, names in ((EXPRESSION, self.genes), (SIGNATURES, self.signatures)):
+            if name in names:
+                with h5py.File(self.path, "r") as file:
+                    values: NDArray[np.float32] = file[dataset][:, names.index(name)]
+                return values
+        raise UsageError(
+            f"{self.path} holds no {name}; it has {len(self.genes)} genes, {len(self.signatures)} signatures"
+        )
 
     def __repr__(self) -> str:
         return f"Expression({self.path.name}: {len(self.genes)} genes)"
@@ -64,57 +71,56 @@ def write_expression(
     path: Path,
     columns: Sequence[int] | None = None,
     *,
+    signatures: Sequence[FittedSignature] = (),
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Expression:
     """Predict expression and write it, some thousand patches at a time.
+
+    A file that holds other genes or signatures of the same features and weights keeps them.
 
     Args:
         features: of the decoder's encoder.
         decoder: from `decoder_of`.
         path: the HDF5 file; it appears when it is complete.
         columns: genes by their column; all by default.
-        overwrite: replace a file that holds something else.
+        signatures: from `fit_signatures`.
+        overwrite: replace what the file holds.
         progress: told after each block how many patches are done.
 
     Raises:
-        OutputError: a file is there that was not written by this package, or holds other genes or other
+        OutputError: a file is there that was not written by this package, or was made from other features or
             weights and ``overwrite`` is not set; or it cannot be written.
         UsageError: features of another width.
     """
     wanted = range(decoder.n_genes) if columns is None else columns
-    names = column_names(decoder)
-    genes = tuple(names[i] for i in wanted)
-    provenance = {
-        "kind": EXPRESSION,
-        "unit": LOG1P,
-        "genes_named": decoder.genes is not None,
-        "decoder": {"name": decoder.name, "weights": decoder.weights.sha256},
-        "grid": features.provenance["grid"],
-        "features": features.provenance,
-    }
+    asked = Contents.of(features, decoder, wanted, signatures)
     found = find_expression(path)
-    if path.exists() and not overwrite:
-        if found is None or found.genes != genes or found.provenance != provenance:
-            raise OutputError(
-                f"{path} exists and holds {'other genes or other weights' if found else 'something else'}; "
-                "type --overwrite to replace it, or another -o"
-            )
+    held = None if found is None else Contents.read(found.provenance, decoder)
+    contents = to_write(path, held, asked, overwrite=overwrite)
+    if contents is None:
+        assert found is not None
         return found
+    provenance = source_provenance(features, decoder) | contents.entries()
 
     def describe(file: h5py.File) -> None:
         with h5py.File(features.path, "r") as source:
             source.copy("coords", file)
-        file.create_dataset(GENES, data=np.array(genes, object), dtype=h5py.string_dtype())
+        file.create_dataset(GENES, data=np.array(contents.genes, object), dtype=h5py.string_dtype())
+        if contents.signatures:
+            names = np.array([s.name for s in contents.signatures], object)
+            file.create_dataset(SIGNATURE_NAMES, data=names, dtype=h5py.string_dtype())
+            scores = [score(features, decoder, s) for s in contents.signatures]
+            file.create_dataset(SIGNATURES, data=np.stack(scores, axis=1))
         file.attrs["unit"] = provenance["unit"]
 
-    shape = (len(features.grid), len(genes))
+    shape = (len(features.grid), len(contents.genes))
     with write_rows(path, EXPRESSION, shape, np.float32, provenance, describe) as writer:
-        for block in predicted(features, decoder, columns):
+        for block in predicted(features, decoder, contents.columns):
             writer.append(block)
             if progress is not None:
                 progress(writer.rows)
-    return Expression(path, genes, provenance)
+    return Expression(path, contents.genes, tuple(s.name for s in contents.signatures), provenance)
 
 
 def find_expression(path: Path) -> Expression | None:
@@ -124,9 +130,12 @@ def find_expression(path: Path) -> Expression | None:
         if provenance is None or provenance.get("kind") != EXPRESSION:
             return None
         with h5py.File(path, "r") as file:
-            return Expression(path, tuple(file[GENES].asstr()[()]), provenance)
+            genes = tuple(file[GENES].asstr()[()])
+            signatures = tuple(file[SIGNATURE_NAMES].asstr()[()]) if SIGNATURE_NAMES in file else ()
     except DAMAGED:
         return None
+    provenance.setdefault("genes", list(genes))  # older files have them in their dataset alone
+    return Expression(path, genes, signatures, provenance)
 
 
 def predicted(
@@ -170,6 +179,39 @@ def moments(
     return mean, np.sqrt(squares / count)
 
 
+def fit_signatures(
+    slides: Sequence[SlideFeatures], decoder: GeneDecoder, signatures: Sequence[Signature]
+) -> list[FittedSignature]:
+    """Standardise the genes of signatures over all patches of all ``slides`` together.
+
+    Genes that the decoder does not know are left out.
+
+    Raises:
+        UsageError: the decoder knows none of the genes of one, or there is no patch.
+    """
+    known = [signature.known_to(decoder) for signature in signatures]
+    columns = sorted({column for some, _ in known for column in some})
+    mean, deviation = moments(slides, decoder, columns)
+    place = {column: i for i, column in enumerate(columns)}
+    names = decoder.named()
+    return [
+        FittedSignature(
+            signature.name,
+            {names[column]: weight for column, weight in zip(some, weights, strict=True)},
+            tuple(mean[[place[column] for column in some]].tolist()),
+            tuple(deviation[[place[column] for column in some]].tolist()),
+        )
+        for signature, (some, weights) in zip(signatures, known, strict=True)
+    ]
+
+
+def score(features: SlideFeatures, decoder: GeneDecoder, fitted: FittedSignature) -> NDArray[np.float32]:
+    """Score of a signature in each patch of a slide, float32 [N]."""
+    columns = decoder.columns(list(fitted.weights))
+    blocks = [fitted.score(block) for block in predicted(features, decoder, columns)]
+    return np.concatenate(blocks) if blocks else np.empty(0, np.float32)
+
+
 def signature_scores(
     slides: Sequence[SlideFeatures], decoder: GeneDecoder, signature: Signature
 ) -> list[NDArray[np.float32]]:
@@ -182,10 +224,5 @@ def signature_scores(
     Raises:
         UsageError: the decoder knows none of the genes, or there is no patch.
     """
-    columns, weights = signature.known_to(decoder)
-    mean, deviation = moments(slides, decoder, columns)
-    per_gene = np.where(deviation > 0, np.array(weights) / np.where(deviation > 0, deviation, 1), 0)
-    per_gene /= np.abs(weights).sum()
-    return [
-        ((predict_genes(slide, decoder, columns) - mean) @ per_gene).astype(np.float32) for slide in slides
-    ]
+    (fitted,) = fit_signatures(slides, decoder, [signature])
+    return [score(slide, decoder, fitted) for slide in slides]

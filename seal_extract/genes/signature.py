@@ -11,6 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from seal_extract.errors import UsageError
 from seal_extract.genes.decoder import GeneDecoder
@@ -52,6 +56,41 @@ class Signature:
                 f"{decoder.n_genes} of {decoder.name}, such as {decoder.named()[0]}; choose another signature"
             )
         return [where[gene] for gene in known], [self.weights[gene] for gene in known]
+
+
+@dataclass(frozen=True)
+class FittedSignature:
+    """A signature with what its genes are standardised by, so that scores can be computed again.
+
+    Attributes:
+        name: of the signature.
+        weights: of each of its genes that the decoder predicts.
+        mean: of each gene over the patches that it was fitted to, in log1p of counts per 10,000.
+        deviation: standard deviation of each gene over them.
+    """
+
+    name: str
+    weights: dict[str, float]
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+    @classmethod
+    def read(cls, entry: dict[str, Any]) -> FittedSignature:
+        """From JSON, as `dataclasses.asdict` gives it."""
+        return cls(entry["name"], entry["weights"], tuple(entry["mean"]), tuple(entry["deviation"]))
+
+    def is_like(self, other: FittedSignature) -> bool:
+        """Whether it gives the same scores, but for the rounding of another machine's sums."""
+        mine, theirs = ((*one.mean, *one.deviation) for one in (self, other))
+        named = (self.name, list(self.weights.items())) == (other.name, list(other.weights.items()))
+        return named and np.allclose(mine, theirs, rtol=1e-5, atol=1e-7)
+
+    def score(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The mean of its genes, float [B, K], weighted and in standard deviations: float32 [B]."""
+        deviation, weights = np.array(self.deviation), np.array(list(self.weights.values()))
+        varies = deviation > 0
+        per_gene = np.where(varies, weights / np.where(varies, deviation, 1), 0) / np.abs(weights).sum()
+        return np.asarray((rows - np.array(self.mean)) @ per_gene, np.float32)
 
 
 def read_signature(text: str) -> Signature:

@@ -5,14 +5,17 @@ Colours are viridis: of even lightness steps, and told apart without red and gre
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from seal_extract.errors import GeometryError, UsageError
 from seal_extract.grid import PatchGrid
@@ -30,6 +33,8 @@ SIDE_PX = 1600  # longest side of a drawn picture without its legend
 MOST_OVERVIEW_PX = 4096  # longest side of the slide that it is cut from
 INK = (40, 40, 40)
 MARGIN = 0.04  # of slide around the patches
+
+MADE_OF = "seal_extract"  # keyword of the text in the PNG
 
 Values = NDArray[np.floating]
 
@@ -105,6 +110,7 @@ def draw_heatmap(
     *,
     unit: str = "",
     max_px: int = SIDE_PX,
+    made_of: dict[str, Any] | None = None,
 ) -> tuple[float, float]:
     """Draw values over the part of the slide that has patches, into a PNG with a title and a legend.
 
@@ -116,6 +122,7 @@ def draw_heatmap(
         title: in the legend's line.
         unit: of the values, behind the title.
         max_px: longest side of the picture without its legend.
+        made_of: JSON that `read_made_of` gives back.
 
     Returns:
         The values at the two ends of the colours.
@@ -138,9 +145,22 @@ def draw_heatmap(
     canvas = canvas[top:bottom, left:right]
     picture = _with_legend(canvas, f"{title}   {unit}".strip(), low, high)
     path = Path(path)
+    about = PngInfo()
+    if made_of is not None:
+        about.add_text(MADE_OF, json.dumps(made_of), zip=True)
     with publish(path) as part, writing(path):
-        picture.save(part, "PNG", optimize=True)
+        picture.save(part, "PNG", optimize=True, pnginfo=about)
     return low, high
+
+
+def read_made_of(path: Path) -> dict[str, Any] | None:
+    """What `draw_heatmap` was told that a picture was made of; None where that is not there."""
+    try:
+        with Image.open(path) as picture:
+            found = json.loads(picture.text[MADE_OF]) if isinstance(picture, PngImageFile) else None
+    except (OSError, ValueError, KeyError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def check_values(values: Values, patches: int) -> Values:
