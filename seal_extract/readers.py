@@ -32,7 +32,7 @@ from seal_extract.errors import (
     SlideOpenError,
     UnsupportedSlideError,
 )
-from seal_extract.tiff import ome_mpp, refuse_impossible_tiles, refuse_unless_rgb8, refuse_ycbcr_shown_as_rgb
+from seal_extract.tiff_pixels import ome_mpp, refuse_unless_rgb8, refuse_ycbcr_shown_as_rgb
 
 PLAUSIBLE_MPP = (0.05, 20.0)  # finer than any brightfield scanner, coarser than any thumbnail
 MAX_ANISOTROPY = 0.05  # µm/px may differ this much between x and y
@@ -133,7 +133,6 @@ class OpenSlideReader(_Reader):
         self.path = path
         self.reader = f"openslide {openslide.__library_version__}"
         self._lock = threading.Lock()
-        refuse_impossible_tiles(path)
         try:
             self._handle = openslide.OpenSlide(path)
         except OpenSlideUnsupportedFormatError as exc:
@@ -218,7 +217,6 @@ class TiffSlideReader(_Reader):
 
         self.path = path
         self.reader = f"tiffslide {version('tiffslide')}"
-        refuse_impossible_tiles(path)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # "metadata parsing only partially implemented"

@@ -14,7 +14,8 @@ from typing import Protocol
 
 from seal_extract.errors import ResolutionError, SlideError, SlideOpenError
 from seal_extract.readers import Array, ImageReader, Level, OpenSlideReader, TiffSlideReader, check_mpp
-from seal_extract.tiff import TIFF_HEADS, has_jpeg_tiles, refuse_truncated
+from seal_extract.tiff import TIFF_HEADS, refuse_impossible, refuse_truncated
+from seal_extract.tiff_pixels import has_jpeg_tiles
 
 READERS = (OpenSlideReader, TiffSlideReader, ImageReader)
 FORMATS = "SVS, NDPI, MRXS, SCN, BIF, VMS, Philips or generic tiled TIFF, OME-TIFF, DICOM, PNG, JPEG"
@@ -77,6 +78,7 @@ def open_slide(path: str | os.PathLike[str], *, mpp: float | None = None) -> Sli
     """
     path = Path(path)
     _check_path(path)
+    refuse_impossible(path)
     if mpp is not None:
         check_mpp(mpp, "--slide-mpp", path)
     refusals: list[str] = []

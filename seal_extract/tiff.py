@@ -1,93 +1,255 @@
-"""What a TIFF says of itself: its physical size in OME-XML, its kind of pixels, its missing end."""
+"""What a TIFF says of itself, with every number held to the file's size before anybody uses it.
+
+OpenSlide, libtiff and tifffile take much of a TIFF on trust: they follow directories in circles, allocate
+what an entry claims, and turn other colour spaces into RGB unasked. So the directories are read here first.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
-from xml.etree import ElementTree
+from typing import Any, BinaryIO
 
-import tifffile
+import numpy as np
+from numpy.typing import NDArray
 
-from seal_extract.errors import SlideOpenError, UnsupportedSlideError
+from seal_extract.errors import SlideOpenError
 
 # what tifffile logs of a damaged file reaches an application's handlers, not the terminal: we tell it once
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-IMAGE_WIDTH, IMAGE_LENGTH = 256, 257
-TILE_WIDTH, TILE_LENGTH, TILE_OFFSETS, TILE_BYTE_COUNTS = 322, 323, 324, 325
-WHOLE = {3: "H", 4: "I", 16: "Q"}  # SHORT, LONG, LONG8
-MOST_TILE_PX = 2**26  # of one tile; 256 MB decoded
-JPEG = (tifffile.COMPRESSION.JPEG, tifffile.COMPRESSION.OJPEG)
-_UM_PER_UNIT = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
+MOST_DIRECTORIES = 4096  # a slide has some ten, a stack of planes some hundred
+MOST_ENTRIES = 4096  # of a directory
+MOST_VALUE_BYTES = 2**28  # of all entries together: the tables of 20 million tiles
+MOST_TILE_PX = 2**26  # of one tile or strip; 256 MB decoded
+FEW = 16  # values that are read at once
+
+WIDTH, LENGTH, BITS, COMPRESSION, PHOTOMETRIC, DESCRIPTION = 256, 257, 258, 259, 262, 270
+STRIP_OFFSETS, SAMPLES, STRIP_BYTE_COUNTS = 273, 277, 279
+TILE_WIDTH, TILE_LENGTH, TILE_OFFSETS, TILE_BYTE_COUNTS, SUB_DIRECTORIES = 322, 323, 324, 325, 330
+NDPI_FLAG = 65420
+RGB, YCBCR = 2, 6
+JPEGS, APERIO_YCBCR = (6, 7), 33003
+
+# bytes of a value by the number of its type, and the types that are whole numbers
+_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+_WHOLE = {1: "u1", 3: "u2", 4: "u4", 13: "u4", 16: "u8", 18: "u8"}
 
 
-def ome_mpp(path: Path) -> list[tuple[str, float, float]]:
-    """PhysicalSizeX and Y of the first image of OME-XML; their unit is µm unless it says otherwise."""
-    with tifffile.TiffFile(path) as tif:
-        xml = tif.ome_metadata
-    if not xml:
-        return []
-    try:
-        pixels = next(e for e in ElementTree.fromstring(xml).iter() if e.tag.rpartition("}")[2] == "Pixels")
-    except (ElementTree.ParseError, StopIteration):
-        return []
-    sizes = []
-    for axis in "XY":
-        value, unit = pixels.get(f"PhysicalSize{axis}"), pixels.get(f"PhysicalSize{axis}Unit", "µm")
-        if value is None or unit not in _UM_PER_UNIT:  # "pixel" and "reference frame" are no lengths
-            return []
-        sizes.append(float(value) * _UM_PER_UNIT[unit])
-    return [("OME PhysicalSizeX", sizes[0], sizes[1])]
+# --- directories --------------------------------------------------------------------------------------
 
 
-def refuse_unless_rgb8(path: Path, size_l0: tuple[int, int]) -> None:
-    """Look at the TIFF page of level 0 itself: libtiff squeezes 16-bit and grey images into RGB unasked.
+@dataclass(frozen=True)
+class Entry:
+    """One entry of a directory.
+
+    Attributes:
+        kind: the TIFF's number of the type.
+        count: how many values it claims.
+        at: where they begin in the file.
+        few: the values, if they are at most `FEW` whole numbers that lie in the file.
+    """
+
+    kind: int
+    count: int
+    at: int
+    few: tuple[int, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        """What the values claim to take."""
+        return self.count * _BYTES.get(self.kind, 1)
+
+
+class Directory(dict[int, Entry]):
+    """The entries of a directory by tag."""
+
+    def number(self, tag: int, default: int = 0) -> int:
+        """The first value of a tag."""
+        return self[tag].few[0] if tag in self and self[tag].few else default
+
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """(width, height)."""
+        return self.number(WIDTH), self.number(LENGTH)
+
+
+@dataclass(frozen=True)
+class Tiff:
+    """The directories of a TIFF, those of SubIFDs among them.
+
+    Attributes:
+        path: the file.
+        bytes: its size.
+        order: ``<`` or ``>``.
+        directories: none if the file is no TIFF.
+        whole: False if a directory lies outside the file.
+        ndpi: whether the upper halves of its offsets lie elsewhere.
+    """
+
+    path: Path
+    bytes: int
+    order: str = "<"
+    directories: tuple[Directory, ...] = ()
+    whole: bool = True
+    ndpi: bool = False
+
+    def values(self, entry: Entry | None) -> NDArray[Any]:
+        """The whole numbers of an entry, fewer than it claims where the file ends before."""
+        if entry is None or entry.kind not in _WHOLE or entry.at >= self.bytes:
+            return np.empty(0, np.uint64)
+        return np.fromfile(self.path, self.order + _WHOLE[entry.kind], entry.count, offset=entry.at)
+
+    def text(self, entry: Entry | None) -> str:
+        """The text of an entry; nothing where it lies outside the file."""
+        if entry is None or entry.at + entry.bytes > self.bytes:
+            return ""
+        with self.path.open("rb") as file:
+            file.seek(entry.at)
+            return file.read(entry.bytes).rstrip(b"\0").decode("utf-8", "replace")
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How a TIFF spells numbers: its order, and formats of `struct` for its counts, entries and offsets."""
+
+    order: str
+    count: str
+    entry: str
+    offset: str
+    first: int
+    ndpi: bool = False
+
+
+def read_tiff(path: Path) -> Tiff:
+    """Read the directories of a TIFF; none of a file that is no TIFF.
 
     Raises:
-        UnsupportedSlideError: it holds something else.
+        SlideOpenError: they lead in a circle, or claim more than a slide's can and the file holds.
     """
-    try:
-        tif = tifffile.TiffFile(path)
-    except Exception:  # not a TIFF: OpenSlide's other formats are 8-bit RGB by their own definition
-        return
-    with tif:
-        page = next((p for p in tif.pages if (p.imagewidth, p.imagelength) == size_l0), None)  # type: ignore[union-attr]
-        if page is None:
-            return
-        bits, samples = page.bitspersample, page.samplesperpixel  # type: ignore[union-attr]
-        planes = tif.series[0].sizes.get("channel", 1) if tif.is_ome else 1
-    if bits != 8 or samples not in (3, 4) or planes not in (1, 3, 4):
-        raise UnsupportedSlideError(
-            f"{path}: {samples} channel{'s' * (samples != 1)} of {bits} bits, not 8-bit RGB brightfield; "
-            f"fluorescence and 16-bit images are not supported: export it as 8-bit RGB if it is H&E"
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(16).ljust(16, b"\0")
+        if head[:4] not in TIFF_HEADS:
+            return Tiff(path, size)
+        form = _form_of(file, head, size)
+        directories: list[Directory] = []
+        whole = True
+        try:
+            for found in _walk(file, form, size):
+                directories += found
+        except EOFError:
+            whole = False
+    return Tiff(path, size, form.order, tuple(directories), whole, form.ndpi)
+
+
+def _form_of(file: BinaryIO, head: bytes, size: int) -> _Form:
+    order = "<" if head[:2] == b"II" else ">"
+    if b"+" in head[2:4]:
+        return _Form(order, "Q", "HHQ8s", "Q", struct.unpack_from(order + "Q", head, 8)[0])
+    ndpi = _Form(order, "H", "HHI4s", "Q", struct.unpack_from(order + "Q", head, 4)[0], True)
+    with contextlib.suppress(EOFError, SlideOpenError):  # NDPI is a classic TIFF with offsets of 64 bits
+        if order == "<" and NDPI_FLAG in _read_directory(file, ndpi, ndpi.first, size)[0]:
+            return ndpi
+    return _Form(order, "H", "HHI4s", "I", struct.unpack_from(order + "I", head, 4)[0])
+
+
+def _walk(file: BinaryIO, form: _Form, size: int) -> Iterator[list[Directory]]:
+    """Follow the chain of directories; each comes with its SubIFDs."""
+    chain: set[int] = set()
+    known = claimed = 0
+    at = form.first
+    while at:
+        if at in chain:
+            raise SlideOpenError(f"{file.name}: its TIFF directories lead in a circle; copy it again")
+        chain.add(at)
+        directory, at = _read_directory(file, form, at, size)
+        found = [directory]
+        for offset in directory[SUB_DIRECTORIES].few if SUB_DIRECTORIES in directory else ():
+            with contextlib.suppress(EOFError):
+                found.append(_read_directory(file, form, offset, size)[0])
+        known += len(found)
+        claimed += sum(e.bytes for d in found for e in d.values() if e.at + e.bytes <= size)
+        if known > MOST_DIRECTORIES or claimed > min(MOST_VALUE_BYTES, size + 2**16):
+            raise SlideOpenError(
+                f"{file.name}: {known} or more TIFF directories that claim {claimed / 1e6:.3g} MB of values; "
+                f"allowed: {MOST_DIRECTORIES}, and {MOST_VALUE_BYTES / 1e6:.0f} MB that the file really holds"
+            )
+        yield found
+
+
+def _read_directory(file: BinaryIO, form: _Form, at: int, size: int) -> tuple[Directory, int]:
+    """A directory and the offset of the next one.
+
+    Raises:
+        EOFError: it does not lie in the file.
+    """
+    head, width, link = (struct.calcsize("<" + part) for part in (form.count, form.entry, form.offset))
+    (entries,) = struct.unpack(form.order + form.count, _take(file, at, head, size))
+    if entries > MOST_ENTRIES:
+        raise SlideOpenError(
+            f"{file.name}: a TIFF directory claims {entries} entries; allowed: {MOST_ENTRIES}; copy it again"
         )
+    at += head
+    data = _take(file, at, entries * (width + 4 * form.ndpi) + link, size)
+    (following,) = struct.unpack_from(form.order + form.offset, data, entries * width)
+    directory = Directory()
+    for i, (tag, kind, count, value) in enumerate(
+        struct.iter_unpack(form.order + form.entry, data[: entries * width])
+    ):
+        entry = Entry(kind, count, at + (i + 1) * width - len(value))
+        if entry.bytes > len(value):
+            (start,) = struct.unpack(form.order + "IQ"[len(value) == 8], value)
+            if form.ndpi:
+                start += struct.unpack_from("<I", data, entries * width + link + 4 * i)[0] << 32
+            entry = replace(entry, at=start)
+        few = FEW if tag != SUB_DIRECTORIES else MOST_DIRECTORIES
+        if 0 < count <= few and kind in _WHOLE and entry.at + entry.bytes <= size:
+            found = np.frombuffer(_take(file, entry.at, entry.bytes, size), form.order + _WHOLE[kind])
+            entry = replace(entry, few=tuple(found.tolist()))
+        directory.setdefault(tag, entry)  # of two of a tag libtiff takes the first
+    return directory, following
 
 
-def refuse_ycbcr_shown_as_rgb(path: Path) -> None:
-    """Refuse the TIFFs whose YCbCr tifffile hands out as if it were RGB: all but JPEG's own.
+def _take(file: BinaryIO, at: int, count: int, size: int) -> bytes:
+    if at + count > size:
+        raise EOFError
+    file.seek(at)
+    return file.read(count)
+
+
+# --- refusals -----------------------------------------------------------------------------------------
+
+
+def refuse_impossible(path: Path) -> None:
+    """Refuse what OpenSlide and libtiff take on trust, with a crash or with black pixels for an answer.
+
+    They follow directories in circles, divide by sides of zero, ask for the memory of any tile and end the
+    process if there is none, and show black, which is taken for glass, where a table of tiles has ended.
+    Files that are no TIFF pass.
 
     Raises:
-        SlideOpenError: level 0 is such a page.
+        SlideOpenError: a directory is of such a kind.
     """
-    with tifffile.TiffFile(path) as tif:
-        page = tif.pages.first
-    ycbcr = page.photometric == tifffile.PHOTOMETRIC.YCBCR and page.compression != tifffile.COMPRESSION.JPEG
-    if ycbcr or page.compression == tifffile.COMPRESSION.APERIO_JP2000_YCBC:
-        raise SlideOpenError(f"tiffslide would show its {page.compression.name} YCbCr in false colours")
+    for directory in read_tiff(path).directories:
+        if directory.keys() & {TILE_WIDTH, TILE_LENGTH, TILE_OFFSETS, TILE_BYTE_COUNTS}:
+            _check_tiles(path, directory)
 
 
-def has_jpeg_tiles(path: Path) -> bool:
-    """Whether a directory of a TIFF is compressed as JPEG; False for files that are no TIFF."""
-    try:
-        with tifffile.TiffFile(path) as tif:
-            return any(p.compression in JPEG for p in tif.pages if isinstance(p, tifffile.TiffPage))
-    except Exception:  # tifffile raises errors of every kind
-        return False
+def _check_tiles(path: Path, directory: Directory) -> None:
+    (width, height), w, h = directory.size_px, directory.number(TILE_WIDTH), directory.number(TILE_LENGTH)
+    if not (0 < w * h <= MOST_TILE_PX and width and height):
+        raise SlideOpenError(f"{path}: its directory of {width} x {height} px has tiles of {w} x {h} px")
+    tiles = -(-width // w) * -(-height // h)
+    known = min(directory[tag].count if tag in directory else 0 for tag in (TILE_OFFSETS, TILE_BYTE_COUNTS))
+    if known < tiles:
+        raise SlideOpenError(f"{path}: its directory of {width} x {height} px knows {known} of {tiles} tiles")
 
 
 def refuse_truncated(path: Path) -> None:
@@ -98,107 +260,15 @@ def refuse_truncated(path: Path) -> None:
     Raises:
         SlideOpenError: the file is shorter than it says.
     """
-    try:
-        tif = tifffile.TiffFile(path)
-    except Exception:  # not a TIFF
-        return
-    size = path.stat().st_size
-    try:
-        with tif, path.open("rb") as file:
-            pages = [p for p in tif.pages if isinstance(p, tifffile.TiffPage)]
-            ends = [o + n for p in pages for o, n in zip(p.dataoffsets, p.databytecounts, strict=False)]
-            # NDPI keeps the upper halves of its offsets elsewhere
-            missing = max(ends, default=0) > size or not (tif.is_ndpi or _directories_end(file))
-    except Exception as exc:  # tifffile raises errors of every kind over damaged directories
+    tiff = read_tiff(path)
+    ends = [0.0]
+    for directory in tiff.directories:
+        for tags in ((STRIP_OFFSETS, STRIP_BYTE_COUNTS), (TILE_OFFSETS, TILE_BYTE_COUNTS)):
+            offsets, counts = (tiff.values(directory.get(tag)).astype(np.float64) for tag in tags)
+            known = min(len(offsets), len(counts))
+            ends.append((offsets[:known] + counts[:known]).max(initial=0))
+    # NDPI keeps the upper halves of its offsets elsewhere
+    if max(ends) > tiff.bytes or not (tiff.ndpi or tiff.whole):
         raise SlideOpenError(
-            f"{path} is a damaged TIFF ({type(exc).__name__}: {exc}); copy it again"
-        ) from exc
-    if missing:
-        raise SlideOpenError(f"{path} is truncated: {size} bytes are there and it needs more; copy it again")
-
-
-def refuse_impossible_tiles(path: Path) -> None:
-    """Refuse what OpenSlide and libtiff take on trust, with a crash or with black pixels for an answer.
-
-    They divide by sides of zero, ask for the memory of any tile and end the process if there is none, and
-    show black, which is taken for glass, where a table of tiles has ended. Files that are no TIFF pass.
-
-    Raises:
-        SlideOpenError: a directory is of such tiles.
-    """
-    with path.open("rb") as file:
-        if file.read(4) not in TIFF_HEADS:
-            return
-        with contextlib.suppress(EOFError):  # what comes before the end counts
-            for tags in _directories(file):
-                if tags.keys() & {TILE_WIDTH, TILE_LENGTH, TILE_OFFSETS, TILE_BYTE_COUNTS}:
-                    _check_tiles(tags)
-
-
-def _check_tiles(tags: Tags) -> None:
-    width, length, tile_width, tile_length = (
-        tags.get(tag, Tag(0, 0)).value for tag in (IMAGE_WIDTH, IMAGE_LENGTH, TILE_WIDTH, TILE_LENGTH)
-    )
-    if not (0 < tile_width * tile_length <= MOST_TILE_PX and width and length):
-        raise SlideOpenError(
-            f"its directory of {width} x {length} px has tiles of {tile_width} x {tile_length} px"
+            f"{path} is truncated: {tiff.bytes} bytes are there and it needs more; copy it again"
         )
-    tiles = -(-width // tile_width) * -(-length // tile_length)
-    known = min(tags.get(tag, Tag(0, 0)).values for tag in (TILE_OFFSETS, TILE_BYTE_COUNTS))
-    if known < tiles:
-        raise SlideOpenError(f"its directory of {width} x {length} px knows {known} of {tiles} tiles")
-
-
-def _directories_end(file: BinaryIO) -> bool:
-    """Follow the chain of directories to its end; False if it leads out of the file or in a circle."""
-    try:
-        for _ in _directories(file):
-            pass
-    except EOFError:
-        return False
-    return True
-
-
-class Tag(NamedTuple):
-    """An entry of a directory: how many values, and its value if it is a single whole number, else 0."""
-
-    values: int
-    value: int
-
-
-Tags = dict[int, Tag]
-
-
-def _directories(file: BinaryIO) -> Iterator[Tags]:
-    """The tags of one directory after the other.
-
-    Raises:
-        EOFError: the chain leads out of the file or in a circle.
-    """
-    file.seek(0)
-    head = file.read(16).ljust(16, b"\0")
-    order = "<" if head[:2] == b"II" else ">"
-    big = struct.unpack(order + "H", head[2:4])[0] == 43
-    count, entry, offset = ("Q", "HHQ", "Q") if big else ("H", "HHI", "I")
-    (at,) = struct.unpack_from(order + offset, head, 8 if big else 4)
-    seen = set()
-    while at:
-        if at in seen or at >= 2**63:
-            raise EOFError
-        seen.add(at)
-        file.seek(at)
-        tags: Tags = {}
-        for _ in range(_take(file, order + count)[0]):
-            tag, kind, values = _take(file, order + entry)
-            value = _take(file, f"{struct.calcsize('<' + offset)}s")[0]
-            single = values == 1 and kind in WHOLE and struct.calcsize(WHOLE[kind]) <= len(value)
-            tags[tag] = Tag(values, struct.unpack_from(order + WHOLE[kind], value)[0] if single else 0)
-        yield tags
-        (at,) = _take(file, order + offset)
-
-
-def _take(file: BinaryIO, form: str) -> tuple[Any, ...]:
-    data = file.read(struct.calcsize(form))
-    if len(data) < struct.calcsize(form):
-        raise EOFError
-    return struct.unpack(form, data)

@@ -18,6 +18,7 @@ READING = {
     "errors",
     "publish",
     "tiff",
+    "tiff_pixels",
     "readers",
     "slide",
     "slide_list",
