@@ -53,6 +53,7 @@ class Seen:
     dim: int | None = None
     patch_size_l0: int | None = None
     feature_type: str | None = None
+    clam_resize: str | None = None
 
     def short(self, problem: str) -> None:
         """It falls short."""
@@ -128,11 +129,29 @@ def clam_coords(seen: Seen, file: h5py.File) -> None:
     if coords is None:
         return
     _sizes(seen, coords, ("patch_size", "patch_level"), smallest=0)
+    _clam_resize(seen, coords, _provenance(file).get("grid"))
     if "patch_level" in coords.attrs and "patch_size_level0" not in coords.attrs:
         step = coords.attrs.get("patch_size", 0) * np.max(coords.attrs.get("downsample", 1.0))
+        step *= 1 - coords.attrs.get("overlap", 0) / coords.attrs.get("target_patch_size", 1)
         _distances(seen, coords[()], float(step), "level-0 pixels", "patch_size")
     if not len(coords):
         seen.short("no patches; CLAM's extraction stops at it: leave it out")
+
+
+def _clam_resize(seen: Seen, coords: h5py.Dataset, ours: dict[str, Any] | None) -> None:
+    """Note where CLAM reads other pixels at a patch of ours than the encoder is to see."""
+    level, read_px = (coords.attrs.get(name) for name in ("patch_level", "patch_size"))
+    if ours is not None and (level, read_px) != (ours["level"], ours["patch_px"]):
+        patch_px = ours["patch_px"]
+        seen.clam_resize = (
+            f"CLAM reads {read_px} px for a patch of {patch_px} px and does not resize: give it "
+            f"encoder.transform_for({patch_px}), not encoder.transform"
+        )
+        if level != ours["level"]:
+            seen.clam_resize += (
+                f"; it reads level {level}, seal_extract read level {ours['level']}, "
+                f"so that embeddings differ by some 1 %"
+            )
 
 
 def mil_lab(seen: Seen, file: h5py.File) -> None:
@@ -226,8 +245,12 @@ def _count(seen: Seen, pieces: Iterable[NDArray[Any]], recorded: int) -> None:
 
 
 def _recorded(file: h5py.File) -> int:
+    return int(_provenance(file).get("read_errors", 0))
+
+
+def _provenance(file: h5py.File) -> dict[str, Any]:
     text = file.attrs.get(PROVENANCE)
-    return int(json.loads(text).get("read_errors", 0)) if isinstance(text, str) else 0
+    return dict(json.loads(text)) if isinstance(text, str) else {}
 
 
 def _coords(seen: Seen, file: h5py.File, kind: Any = np.integer) -> h5py.Dataset | None:

@@ -134,7 +134,8 @@ def read_grid(path: str | os.PathLike[str], slide: Slide) -> PatchGrid:
     """Take the coordinates of another tool's HDF5 file, told apart by what it holds.
 
     TRIDENT says ``patch_size_level0`` on ``coords``, CLAM ``patch_level`` and ``patch_size`` in pixels of
-    that level, AtlasPatch writes rows of (x, y, read_w, read_h, level) and says the sizes at the root.
+    that level, and our clam layout also ``target_patch_size``, the side to which they are resized. AtlasPatch
+    writes rows of (x, y, read_w, read_h, level) and says the sizes at the root.
 
     Raises:
         GeometryError: not such a file, or coordinates that are not of this slide.
@@ -238,7 +239,8 @@ def _clam_sizes(path: Path, attrs: dict[str, Any], slide: Slide) -> tuple[int, i
             f"{path}: patch_level is {level}, but {slide.path.name} has levels 0 to {len(slide.levels) - 1}; "
             f"give the coordinates of this slide"
         )
-    return patch_px, round(patch_px * slide.levels[level].downsample), 0
+    target_px = _whole(path, attrs, "target_patch_size") if "target_patch_size" in attrs else patch_px
+    return target_px, round(patch_px * slide.levels[level].downsample), int(attrs.get("overlap", 0))
 
 
 def _check_on_slide(path: Path, slide: Slide, xy_l0: NDArray[np.int64], attrs: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from seal_extract.consumers import (
     trident_coords,
     trident_features,
 )
+from seal_extract.encoders.registry import list_encoders
 from seal_extract.errors import UsageError
 
 
@@ -38,7 +39,7 @@ def verify(folder: str | os.PathLike[str], consumer: str) -> tuple[Finding, ...]
     files = files_for(folder, consumer)
     seen = [look(path, check) for path, check in files.items()]
     if consumer == "clam":
-        seen += _unpaired(files, seen)
+        seen += [*_unpaired(files, seen), *_resized(seen)]
     return tuple(f for s in [*seen, *_compare(seen, consumer)] for f in s.findings)
 
 
@@ -153,3 +154,16 @@ def _unpaired(files: Iterable[Path], seen: Sequence[Seen]) -> Iterator[Seen]:
         elif None not in (rows[tensor], rows[path]) and rows[tensor] != rows[path]:
             found.short(f"{rows[tensor]} rows, but {path.parent.name}/{path.name} has {rows[path]}")
         yield found
+
+
+def _resized(seen: Sequence[Seen]) -> Iterator[Seen]:
+    """Coordinates at which CLAM sees another scale unless its transform resizes, once per folder."""
+    own_size = ", ".join(spec.name for spec in list_encoders() if spec.input.resize_px is None)
+    for (folder, said), files in Counter((s.path.parent, s.clam_resize) for s in seen).items():
+        if said is not None:
+            found = Seen(folder)
+            found.warn(
+                f"in {files} files {said}. Otherwise encoders that do not resize ({own_size}) see a wrong "
+                f"scale in silence, and the others another filter"
+            )
+            yield found

@@ -352,6 +352,18 @@ def test_pil_images_of_any_8_bit_mode_become_rgb(seal_conch, mode):
     assert torch.equal(seal_conch.transform(image), seal_conch.transform(image.convert("RGB")))
 
 
+def test_the_transform_for_a_patch_size_resizes_first_as_patches_of_slides_are(seal_conch):
+    image = Image.fromarray(noise_patches(1, 64)[0])
+    for_32 = pickle.loads(pickle.dumps(seal_conch.transform_for(32)))
+    small = image.resize((32, 32), Image.Resampling.BICUBIC)
+    assert torch.equal(for_32(image), seal_conch.transform(small))
+    assert torch.equal(for_32(small), seal_conch.transform(small))
+    with pytest.raises(UsageError, match="the patch is 64 x 40 px; allowed: a square, which becomes 32 x 32"):
+        for_32(image.crop((0, 0, 64, 40)))
+    with pytest.raises(UsageError, match="patch_px is 0; allowed: 1 or more, for example"):
+        seal_conch.transform_for(0)
+
+
 @pytest.mark.parametrize(("short", "full"), [("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")])
 def test_precision_has_short_names(tmp_path, short, full):
     path = whole(SEAL_TINY_CONCH, tmp_path)

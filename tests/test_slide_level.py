@@ -12,7 +12,7 @@ import pytest
 import torch
 from mil_models import DIM, MODELS, model_of
 from safetensors.torch import save_file
-from test_layouts import CONSUMER_OF, SIZE, grid_of, provenance_of
+from test_layouts import CONSUMER_OF, SIZE, grid_of, provenance_of, short_of
 from torch import nn
 
 from seal_extract.cli import main
@@ -21,7 +21,6 @@ from seal_extract.export import export
 from seal_extract.layouts import LAYOUTS, layout_of_grid
 from seal_extract.slide_level import open_pooling, pool_slide, read_slide_level
 from seal_extract.store import SlideLabel, read_features, read_provenance
-from seal_extract.verify import verify
 
 FEATURES = "features_untrained-demo"
 
@@ -215,7 +214,7 @@ def test_slide_level_files_are_not_mistaken_for_features(tmp_path, layout):
     assert read_provenance(path) is None
     with pytest.raises(OutputError, match="no slide-level file"):
         read_slide_level(features.path)
-    assert verify(tmp_path / "run", CONSUMER_OF[layout]) == ()
+    assert short_of(tmp_path / "run", CONSUMER_OF[layout]) == []
     if layout != "stamp":
         (done,) = export(tmp_path / "run", "flat" if layout != "flat" else "trident", tmp_path / "other")
         assert done.state == "written"

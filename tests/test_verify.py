@@ -6,11 +6,13 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from test_layouts import CONSUMER_OF, DIM, write
+from test_layouts import CONSUMER_OF, DIM, SIZE, provenance_of, short_of, write
 
 from seal_extract.cli import main
 from seal_extract.errors import UsageError
-from seal_extract.store import PROVENANCE
+from seal_extract.grid import PatchGrid
+from seal_extract.layouts import layout_of_grid
+from seal_extract.store import PROVENANCE, SlideLabel
 from seal_extract.verify import CONSUMERS, LOOKED_FOR, verify
 
 LAYOUT_FOR = {consumer: layout for layout, consumer in CONSUMER_OF.items()} | {"mil-lab": "flat"}
@@ -41,7 +43,7 @@ def write_foreign(path, n=30, **changes):
 def test_what_a_layout_wrote_is_as_its_reader_takes_it(tmp_path, consumer):
     for i, n in enumerate((50, 1, 13)):
         write(tmp_path, LAYOUT_FOR[consumer], n=n, name=str(i))
-    assert verify(tmp_path, consumer) == ()
+    assert short_of(tmp_path, consumer) == []
 
 
 def test_tridents_features_folder_is_patho_benchs(tmp_path):
@@ -69,10 +71,10 @@ def test_empty_slides_are_named_where_they_lie_in_the_way(tmp_path, consumer, pr
 def test_an_empty_slide_of_ours_is_not_in_clams_way_and_a_foreign_one_is(tmp_path):
     write(tmp_path, "clam", n=0, name="ours")
     write(tmp_path, "clam", n=9, name="full")
-    assert verify(tmp_path, "clam") == ()
+    assert short_of(tmp_path, "clam") == []
     write_foreign(tmp_path / "features_tiny/h5_files/foreign.h5", n=0)
     torch.save(torch.zeros(0, DIM), tmp_path / "features_tiny/pt_files/foreign.pt")
-    assert [name for name, _ in lines(tmp_path, "clam")] == ["foreign.h5", "foreign.pt"]
+    assert [name for name, _ in lines(tmp_path, "clam", warnings=False)] == ["foreign.h5", "foreign.pt"]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,7 @@ def test_a_truncated_file_is_found_wherever_it_is_cut(tmp_path, consumer, share)
     path = place.features("a", "tiny")
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
-    ((name, line),) = lines(tmp_path, consumer)
+    ((name, line),) = lines(tmp_path, consumer, warnings=False)
     assert name == "a.h5"
     assert line.startswith("cannot be read to its end: truncated, damaged or no HDF5")
 
@@ -197,12 +199,43 @@ def test_clam_misses_tensors_and_takes_no_others(tmp_path):
     torch.save(torch.zeros(50, DIM, dtype=torch.float16), tensors / "b.pt")
     torch.save(torch.ones(49, DIM), tensors / "c.pt")
     (tensors / "d.pt").write_bytes((tensors / "d.pt").read_bytes()[:900])
-    found = dict(lines(tmp_path, "clam"))
+    found = dict(lines(tmp_path, "clam", warnings=False))
     assert found["a.pt"] == "missing, though h5_files/a.h5 is there; CLAM trains on it"
     assert found["b.pt"] == "holds torch.float16 [50, 24]; taken: a tensor float32 [N, D]"
     assert found["c.pt"] == "49 rows, but h5_files/c.h5 has 50"
     assert found["d.pt"].startswith("torch.load takes no tensor: truncated, or other objects")
     assert len(found) == 4
+
+
+def test_coordinates_at_which_clam_needs_a_resize_are_told_once_per_folder(tmp_path):
+    for name in "ab":
+        write(tmp_path, "clam", name=name)
+    ((folder, line),) = lines(tmp_path, "clam")
+    assert folder == "patches"
+    assert line.startswith("in 2 files CLAM reads 512 px for a patch of 256 px and does not resize")
+    assert "encoder.transform_for(256), not encoder.transform" in line
+    assert "(seal-conch, seal-phikon2, conch, phikon2) see a wrong scale" in line
+    assert "level" not in line
+
+
+def test_coordinates_of_another_level_than_ours_are_told(tmp_path):
+    """As the version before wrote them for every slide, and as they are where OpenSlide is not the reader."""
+    grid = PatchGrid(np.zeros((1, 2), np.int64), 224, 0.5, 448, 0, 1, 224)
+    layout_of_grid("clam", tmp_path, grid).write_coords(
+        SlideLabel("a", SIZE, 0.25), grid, provenance_of(grid)
+    )
+    ((_, line),) = lines(tmp_path, "clam")
+    assert "CLAM reads 448 px for a patch of 224 px" in line
+    assert "it reads level 0, seal_extract read level 1, so that embeddings differ by some 1 %" in line
+
+
+def test_coordinates_of_clams_layout_may_overlap(tmp_path):
+    xy = np.stack([np.arange(30) % 10, np.arange(30) // 10], axis=1).astype(np.int64) * 128
+    grid = PatchGrid(xy, 256, 0.5, 256, 128, 0, 256)
+    layout_of_grid("clam", tmp_path, grid).write_coords(
+        SlideLabel("a", SIZE, 0.5), grid, provenance_of(grid, 0.5)
+    )
+    assert lines(tmp_path, "clam") == []
 
 
 def test_a_pickle_is_never_run(tmp_path):

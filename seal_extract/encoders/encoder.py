@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -63,7 +63,7 @@ class Encoder(nn.Module):
     """A drop-in patch encoder; made by `load_encoder`.
 
     TRIDENT reads ``enc_name``, ``precision``, ``eval_transforms`` and ``embedding_dim`` off it; CLAM takes
-    ``(encoder, encoder.transform)``.
+    ``(encoder, encoder.transform_for(patch_px))``.
 
     Attributes:
         spec: the row.
@@ -122,6 +122,24 @@ class Encoder(nn.Module):
     def eval_transforms(self) -> PatchTransform:
         """The transform, as TRIDENT asks for it."""
         return self.transform
+
+    def transform_for(self, patch_px: int) -> PatchTransform:
+        """The transform for a tool that hands over a patch in other pixels than it shall have.
+
+        CLAM reads a patch of 224 px at 0.5 µm/px as 448 px from a slide of 0.25 µm/px, and does not resize.
+
+        Args:
+            patch_px: side of the patch as the encoder shall see it, the ``--patch-px`` of its coordinates.
+
+        Returns:
+            `transform` behind the bicubic resize to ``patch_px`` by which `extract` makes its patches.
+
+        Raises:
+            UsageError: a side below 1.
+        """
+        if patch_px < 1:
+            raise UsageError(f"patch_px is {patch_px}; allowed: 1 or more, for example {self.spec.patch_px}")
+        return replace(self.transform, patch_px=patch_px)
 
     @property
     def genes(self) -> tuple[str, ...] | None:

@@ -24,11 +24,13 @@ class PatchTransform:
         input: resize and crop, if any.
         mean: per channel, of RGB in 0..1.
         std: per channel, of RGB in 0..1.
+        patch_px: the image is first resized to this side, by the bicubic filter that makes patches of slides.
     """
 
     input: InputRule
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    patch_px: int | None = None
 
     @classmethod
     def of(cls, spec: EncoderSpec) -> PatchTransform:
@@ -39,7 +41,7 @@ class PatchTransform:
         """An 8-bit image of any mode, made RGB, to float32 [3, H, W].
 
         Raises:
-            UsageError: not a PIL image, or one of more than 8 bits.
+            UsageError: not a PIL image, or one of more than 8 bits, or no square where `patch_px` is set.
         """
         if not isinstance(image, Image.Image):
             raise UsageError(
@@ -49,9 +51,19 @@ class PatchTransform:
             raise UsageError(
                 f"the patch is a PIL image of mode {image.mode}; allowed: 8 bits per channel, as RGB"
             )
-        patch = np.array(self._fit(image.convert("RGB")))  # uint8 [H, W, 3], RGB
+        patch = np.array(self._fit(self._at_scale(image.convert("RGB"))))  # uint8 [H, W, 3], RGB
         scaled = torch.from_numpy(patch).permute(2, 0, 1).float().div(255)
         return scaled.sub(_per_channel(self.mean)).div(_per_channel(self.std))
+
+    def _at_scale(self, image: Image.Image) -> Image.Image:
+        if self.patch_px is None:
+            return image
+        if image.width != image.height:
+            raise UsageError(
+                f"the patch is {image.width} x {image.height} px; allowed: a square, which becomes "
+                f"{self.patch_px} x {self.patch_px} px"
+            )
+        return image.resize((self.patch_px, self.patch_px), Image.Resampling.BICUBIC)
 
     def _fit(self, image: Image.Image) -> Image.Image:
         short, side = self.input.resize_px, self.input.side_px

@@ -1,6 +1,6 @@
 """CLAM's layout: a features folder per encoder, and the coordinates in CLAM's own terms.
 
-OUT/patches/{slide}.h5                             coords, patch_level 0
+OUT/patches/{slide}.h5                             coords, and what to read at each
 OUT/features_{encoder}/h5_files/{slide}.h5         features, coords
 OUT/features_{encoder}/pt_files/{slide}.pt         the features as a float32 tensor
 OUT/features_{encoder}/without_patches/{slide}.h5  slides that CLAM must not meet, for resuming
@@ -65,14 +65,22 @@ class ClamLayout(Layout):
     def _write_coords(
         self, path: Path, label: SlideLabel, grid: PatchGrid, provenance: dict[str, Any]
     ) -> None:
-        # CLAM reads patch_size pixels of patch_level and does not rescale: TRIDENT's meaning would misread
+        # CLAM reads patch_size pixels of patch_level and does not rescale: `Encoder.transform_for` does
+        level, read_px = grid.level, grid.read_px
+        if not provenance["slide"].get("reader", "").startswith("openslide"):
+            level, read_px = 0, grid.patch_size_l0  # CLAM's reader may number the other levels otherwise
+        downsample = grid.patch_size_l0 / read_px
+        size = tuple(round(side / downsample) for side in label.size_l0)
+
         def describe(file: h5py.File) -> None:
             file.create_dataset("coords", data=grid.xy_l0).attrs.update(
-                patch_size=grid.patch_size_l0,
-                patch_level=0,
-                downsample=(1.0, 1.0),
-                downsampled_level_dim=label.size_l0,
-                level_dim=label.size_l0,
+                patch_size=read_px,
+                patch_level=level,
+                target_patch_size=grid.patch_px,
+                overlap=grid.overlap_px,
+                downsample=(downsample, downsample),
+                downsampled_level_dim=size,
+                level_dim=size,
                 name=label.name,
                 save_path=str(path.parent),
             )
