@@ -31,7 +31,7 @@ def main(
     columns = decoder.columns(genes)
     (measured,) = load_sections([{"kind": "st-tables", "folder": her2st, "names": [section]}])
     options = ExtractOptions(
-        patch_px=PATCH_PX, mpp=MPP, overlap_px=PATCH_PX // 2, slide_mpp=measured.mpp, allow_upsampling=True
+        patch_px=PATCH_PX, mpp=MPP, overlap_px=PATCH_PX // 2, override_mpp=measured.mpp, allow_upsampling=True
     )
     features = extract(measured.slide, loaded, out, options=options)
     maps = predict_genes(features, decoder, columns)  # float32 [N, genes]

@@ -27,7 +27,7 @@ def main(her2st: str, section: str, programme: str, encoder: str = "seal-tiny", 
     signature, decoder = read_signature(programme), load_decoder(encoder)
     signature.known_to(decoder)
     (measured,) = load_sections([{"kind": "st-tables", "folder": her2st, "names": [section]}])
-    options = ExtractOptions(patch_px=PATCH_PX, mpp=MPP, slide_mpp=measured.mpp, allow_upsampling=True)
+    options = ExtractOptions(patch_px=PATCH_PX, mpp=MPP, override_mpp=measured.mpp, allow_upsampling=True)
     features = extract(measured.slide, load_encoder(encoder), out, options=options)
 
     found = search_expression([features], decoder, signature, 24)

@@ -33,13 +33,18 @@ class Finding:
 
 
 def examine(
-    slide: Path | None = None, *, slide_mpp: float | None = None, offline: bool = False
+    slide: Path | None = None,
+    *,
+    slide_mpp: float | None = None,
+    override_mpp: float | None = None,
+    offline: bool = False,
 ) -> Iterator[Finding]:
     """Try everything, one finding at a time.
 
     Args:
         slide: opened, its tissue found and 8 patches encoded (by an untrained encoder) if given.
         slide_mpp: its µm/px, if it does not say it.
+        override_mpp: its µm/px, whatever it says.
         offline: leave out what asks the network.
     """
     yield from (_checked("python", _python), _checked("readers", _readers), _checked("device", _device))
@@ -51,7 +56,7 @@ def examine(
             yield _checked("token", _token)
             yield from (_checked("gate", partial(_gate, repo_id)) for repo_id in _repositories())
     if slide is not None:
-        yield _checked("slide", partial(_slide, slide, slide_mpp))
+        yield _checked("slide", partial(_slide, slide, slide_mpp, override_mpp))
 
 
 def _checked(subject: str, check: Callable[[], tuple[State, str]]) -> Finding:
@@ -148,16 +153,17 @@ def _gate(repo_id: str) -> tuple[State, str]:
     return "ok", f"{repo_id} may be downloaded"
 
 
-def _slide(path: Path, mpp: float | None) -> tuple[State, str]:
+def _slide(path: Path, slide_mpp: float | None, override_mpp: float | None) -> tuple[State, str]:
     from dataclasses import replace
 
     from seal_extract.batches import stream_batches
     from seal_extract.decode import open_decoder
     from seal_extract.demo import untrained_encoder
     from seal_extract.plan import ExtractOptions, plan_slide
-    from seal_extract.slide import open_slide
+    from seal_extract.slide_list import SlideEntry
+    from seal_extract.slide_mpp import open_entry
 
-    with open_slide(path, mpp=mpp) as slide:
+    with open_entry(SlideEntry.of(path), slide_mpp, override_mpp) as slide:
         plan = plan_slide(slide, ExtractOptions(allow_upsampling=True))
         encoder = untrained_encoder()
         few = replace(plan.grid, xy_l0=plan.grid.xy_l0[:8])

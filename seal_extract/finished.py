@@ -14,11 +14,14 @@ from seal_extract.plan import ExtractOptions, coords_file
 from seal_extract.provenance import PIPELINE, describe_options, describe_request, first_difference
 from seal_extract.remote import look
 from seal_extract.slide import Slide
-from seal_extract.slide_list import MPP_TOLERANCE, SlideEntry, open_entry
+from seal_extract.slide_list import SlideEntry
+from seal_extract.slide_mpp import open_entry, same_mpp
 from seal_extract.store import SlideFeatures, find_features
 
 if TYPE_CHECKING:
     from seal_extract.encoders import Encoder
+
+GIVEN = ("given", "table", "--slide-mpp", "--override-mpp")  # sources of a µm/px that the file lacks
 
 
 def find_finished(
@@ -68,7 +71,7 @@ def resume(
     if options.coords is not None and entry.url is not None:
         return None
     if options.coords is not None:  # the layout depends on the grid that the file gives
-        with open_entry(entry, options.slide_mpp) as opened:
+        with open_entry(entry, options.slide_mpp, options.override_mpp) as opened:
             layout = layout_for(opened, Path(out), options, entry.name)
     else:
         layout = open_layout(options.layout, Path(out), options.patch_px, options.mpp, options.overlap_px)
@@ -77,7 +80,7 @@ def resume(
         return None
     provenance = found.provenance
     identity = _identity(encoder, provenance["encoder"]["weights"])
-    if _is_unchanged(entry, provenance):
+    if _is_unchanged(entry, options, provenance):
         request = provenance["request"] | {
             "pipeline": PIPELINE,
             "options": describe_options(entry.path, options, entry.name),
@@ -86,7 +89,7 @@ def resume(
         return _accept(found, request, layout, entry.name, options)
     if entry.url is not None:
         return None
-    with open_entry(entry, options.slide_mpp) as opened:
+    with open_entry(entry, options.slide_mpp, options.override_mpp) as opened:
         return find_finished(opened, identity, out, options, entry.name)
 
 
@@ -108,7 +111,12 @@ def _accept(
     name: str,
     options: ExtractOptions,
 ) -> SlideFeatures | None:
-    difference = first_difference(found.provenance["request"], request)
+    before, source = found.provenance["request"], found.provenance["slide"]["mpp_source"]
+    slide = before["slide"]
+    if source.startswith("given (file: ") and same_mpp(slide["mpp"], request["slide"]["mpp"]):
+        # an older version took --slide-mpp although the file says as much
+        request = request | {"slide": request["slide"] | {"mpp": slide["mpp"], "reader": slide["reader"]}}
+    difference = first_difference(before, request)
     if difference is not None:
         raise OutputError(
             f"{found.path} exists, made with another request ({difference}); "
@@ -126,7 +134,7 @@ def _identity(encoder: EncoderRequest | Encoder, recorded: list[dict[str, Any]])
     return encoder.identity
 
 
-def _is_unchanged(entry: SlideEntry, provenance: dict[str, Any]) -> bool:
+def _is_unchanged(entry: SlideEntry, options: ExtractOptions, provenance: dict[str, Any]) -> bool:
     """Whether the slide's file looks as it did, so that what was read of it still holds."""
     before, version = provenance["request"]["slide"], "mtime_ns" if entry.url is None else "version"
     if entry.url is not None:
@@ -139,7 +147,16 @@ def _is_unchanged(entry: SlideEntry, provenance: dict[str, Any]) -> bool:
             return False
         now = stat.st_size, stat.st_mtime_ns
     same = (entry.path.name, *now) == (before["file"], before["bytes"], provenance["slide"].get(version))
-    return same and (entry.mpp is None or abs(before["mpp"] / entry.mpp - 1) <= MPP_TOLERANCE)
+    return same and _has_same_mpp(entry, options, before["mpp"], provenance["slide"]["mpp_source"])
+
+
+def _has_same_mpp(entry: SlideEntry, options: ExtractOptions, before: float, source: str) -> bool:
+    """Whether `open_entry` would find the same µm/px, without a word; False where it must be asked."""
+    given = [mpp for mpp in (options.override_mpp, entry.mpp, options.slide_mpp) if mpp is not None]
+    if source in GIVEN:  # by the file alone it is unknown
+        return given[:1] == [before] and all(same_mpp(mpp, before) for mpp in given)
+    overruled = options.override_mpp is not None or " (file: " in source
+    return not overruled and all(same_mpp(mpp, before) for mpp in given)
 
 
 def layout_for(slide: Slide, out: Path, options: ExtractOptions, name: str | None = None) -> Layout:

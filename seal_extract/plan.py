@@ -33,7 +33,8 @@ class ExtractOptions:
         min_tissue: smallest share of tissue in a patch, 0 to 1.
         mpp_tolerance: slides this close to a nominal µm/px are cut as if they had it.
         allow_upsampling: permit a target finer than the slide.
-        slide_mpp: µm/px at level 0, for slides that do not say it.
+        slide_mpp: µm/px at level 0, for slides whose table and file do not say it.
+        override_mpp: µm/px at level 0 of all slides, whatever their table and file say.
         roi: GeoJSON of the tissue, or a folder of ``{slide}.geojson``, in place of finding it.
         coords: coordinates of TRIDENT, CLAM or AtlasPatch, a file or a folder, in place of a grid.
         resample: ``"bicubic"``, as the field's other tools, or ``"area"``, which is faster.
@@ -54,6 +55,7 @@ class ExtractOptions:
     mpp_tolerance: float = MPP_TOLERANCE
     allow_upsampling: bool = False
     slide_mpp: float | None = None
+    override_mpp: float | None = None
     roi: Path | None = None
     coords: Path | None = None
     resample: Resampling = "bicubic"
@@ -69,6 +71,8 @@ class ExtractOptions:
     def __post_init__(self) -> None:
         if self.roi is not None and self.coords is not None:
             raise UsageError("--roi and --coords both say where the patches lie; give one of them")
+        if self.slide_mpp is not None and self.override_mpp is not None:
+            raise UsageError("--override-mpp is for all slides and leaves no gap to --slide-mpp; give one")
         if self.resample not in get_args(Resampling):
             raise UsageError(f"--resample is {self.resample!r}; allowed: {', '.join(get_args(Resampling))}")
         check_layout(self.layout)

@@ -14,7 +14,8 @@ from seal_extract.layouts import Layout
 from seal_extract.plan import ExtractOptions, SlidePlan, plan_slide
 from seal_extract.provenance import describe, describe_request
 from seal_extract.slide import file_stamp
-from seal_extract.slide_list import SlideEntry, open_entry
+from seal_extract.slide_list import SlideEntry
+from seal_extract.slide_mpp import open_entry
 from seal_extract.store import SlideFeatures, SlideLabel
 from seal_extract.view.overlay import draw_overlay
 
@@ -73,7 +74,7 @@ def prepare(
     """
     options = options.for_entry(entry)
     stamp = file_stamp(entry.file)
-    slide = open_entry(entry, options.slide_mpp)
+    slide = open_entry(entry, options.slide_mpp, options.override_mpp)
     with ExitStack() as closing:
         closing.callback(slide.close)
         found = [find_finished(slide, e.identity, out, options, entry.name) for e in encoders]

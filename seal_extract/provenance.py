@@ -18,6 +18,7 @@ PIPELINE = 1  # raised whenever the same request gives other numbers than before
 WITHOUT_EFFECT = {
     *("max_read_errors", "batch_size", "workers", "overwrite"),
     *("layout", "stage_dir", "stage_gb"),
+    *("slide_mpp", "override_mpp"),  # the µm/px that they lead to stands with the slide
 }
 LIBRARIES = (
     "seal-extract",
@@ -67,26 +68,27 @@ def describe_options(slide: Path, options: ExtractOptions, name: str | None = No
     return choices
 
 
-def first_difference(
-    old: dict[str, Any], new: dict[str, Any], missing: dict[str, Any] | None = None
-) -> str | None:
+def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     """The first entry in which two requests differ, in words; None if they are equal.
 
-    Args:
-        old: of a file, whose version may not have known all of today's options.
-        new: of this run.
-        missing: what entries count as that are missing; an option has its default.
+    An option that one of them lacks, because its version did not know it, counts as its default.
     """
-    missing = missing or {}
     for key in dict.fromkeys([*old, *new]):
-        before, after = (request.get(key, missing.get(key)) for request in (old, new))
+        before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            deeper = first_difference(before, after, vars(ExtractOptions()) if key == "options" else None)
+            if key == "options":
+                before, after = _all_options(before), _all_options(after)
+            deeper = first_difference(before, after)
             if deeper:
                 return f"{key} {deeper}"
         elif before != after:
             return f"{key} {_short(before)}, now {_short(after)}"
     return None
+
+
+def _all_options(recorded: dict[str, Any]) -> dict[str, Any]:
+    choices = vars(ExtractOptions()) | recorded
+    return {name: value for name, value in choices.items() if name not in WITHOUT_EFFECT}
 
 
 def describe(
@@ -109,6 +111,7 @@ def describe(
             "size_l0": list(slide.size_l0),
             "mpp": slide.mpp,
             "mpp_source": slide.mpp_source,
+            "mpp_conflict": slide.mpp_conflict,
             "reader": slide.reader,
             "decoder": decoder,
         },

@@ -69,6 +69,7 @@ class _Reader:
     bounds_l0: tuple[int, int, int, int]
     mpp: float
     mpp_source: str
+    mpp_conflict: str = ""
     levels: tuple[Level, ...]
 
     def _describe(self, sizes: list[tuple[int, int]], downsamples: list[float]) -> None:

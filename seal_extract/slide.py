@@ -31,6 +31,7 @@ class Slide(Protocol):
         bounds_l0: (x, y, width, height) of the scanned area; the whole slide where the file names none.
         mpp: µm/px at level 0.
         mpp_source: where that number was read.
+        mpp_conflict: in words, what else was said of the µm/px that contradicts it; empty if nothing.
         levels: finest first.
     """
 
@@ -40,6 +41,7 @@ class Slide(Protocol):
     bounds_l0: tuple[int, int, int, int]
     mpp: float
     mpp_source: str
+    mpp_conflict: str
     levels: tuple[Level, ...]
 
     def read_region(self, xy_l0: tuple[int, int], level: int, size_px: tuple[int, int]) -> Array:

@@ -15,9 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from seal_extract import remote
-from seal_extract.errors import ResolutionError, SealExtractError, UsageError
+from seal_extract.errors import SealExtractError, UsageError
 from seal_extract.folders import files_below, is_own
-from seal_extract.slide import Slide, open_slide
 
 SLIDE_SUFFIXES = {
     *(".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide"),
@@ -27,7 +26,6 @@ SEVERAL_FILES = (".mrxs", ".vms", ".vmu", ".dcm")
 SLIDE_COLUMNS = ("slide", "slide_id", "wsi")  # ours, CLAM's, TRIDENT's
 SEPARATOR = "__"  # between folder and name
 OWN = "made by seal-extract"
-MPP_TOLERANCE = 0.05  # by which table and file may differ
 
 Ignored = list[tuple[Path | str, str]]  # files, each with the reason
 
@@ -39,7 +37,7 @@ class SlideEntry:
     Attributes:
         path: of the slide; of a URL something alike, for names only.
         name: of its results; unique in its list.
-        mpp: µm/px at level 0 that a table gives; it must not contradict the file.
+        mpp: µm/px at level 0 that a table gives; it counts where it contradicts the file.
         case_id: the patient, if a table says so.
         roi: GeoJSON of its tissue, if a table says so.
         copy: of the slide, on faster storage, that is read in its place.
@@ -160,34 +158,6 @@ def list_slides(
         remote.check_protocol(url)
     _refuse_twice(entries)
     return SlideList(tuple(_with_names(entries)), tuple(ignored))
-
-
-def open_entry(entry: SlideEntry, slide_mpp: float | None = None, tolerance: float = MPP_TOLERANCE) -> Slide:
-    """Open a slide whose µm/px, if its table gives one, must be the file's where the file has one.
-
-    Args:
-        entry: the slide.
-        slide_mpp: µm/px at level 0 that counts in place of both.
-        tolerance: share by which table and file may differ.
-
-    Raises:
-        SlideError: see `open_slide`.
-        UsageError: it is a URL, and there is no copy.
-    """
-    refuse_uncopied(entry)
-    if entry.mpp is None or slide_mpp is not None:
-        return open_slide(entry.file, mpp=slide_mpp)
-    try:
-        slide = open_slide(entry.file)
-    except ResolutionError:  # the file does not know it
-        return open_slide(entry.file, mpp=entry.mpp)
-    if abs(slide.mpp / entry.mpp - 1) > tolerance:
-        slide.close()
-        raise ResolutionError(
-            f"{entry.source}: the table gives {entry.mpp:.4g} µm/px, the file {slide.mpp:.4g} "
-            f"({slide.mpp_source}); correct the table, or type --slide-mpp VALUE to overrule the file"
-        )
-    return slide
 
 
 def refuse_uncopied(entry: SlideEntry) -> None:

@@ -34,6 +34,7 @@ class StatusRow:
         seconds: of the run that were this slide's.
         patches_per_s: in that time.
         read_errors: patches that could not be read, whose features are zeros.
+        warning: what contradicts the µm/px.
         reason: why it failed or was ignored.
     """
 
@@ -49,6 +50,7 @@ class StatusRow:
     seconds: float | None = None
     patches_per_s: float | None = None
     read_errors: int | None = None
+    warning: str = ""
     reason: str = ""
 
     @classmethod
@@ -73,6 +75,7 @@ class StatusRow:
             seconds=None if result.finished_before else round(result.seconds, 2),
             patches_per_s=None if result.finished_before else round(patches / max(result.seconds, 1e-3), 1),
             read_errors=max(f.provenance["read_errors"] for f in result.features),
+            warning=slide.get("mpp_conflict", ""),
         )
 
 
@@ -133,8 +136,9 @@ def _row(cells: dict[str, Any]) -> StatusRow | None:
         values: dict[str, Any] = {
             name: (NUMBERS[name](cells[name]) if cells[name] else None) if name in NUMBERS else cells[name]
             for name in COLUMNS
+            if name in cells  # an older version had fewer
         }
+        complete = values["status"] in (DONE, FAILED, IGNORED) and values["reason"] is not None
+        return StatusRow(**values) if complete else None
     except (KeyError, TypeError, ValueError):
         return None
-    complete = values["status"] in (DONE, FAILED, IGNORED) and values["reason"] is not None
-    return StatusRow(**values) if complete else None

@@ -41,6 +41,7 @@ class DrawnSlide:
     path: Path = Path("drawn.svs")
     reader: str = "drawn 1"
     mpp_source: str = "drawn"
+    mpp_conflict: str = ""
     bounds_l0: tuple[int, int, int, int] = field(init=False)
 
     def __post_init__(self) -> None:

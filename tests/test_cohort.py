@@ -1,16 +1,21 @@
 """Many slides in one run: what is recognised or tried again, what a kill leaves, what the table says."""
 
 import json
+import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import h5py
 import numpy as np
 import pytest
-from cohort_fixtures import add_broken, command, contents, link_cohort, run
+from cohort_fixtures import add_broken, command, contents, link_cohort, run, run_here
+from PIL import Image
 
-from seal_extract import ExtractOptions, extract, publish
+from seal_extract import ExtractOptions, extract, open_slide, publish
 from seal_extract.cohort import extract_cohort
 from seal_extract.demo import UNTRAINED, untrained_encoder
 from seal_extract.encoders.request import EncoderRequest
@@ -211,16 +216,89 @@ def test_the_table_keeps_the_last_word_on_each_slide(tmp_path):
 # --- tables of slides -------------------------------------------------------------------------
 
 
-def test_a_resolution_that_contradicts_the_file_fails_that_slide(cohort, encoder, tmp_path):
+def test_a_table_whose_resolution_contradicts_the_file_counts_and_the_contradiction_is_told(
+    cohort, encoder, tmp_path
+):
     table = tmp_path / "list.csv"
     table.write_text(
         f"slide,mpp\n{cohort}/slide_0000.svs,0.25\n{cohort}/slide_0001.svs,0.5\n{cohort}/gone.svs,\n"
     )
-    report = extract_cohort(table, encoder, tmp_path / "out")
-    assert [row.name for row in report.done] == ["slide_0000"]
-    reasons = {row.name: row.reason for row in report.failed}
-    assert "the table gives 0.5 µm/px, the file 0.25 (openslide.mpp-x)" in reasons["slide_0001"]
-    assert "does not exist" in reasons["gone"]
+    words = r"0.5 µm/px by table \(file: 0.25, openslide.mpp-x\), against file 0.25"
+    with pytest.warns(UserWarning, match=rf"slide_0001.svs: {words}$"):
+        report = extract_cohort(table, encoder, tmp_path / "out")
+    rows = {row.name: row for row in report.done}
+    assert (rows["slide_0000"].mpp, rows["slide_0000"].warning) == (0.25, "")
+    assert rows["slide_0001"].mpp == 0.5
+    assert re.fullmatch(words, rows["slide_0001"].warning)
+    assert "does not exist" in report.failed[0].reason
+
+
+@pytest.fixture
+def mixed(cohort, tmp_path):
+    """One slide of 0.25 µm/px, and one that says nothing."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    os.link(cohort / "slide_0000.svs", folder / "says.svs")
+    with open_slide(cohort / "slide_0001.svs") as slide:
+        Image.fromarray(slide.read_region((0, 0), 0, slide.size_l0)).save(folder / "silent.png")
+    return folder
+
+
+def test_slide_mpp_fills_gaps_and_what_contradicts_it_is_told(mixed, encoder_folder, tmp_path):
+    out = tmp_path / "out"
+    words = (mixed, "-o", out, "--encoder", encoder_folder, "-q")
+    alone = run_here(mixed / "says.svs", *words[1:])
+    both = run_here(*words, "--slide-mpp", "0.5")
+    assert (alone.returncode, both.returncode) == (0, 0)
+    assert re.search(r"says.svs: \d+ patches, finished before", both.stdout)  # it is the same request
+    conflict = "0.25 µm/px by openslide.mpp-x, against --slide-mpp 0.5"
+    assert f"says.svs: {conflict}; type --override-mpp 0.5 if the file is wrong" in both.stderr
+    shutil.rmtree(out)
+    both = run_here(*words, "--slide-mpp", "0.5")
+    rows = read_status(out / "status.csv")
+    assert {name: (row.mpp, row.mpp_source, row.warning) for name, row in rows.items()} == {
+        "says": (0.25, "openslide.mpp-x", conflict),
+        "silent": (0.5, "--slide-mpp", ""),
+    }
+    assert both.stderr.count(conflict) == 1
+    assert conflict in (out / "report.html").read_text()
+    again = run_here(*words, "--slide-mpp", "0.5")
+    assert again.stdout.count("finished before") == 2
+    other = run_here(*words, "--slide-mpp", "0.4")
+    assert "(slide mpp 0.5, now 0.4)" in other.stderr
+    assert other.stdout.count("finished before") == 1
+
+
+def test_override_mpp_overrules_the_file_and_says_so(mixed, encoder_folder, tmp_path):
+    words = (mixed, "-o", tmp_path / "out", "--encoder", encoder_folder, "-q", "--override-mpp", "0.5")
+    done, again = run_here(*words), run_here(*words)
+    row = read_status(tmp_path / "out/status.csv")["says"]
+    assert (row.mpp, row.mpp_source) == (0.5, "--override-mpp (file: 0.25, openslide.mpp-x)")
+    assert "against file 0.25" in row.warning
+    assert "against file 0.25" in done.stderr
+    assert again.stdout.count("finished before") == 2
+    without = run_here(*words[:-2], "--slide-mpp", "0.5")
+    assert "(slide mpp 0.5, now 0.25)" in without.stderr
+    with pytest.raises(UsageError, match="give one"):
+        ExtractOptions(slide_mpp=0.5, override_mpp=0.5)
+
+
+@pytest.mark.parametrize(("recorded", "resumes"), [(0.26, True), (0.5, False)])
+def test_what_an_older_version_finished_by_slide_mpp_against_the_file(
+    mixed, encoder_folder, encoder, tmp_path, recorded, resumes
+):
+    """It counts as finished where it agrees with the file, which it then wrote down as given."""
+    done = extract_cohort(mixed / "says.svs", encoder, tmp_path, options=ExtractOptions(layout="flat")).done
+    with h5py.File(tmp_path / "says.h5", "r+") as file:
+        provenance = json.loads(file.attrs["seal_extract"])
+        provenance["request"]["options"]["slide_mpp"] = provenance["request"]["slide"]["mpp"] = recorded
+        provenance["slide"] |= {"mpp": recorded, "mpp_source": "given (file: 0.25, openslide.mpp-x)"}
+        file.attrs["seal_extract"] = json.dumps(provenance)
+    assert len(done) == 1
+    words = ("--encoder", encoder_folder, "--layout", "flat", "--slide-mpp", str(recorded))
+    again = run_here(mixed / "says.svs", "-o", tmp_path, *words)
+    assert ("finished before" in again.stdout) == resumes
+    assert ("(slide mpp 0.5, now 0.25)" in again.stderr) != resumes
 
 
 def test_tissue_drawn_beside_the_tissue_is_told_and_kept(cohort, encoder, tmp_path):

@@ -193,7 +193,7 @@ def test_the_same_request_is_recognised_without_work(finished, svs, encoder, no_
     [
         ({"min_tissue": 0.1}, "options min_tissue 0.5, now 0.1"),
         ({"mpp_tolerance": 0.0}, "options mpp_tolerance 0.05, now 0.0"),
-        ({"slide_mpp": 0.2501}, "slide mpp 0.25, now 0.2501"),
+        ({"override_mpp": 0.2501}, "slide mpp 0.25, now 0.2501"),
     ],
 )
 def test_a_file_of_other_options_is_not_taken_for_done(finished, svs, encoder, no_work, options, difference):

@@ -23,6 +23,7 @@ READING = {
     "slide",
     "slide_list",
     "folders",
+    "slide_mpp",
     "remote",
     "overview",
     "evidence",

@@ -17,7 +17,9 @@ from seal_extract.decode.tiled import Unsuitable
 from seal_extract.errors import GeometryError
 from seal_extract.grid import PatchGrid
 from seal_extract.plan import ExtractOptions, plan_slide
-from seal_extract.slide import Slide, open_slide
+from seal_extract.slide import Slide
+from seal_extract.slide_list import SlideEntry
+from seal_extract.slide_mpp import open_entry
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def take_sample(path: Path, patches: int, device: torch.device, options: Extract
         GeometryError: it has no tissue.
     """
     started = perf_counter()
-    with open_slide(path, mpp=options.slide_mpp) as slide:
+    with open_entry(SlideEntry.of(path), options.slide_mpp, options.override_mpp) as slide:
         grid = plan_slide(slide, options).grid
         seconds = perf_counter() - started
         if not len(grid):

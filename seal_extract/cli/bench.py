@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seal_extract.cli.options import add_common, mpp
+from seal_extract.cli.options import add_common, add_slide_mpp, mpp
 from seal_extract.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def bench_parser() -> argparse.ArgumentParser:
     p.add_argument("--offline", action="store_true", help="never ask the network")
     p.add_argument("--mpp", type=mpp, default=0.5, metavar="UM", help="µm/px, or 20x (default: 0.5)")
     p.add_argument("--patch-px", type=int, default=224, metavar="N", help="side in pixels (default: 224)")
-    p.add_argument("--slide-mpp", type=mpp, metavar="UM", help="µm/px of slides that do not say it")
+    add_slide_mpp(p)
     p.add_argument("--resample", choices=["bicubic", "area"], default="bicubic")
     p.add_argument("--fast-decode", action="store_true", help="decode JPEG at reduced scale")
     p.add_argument("--batch-size", type=int, metavar="N", help="patches per forward")

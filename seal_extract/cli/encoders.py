@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from seal_extract.cli.fail import fail
-from seal_extract.cli.options import add_common, mpp
+from seal_extract.cli.options import add_common, add_slide_mpp
 from seal_extract.cli.slides import embed
 from seal_extract.errors import MissingOnHubError
 
@@ -95,7 +95,7 @@ def doctor_parser() -> argparse.ArgumentParser:
     )
     p.set_defaults(handler=run_doctor)
     p.add_argument("slide", nargs="?", type=Path, metavar="SLIDE")
-    p.add_argument("--slide-mpp", type=mpp, metavar="UM", help="µm/px of a slide that does not say it")
+    add_slide_mpp(p)
     p.add_argument("--offline", action="store_true", help="leave out what asks the network")
     add_common(p)
     return p
@@ -106,7 +106,8 @@ def run_doctor(args: argparse.Namespace) -> int:
     from seal_extract.doctor import examine
 
     failed = 0
-    for finding in examine(args.slide, slide_mpp=args.slide_mpp, offline=args.offline):
+    mpps = {"slide_mpp": args.slide_mpp, "override_mpp": args.override_mpp}
+    for finding in examine(args.slide, **mpps, offline=args.offline):
         print(finding, flush=True)
         failed += finding.state == "FAILS"
     return fail(f"{failed} of the things above fail", 1) if failed else 0
@@ -121,7 +122,7 @@ def demo_parser() -> argparse.ArgumentParser:
     p.set_defaults(handler=run_demo)
     p.add_argument("out", nargs="?", type=Path, default=Path("seal_demo"), metavar="FOLDER")
     p.add_argument("--slide", type=Path, help="a slide of your own in place of the synthetic one")
-    p.add_argument("--slide-mpp", type=mpp, metavar="UM", help="µm/px of a slide that does not say it")
+    add_slide_mpp(p)
     add_common(p)
     return p
 
@@ -142,7 +143,7 @@ def run_demo(args: argparse.Namespace) -> int:
     encoder = write_untrained_encoder(args.out / "encoder")
     slide = args.slide or write_demo_slide(args.out)
     print(f"slide    {slide}", flush=True)
-    options = ExtractOptions(overwrite=True, slide_mpp=args.slide_mpp)
+    options = ExtractOptions(overwrite=True, slide_mpp=args.slide_mpp, override_mpp=args.override_mpp)
     run = argparse.Namespace(**vars(args) | {"out": args.out / "out"} | ONE_SLIDE)
     status = embed(list_slides([slide]), [EncoderRequest(encoder)], options, run)
     if not status:

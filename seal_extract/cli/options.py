@@ -18,6 +18,16 @@ def add_common(p: argparse.ArgumentParser) -> None:
     p.add_argument("--version", action="version", version=_version())
 
 
+def add_slide_mpp(p: argparse._ActionsContainer) -> None:
+    """The µm/px of slides."""
+    p.add_argument(
+        "--slide-mpp", type=mpp, metavar="UM", help="µm/px of slides whose file and table do not say it"
+    )
+    p.add_argument(
+        "--override-mpp", type=mpp, metavar="UM", help="µm/px of all slides, whatever file and table say"
+    )
+
+
 def _version() -> str:
     from importlib.metadata import version
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from seal_extract.cli import slides
-from seal_extract.cli.options import add_common, add_logs, mpp
+from seal_extract.cli.options import add_common, add_logs, add_slide_mpp, mpp
 
 COMMANDS = """\
 commands:
@@ -75,7 +75,7 @@ def slides_parser() -> argparse.ArgumentParser:
     )
     patches.add_argument("--mpp-tolerance", type=float, default=0.05, metavar="SHARE", help=argparse.SUPPRESS)
     patches.add_argument("--allow-upsampling", action="store_true", help="permit --mpp finer than the slide")
-    patches.add_argument("--slide-mpp", type=mpp, metavar="UM", help="µm/px of slides that do not say it")
+    add_slide_mpp(patches)
     patches.add_argument("--roi", type=Path, metavar="PATH", help="tissue as GeoJSON, a file or a folder")
     patches.add_argument(
         "--coords", type=Path, metavar="PATH", help="coordinates of TRIDENT, CLAM or AtlasPatch"

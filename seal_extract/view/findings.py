@@ -143,6 +143,8 @@ def _in_itself(row: StatusRow) -> Iterator[tuple[float, str]]:
     if row.patches == 0:
         tissue = f"{number(row.tissue_mm2)} mm² of" if row.tissue_mm2 else "no"
         yield math.inf, f"No patches, with {tissue} tissue found"
+    if row.warning:
+        yield 1000, f"µm/px contradicted: {row.warning}"
     if row.read_errors:
         share = row.read_errors / max(row.patches or 0, row.read_errors)
         of = f"of {row.patches:,} patches" if row.patches else "patches"
