@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from seal_extract.hdf5 import open_hdf5
 from seal_extract.store import PIECE_BYTES, PROVENANCE
 
 TRIDENT_COORDS = (
@@ -71,7 +72,7 @@ def in_hdf5(check: Callable[[Seen, h5py.File], None]) -> Check:
     """A check of what is in an HDF5 file."""
 
     def look(seen: Seen) -> None:
-        with h5py.File(seen.path, "r") as file:
+        with open_hdf5(seen.path) as file:
             check(seen, file)
 
     return look

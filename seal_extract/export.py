@@ -8,10 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
-
-import h5py
 
 from seal_extract.errors import OutputError, SealExtractError, UsageError
 from seal_extract.layouts import LAYOUTS, layout_of_grid
@@ -21,9 +20,11 @@ from seal_extract.store import (
     MICROMETRES,
     SlideFeatures,
     SlideLabel,
+    find_features,
     read_features,
     read_pieces,
     read_provenance,
+    scan_features,
 )
 
 EXPORTS = (*LAYOUTS, *SCVERSE)
@@ -81,26 +82,30 @@ def export(
         raise UsageError(f"--layout is {layout!r}; allowed: {', '.join(EXPORTS)}")
     if layout in SCVERSE:
         SCVERSE[layout].check_installed()
-    jobs = _jobs(Path(folder), layout, Path(out))
-    return (_export_one(file, path, layout, Path(out), overwrite) for path, file in jobs.items())
+    jobs, damaged = _jobs(Path(folder), layout, Path(out))
+    failed = (Exported(file, file, 0, "failed", error) for file, error in damaged.items())
+    done = (_export_one(file, path, layout, Path(out), overwrite) for path, file in jobs.items())
+    return chain(failed, done)
 
 
-def _jobs(folder: Path, layout: str, out: Path) -> dict[Path, Path]:
-    """The file that each source becomes, with the source.
+def _jobs(folder: Path, layout: str, out: Path) -> tuple[dict[Path, Path], dict[Path, OutputError]]:
+    """The file that each source becomes, with the source; and the sources that are damaged.
 
     A run exported into its own folder is met again there: the original goes before its exports.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder; give the -o of a finished run")
+
+    def job(file: Path) -> tuple[Path, bool] | None:
+        features = find_features(file)
+        if features is None:
+            return None
+        return _place(features, layout, out), EXPORTED_FROM in features.provenance
+
     jobs: dict[Path, Path] = {}
-    exports: set[Path] = set()
-    for file in sorted(folder.rglob("*.h5")):
-        provenance = read_provenance(file)
-        if provenance is None:
-            continue
-        if EXPORTED_FROM in provenance:
-            exports.add(file)
-        path = _place(read_features(file), layout, out)
+    found, damaged = scan_features(folder, job)
+    exports = {file for file, (_, is_export) in found.items() if is_export}
+    for file, (path, _) in found.items():
         other = jobs.get(path, file)
         if path.resolve() == file.resolve() or (other != file and file in exports):
             continue
@@ -110,12 +115,12 @@ def _jobs(folder: Path, layout: str, out: Path) -> dict[Path, Path]:
                 f"give the folder of one of them in place of {folder}, and each its own -o"
             )
         jobs[path] = file
-    if not jobs:
+    if not jobs and not damaged:
         raise UsageError(
             f"{folder} holds no finished features file of seal_extract that is not in this layout already "
             f"(looked for *.h5 in it and below); give the -o of a finished run"
         )
-    return jobs
+    return jobs, damaged
 
 
 def _place(source: SlideFeatures, layout: str, out: Path) -> Path:
@@ -130,7 +135,7 @@ def _export_one(file: Path, path: Path, layout: str, out: Path, overwrite: bool)
     try:
         source = read_features(file)
         result = replace(result, patches=len(source.grid))
-        if layout != "stamp" and _is_float16(source.path):
+        if layout != "stamp" and find_features(file, MICROMETRES) is not None:
             raise OutputError(
                 f"{source.path} holds float16 (STAMP's layout), and {layout} promises float32; "
                 f"export from a float32 layout, or encode again"
@@ -150,9 +155,6 @@ def _export_one(file: Path, path: Path, layout: str, out: Path, overwrite: bool)
         return replace(result, state="left out") if _is_hidden(source, layout, out) else result
     except SealExtractError as exc:
         return replace(result, state="failed", error=exc)
-    except OSError as exc:  # the source: what is written is translated where it is written
-        error = OutputError(f"{file} cannot be read ({exc}); encode that slide again")
-        return replace(result, state="failed", error=error)
 
 
 def _is_hidden(source: SlideFeatures, layout: str, out: Path) -> bool:
@@ -191,8 +193,3 @@ def _copy(source: SlideFeatures, provenance: dict[str, Any], layout: str, out: P
     with target.write_features(label, source.grid, encoder, source.dim, provenance) as writer:
         for piece in read_pieces(source.path):
             writer.append(piece)
-
-
-def _is_float16(path: Path) -> bool:
-    with h5py.File(path, "r") as file:
-        return MICROMETRES in file

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.errors import GeometryError, ResolutionError, UsageError
+from seal_extract.hdf5 import DAMAGED, open_hdf5
 from seal_extract.readers import PLAUSIBLE_MPP
 from seal_extract.slide import Slide, coarsest_level
 
@@ -199,14 +200,14 @@ def _read_coords(path: Path) -> tuple[NDArray[Any], dict[str, Any], dict[str, An
     if not path.is_file():
         raise GeometryError(f"{path} does not exist; give a coordinates file of TRIDENT, CLAM or AtlasPatch")
     try:
-        with h5py.File(path, "r") as file:
+        with open_hdf5(path) as file:
             if not isinstance(file.get("coords"), h5py.Dataset):
                 raise GeometryError(
                     f"{path} holds {sorted(file)}, no dataset 'coords'; give a coordinates file"
                 )
             dataset = file["coords"]
             coords, attrs, root = dataset[()], dict(dataset.attrs), dict(file.attrs)
-    except OSError as exc:
+    except DAMAGED as exc:
         raise GeometryError(f"{path} is not an HDF5 file that can be read ({exc}); write it again") from exc
     if coords.ndim != 2 or coords.shape[1] not in (2, 5) or not np.issubdtype(coords.dtype, np.integer):
         raise GeometryError(

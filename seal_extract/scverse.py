@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.errors import UsageError
+from seal_extract.hdf5 import DAMAGED, new_hdf5, open_hdf5
 from seal_extract.publish import temporary, writing
-from seal_extract.store import CHUNK_BYTES, PIXELS, PROVENANCE, SlideFeatures, new_hdf5, read_pieces
+from seal_extract.store import CHUNK_BYTES, PIXELS, PROVENANCE, SlideFeatures, read_pieces
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def write_h5ad(
     """
     grid, slide, encoder = features.grid, path.stem, features.provenance["encoder"]["name"]
     further = _as_columns(observed or {})
-    with new_hdf5(path) as file:
+    with new_hdf5(path) as (file, _):
         _tag(file, "anndata", "0.1.0")
         names = [f"{encoder}_{i}" for i in range(features.dim)] if variables is None else list(variables)
         rows = read_pieces(features.path) if pieces is None else pieces
@@ -109,11 +110,10 @@ def write_h5ad(
 def read_h5ad_provenance(path: Path) -> dict[str, Any] | None:
     """What made an ``.h5ad``, or None where this package did not."""
     try:
-        with h5py.File(path, "r") as file:
-            text = file["uns"][PROVENANCE].asstr()[()]
-    except (OSError, KeyError, TypeError):
+        with open_hdf5(path) as file:
+            return dict(json.loads(file["uns"][PROVENANCE].asstr()[()]))
+    except (*DAMAGED, TypeError):
         return None
-    return dict(json.loads(text))
 
 
 def _write_rows(file: h5py.File, shape: tuple[int, int], pieces: Iterable[NDArray[np.float32]]) -> None:
@@ -201,7 +201,7 @@ def _write_store(features: SlideFeatures, path: Path) -> None:
     obs = DataFrame({"x_l0": x, "y_l0": y, "patch": names}, index=names)
     obs["region"] = Categorical(["patches"] * len(grid))
     var = DataFrame(index=[f"{facts['encoder']}_{i}" for i in range(features.dim)])
-    with h5py.File(features.path, "r") as file:
+    with open_hdf5(features.path) as file:
         rows = file[PIXELS]
         lazy = from_array(rows, chunks=(rows.chunks[0] * 16, features.dim))  # written piece by piece
         table = AnnData(lazy, obs, var, uns=facts, obsm={"spatial": _centres(features)})

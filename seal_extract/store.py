@@ -9,29 +9,32 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
-from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from seal_extract.encoders.folder import plain_word
 from seal_extract.errors import OutputError
 from seal_extract.grid import PatchGrid
-from seal_extract.publish import publish, writing
+from seal_extract.hdf5 import Disk, new_hdf5, open_hdf5
+from seal_extract.publish import writing
 
 PROVENANCE = "seal_extract"  # at the root; "encoder" and "stamp_version" there would mislead STAMP
 EXPORTED_FROM = "exported_from"  # in the provenance of a copy in another layout
 PIXELS, MICROMETRES = "features", "feats"  # datasets of rows; STAMP's has coords in µm
 CHUNK_BYTES = 2**20  # a chunk of features is some hundred rows, never one
 PIECE_BYTES = 2**24  # rows copied from file to file at a time
-DAMAGED = (OSError, RuntimeError, ValueError, KeyError)  # what h5py and json find in damaged files
+
+NO_FEATURES = ("patches", "expression_", "slide_features_")  # folders of other files of ours
 
 Describe = Callable[[h5py.File], None]
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -66,15 +69,15 @@ class SlideFeatures:
     @cached_property
     def features(self) -> NDArray[np.float32]:
         """float32 [N, D], read from the file at the first use."""
-        with h5py.File(self.path, "r") as file:
-            features: NDArray[np.float32] = _rows(file)[()].astype(np.float32, copy=False)
+        with _open_rows(self.path) as rows, reading(self.path):
+            features: NDArray[np.float32] = rows[()].astype(np.float32, copy=False)
         return features
 
     @cached_property
     def dim(self) -> int:
         """Columns of the features."""
-        with h5py.File(self.path, "r") as file:
-            return int(_rows(file).shape[1])
+        with _open_rows(self.path) as rows:
+            return int(rows.shape[1])
 
     def __repr__(self) -> str:
         name = self.provenance["encoder"]["name"]
@@ -150,7 +153,7 @@ def write_rows(
     Raises:
         OutputError: it cannot be written, or not as many rows came as ``shape`` says.
     """
-    with publish(path) as part, _hdf5(part, path) as (file, disk):
+    with new_hdf5(path) as (file, disk):
         rows = max(1, min(shape[0], CHUNK_BYTES // max(1, np.dtype(dtype).itemsize * shape[1])))
         chunks = (rows, shape[1]) if all(shape) else None  # HDF5 has no chunks of nothing
         writer = FeatureWriter(path, file.create_dataset(dataset, shape, dtype, chunks=chunks), disk)
@@ -166,7 +169,7 @@ def write_described(path: Path, provenance: dict[str, Any], describe: Describe) 
     Raises:
         OutputError: it cannot be written.
     """
-    with publish(path) as part, _hdf5(part, path) as (file, _):
+    with new_hdf5(path) as (file, _):
         describe(file)
         file.attrs[PROVENANCE] = json.dumps(provenance)
 
@@ -175,10 +178,10 @@ def read_features(path: str | os.PathLike[str]) -> SlideFeatures:
     """Open a features file that this package wrote, in whichever layout; the grid is in level-0 pixels.
 
     Raises:
-        OutputError: it does not exist or was not written by this package.
+        OutputError: it does not exist, was not written by this package, or is damaged.
     """
     path = Path(path)
-    features = find_features(path)
+    features = find_features(path) if path.exists() else None
     if features is None:
         raise OutputError(
             f"{path} is no features file of seal_extract; give OUT/20x_.../features_NAME/SLIDE.h5"
@@ -186,25 +189,57 @@ def read_features(path: str | os.PathLike[str]) -> SlideFeatures:
     return features
 
 
-def list_features(folder: Path) -> list[SlideFeatures]:
+def list_features(folder: Path) -> tuple[list[SlideFeatures], dict[Path, OutputError]]:
     """All features of a finished run, in the order of their paths; of a file and its exports only one.
 
     Args:
         folder: the ``-o`` of the run, or a part of it.
 
+    Returns:
+        Those that can be read, and for each file that is damaged the error, which names the file.
+
     Raises:
-        OutputError: there are none.
+        OutputError: none can be read.
     """
-    found = {path.resolve(): find_features(path) for path in sorted(folder.rglob("*.h5"))}
+    listed, damaged = scan_features(folder, find_features)
+    found = {path.resolve(): features for path, features in listed.items()}
     ours: dict[Path, SlideFeatures] = {}
     for path, features in found.items():
-        if features is not None:
-            source = Path(features.provenance.get(EXPORTED_FROM, path))
-            if source == path or (found.get(source) is None and source not in ours):
-                ours[source] = features
+        source = Path(features.provenance.get(EXPORTED_FROM, path))
+        if source == path or (source not in found and source not in ours):
+            ours[source] = features
     if not ours:
-        raise OutputError(f"{folder} holds no features file of seal_extract; give the -o of a finished run")
-    return list(ours.values())
+        why = f" ({next(iter(damaged.values()))})" if damaged else ""
+        raise OutputError(
+            f"{folder} holds no features file of seal_extract{why}; give the -o of a finished run"
+        )
+    return list(ours.values()), damaged
+
+
+def scan_features(
+    folder: Path, read: Callable[[Path], Found | None]
+) -> tuple[dict[Path, Found], dict[Path, OutputError]]:
+    """What ``read`` finds in each features file below a folder, in the order of their paths.
+
+    Files that are not ours, and our files of coordinates, expression and whole slides, are passed over.
+
+    Args:
+        folder: the ``-o`` of a run, or a part of it.
+        read: `find_features`, or `read_provenance` where coordinates are not needed.
+
+    Returns:
+        What was found, by path, and for each file that is damaged the error, which names the file.
+    """
+    found: dict[Path, Found] = {}
+    damaged: dict[Path, OutputError] = {}
+    for path in sorted(folder.rglob("*.h5")):
+        try:
+            if (one := read(path)) is not None:
+                found[path] = one
+        except OutputError as exc:
+            if not path.parent.name.startswith(NO_FEATURES):
+                damaged[path] = exc
+    return found, damaged
 
 
 def find_features(path: Path, dataset: str | None = None) -> SlideFeatures | None:
@@ -213,34 +248,45 @@ def find_features(path: Path, dataset: str | None = None) -> SlideFeatures | Non
     Args:
         path: the file.
         dataset: what its rows must be called; by default any of the layouts' names.
+
+    Raises:
+        OutputError: the file is damaged.
     """
-    try:
-        with h5py.File(path, "r") as file:
-            provenance = _provenance(file, dataset)
-            if provenance is None:
-                return None
-            coords = file["coords"][()]
-            if MICROMETRES in file:  # float32 keeps a tenth of a pixel over any slide
-                coords = np.rint(coords.astype(np.float64) / provenance["slide"]["mpp"]).astype(np.int64)
-            grid = PatchGrid(coords, **provenance["grid"])
-    except DAMAGED:
-        return None
+    with reading(path), open_hdf5(path) as file:
+        provenance = _provenance(file, dataset)
+        if provenance is None:
+            return None
+        coords = file["coords"][()]
+        if MICROMETRES in file:  # float32 keeps a tenth of a pixel over any slide
+            coords = np.rint(coords.astype(np.float64) / provenance["slide"]["mpp"]).astype(np.int64)
+        grid = PatchGrid(coords, **provenance["grid"])
+        rows = _rows(file)
+        if rows.ndim != 2 or len(rows) != len(grid):
+            raise ValueError(f"{list(rows.shape)} features for {len(grid)} patches")
     return SlideFeatures(path, grid, provenance)
 
 
 def read_pieces(path: Path) -> Iterator[NDArray[Any]]:
-    """The rows of a features file, some thousand at a time, as it has them: float32 or float16 [B, D]."""
-    with h5py.File(path, "r") as file:
-        rows = _rows(file)
+    """The rows of a features file, some thousand at a time, as it has them: float32 or float16 [B, D].
+
+    Raises:
+        OutputError: the file is damaged.
+    """
+    with _open_rows(path) as rows:
         step = max(1, PIECE_BYTES // max(1, rows.shape[1] * rows.dtype.itemsize))
         for start in range(0, len(rows), step):
-            yield rows[start : start + step]
+            with reading(path):
+                piece = rows[start : start + step]
+            yield piece
 
 
 def sample_rows(path: Path, most: int) -> NDArray[np.float32]:
-    """At most ``most`` rows of a features file, in runs from all over it: float32 [M, D]."""
-    with h5py.File(path, "r") as file:
-        rows = _rows(file)
+    """At most ``most`` rows of a features file, in runs from all over it: float32 [M, D].
+
+    Raises:
+        OutputError: the file is damaged.
+    """
+    with _open_rows(path) as rows, reading(path):
         runs = min(8, most)
         if len(rows) <= most:
             sample: NDArray[np.float32] = rows[()].astype(np.float32, copy=False)
@@ -256,19 +302,43 @@ def read_provenance(path: Path, dataset: str | None = None) -> dict[str, Any] | 
     Args:
         path: the file.
         dataset: what its rows must be called; by default any of the layouts' names.
+
+    Raises:
+        OutputError: the file is damaged.
+    """
+    with reading(path), open_hdf5(path) as file:
+        return _provenance(file, dataset)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Translate what goes wrong while ``path``, a features file, is read.
+
+    Raises:
+        OutputError: in place of whatever the bytes of the file lead h5py, json and numpy to.
     """
     try:
-        with h5py.File(path, "r") as file:
-            return _provenance(file, dataset)
-    except DAMAGED:
-        return None
+        yield
+    except OutputError:
+        raise
+    except Exception as exc:
+        why = (str(exc).splitlines() or [type(exc).__name__])[0]
+        raise OutputError(f"{path} cannot be read ({why}); encode that slide again with --overwrite") from exc
 
 
 def _provenance(file: h5py.File, dataset: str | None) -> dict[str, Any] | None:
+    """See `read_provenance`.
+
+    Raises:
+        ValueError: it holds a name that could lead to a file elsewhere, or lacks what all our files have.
+    """
     there = any(name in file for name in ([dataset] if dataset else (PIXELS, MICROMETRES)))
     text = file.attrs.get(PROVENANCE) if there else None
-    provenance = dict(json.loads(text)) if isinstance(text, str) else {}
-    return provenance if "grid" in provenance else None  # a slide-level file has none of its own
+    provenance = json.loads(text) if isinstance(text, str) else {}
+    if "grid" not in provenance:  # a slide-level file has none of its own
+        return None
+    plain_word(provenance.get("features", provenance)["encoder"]["name"])  # becomes a part of file names
+    return dict(provenance)
 
 
 def grid_fields(grid: PatchGrid) -> dict[str, Any]:
@@ -276,57 +346,13 @@ def grid_fields(grid: PatchGrid) -> dict[str, Any]:
     return {f.name: getattr(grid, f.name) for f in fields(grid) if f.name != "xy_l0"}
 
 
+@contextmanager
+def _open_rows(path: Path) -> Iterator[h5py.Dataset]:
+    with ExitStack() as closing:
+        with reading(path):
+            rows = _rows(closing.enter_context(open_hdf5(path)))
+        yield rows
+
+
 def _rows(file: h5py.File) -> h5py.Dataset:
     return file[PIXELS if PIXELS in file else MICROMETRES]
-
-
-class Disk(FileIO):
-    """A file that keeps its failure to itself: HDF5 would meet it again on closing, and not close."""
-
-    failure: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        """Write all of it, or remember why not."""
-        try:
-            view = memoryview(data)
-            while len(view) and self.failure is None:
-                view = view[super().write(view) :]  # a disk about to be full takes a part
-        except OSError as exc:
-            self.failure = exc
-        return len(data)
-
-    def truncate(self, size: int | None = None) -> int:
-        """Set the size, or remember why not."""
-        try:
-            return super().truncate(size)
-        except OSError as exc:
-            self.failure = self.failure or exc
-            return size or 0
-
-    def check(self) -> None:
-        """Raise what failed since the file was opened."""
-        if self.failure is not None:
-            raise self.failure
-
-
-@contextmanager
-def new_hdf5(path: Path) -> Iterator[h5py.File]:
-    """A new HDF5 file that appears under its name, complete, when the block ends well.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    with publish(path) as part, _hdf5(part, path) as (file, _):
-        yield file
-
-
-@contextmanager
-def _hdf5(part: Path, path: Path) -> Iterator[tuple[h5py.File, Disk]]:
-    """A new HDF5 file on ``part``, complete on the disk when the block ends well."""
-    with writing(path):
-        disk = Disk(part, "w+")
-    with disk:
-        with h5py.File(disk, "w") as file:
-            yield file, disk
-        with writing(path):
-            disk.check()

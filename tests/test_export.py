@@ -128,16 +128,14 @@ def test_float16_never_becomes_float32(tmp_path):
     assert states(tmp_path / "run", "stamp", tmp_path / "out") == ["written"]
 
 
-def test_a_damaged_source_is_named_and_the_others_are_done(run, tmp_path, monkeypatch):
-    def fail_on_a(path):
-        if path.name == "a.h5":
-            raise OSError("Can't synchronously read data")
-        return iter([np.ones((33, DIM), np.float32)])
-
-    monkeypatch.setattr("seal_extract.export.read_pieces", fail_on_a)
-    failed, written = export(run, "flat", tmp_path / "out")
-    assert "a.h5 cannot be read (Can't synchronously read data); encode that slide again" in str(failed)
-    assert written.state == "written"
+def test_a_damaged_source_is_named_and_the_others_are_done(run, tmp_path, capsys):
+    (path,) = run.rglob("features_tiny/a.h5")
+    path.write_bytes(path.read_bytes()[:-900])
+    assert main(["export", str(run), "--layout", "flat", "-o", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr()
+    assert f"FAILED {path} cannot be read (" in said.err
+    assert "1 of 2 files failed" in said.err
+    assert said.out.startswith("b.h5: 33 patches")
     assert files_in(tmp_path / "out") == ["b.h5"]
 
 

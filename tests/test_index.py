@@ -153,7 +153,7 @@ def test_the_exact_search_holds_a_piece_in_memory_and_not_the_cohort(tmp_path):
         from pathlib import Path
         from seal_extract.genes.index import ExactIndex
         from seal_extract.store import list_features
-        index, rng = ExactIndex(list_features(Path(sys.argv[1]))), np.random.default_rng(0)
+        index, rng = ExactIndex(list_features(Path(sys.argv[1]))[0]), np.random.default_rng(0)
         np.ones((512, 512), np.float32) @ np.ones((512, 512), np.float32)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         index.search_many(rng.normal(size=(50, 512)), 10)

@@ -41,7 +41,7 @@ def out(drawn_slides, tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def slides(out):
-    return list_features(out)
+    return list_features(out)[0]
 
 
 def features_file(path, rows, name="x"):

@@ -1,5 +1,6 @@
 """The HDF5 files: what is read back from them, and that none is ever half there."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,18 +9,20 @@ import h5py
 import numpy as np
 import pytest
 
-from seal_extract.errors import OutputError
-from seal_extract.grid import PatchGrid
+from seal_extract.errors import GeometryError, OutputError
+from seal_extract.grid import PatchGrid, read_grid
 from seal_extract.layouts.pixels import write_pixel_features
 from seal_extract.store import (
     SlideLabel,
     find_features,
     grid_fields,
+    list_features,
     read_features,
     read_pieces,
     read_provenance,
     write_rows,
 )
+from seal_extract.verify import verify
 
 DIM = 24
 
@@ -92,20 +95,106 @@ def test_files_of_others_are_told_apart(tmp_path):
     with h5py.File(path, "w") as file:
         file["features"] = np.zeros((2, 3))
     assert read_provenance(path) is None
-    assert read_provenance(tmp_path / "no.h5") is None
     with pytest.raises(OutputError, match="no features file of seal_extract"):
         read_features(path)
 
 
-def test_a_file_whose_coordinates_are_gone_is_no_features_file(tmp_path):
+def test_a_file_whose_coordinates_are_gone_is_damaged(tmp_path):
     write(tmp_path / "a.h5", grid_of(9))
     assert len(find_features(tmp_path / "a.h5", "features").grid) == 9
     assert find_features(tmp_path / "a.h5", "feats") is None
     with h5py.File(tmp_path / "a.h5", "a") as file:
         del file["coords"]
-    assert find_features(tmp_path / "a.h5") is None
-    with pytest.raises(OutputError, match="no features file of seal_extract"):
+    with pytest.raises(OutputError, match=r"a\.h5 cannot be read .*coords.*; encode that slide again"):
         read_features(tmp_path / "a.h5")
+
+
+def test_damaged_features_are_told_apart_from_files_of_others(tmp_path):
+    for name in ("good", "short", "zeros", "odd"):
+        write(tmp_path / f"features_tiny/{name}.h5", grid_of(9))
+    short, zeros, odd = (tmp_path / f"features_tiny/{name}.h5" for name in ("short", "zeros", "odd"))
+    short.write_bytes(short.read_bytes()[:-100])
+    zeros.write_bytes(bytes(5000))
+    with h5py.File(odd, "a") as file:
+        file.attrs["seal_extract"] = json.dumps({"grid": 5, "encoder": "none"})
+    (tmp_path / "patches").mkdir()
+    (tmp_path / "patches/a_patches.h5").write_bytes(b"no features, whatever it is")
+    with h5py.File(tmp_path / "foreign.h5", "w") as file:
+        file["features"] = np.zeros((2, 3))
+    features, damaged = list_features(tmp_path)
+    assert [f.path.stem for f in features] == ["good"]
+    assert list(damaged) == [odd, short, zeros]
+    for path, error in damaged.items():
+        assert str(error).startswith(f"{path} cannot be read (")
+        assert "\n" not in str(error)
+
+
+def test_a_folder_of_damaged_features_alone_says_so(tmp_path):
+    (tmp_path / "a.h5").write_bytes(b"short")
+    with pytest.raises(OutputError, match=r"holds no features file of seal_extract \(.*a\.h5 cannot be read"):
+        list_features(tmp_path)
+
+
+# --- hostile files ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["x/../../PWN", "..", "a\nb", "", "C:\\x", 7])
+def test_an_encoder_s_name_that_would_lead_elsewhere_is_refused(tmp_path, name):
+    write(tmp_path / "a.h5", grid_of(9))
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        file.attrs["seal_extract"] = json.dumps(provenance_of(grid_of(9)) | {"encoder": {"name": name}})
+    for read in (read_features, read_provenance):
+        with pytest.raises(OutputError, match=r"a\.h5 cannot be read \("):
+            read(tmp_path / "a.h5")
+
+
+def external_link(file, secret):
+    file["features"] = h5py.ExternalLink(secret, "secret")
+
+
+def external_storage(file, secret):
+    file.create_dataset("features", (9, DIM), np.float32, external=[(secret, 0, h5py.h5f.UNLIMITED)])
+
+
+def virtual_source(file, secret):
+    layout = h5py.VirtualLayout((9, DIM), np.float32)
+    layout[:] = h5py.VirtualSource(secret, "secret", (9, DIM))
+    file.create_virtual_dataset("features", layout)
+
+
+@pytest.mark.parametrize("hide", [external_link, external_storage, virtual_source])
+def test_what_lies_in_another_file_is_not_read(tmp_path, hide):
+    secret = str(tmp_path / "secret.h5")
+    with h5py.File(secret, "w") as file:
+        file["secret"] = np.ones((9, DIM), np.float32)
+    write(tmp_path / "a.h5", grid_of(9))
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        del file["features"]
+        hide(file, secret)
+    with pytest.raises(OutputError, match=r"another file, which is not (read|followed)"):
+        read_features(tmp_path / "a.h5")
+    with pytest.raises(OutputError, match=r"another file, which is not (read|followed)"):
+        list(read_pieces(tmp_path / "a.h5"))
+
+
+def test_coordinates_that_lie_in_another_file_are_not_read(tmp_path, drawn):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["coords"] = h5py.ExternalLink(str(tmp_path / "b.h5"), "coords")
+    with pytest.raises(GeometryError, match="is a link to another file, which is not followed"):
+        read_grid(tmp_path / "a.h5", drawn(600, 600))
+
+
+def test_rows_that_are_claimed_and_not_stored_are_refused_at_once(tmp_path):
+    write(tmp_path / "a.h5", grid_of(9))
+    for name, gzip in (("features", None), ("coords", "gzip")):
+        with h5py.File(tmp_path / "a.h5", "a") as file:
+            del file[name]
+            file.create_dataset(name, (2**40, 2), np.int64, chunks=(1024, 2), compression=gzip)
+        with pytest.raises(OutputError, match=rf"'{name}' claims \[1099511627776, 2\] values, but only 0"):
+            read_features(tmp_path / "a.h5")
+        (finding,) = verify(tmp_path, "mil-lab")
+        assert "but only 0 bytes are stored" in finding.problem
+        write(tmp_path / "a.h5", grid_of(9))
 
 
 # --- nothing half-written ---------------------------------------------------------------------

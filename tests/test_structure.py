@@ -30,6 +30,7 @@ READING = {
     "geojson",
     "tissue",
     "grid",
+    "hdf5",
 }
 ALLOWED = {
     "reading": set(),

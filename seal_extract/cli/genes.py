@@ -116,7 +116,7 @@ def finished_features(paths: Sequence[Path], encoder: str | None) -> list[SlideF
 
     slides: list[SlideFeatures] = []
     for path in paths:
-        slides += list_features(path) if path.is_dir() else [read_features(path)]
+        slides += list_features(path)[0] if path.is_dir() else [read_features(path)]
     names = sorted({slide.provenance["encoder"]["name"] for slide in slides})
     wanted = [
         s for s in slides if encoder is None or len(names) == 1 or s.provenance["encoder"]["name"] == encoder

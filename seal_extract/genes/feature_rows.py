@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.errors import OutputError
-from seal_extract.store import DAMAGED, MICROMETRES, PIXELS, SlideFeatures
+from seal_extract.hdf5 import DAMAGED, open_hdf5
+from seal_extract.store import MICROMETRES, PIXELS, SlideFeatures
 
 LAYABLE = ("<f4", "<f2")
 
@@ -45,7 +46,7 @@ class RowPlaces:
             OutputError: it cannot be read.
         """
         try:
-            with h5py.File(path, "r") as file:
+            with open_hdf5(path) as file:
                 rows = _rows(file)
                 (count, dim), dtype, chunk = rows.shape, rows.dtype.str, rows.chunks
                 plain = rows.id.get_create_plist().get_nfilters() == 0 and not rows.external
@@ -78,7 +79,7 @@ class RowPlaces:
                 if self.chunks:
                     parts = [self._row(file, row) for row in rows.tolist()]
                     return np.array(parts, np.float32).reshape(-1, self.dim)
-            with h5py.File(slide.path, "r") as opened:
+            with open_hdf5(slide.path) as opened:
                 return np.array([_rows(opened)[row] for row in rows.tolist()], np.float32).reshape(
                     -1, self.dim
                 )

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from seal_extract.errors import OutputError, UsageError
+from seal_extract.errors import UsageError
 from seal_extract.genes.search import Found
-from seal_extract.store import DAMAGED, SlideFeatures, read_pieces
+from seal_extract.store import SlideFeatures, read_pieces
 
 METRICS = ("cosine", "inner product")
 QUERIES = 256  # scored at a time: as many columns of scores as a piece has of features
@@ -328,10 +328,7 @@ def pieces(slide: SlideFeatures) -> Iterator[Rows]:
     """All rows of a slide as they are, some thousand at a time.
 
     Raises:
-        OutputError: the file cannot be read.
+        OutputError: the file is damaged.
     """
-    try:
-        for piece in read_pieces(slide.path):
-            yield np.asarray(piece, np.float32)
-    except DAMAGED as exc:
-        raise OutputError(f"{slide.path} cannot be read ({exc}); encode that slide again") from exc
+    for piece in read_pieces(slide.path):
+        yield np.asarray(piece, np.float32)

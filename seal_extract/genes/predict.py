@@ -11,11 +11,12 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from seal_extract.errors import UsageError
+from seal_extract.errors import OutputError, UsageError
 from seal_extract.genes.contents import EXPRESSION, Contents, source_provenance, to_write
 from seal_extract.genes.decoder import GeneDecoder
 from seal_extract.genes.signature import FittedSignature, Signature
-from seal_extract.store import DAMAGED, SlideFeatures, read_pieces, read_provenance, write_rows
+from seal_extract.hdf5 import DAMAGED, open_hdf5
+from seal_extract.store import SlideFeatures, read_pieces, read_provenance, write_rows
 
 GENES = "genes"  # the dataset of their names
 SIGNATURES, SIGNATURE_NAMES = "signatures", "signature_names"
@@ -48,7 +49,7 @@ class Expression:
         """
         for dataset, names in ((EXPRESSION, self.genes), (SIGNATURES, self.signatures)):
             if name in names:
-                with h5py.File(self.path, "r") as file:
+                with open_hdf5(self.path) as file:
                     values: NDArray[np.float32] = file[dataset][:, names.index(name)]
                 return values
         raise UsageError(
@@ -104,7 +105,7 @@ def write_expression(
     provenance = source_provenance(features, decoder) | contents.entries()
 
     def describe(file: h5py.File) -> None:
-        with h5py.File(features.path, "r") as source:
+        with open_hdf5(features.path) as source:
             source.copy("coords", file)
         file.create_dataset(GENES, data=np.array(contents.genes, object), dtype=h5py.string_dtype())
         if contents.signatures:
@@ -129,10 +130,10 @@ def find_expression(path: Path) -> Expression | None:
         provenance = read_provenance(path, EXPRESSION)
         if provenance is None or provenance.get("kind") != EXPRESSION:
             return None
-        with h5py.File(path, "r") as file:
+        with open_hdf5(path) as file:
             genes = tuple(file[GENES].asstr()[()])
             signatures = tuple(file[SIGNATURE_NAMES].asstr()[()]) if SIGNATURE_NAMES in file else ()
-    except DAMAGED:
+    except (*DAMAGED, OutputError):
         return None
     provenance.setdefault("genes", list(genes))  # older files have them in their dataset alone
     return Expression(path, genes, signatures, provenance)

@@ -17,9 +17,10 @@ import h5py
 import numpy as np
 
 from seal_extract.grid import PatchGrid
+from seal_extract.hdf5 import Disk, open_hdf5
 from seal_extract.layouts.layout import Layout
 from seal_extract.publish import publish, writing
-from seal_extract.store import PIXELS, Disk, SlideLabel, read_pieces, write_described
+from seal_extract.store import PIXELS, SlideLabel, read_pieces, write_described
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def write_tensor(features: Path, path: Path) -> None:
     import torch
 
     with publish(path) as part, writing(path):
-        with h5py.File(features, "r") as file:
+        with open_hdf5(features) as file:
             shape = file[PIXELS].shape
         with TemporaryFile(dir=path.parent) as raw, Disk(part, "w") as disk:
             for piece in read_pieces(features):

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.errors import OutputError
 from seal_extract.grid import PatchGrid
+from seal_extract.hdf5 import DAMAGED, open_hdf5
 from seal_extract.layouts.pixels import write_pixel_coords, write_pixel_features
 from seal_extract.publish import writing
 from seal_extract.store import PIXELS, PROVENANCE, FeatureWriter, SlideLabel
@@ -146,10 +146,10 @@ class Layout(ABC):
 def _read_coords(path: Path) -> tuple[NDArray[Any], dict[str, Any] | None] | None:
     """Coordinates, and the fields of their grid where they are ours; None where no such file can be read."""
     try:
-        with h5py.File(path, "r") as file:
+        with open_hdf5(path) as file:
             text = file.attrs.get(PROVENANCE)
             return np.asarray(file["coords"][()]), json.loads(text).get("grid") if text else None
-    except (OSError, KeyError, RuntimeError, ValueError):  # what h5py and json find in damaged files
+    except DAMAGED:
         return None
 
 

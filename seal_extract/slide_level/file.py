@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 
 from seal_extract.errors import OutputError, UsageError
 from seal_extract.grid import PatchGrid
+from seal_extract.hdf5 import DAMAGED, open_hdf5
 from seal_extract.layouts.pixels import create_coords
 from seal_extract.provenance import first_difference
 from seal_extract.slide_level.pooling import Pooled, Pooling, Rows, check_width
 from seal_extract.store import (
-    DAMAGED,
     PIXELS,
     PROVENANCE,
     SlideFeatures,
@@ -73,7 +73,7 @@ class SlideLevel:
         return self._read(SCORES)
 
     def _read(self, dataset: str) -> NDArray[np.float32] | None:
-        with h5py.File(self.path, "r") as file:
+        with open_hdf5(self.path) as file:
             return file[dataset][()] if dataset in file else None
 
     def __repr__(self) -> str:
@@ -142,7 +142,7 @@ def read_slide_level(path: str | os.PathLike[str]) -> SlideLevel:
 
 def _open(path: Path) -> SlideLevel | None:
     try:
-        with h5py.File(path, "r") as file:
+        with open_hdf5(path) as file:
             provenance = json.loads(file.attrs[PROVENANCE])
             made_by = provenance["patch_features"]["provenance"]
             return SlideLevel(path, PatchGrid(file["coords"][()], **made_by["grid"]), provenance)

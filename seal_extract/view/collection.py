@@ -11,10 +11,8 @@ from typing import Any
 from seal_extract.errors import OutputError, SlideOpenError, UsageError
 from seal_extract.slide import Slide
 from seal_extract.status import DONE, IGNORED, StatusRow, read_status
-from seal_extract.store import SlideFeatures, read_features, read_provenance
+from seal_extract.store import SlideFeatures, read_features, read_provenance, scan_features
 from seal_extract.view.origin import open_origin
-
-NOT_FEATURES = ("patches", "slide_features_")  # folders of coordinates; of one vector per slide
 
 
 @dataclass(frozen=True)
@@ -123,8 +121,7 @@ class Collection:
 
 def _features(out: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Features files with their provenance; an export lies behind its original."""
-    paths = [p for p in sorted(out.rglob("*.h5")) if not p.parent.name.startswith(NOT_FEATURES)]
-    read = [(path, provenance) for path in paths if (provenance := read_provenance(path)) is not None]
+    read = list(scan_features(out, read_provenance)[0].items())
     seen: set[tuple[str, ...]] = set()
     for path, provenance in sorted(read, key=lambda r: "exported_from" in r[1]):
         key = (path.stem, provenance["encoder"]["name"], *map(str, _grid(provenance)))

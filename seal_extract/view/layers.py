@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.errors import UsageError
-from seal_extract.store import DAMAGED
+from seal_extract.hdf5 import DAMAGED, open_hdf5
 from seal_extract.view.colours import (
     Components,
     cluster_centres,
@@ -101,7 +100,7 @@ class Attention:
             UsageError: the file has another count of patches, or cannot be read.
         """
         try:
-            with h5py.File(self.path, "r") as file:
+            with open_hdf5(self.path) as file:
                 values = np.asarray(file["attention"][self.column], np.float32)
                 same = "coords" not in file or np.array_equal(file["coords"][()], xy_l0)
         except DAMAGED as exc:
@@ -121,7 +120,7 @@ def find_attention(files: tuple[Path, ...]) -> tuple[Attention, ...]:
     found: list[Attention] = []
     for path in files:
         try:
-            with h5py.File(path, "r") as file:
+            with open_hdf5(path) as file:
                 shape: tuple[int, ...] = file["attention"].shape if "attention" in file else ()
         except DAMAGED:
             continue

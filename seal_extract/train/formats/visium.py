@@ -6,10 +6,10 @@ import csv
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from seal_extract.errors import UsageError
+from seal_extract.hdf5 import open_hdf5
 from seal_extract.train.formats.matching import (
     PLACES,
     checked_places,
@@ -130,7 +130,7 @@ def read_matrix(path: Path, genes_by: str = "symbol") -> tuple[list[str], list[s
         raise UsageError(f"genes_by is {genes_by!r}; allowed: symbol, id")
     sparse = needed("scipy.sparse")
     try:
-        with h5py.File(path, "r") as file:
+        with open_hdf5(path) as file:
             matrix = file["matrix"]  # columns are barcodes, so that its CSC is our CSR
             barcodes = [b.decode() for b in matrix["barcodes"][()]]
             genes = [g.decode() for g in matrix["features"]["name" if genes_by == "symbol" else "id"][()]]
