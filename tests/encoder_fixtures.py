@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +57,32 @@ TINY_VIT = replace(
 )
 
 
-def tiny_seal(base: EncoderSpec, block: str) -> EncoderSpec:
+R = 4  # of the tiny rows' adapters
+
+
+def targets(spec: EncoderSpec) -> tuple[str, ...]:
+    """The adapted layers of the tiny rows' files."""
+    block = "trunk.blocks.1" if spec.pooling == "conch" else "blocks.1"
+    return tuple(f"{block}.{layer}" for layer in LAYERS)
+
+
+def adapter_shapes(tower: dict[str, tuple[int, ...]], targets: Sequence[str], r: int) -> dict[str, tuple]:
+    """Names, behind the prefix, and shapes of adapters on these layers of a tower."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for target in targets:
+        outputs, inputs = tower[f"{target}.weight"]
+        shapes[f"{target}.lora_A.default.weight"] = (r, inputs)
+        shapes[f"{target}.lora_B.default.weight"] = (outputs, r)
+    return shapes
+
+
+def wrapped_key(key: str, targets: Sequence[str]) -> str:
+    """The name of a tower's tensor once PEFT has wrapped these layers."""
+    module, _, leaf = key.rpartition(".")
+    return f"{module}.base_layer.{leaf}" if module in targets else key
+
+
+def tiny_seal(base: EncoderSpec) -> EncoderSpec:
     """A SEAL row on a tiny base: its file has the layout of `SEAL_CHECKPOINTS.md`."""
     unused = ("proj_contrast", "attn_pool_caption.", "ln_caption.") if base.pooling == "conch" else ()
     return replace(
@@ -69,14 +94,14 @@ def tiny_seal(base: EncoderSpec, block: str) -> EncoderSpec:
             prefix=PREFIX,
             ignored=tuple(PREFIX + key for key in unused),
             base=base.name,
-            lora=Lora(tuple(f"{block}.{layer}" for layer in LAYERS), r=4, alpha=8.0),
+            lora=Lora(alpha=8.0),
             decoder=Decoder(hidden=6, genes=10),
         ),
     )
 
 
-SEAL_TINY_CONCH = tiny_seal(TINY_CONCH, "trunk.blocks.1")
-SEAL_TINY_VIT = tiny_seal(TINY_VIT, "blocks.1")
+SEAL_TINY_CONCH = tiny_seal(TINY_CONCH)
+SEAL_TINY_VIT = tiny_seal(TINY_VIT)
 TINY_ROWS = (TINY_CONCH, TINY_VIT, SEAL_TINY_CONCH, SEAL_TINY_VIT)
 
 
@@ -120,15 +145,11 @@ def base_file(spec: EncoderSpec, seed: int = 0) -> dict[str, Tensor]:
     return {f"visual.{key}": value for key, value in tower.items()} | text
 
 
-def adapters(spec: EncoderSpec, seed: int = 1) -> dict[str, Tensor]:
-    """Adapters and decoder of a SEAL row, under the names of its file."""
-    layout = spec.published
-    tower, lora, decoder = tower_tensors(spec), layout.lora, layout.decoder
-    shapes: dict[str, tuple[int, ...]] = {}
-    for target in lora.targets:
-        outputs, inputs = tower[f"{target}.weight"].shape
-        shapes[f"{PREFIX}{target}.lora_A.default.weight"] = (lora.r, inputs)
-        shapes[f"{PREFIX}{target}.lora_B.default.weight"] = (outputs, lora.r)
+def adapters(spec: EncoderSpec, seed: int = 1, on: Sequence[str] = (), r: int = R) -> dict[str, Tensor]:
+    """Adapters, on the layers ``on`` if given, and decoder, under the names of a SEAL file."""
+    decoder = spec.published.decoder
+    lora = adapter_shapes(tower_shapes(empty_tower(spec)), on or targets(spec), r)
+    shapes: dict[str, tuple[int, ...]] = {PREFIX + key: shape for key, shape in lora.items()}
     shapes["decoder.decoder.0.weight"] = (decoder.hidden, spec.dim)
     shapes["decoder.decoder.0.bias"] = (decoder.hidden,)
     shapes["decoder.decoder.3.weight"] = (decoder.genes, decoder.hidden)
@@ -138,11 +159,8 @@ def adapters(spec: EncoderSpec, seed: int = 1) -> dict[str, Tensor]:
 
 def seal_file(spec: EncoderSpec, seed: int = 0) -> dict[str, Tensor]:
     """The whole vision file of a SEAL row: base, adapters, decoder, and CONCH's unused heads."""
-    wrapped = {}
-    for key, value in tower_tensors(spec, seed).items():
-        module, _, leaf = key.rpartition(".")
-        inner = f"{module}.base_layer.{leaf}" if module in spec.published.lora.targets else key
-        wrapped[PREFIX + inner] = value
+    tower = tower_tensors(spec, seed)
+    wrapped = {PREFIX + wrapped_key(key, targets(spec)): value for key, value in tower.items()}
     unused = {key + ("query" if key.endswith(".") else ""): torch.ones(2) for key in spec.published.ignored}
     return wrapped | unused | adapters(spec)
 

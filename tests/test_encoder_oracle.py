@@ -31,10 +31,11 @@ from oracle_files import (
 from PIL import Image
 from torch import nn
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
+from vit_fixtures import targets
 
 from seal_extract.encoders import find_spec, load_encoder
 from seal_extract.encoders.expression import decoder_shapes, official_key
-from seal_extract.encoders.lora import adapter_shapes, wrapped_key
+from seal_extract.encoders.seal_adapters import read_adapters
 from seal_extract.encoders.spellings import as_row_spells
 from seal_extract.encoders.tower import empty_tower, tower_shapes
 
@@ -55,10 +56,14 @@ def without_ignored(shapes, layout):
 def test_a_row_expects_exactly_the_keys_of_the_published_files(backbone):
     keys, row = keys_of(backbone), find_spec(f"seal-{backbone}")
     shapes, layout = tower_shapes(empty_tower(row)), row.published
-    needed = {layout.prefix + wrapped_key(k, layout.lora): s for k, s in shapes.items()}
-    needed |= {layout.prefix + k: s for k, s in adapter_shapes(shapes, layout.lora).items()}
+    needed = {layout.prefix + k: s for k, s in shapes.items()}
     needed |= {official_key(k): s for k, s in decoder_shapes(row.dim, layout.decoder).items()}
-    assert without_ignored(spelled(keys["vision"], layout), layout) == needed
+    found = without_ignored(spelled(keys["vision"], layout), layout)
+    adapters = {k: torch.empty(s, device="meta") for k, s in found.items() if ".lora_" in k}
+    assert {k: s for k, s in found.items() if k not in adapters} == needed
+    read = read_adapters(adapters, layout, shapes)
+    assert read.complaints == ()
+    assert sorted(u.key for u in read.updates) == sorted(f"{layer}.weight" for layer in targets(row))
 
     base = find_spec(backbone).published
     needed = {base.prefix + k: s for k, s in shapes.items()}

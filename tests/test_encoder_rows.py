@@ -79,7 +79,7 @@ def test_a_seal_row(name):
     base = name.removeprefix("seal-")
     assert (row.patch_px, row.mpp, row.also_mpp, row.source) == (224, 0.5, (), "MahmoodLab/SEAL")
     assert row.published.files[:2] == (f"seal_{base}_vision.pth", f"{base}-seal-vision.pth")
-    assert row.published.lora.scale == 1
+    assert (row.published.lora.alpha, row.published.lora.r) == (8.0, None)
     assert row.published.base == base
 
 

@@ -7,10 +7,9 @@ from functools import cache
 
 import pytest
 import torch
-from encoder_fixtures import random_tensors
+from encoder_fixtures import LAYERS, adapter_shapes, random_tensors, wrapped_key
 
 from seal_extract.encoders import load_encoder
-from seal_extract.encoders.lora import adapter_shapes, wrapped_key
 from seal_extract.encoders.registry import H0MINI, PHIKON2, ROWS, VIRCHOW2, Decoder
 from seal_extract.encoders.tower import empty_tower, tower_shapes
 from seal_extract.errors import CheckpointError
@@ -31,8 +30,7 @@ def tiny(row, **kwargs):
 def tiny_seal(row, base):
     """The SEAL row on a tiny base, laid out as the real one."""
     real = ROWS[f"seal-{row.name}"].published
-    lora = replace(real.lora, targets=tuple(t.replace(t.split(".")[1], "1", 1) for t in real.lora.targets))
-    layout = replace(real, base=base.name, lora=lora, decoder=Decoder(hidden=6, genes=10))
+    layout = replace(real, base=base.name, decoder=Decoder(hidden=6, genes=10))
     return replace(base, name=f"seal-{base.name}", source="lab/SEAL", published=layout)
 
 
@@ -43,6 +41,14 @@ SEAL_VIRCHOW, SEAL_H0, SEAL_PHIKON = (
     tiny_seal(real, base) for real, base in ((VIRCHOW2, VIRCHOW), (H0MINI, H0), (PHIKON2, PHIKON))
 )
 SEALS = (SEAL_VIRCHOW, SEAL_H0, SEAL_PHIKON)
+
+
+def targets(spec):
+    """The adapted layers of their files, and of the real ones'."""
+    last = {"seal-univ2": 23, "seal-phikon2": 23, "seal-virchow2": 31, "seal-h0mini": 11, "seal-conch": 11}
+    layers = ("mlp.fc1", "mlp.fc2") if spec.published.layer_names == "transformers" else LAYERS
+    front = "trunk." if spec.pooling == "conch" else ""
+    return tuple(f"{front}blocks.{last.get(spec.name, 1)}.{layer}" for layer in layers)
 
 
 @cache
@@ -93,7 +99,7 @@ def base_file(spec, version=4):
 def own_tensors(spec):
     """Adapters under the tower's names, and the decoder."""
     head = {"0.weight": (6, spec.dim), "0.bias": (6,), "3.weight": (10, 6), "3.bias": (10,)}
-    lora = random_tensors(adapter_shapes(shapes_of(spec), spec.published.lora), 1)
+    lora = random_tensors(adapter_shapes(shapes_of(spec), targets(spec), 8), 1)
     return lora, random_tensors({f"decoder.decoder.{k}": s for k, s in head.items()}, 2)
 
 
@@ -103,7 +109,7 @@ def adapters_file(spec, prefix="model.", version=4):
 
 
 def seal_file(spec, prefix="model.", version=4):
-    wrapped = {wrapped_key(k, spec.published.lora): v for k, v in tower_tensors(spec).items()}
+    wrapped = {wrapped_key(k, targets(spec)): v for k, v in tower_tensors(spec).items()}
     named = as_published(spec, wrapped, version)
     return {P + prefix + k: v for k, v in named.items()} | adapters_file(spec, prefix, version)
 

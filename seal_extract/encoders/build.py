@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +17,14 @@ from seal_extract.encoders.adapter import read_adapter, read_adapter_config
 from seal_extract.encoders.checkpoint import check_tensors, read_tensors
 from seal_extract.encoders.custom import as_timm_reads
 from seal_extract.encoders.encoder import Encoder, WeightFile
-from seal_extract.encoders.expression import (
-    ExpressionDecoder,
-    decoder_shapes,
-    filled_decoder,
-    official_key,
-    own_key,
-)
+from seal_extract.encoders.expression import decoder_shapes, filled_decoder, official_key, own_key
+from seal_extract.encoders.folder import HEAD
 from seal_extract.encoders.found import FoundFile
 from seal_extract.encoders.locate import adapted, layout_of, locate, locate_adapter, locate_base
-from seal_extract.encoders.lora import Update, adapter_shapes, lora_updates, merge, wrapped_key
-from seal_extract.encoders.registry import Decoder, EncoderSpec, Published, check_precision, find_spec
+from seal_extract.encoders.lora import Update, merge, merged_layers
+from seal_extract.encoders.projection import empty_head, filled_head, head_shapes
+from seal_extract.encoders.registry import EncoderSpec, Published, check_precision, find_spec
+from seal_extract.encoders.seal_adapters import read_adapters
 from seal_extract.encoders.spellings import as_row_spells
 from seal_extract.encoders.tower import Shapes, empty_tower, fill, tower_shapes
 from seal_extract.errors import UsageError
@@ -74,10 +72,9 @@ def load_encoder(
     files = None if adapter is None else locate_adapter(adapter, offline)
     spec, file = locate(name_or_path, checkpoint, revision, offline)
     dtype: torch.dtype = getattr(torch, spec.precision_for(target.type, asked))
-    loaded = _load(spec, file, files, offline)
-    named = spec if adapter is None else adapted(spec, adapter)
-    encoder = Encoder(named, loaded.tower, loaded.weights, dtype, loaded.decoder)
-    encoder.genes = loaded.genes
+    encoder = _load(spec, file, files, offline, dtype)
+    if adapter is not None:
+        encoder.spec = adapted(spec, adapter)
     return encoder.to(target)
 
 
@@ -102,37 +99,60 @@ def pick_device(device: str | torch.device | None) -> torch.device:
 
 
 @dataclass(frozen=True)
-class _Loaded:
-    """What the files of an encoder hold."""
+class _Parts:
+    """The tensors of an encoder's parts, each by the names of its own module, and what was merged into them.
 
-    tower: nn.Module
-    decoder: ExpressionDecoder | None
-    genes: tuple[str, ...] | None
-    weights: tuple[WeightFile, ...]
+    Attributes:
+        tower: of the image tower.
+        decoder: of the expression decoder; empty without one.
+        head: of the projection head, behind `HEAD`; empty without one.
+        merged: see `merged_layers`.
+    """
+
+    tower: Tensors
+    decoder: Tensors
+    head: Tensors
+    merged: tuple[dict[str, Any], ...] = ()
 
 
 def _load(
-    spec: EncoderSpec, file: FoundFile, adapter: tuple[FoundFile, FoundFile] | None, offline: bool
-) -> _Loaded:
-    """Tower and decoder over the mapped files, which another thread hashes meanwhile."""
+    spec: EncoderSpec,
+    file: FoundFile,
+    adapter: tuple[FoundFile, FoundFile] | None,
+    offline: bool,
+    precision: torch.dtype,
+) -> Encoder:
+    """The encoder over the mapped files, which another thread hashes meanwhile."""
     tower = empty_tower(spec)
     shapes = tower_shapes(tower)
+    decoder, genes = layout_of(spec).decoder, None
     with ThreadPoolExecutor(1) as pool:
         reader = _Reader(pool)
         config = file.path.with_name(folder.CONFIG)
         if spec.published is None and config.is_file():
-            shape, genes = folder.read_decoder(config)
-            tensors, head = _own_tensors(spec, shapes, shape, file, reader)
+            own = folder.read_contents(config)
+            decoder, genes = own.decoder, own.genes
+            parts = _own_parts(spec, shapes, own, file, reader)
         elif spec.pooling == "own":
-            shape, genes, head = None, None, {}
-            tensors = _timm_tensors(spec, tower, file, reader)
+            parts = _Parts(_timm_tensors(spec, tower, file, reader), {}, {})
         else:
-            shape, genes = layout_of(spec).decoder, None
-            tensors, head = _official_tensors(spec, shapes, file, reader, offline)
+            parts = _official_parts(spec, shapes, file, reader, offline)
         if adapter is not None:
-            tensors = merge(tensors, _updates(spec, shapes, adapter, reader))
-        fill(tower, tensors)
-        return _Loaded(tower, filled_decoder(spec.dim, shape, head), genes, reader.weights())
+            updates = _updates(spec, shapes, adapter, reader)
+            merged = merged_layers(adapter[0].path.name, updates)
+            parts = replace(parts, tower=merge(parts.tower, updates), merged=(*parts.merged, *merged))
+        fill(tower, parts.tower)
+        encoder = Encoder(
+            spec,
+            tower,
+            reader.weights(),
+            precision,
+            filled_decoder(spec.dim, decoder, parts.decoder),
+            filled_head(parts.head, spec.dim),
+            parts.merged,
+        )
+    encoder.genes = genes
+    return encoder
 
 
 class _Reader:
@@ -166,16 +186,18 @@ def _read_ahead(path: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
-def _own_tensors(
-    spec: EncoderSpec, shapes: Shapes, shape: Decoder | None, file: FoundFile, read: _Reader
-) -> tuple[Tensors, Tensors]:
-    """Tower's and decoder's tensors out of a file in this package's own format, checked."""
+def _own_parts(
+    spec: EncoderSpec, shapes: Shapes, own: folder.Contents, file: FoundFile, read: _Reader
+) -> _Parts:
+    """A file in this package's own format, checked."""
     tensors = read(file)
-    head = {folder.DECODER + key: s for key, s in decoder_shapes(spec.dim, shape).items()}
+    decoder = {folder.DECODER + key: s for key, s in decoder_shapes(spec.dim, own.decoder).items()}
+    head = {HEAD + key: s for key, s in own.head.items()}
     counters = [key for key in shapes if _counts(key)]
-    check_tensors(tensors, _without_counters(shapes) | head, counters, file.path, spec.name)
+    check_tensors(tensors, _without_counters(shapes) | decoder | head, counters, file.path, spec.name)
     tower = _with_counters({key: tensors[key] for key in shapes if not _counts(key)}, shapes)
-    return tower, {key.removeprefix(folder.DECODER): tensors[key] for key in head}
+    named = {key.removeprefix(folder.DECODER): tensors[key] for key in decoder}
+    return _Parts(tower, named, {key: tensors[key] for key in head}, own.merged)
 
 
 def _timm_tensors(spec: EncoderSpec, tower: nn.Module, file: FoundFile, read: _Reader) -> Tensors:
@@ -202,38 +224,49 @@ def _with_counters(tensors: Tensors, shapes: Shapes) -> Tensors:
     return tensors | {key: torch.zeros((), dtype=torch.int64) for key in shapes if _counts(key)}
 
 
-def _official_tensors(
+def _official_parts(
     spec: EncoderSpec, shapes: Shapes, file: FoundFile, read: _Reader, offline: bool
-) -> tuple[Tensors, Tensors]:
-    """Tower's and decoder's tensors out of the authors' file.
-
-    They are checked, adapters are merged, and the base is fetched if need be.
-    """
+) -> _Parts:
+    """The authors' file, checked: its adapters are merged, and the base is fetched if need be."""
     layout = layout_of(spec)
     published = read(file)
     tensors = as_row_spells(published, layout, partial(read_tensors, file.path))
-    wrapped = {key: layout.prefix + (wrapped_key(key, layout.lora) if layout.lora else key) for key in shapes}
-    needed = {wrapped[key]: shape for key, shape in shapes.items()}
-    head = {official_key(key): shape for key, shape in decoder_shapes(spec.dim, layout.decoder).items()}
-    extra = dict(head)
-    if layout.lora is not None:
-        extra |= {layout.prefix + key: s for key, s in adapter_shapes(shapes, layout.lora).items()}
-    if _holds_adapters_only(tensors, layout):
-        check_tensors(tensors, extra, (), file.path, spec.name, published)
+    tower = {layout.prefix + key: shape for key, shape in shapes.items()}
+    decoder = {official_key(key): s for key, s in decoder_shapes(spec.dim, layout.decoder).items()}
+    if layout.lora is None:
+        check_tensors(tensors, tower | decoder, layout.ignored, file.path, spec.name, published)
+        return _Parts({key: tensors[layout.prefix + key] for key in shapes}, {}, {})
+    adapters = read_adapters(tensors, layout, shapes)
+    head = {HEAD + key: shape for key, shape in head_shapes(tensors).items()}
+    complaints = [*adapters.complaints, *_wrong_head(head, spec.dim)]
+    alone = _is_alone(tensors, layout)
+    needed = ({} if alone else tower) | decoder | head | adapters.shapes
+    check_tensors(tensors, needed, layout.ignored, file.path, spec.name, published, complaints)
+    if alone:
         base = find_spec(str(layout.base))
         found = locate_base(base, file.path, offline)
-        tower, _ = _official_tensors(base, shapes, found, read, offline)
+        whole = _official_parts(base, shapes, found, read, offline).tower
     else:
-        check_tensors(tensors, needed | extra, layout.ignored, file.path, spec.name, published)
-        tower = {key: tensors[name] for key, name in wrapped.items()}
-    if layout.lora is not None:
-        tower = merge(tower, lora_updates(tensors, layout.lora, layout.prefix))
-    return tower, {own_key(name): tensors[name] for name in head}
+        whole = {key: tensors[layout.prefix + key] for key in shapes}
+    return _Parts(
+        merge(whole, adapters.updates),
+        {own_key(name): tensors[name] for name in decoder},
+        {name: tensors[name] for name in head},
+        tuple(merged_layers(file.path.name, adapters.updates)),
+    )
 
 
-def _holds_adapters_only(tensors: Tensors, layout: Published) -> bool:
-    inside = [key for key in tensors if key.startswith(layout.prefix)]
-    return layout.lora is not None and bool(inside) and all(".lora_" in key for key in inside)
+def _is_alone(tensors: Tensors, layout: Published) -> bool:
+    """Whether a file holds adapters without their base."""
+    return all(".lora_" in key for key in tensors if key.startswith(layout.prefix))
+
+
+def _wrong_head(shapes: Shapes, dim: int) -> list[str]:
+    try:
+        empty_head({key.removeprefix(HEAD): shape for key, shape in shapes.items()}, dim)
+    except ValueError as exc:
+        return [str(exc)]
+    return []
 
 
 def _updates(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,7 @@ def check_tensors(
     path: Path,
     name: str,
     as_published: Mapping[str, Tensor] | None = None,
+    also: Sequence[str] = (),
 ) -> None:
     """Hold a file to float32 tensors of exactly these names and shapes, all finite.
 
@@ -130,17 +131,19 @@ def check_tensors(
         name: the encoder, for the message.
         as_published: the same under the file's own names, where ``tensors`` have others; they tell best which
             encoder it is of.
+        also: complaints that were found otherwise.
 
     Raises:
         CheckpointError: everything that is wrong, in one line, with the encoder that the file looks like.
     """
     shared = needed.keys() & tensors.keys()
     complaints = [
-        _complaint("missing", sorted(needed.keys() - tensors.keys())),
-        _complaint(
+        *also,
+        complaint("missing", sorted(needed.keys() - tensors.keys())),
+        complaint(
             "unexpected", sorted(k for k in tensors.keys() - needed.keys() if not _is_ignored(k, ignored))
         ),
-        _complaint(
+        complaint(
             "of another shape",
             [
                 f"{k} {list(tensors[k].shape)}, not {list(needed[k])}"
@@ -148,14 +151,14 @@ def check_tensors(
                 if tuple(tensors[k].shape) != needed[k]
             ],
         ),
-        _complaint(
+        complaint(
             "not plain float32",
             [f"{k} {_dtype(tensors[k])}" for k in sorted(shared) if not _is_plain_float32(tensors[k])],
         ),
     ]
     found = "; ".join(c for c in complaints if c)
     if not found:
-        bad = _complaint(
+        bad = complaint(
             "with NaN or infinite numbers", sorted(k for k in shared if not is_finite(tensors[k]))
         )
         found = bad and f"{bad}; fetch the file again"
@@ -165,7 +168,8 @@ def check_tensors(
         )
 
 
-def _complaint(what: str, keys: list[str]) -> str:
+def complaint(what: str, keys: list[str]) -> str:
+    """How many keys are wrong in one way, and the first of them; empty if none is."""
     if not keys:
         return ""
     more = ", ..." if len(keys) > SHOWN else ""

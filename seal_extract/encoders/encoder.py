@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from seal_extract.encoders import folder
 from seal_extract.encoders.digests import sha256_of
-from seal_extract.encoders.expression import ExpressionDecoder, as_rows
+from seal_extract.encoders.expression import ExpressionDecoder, applied_head, as_rows
 from seal_extract.encoders.found import FoundFile
 from seal_extract.encoders.panel import check_panel
 from seal_extract.encoders.registry import EncoderSpec, list_encoders
@@ -71,12 +71,15 @@ class Encoder(nn.Module):
         precision: what `encode` computes in; the weights stay float32.
         transform: PIL image to normalised tensor.
         decoder: predicts expression; None where the weight file has none.
+        projection: what `project` applies; None where the weight file has no such head.
+        merged: adapters that are in the weights: ``file``, ``rank``, ``scale`` and ``layers`` of each kind.
     """
 
     mean: Tensor
     std: Tensor
 
     decoder: ExpressionDecoder | None
+    projection: nn.Module | None
 
     def __init__(
         self,
@@ -85,12 +88,14 @@ class Encoder(nn.Module):
         weights: tuple[WeightFile, ...],
         precision: torch.dtype,
         decoder: ExpressionDecoder | None = None,
+        projection: nn.Module | None = None,
+        merged: Sequence[dict[str, Any]] = (),
     ) -> None:
         super().__init__()
         self.spec, self.weights, self.precision = spec, weights, precision
         self.transform = PatchTransform.of(spec)
         self.tower = tower
-        self.decoder = decoder
+        self.decoder, self.projection, self.merged = decoder, projection, tuple(merged)
         self._genes: tuple[str, ...] | None = None
         self.register_buffer("mean", torch.tensor(spec.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(3, 1, 1), persistent=False)
@@ -173,6 +178,7 @@ class Encoder(nn.Module):
             "licence": self.spec.licence,
             "source": self.spec.source,
             "weights": [asdict(w) for w in self.weights],
+            "merged": list(self.merged),
             "device": str(self.device),
         }
 
@@ -253,6 +259,26 @@ class Encoder(nn.Module):
             expression: Tensor = decoder(rows)
         return expression.clone()
 
+    def project(self, embeddings: Any) -> Tensor:
+        """Bring embeddings into the space where image and expression are compared (SEAL, arXiv 2602.14177).
+
+        Features for slides and multiple-instance learning are the embeddings themselves. Only for a
+        comparison with ``omics.encode(expression, project=True)`` do both go through their heads.
+
+        Args:
+            embeddings: float [B, D], tensor or array, as `encode` gave them.
+
+        Returns:
+            float32 [B, P] on the encoder's device.
+
+        Raises:
+            EncoderError: this encoder has no projection head.
+            UsageError: another shape or dtype, or NaN.
+        """
+        if self.projection is None:
+            raise EncoderError(f"{self.spec.name} has no projection head; compare its embeddings as they are")
+        return applied_head(self.projection, embeddings, self.spec.dim, self.spec.name, self.device)
+
     def _decoder(self) -> ExpressionDecoder:
         if self.decoder is None:
             names = [s.name for s in list_encoders() if s.published and s.published.decoder]
@@ -283,7 +309,16 @@ class Encoder(nn.Module):
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path} is a file; give a folder")
         origin = [asdict(w) for w in self.weights]
-        folder.write(path, self.spec, self.tower, origin, self.decoder, self.genes)
+        folder.write(
+            path,
+            self.spec,
+            self.tower,
+            origin,
+            self.decoder,
+            self.genes,
+            head=self.projection,
+            merged=self.merged,
+        )
 
     def push_to_hub(
         self,

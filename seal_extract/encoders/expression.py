@@ -77,3 +77,15 @@ def as_rows(values: Any, columns: int, what: str, device: torch.device) -> Tenso
     if not finite.all():
         raise UsageError(f"{what} hold NaN or infinity, first in row {int((~finite).nonzero()[0])}")
     return rows.to(device, torch.float32)
+
+
+def applied_head(head: nn.Module, embeddings: Any, dim: int, name: str, device: torch.device) -> Tensor:
+    """Embeddings float [B, D] of one half of a SEAL encoder through its projection head, float32 [B, P].
+
+    Raises:
+        UsageError: another shape or dtype, NaN or infinity.
+    """
+    rows = as_rows(embeddings, dim, f"embeddings for {name}", device)
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        projected: Tensor = head(rows)
+    return projected.clone()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,6 +24,7 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 OMICS = "omics.safetensors"  # the expression half of an encoder that was trained here
 ALIGNMENT = 64  # bytes, of torch's own memory on a CPU
 _DTYPES = {"torch.float32": "F32", "torch.int64": "I64"}  # all that a tower holds
+HEAD = "projection_head."  # in front of the projection head's tensors, as in the authors' files
 DECODER = "expression_decoder."  # in front of its tensors in the weight file; the tower's have nothing there
 
 T = TypeVar("T")
@@ -38,6 +39,9 @@ def write(
     genes: Sequence[str] | None = None,
     omics: Mapping[str, Tensor] | None = None,
     training: Mapping[str, Any] | None = None,
+    *,
+    head: nn.Module | None = None,
+    merged: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write weights, model card and config, in this order: a folder with a config is complete.
 
@@ -50,12 +54,19 @@ def write(
         genes: the gene of each of its columns, if known.
         omics: the tensors of its expression half, if it was trained with one.
         training: how it was trained, as JSON: ``summary`` (a text in Markdown) goes onto the card.
+        head: its projection head, if it has one.
+        merged: the adapters that are in the tower's weights; see `merged_layers`.
 
     Raises:
         OutputError: it cannot be written.
     """
-    tensors = {**tower.state_dict(), **_prefixed(decoder.state_dict() if decoder else {})}
+    projection = {} if head is None else {HEAD + key: value for key, value in head.state_dict().items()}
+    tensors = {**tower.state_dict(), **_prefixed(decoder.state_dict() if decoder else {}), **projection}
     config = to_config(spec, origin) | _decoder_config(decoder, genes)
+    if projection:
+        config["projection"] = {key.removeprefix(HEAD): list(v.shape) for key, v in projection.items()}
+    if merged:
+        config["merged"] = [dict(one) for one in merged]
     if training is not None:
         config["training"] = dict(training)
     if omics is not None:
@@ -122,13 +133,30 @@ def read_config(path: Path) -> EncoderSpec:
     return _parse(path, from_config)
 
 
-def read_decoder(path: Path) -> tuple[Decoder | None, tuple[str, ...] | None]:
-    """The expression decoder in a config.json, and its gene panel.
+@dataclass(frozen=True)
+class Contents:
+    """What a weight file of ours holds beside the tower.
+
+    Attributes:
+        decoder: the expression decoder.
+        genes: the gene of each of its columns.
+        head: name and shape of the projection head's tensors; empty without one.
+        merged: the adapters that are in the tower's weights; see `merged_layers`.
+    """
+
+    decoder: Decoder | None = None
+    genes: tuple[str, ...] | None = None
+    head: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    merged: tuple[dict[str, Any], ...] = ()
+
+
+def read_contents(path: Path) -> Contents:
+    """What a config.json says of the weight file beside it.
 
     Raises:
         CheckpointError: as `read_config`.
     """
-    return _parse(path, _decoder)
+    return _parse(path, _contents)
 
 
 def _parse(path: Path, parse: Callable[[Mapping[str, Any]], T]) -> T:
@@ -187,16 +215,23 @@ def from_config(config: Mapping[str, Any]) -> EncoderSpec:
     )
 
 
-def _decoder(config: Mapping[str, Any]) -> tuple[Decoder | None, tuple[str, ...] | None]:
+def _contents(config: Mapping[str, Any]) -> Contents:
+    from seal_extract.encoders.projection import empty_head  # imports torch
+
     shape, genes = config.get("decoder"), config.get("genes")
     decoder = None if shape is None else Decoder(int(shape["hidden"]), int(shape["genes"]))
     if decoder is None and genes is not None:
         raise ValueError("genes without a decoder")
     if decoder is not None and min(decoder.hidden, decoder.genes) < 1:
         raise ValueError(f"decoder is {shape}, with sizes below 1")
-    if decoder is None or genes is None:
-        return decoder, None
-    return decoder, check_panel(genes, decoder.genes, "its decoder")
+    if decoder is not None and genes is not None:
+        genes = check_panel(genes, decoder.genes, "its decoder")
+    head = {str(key): tuple(map(int, size)) for key, size in (config.get("projection") or {}).items()}
+    empty_head(head, int(config["dim"]))
+    merged = config.get("merged") or ()
+    if not all(isinstance(one, dict) for one in merged):
+        raise TypeError(f"merged is {merged!r}, not a list of tables")
+    return Contents(decoder, genes, head, tuple(merged))
 
 
 def _text(values: Mapping[str, Any], key: str) -> str:

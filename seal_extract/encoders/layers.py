@@ -21,8 +21,8 @@ _ENDINGS = (
     (r"(?:attention\.output\.dense|attention\.o_proj|attn\.(?:o|out)_proj)", "attn.proj", 0, 1),
     (r"mlp\.gate_proj", "mlp.fc1", 0, 2),
     (r"mlp\.up_proj", "mlp.fc1", 1, 2),
-    (r"(?:mlp\.weights_in|intermediate\.dense)", "mlp.fc1", 0, 1),
-    (r"(?:mlp\.weights_out|mlp\.down_proj|output\.dense)", "mlp.fc2", 0, 1),
+    (r"(?:mlp\.fc1|mlp\.weights_in|intermediate\.dense)", "mlp.fc1", 0, 1),
+    (r"(?:mlp\.fc2|mlp\.weights_out|mlp\.down_proj|output\.dense)", "mlp.fc2", 0, 1),
 )
 _BLOCK = re.compile(r"(?:(?<=\.)|^)(?:encoder\.)?(?:blocks|layers?)\.(\d+)\.(.+)$")
 _APART = ("q_proj", "k_proj", "v_proj")
@@ -60,8 +60,8 @@ def find_places(layers: Shapes, tower: Shapes) -> dict[str, tuple[Place, ...]]:
         raise ValueError("there are no layers in it")
     nearest: tuple[int, dict[str, tuple[Place, ...]]] | None = None
     for names in _renamings(list(layers), tower):
-        places = {layer: _place(names[layer], layers[layer], tower) for layer in layers}
-        found = {layer: place for layer, place in places.items() if place}
+        places = {layer: place(names[layer], layers[layer], tower) for layer in layers}
+        found = {layer: where for layer, where in places.items() if where}
         if nearest is None or len(found) > nearest[0]:
             nearest = len(found), found
         if len(found) == len(layers):
@@ -83,7 +83,7 @@ def _renamings(layers: list[str], tower: Shapes) -> Iterator[dict[str, str]]:
             yield {layer: front + ".".join(w[off:]) for layer, w in zip(layers, words, strict=True)}
 
 
-def _place(name: str, shape: tuple[int, ...], tower: Shapes) -> tuple[Place, ...]:
+def place(name: str, shape: tuple[int, ...], tower: Shapes) -> tuple[Place, ...]:
     """Where a layer of this name lies, by name alone; nothing if the tower has no such layer."""
     everything, key = slice(0, shape[0]), f"{name}.weight"
     if key in tower:
@@ -108,7 +108,7 @@ def _check(layers: Shapes, tower: Shapes, places: Mapping[str, tuple[Place, ...]
     missing = [layer for layer in layers if layer not in places]
     if missing:
         raise ValueError(f"it has no layer {_some(missing)}")
-    wrong = [layer for layer in layers if not _fits(layers[layer], tower, places[layer])]
+    wrong = [layer for layer in layers if not fits(layers[layer], tower, places[layer])]
     if wrong:
         there = tower[places[wrong[0]][0].key]
         raise ValueError(
@@ -116,7 +116,8 @@ def _check(layers: Shapes, tower: Shapes, places: Mapping[str, tuple[Place, ...]
         )
 
 
-def _fits(shape: tuple[int, ...], tower: Shapes, places: tuple[Place, ...]) -> bool:
+def fits(shape: tuple[int, ...], tower: Shapes, places: tuple[Place, ...]) -> bool:
+    """Whether an update [out, in] has the shape of its places."""
     return all(
         len(tower[p.key]) == 2 and tower[p.key][1] == shape[1] and _length(p.rows) == _length(p.of_update)
         for p in places

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from seal_extract.encoders.registry import Lora
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from seal_extract.encoders.tower import Shapes
+_KEY = re.compile(r"(?P<layer>.+)\.lora_(?P<half>[AB])(?:\.default)?\.weight")
 
 
 @dataclass(frozen=True)
@@ -52,37 +51,34 @@ def merge(tower: Mapping[str, Tensor], updates: Iterable[Update]) -> dict[str, T
     return merged
 
 
-def wrapped_key(key: str, lora: Lora) -> str:
-    """The name that a tower's tensor has once PEFT has wrapped its layer."""
-    module, _, leaf = key.rpartition(".")
-    return f"{module}.base_layer.{leaf}" if module in lora.targets else key
-
-
-def adapter_keys(target: str) -> tuple[str, str]:
-    """The names of A [r, in] and B [out, r] of an adapted layer in a wrapped model's state dict."""
-    return f"{target}.lora_A.default.weight", f"{target}.lora_B.default.weight"
-
-
-def adapter_shapes(tower: Shapes, lora: Lora) -> Shapes:
-    """Names and shapes of all adapters on a tower with these shapes."""
-    shapes: Shapes = {}
-    for target in lora.targets:
-        outputs, inputs = tower[f"{target}.weight"]
-        key_a, key_b = adapter_keys(target)
-        shapes |= {key_a: (lora.r, inputs), key_b: (outputs, lora.r)}
-    return shapes
-
-
-def lora_updates(tensors: Mapping[str, Tensor], lora: Lora, prefix: str) -> list[Update]:
-    """The adapters of a row out of its file, whose keys and shapes have been checked.
+def adapter_keys(keys: Iterable[str], prefix: str = "") -> dict[str, dict[str, str]]:
+    """The keys of the halves ``"A"`` [r, in] and ``"B"`` [out, r] of each adapted layer, as PEFT names them.
 
     Args:
-        tensors: of the file.
-        lora: targets and scale.
-        prefix: what stands in front of the targets in that file.
+        keys: of a file; those of adapters are picked out.
+        prefix: what stands in front of them, and is taken off the names of the layers.
     """
-    updates = []
-    for target in lora.targets:
-        a, b = (tensors[prefix + key] for key in adapter_keys(target))
-        updates.append(Update(f"{target}.weight", a, b, lora.scale))
-    return updates
+    pairs: dict[str, dict[str, str]] = {}
+    for key in keys:
+        match = _KEY.fullmatch(key.removeprefix(prefix)) if key.startswith(prefix) else None
+        if match is not None:
+            pairs.setdefault(match["layer"], {})[match["half"]] = key
+    return pairs
+
+
+def merged_layers(file: str, updates: Iterable[Update]) -> list[dict[str, Any]]:
+    """What was merged, as JSON: of each rank and scale, the layers as the tower names them.
+
+    Args:
+        file: that the adapters are from.
+        updates: that were merged.
+    """
+    layers: dict[tuple[int, float], list[str]] = {}
+    for update in updates:
+        name, alike = update.key.removesuffix(".weight"), layers.setdefault((len(update.a), update.scale), [])
+        if name not in alike:  # q, k and v of one fused layer
+            alike.append(name)
+    return [
+        {"file": file, "rank": rank, "scale": scale, "layers": names}
+        for (rank, scale), names in layers.items()
+    ]

@@ -44,24 +44,19 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # in front of a tower's keys in a SEAL file: PEFT's own names, behind the attribute of the authors' model
 _PEFT = "encoder.base_model.model."
-_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 
 
 def _seal(
     base: EncoderSpec,
-    block: str,
     *,
-    layers: tuple[str, ...] = _LAYERS,
     wrapped: bool = False,
     ignored: tuple[str, ...] = (),
     also_called: tuple[str, ...] = (),
 ) -> EncoderSpec:
-    """The SEAL row on ``base``: adapters on Linear layers of one block, and an expression decoder.
+    """The SEAL row on ``base``: adapters on Linear layers that the file names, and an expression decoder.
 
     Args:
         base: the finetuned encoder.
-        block: name of the block.
-        layers: those in it that have adapters.
         wrapped: its authors' code keeps the tower under one more name.
         ignored: keys of the base's file that the embedding does not need.
         also_called: further names of the base in file names.
@@ -84,7 +79,7 @@ def _seal(
             layer_names=base.published.layer_names if base.published else "timm",
             ignored=tuple(prefix + key for key in ignored),
             base=base.name,
-            lora=Lora(tuple(f"{block}.{layer}" for layer in layers)),
+            lora=Lora(),
             decoder=Decoder(),
             settings="config.yaml",
             gated=True,
@@ -247,18 +242,11 @@ PHIKON2 = EncoderSpec(
 ROWS: dict[str, EncoderSpec] = {
     row.name: row
     for row in (
-        _seal(CONCH, "trunk.blocks.11", ignored=_CONCH_UNUSED),
-        _seal(UNIV2, "blocks.23"),
-        _seal(VIRCHOW2, "blocks.31", wrapped=True),
-        _seal(H0MINI, "blocks.11", wrapped=True),
-        _seal(
-            PHIKON2,
-            "blocks.23",
-            layers=("mlp.fc1", "mlp.fc2"),
-            wrapped=True,
-            ignored=("embeddings.mask_token",),
-            also_called=("phikonv2",),
-        ),
+        _seal(CONCH, ignored=_CONCH_UNUSED),
+        _seal(UNIV2),
+        _seal(VIRCHOW2, wrapped=True),
+        _seal(H0MINI, wrapped=True),
+        _seal(PHIKON2, wrapped=True, ignored=("embeddings.mask_token",), also_called=("phikonv2",)),
         CONCH,
         UNIV2,
         VIRCHOW2,

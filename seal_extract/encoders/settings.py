@@ -1,7 +1,7 @@
 """What a file beside the weights states of them: ``config.yaml`` of SEAL, ``config.json`` of timm's models.
 
-No published ``config.yaml`` has been seen. It is known to state encoder, out_dim, and r and alpha of LoRA, so
-these four are looked for at any depth; everything else in it is left alone.
+A ``config.yaml`` states encoder, out_dim, and r and alpha of LoRA: these four are looked for at any depth.
+What else it says, such as which blocks are adapted, is told by the weight file itself.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def with_settings(spec: EncoderSpec, file: FoundFile, offline: bool = False) -> 
     lora = layout.lora if path is None else stated_lora(path, spec, on_hub=file.revision is not None)
     if path is None or lora == layout.lora:
         return spec, file
-    return replace(spec, published=replace(layout, lora=lora)), replace(file, settings=path)
+    merged_otherwise = lora.alpha != layout.lora.alpha
+    file = replace(file, settings=path) if merged_otherwise else file
+    return replace(spec, published=replace(layout, lora=lora)), file
 
 
 def stated_lora(path: Path, spec: EncoderSpec, on_hub: bool = False) -> Lora:
@@ -91,7 +93,7 @@ def stated_lora(path: Path, spec: EncoderSpec, on_hub: bool = False) -> Lora:
     rank, alpha = _one(path, "r", stated.ranks), _one(path, "alpha", stated.alphas)
     if rank is not None and rank != int(rank):
         raise CheckpointError(f"{path} states r {rank}; allowed: a whole number")
-    return Lora(lora.targets, int(rank or lora.r), alpha or lora.alpha)
+    return Lora(alpha or lora.alpha, rank and int(rank))
 
 
 def _row_called(name: str) -> str | None:

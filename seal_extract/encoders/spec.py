@@ -69,20 +69,15 @@ class InputRule:
 class Lora:
     """Low-rank adapters, merged at load: W + (alpha / r) B A (Hu et al., arXiv 2106.09685).
 
+    Which layers are adapted, and with which rank r, is told by the weight file.
+
     Attributes:
-        targets: the adapted Linear layers, as the tower names them.
-        r: rank.
         alpha: numerator of the scale.
+        r: the rank that a file beside the weights states; None where none does.
     """
 
-    targets: tuple[str, ...]
-    r: int = 8
     alpha: float = 8.0
-
-    @property
-    def scale(self) -> float:
-        """What the product B A is multiplied by."""
-        return self.alpha / self.r
+    r: int | None = None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 What comes out has the prefix of the row and, behind it, the names of timm. Nothing is dropped and nothing is
 guessed: a key that is not understood stays as it is, for the check that follows to name it. Where the names
 of transformers are expected those of timm are not understood, or else UNI's file would pass for Phikon-v2's.
+Adapters keep the names that their layers have in the file; `lora` and `layers` read those.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from seal_extract.encoders.lora import adapter_keys
 from seal_extract.encoders.registry import Published
 
 # how transformers' Dinov2Model names what timm's vision transformer has under another name
@@ -49,12 +51,27 @@ def as_row_spells(
 
     Returns:
         The same tensors under other keys; those of q, k and v fused, where all three are there and alike.
+        What PEFT has wrapped, ``X.base_layer.weight``, is ``X.weight`` where X has adapters.
     """
-    spelled = _with_the_rows_prefix(tensors, layout)
+    spelled = _unwrapped(_with_the_rows_prefix(tensors, layout), layout.prefix)
     if layout.layer_names != "transformers":
         return spelled
-    parts = spelled if read_again is None else _with_the_rows_prefix(read_again(), layout)
+    again = None if read_again is None else _with_the_rows_prefix(read_again(), layout)
+    parts = spelled if again is None else _unwrapped(again, layout.prefix)
     return _with_timm_names(spelled, parts, layout.prefix)
+
+
+def _unwrapped(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The names that layers had before adapters wrapped them; one that has adapters and no wrap stays odd."""
+    adapted = {prefix + layer for layer in adapter_keys(tensors, prefix)}
+    named: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        module, _, leaf = key.rpartition(".")
+        layer = module.removesuffix(".base_layer")
+        if layer in adapted:
+            key = f"{layer}.{leaf}" if layer != module else f"{key} (not wrapped)"
+        named[key] = value
+    return named
 
 
 def _with_the_rows_prefix(tensors: Mapping[str, Tensor], layout: Published) -> dict[str, Tensor]:
@@ -76,6 +93,9 @@ def _with_timm_names(
     named: dict[str, Tensor] = {}
     apart_keys: dict[str, dict[str, str]] = {}  # fused key -> q, k, v -> key in the file
     for key, value in tensors.items():
+        if ".lora_" in key:
+            named[key] = value
+            continue
         inner = key.removeprefix(prefix)
         apart = _APART.fullmatch(inner) if key.startswith(prefix) else None
         if apart is not None:

@@ -149,7 +149,8 @@ def load_decoder(
     spec, file = locate(name_or_path, checkpoint, revision, offline)
     config = file.path.with_name(folder.CONFIG)
     own = spec.published is None and config.is_file()
-    shape, genes = folder.read_decoder(config) if own else (layout_of(spec).decoder, None)
+    contents = folder.read_contents(config) if own else folder.Contents(layout_of(spec).decoder)
+    shape, genes = contents.decoder, contents.genes
     if shape is None:
         names = [row.name for row in list_encoders() if row.published and row.published.decoder]
         raise EncoderError(f"{spec.name} has no expression decoder; those that have: {', '.join(names)}")

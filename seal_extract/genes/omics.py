@@ -18,11 +18,12 @@ from seal_extract.encoders.bundled import bundled
 from seal_extract.encoders.checkpoint import check_tensors, looks_like, read_tensors
 from seal_extract.encoders.encoder import WeightFile
 from seal_extract.encoders.expression import as_rows
-from seal_extract.encoders.folder import CONFIG, OMICS, read_config, read_decoder
+from seal_extract.encoders.folder import CONFIG, OMICS, read_config, read_contents
 from seal_extract.encoders.found import FoundFile
 from seal_extract.encoders.hub import fetch
 from seal_extract.encoders.locate import is_repository
 from seal_extract.encoders.panel import check_panel
+from seal_extract.encoders.projection import empty_head, head_shapes
 from seal_extract.encoders.registry import find_spec, list_encoders
 from seal_extract.errors import CheckpointError, UsageError
 
@@ -58,6 +59,7 @@ class OmicsEncoder(nn.Module):
         n_genes: how many genes it takes.
         weights: the file that the weights came from; None for one that is yet to be trained.
         hidden: widths of the two hidden layers, the outer one first.
+        projection_head: what ``encode(project=True)`` applies; None where the file has none.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class OmicsEncoder(nn.Module):
         n_genes: int,
         weights: WeightFile | None = None,
         hidden: tuple[int, int] = HIDDEN,
+        projection_head: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.name, self.dim, self.n_genes, self.weights, self.hidden = name, dim, n_genes, weights, hidden
@@ -83,6 +86,7 @@ class OmicsEncoder(nn.Module):
             *(nn.Linear(narrow, wide), nn.ReLU(), nn.Identity()),
             nn.Linear(wide, n_genes),
         )
+        self.projection_head = projection_head
         self.eval().requires_grad_(False)
 
     def __repr__(self) -> str:
@@ -132,7 +136,7 @@ class OmicsEncoder(nn.Module):
             mu, logvar = self.latent(rows)
         return mu.clone(), logvar.clone()
 
-    def encode(self, expression: Any) -> Tensor:
+    def encode(self, expression: Any, *, project: bool = False) -> Tensor:
         """Embed expression: the flows of the mean, the same for the same input.
 
         The authors' own code draws a sample around the mean even in evaluation mode; this is that for a draw
@@ -141,16 +145,21 @@ class OmicsEncoder(nn.Module):
         Args:
             expression: float [B, G], tensor or array: log1p of counts scaled to 10,000 per spot or cell, the
                 genes in the order of training.
+            project: through the projection head too, to be compared with `Encoder.project`.
 
         Returns:
-            float32 [B, D] on the encoder's device.
+            float32 [B, D] on the encoder's device; of the head's own width if it is asked for.
 
         Raises:
-            UsageError: another shape or dtype, NaN, or numbers below 0.
+            UsageError: another shape or dtype, NaN, or numbers below 0; or it has no projection head.
         """
+        if project and self.projection_head is None:
+            raise UsageError(f"{self.name} has no projection head; leave project=True out")
         mu, _ = self.distribution(expression)
         with torch.autocast(self.device.type, enabled=False):
             embeddings: Tensor = self.flows(mu)
+            if project and self.projection_head is not None:
+                embeddings = self.projection_head(embeddings)
         return embeddings
 
     def decode(self, embeddings: Any) -> Tensor:
@@ -229,15 +238,19 @@ def load_omics(
 def _named(omics: OmicsEncoder, config: Path) -> OmicsEncoder:
     """With the name and the genes of the encoder whose half it is, if its config lies there."""
     if omics.weights is not None and omics.weights.file == OMICS and config.is_file():
-        omics.name, omics.genes = read_config(config).name, read_decoder(config)[1]
+        omics.name, omics.genes = read_config(config).name, read_contents(config).genes
     return omics
 
 
 def _load(name: str, file: FoundFile, sizes: tuple[int, int] | None) -> OmicsEncoder:
     tensors = read_tensors(file.path)
     dim, n_genes, hidden = (*sizes, HIDDEN) if sizes else _sizes(tensors, file.path)
+    try:
+        head = empty_head(head_shapes(tensors), dim)
+    except ValueError as exc:
+        raise CheckpointError(f"{file.path} is not the expression half of {name}: {exc}") from exc
     with torch.device("meta"):
-        omics = OmicsEncoder(name, dim, n_genes, WeightFile.of(file), hidden)
+        omics = OmicsEncoder(name, dim, n_genes, WeightFile.of(file), hidden, head)
     needed = {key: tuple(v.shape) for key, v in omics.state_dict().items() if key not in _COUNTERS}
     check_tensors(tensors, needed, _COUNTERS, file.path, f"the expression half of {name}")
     counters = dict.fromkeys(_COUNTERS, torch.tensor(0))
