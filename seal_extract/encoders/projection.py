@@ -44,7 +44,8 @@ def empty_head(shapes: Shapes, dim: int) -> nn.Module | None:
         if match is None:
             raise ValueError(f"{HEAD}{key} is of no Linear layer")
         layers.setdefault(-1 if match["place"] is None else int(match["place"]), {})[match["leaf"]] = shape
-    places, width, modules = sorted(layers), dim, []
+    places, width = sorted(layers), dim
+    modules: list[nn.Module] = []
     apart = all(b - a > 1 for a, b in pairwise(places))
     if places != [-1] and not (places[0] == 0 and apart and places[-1] < MOST_MODULES):
         raise ValueError(f"{HEAD}* has layers {places}; allowed: from 0 on, with an activation between")

@@ -93,7 +93,7 @@ def stated_lora(path: Path, spec: EncoderSpec, on_hub: bool = False) -> Lora:
     rank, alpha = _one(path, "r", stated.ranks), _one(path, "alpha", stated.alphas)
     if rank is not None and rank != int(rank):
         raise CheckpointError(f"{path} states r {rank}; allowed: a whole number")
-    return Lora(alpha or lora.alpha, rank and int(rank))
+    return Lora(alpha or lora.alpha, None if rank is None else int(rank))
 
 
 def _row_called(name: str) -> str | None:
