@@ -201,7 +201,7 @@ def write_patches(
 
 
 def read_made_of(path: Path) -> dict[str, Any] | None:
-    """What `write_patches` was told that tiles were made of, from the first line; None where it is not there."""
+    """What `write_patches` was told that tiles were made of; None where the first line does not say it."""
     try:
         with path.open(encoding="utf-8") as file:
             found = json.loads(file.readline(MOST_HEAD) + "]}")[MADE_OF]

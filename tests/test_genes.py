@@ -296,6 +296,8 @@ def test_all_genes_of_a_run(finished, tmp_path):
         (["--genes", "CD42"], "CD42 is not among the genes"),
         ([], "type --genes A,B, --signature FILE.gmt:NAME or --all"),
         (["--all", "--write", "pdf"], "allowed: h5, h5ad, geojson, png"),
+        (["--all", "--write", "png"], "is of genes that are named; type --genes A,B in place of --all"),
+        (["--list", "--genes", "NOGENE*"], "none of the 500 genes of seal-tiny is like NOGENE*"),
         (["--all", "--panel", "missing.txt"], "cannot read the gene panel"),
         (["--signature", "none.gmt:X"], "cannot read none.gmt"),
     ],
@@ -305,6 +307,61 @@ def test_the_command_refuses_in_one_line(finished, words, answer):
     assert done.returncode == 2
     assert answer in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_genes_that_can_be_asked_for_are_listed(finished, decoder):
+    done = run("genes", "--list", "--encoder", "seal-tiny")
+    assert done.stdout.split() == list(decoder.genes)
+    done = run("genes", finished[0].path, "--list", "--genes", "cd2*,A2M")
+    assert done.stdout.split() == [g for g in decoder.genes if g.startswith("CD2") or g == "A2M"]
+    done = run("genes", "--list")
+    assert (done.returncode, done.stderr) == (
+        2, "seal-extract: whose genes? type a run's -o, or --encoder NAME\n",
+    )  # fmt: skip
+
+
+def test_genes_that_are_not_in_the_panel_are_named(finished, tmp_path):
+    done = run(
+        "genes", finished[0].path, "--signature", "CD24,NADA,A2M,NOPE", "--write", "h5", "-o", tmp_path
+    )
+    assert "CD24,NADA,A2M,NOPE: 2 of 4 genes are in the panel; missing: NADA, NOPE\n" in done.stdout
+
+
+def test_a_moved_slide_costs_the_pictures_only(drawn_slides, tiny, tmp_path):
+    slide = tmp_path / "a.svs"
+    slide.write_bytes(drawn_slides[0].read_bytes())
+    extract(slide, tiny, tmp_path / "out")
+    slide.unlink()
+    table = tmp_path / "genes" / "a.h5"
+    done = run("genes", tmp_path / "out", "--genes", "CD24", "-o", table.parent)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"-> {table}; no picture: the slide {slide} is no longer there; give the folder" in done.stdout
+    done = run("genes", tmp_path / "out", "--genes", "A2M", "-o", table.parent, "--write", "h5,png")
+    assert done.returncode == 1
+    assert f"a: no picture: the slide {slide} is no longer there" in done.stderr
+    assert f"(written: {table})" in done.stderr
+    assert find_expression(table).genes == ("CD24", "A2M")
+
+
+def test_a_slide_of_nan_is_named_and_the_others_are_done(finished, tmp_path):
+    paths = []
+    for features in finished:
+        paths.append(tmp_path / "run" / features.path.name)
+        paths[-1].parent.mkdir(exist_ok=True)
+        paths[-1].write_bytes(features.path.read_bytes())
+    with h5py.File(paths[1], "a") as file:
+        file["features"][0, 0] = np.nan
+    done = run("genes", tmp_path / "run", "--signature", "CD24:1,A2M:-1", "--write", "h5", "-o", tmp_path)
+    assert done.returncode == 1
+    assert f"{paths[1].stem}: features hold NaN or infinity; extract the slide again" in done.stderr
+    kept = [features for i, features in enumerate(finished) if i != 1]
+    signature = read_signature("CD24:1,A2M:-1")
+    for features, scores in zip(
+        kept, signature_scores(kept, load_decoder("seal-tiny"), signature), strict=True
+    ):
+        table = find_expression(tmp_path / features.path.name)
+        np.testing.assert_allclose(table.column(signature.name), scores, atol=1e-6)
+    assert not (tmp_path / paths[1].name).exists()
 
 
 def test_two_slides_of_one_name_are_not_written_over_each_other(finished, tmp_path):

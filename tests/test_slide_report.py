@@ -364,7 +364,7 @@ def test_the_command_writes_a_file_for_each_slide(viewer_out, tmp_path):
         "report", viewer_out, "-o", tmp_path, "--genes", "EPCAM, CD74", "--signature", "EPCAM,KRT8,NOSUCH"
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr == "seal-extract: EPCAM,KRT8,NOSUCH: 2 of 3 genes are in the panel\n"
+    assert done.stderr == "seal-extract: EPCAM,KRT8,NOSUCH: 2 of 3 genes are in the panel; missing: NOSUCH\n"
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"slide_{i}.html" for i in range(3)]
     assert [line.split(":")[0] for line in done.stdout.splitlines()] == [f"slide_{i}" for i in range(3)]
     kinds = data_of((tmp_path / "slide_1.html").read_text(encoding="utf-8"))["kinds"]

@@ -8,12 +8,13 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from seal_extract.cli.fail import fail
 from seal_extract.cli.options import add_common
-from seal_extract.errors import SealExtractError, UsageError
+from seal_extract.errors import SealExtractError, SlideOpenError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +36,7 @@ def genes_parser() -> argparse.ArgumentParser:
     )
     p.set_defaults(handler=run)
     p.add_argument(
-        "features", nargs="+", type=Path, metavar="SLIDE.h5|OUT", help="features files, or a run's -o"
+        "features", nargs="*", type=Path, metavar="SLIDE.h5|OUT", help="features files, or a run's -o"
     )
     which = p.add_argument_group("what")
     which.add_argument("--genes", metavar="A,B", help="these genes")
@@ -47,14 +48,19 @@ def genes_parser() -> argparse.ArgumentParser:
         help="the mean of a set of genes, each in standard deviations over all these slides; may be repeated",
     )
     which.add_argument("--all", action="store_true", help="all genes of the decoder")
+    which.add_argument(
+        "--list",
+        action="store_true",
+        help="print the genes that can be asked for, and stop; with --genes 'KRT*' those alone; of --encoder "
+        "NAME, or of the encoder that made the features",
+    )
     which.add_argument("--panel", type=Path, metavar="FILE", help="the gene of each column, one per line")
     add_decoder(p)
     p.add_argument(
         "--write",
-        default="h5,png",
         metavar="FORM,...",
         help=f"of {', '.join(FORMS)}: a table beside the features, AnnData, tiles for QuPath, heat maps "
-        "(default: h5,png); the last two of genes that are named, not of --all",
+        "(default: h5, and png where the slide is found); the last two of genes that are named, not of --all",
     )
     p.add_argument("-o", "--out", type=Path, help="folder (default: expression_ENCODER beside the features)")
     p.add_argument(
@@ -82,9 +88,11 @@ def add_slides(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """A line per slide; 1 if any failed."""
     from seal_extract.genes.contents import Contents
-    from seal_extract.genes.predict import expression_path, fit_signatures
+    from seal_extract.genes.predict import LeftOut, expression_path, fit_signatures
     from seal_extract.genes.signature import read_signature
 
+    if args.list:
+        return _list(args)
     forms = _forms(args)
     slides = finished_features(args.features, args.encoder)
     one_file_each(slides, lambda slide: expression_path(slide, args.out))
@@ -92,13 +100,15 @@ def run(args: argparse.Namespace) -> int:
     columns = _columns(args, decoder)
     signatures = [read_signature(text) for text in args.signature]
     for signature in signatures:
-        known, _ = signature.known_to(decoder)
-        print(f"{signature.name}: {len(known)} of {len(signature.weights)} genes are in the panel")
-    fitted = fit_signatures(slides, decoder, signatures) if signatures else []
+        print(signature.told(decoder))
+    left_out: LeftOut = {}
+    fitted = fit_signatures(slides, decoder, signatures, left_out) if signatures else []
     wanted = [Contents.of(slide, decoder, columns, fitted) for slide in slides]
     failed = 0
     for slide, asked in zip(slides, wanted, strict=True):
         try:
+            if slide.path in left_out:
+                raise left_out[slide.path]
             print(f"{slide.path.stem}: {_one(slide, decoder, asked, forms, args)}", flush=True)
         except SealExtractError as exc:
             failed += 1
@@ -106,14 +116,39 @@ def run(args: argparse.Namespace) -> int:
     return fail(f"{failed} of {len(slides)} slides failed", 1) if failed else 0
 
 
+def _list(args: argparse.Namespace) -> int:
+    """The genes of a decoder, one in a line."""
+    from seal_extract.genes.decoder import load_decoder
+    from seal_extract.genes.panel import read_panel
+
+    if args.features:
+        decoder = decoder_for(finished_features(args.features, args.encoder), args)
+    elif args.encoder:
+        panel = None if args.panel is None else read_panel(args.panel)
+        decoder = load_decoder(args.encoder, checkpoint=args.checkpoint, panel=panel, offline=args.offline)
+    else:
+        raise UsageError("whose genes? type a run's -o, or --encoder NAME")
+    wanted = [part.strip().upper() for part in (args.genes or "*").split(",") if part.strip()]
+    found = [gene for gene in decoder.named() if any(fnmatchcase(gene.upper(), part) for part in wanted)]
+    if not found:
+        raise UsageError(
+            f"none of the {decoder.n_genes} genes of {decoder.name} is like {args.genes}; type for example "
+            f"--genes '*{wanted[0].strip('*')[:3]}*'"
+        )
+    print("\n".join(found))
+    return 0
+
+
 def finished_features(paths: Sequence[Path], encoder: str | None) -> list[SlideFeatures]:
     """The features files given, and those in folders that were given.
 
     Raises:
-        UsageError: there is none, or they are of several encoders.
+        UsageError: none is given, or they are of several encoders.
     """
     from seal_extract.store import list_features, read_features
 
+    if not paths:
+        raise UsageError("type the -o of a finished run, or features files")
     slides: list[SlideFeatures] = []
     for path in paths:
         slides += list_features(path)[0] if path.is_dir() else [read_features(path)]
@@ -164,12 +199,15 @@ def one_file_each(slides: Sequence[SlideFeatures], path_of: Callable[[SlideFeatu
 
 
 def _forms(args: argparse.Namespace) -> list[str]:
-    forms = [form.strip() for form in args.write.split(",") if form.strip()]
+    typed = "h5,png" if args.write is None else args.write
+    forms = [form.strip() for form in typed.split(",") if form.strip()]
     unknown = [form for form in forms if form not in FORMS]
     if unknown or not forms:
         raise UsageError(f"--write {args.write!r}; allowed: {', '.join(FORMS)}")
     if not (args.genes or args.signature or args.all):
         raise UsageError("type --genes A,B, --signature FILE.gmt:NAME or --all")
+    if args.all and not args.signature and not {"h5", "h5ad"} & set(forms):
+        raise UsageError(f"--write {typed} is of genes that are named; type --genes A,B in place of --all")
     return forms
 
 
@@ -205,9 +243,20 @@ def _one(
     if "geojson" in forms and (shown.genes or shown.signatures):
         written.append(path.with_suffix(".geojson"))
         _write_tiles(slide, decoder, shown, written[-1], args.overwrite)
+    problem = ""
     if "png" in forms and len(slide.grid):
-        written += _draw(slide, decoder, shown, path.with_suffix(""), args)
-    return f"{len(slide.grid):,} patches -> {', '.join(str(file) for file in written) or 'nothing to draw'}"
+        try:
+            written += _draw(slide, decoder, shown, path.with_suffix(""), args)
+        except (
+            SlideOpenError
+        ) as exc:  # expression needs no slide: where nobody typed png, the tables are enough
+            if args.write is not None:
+                names = ", ".join(str(file) for file in written)
+                raise SlideOpenError(
+                    f"no picture: {exc}" + (f" (written: {names})" if names else "")
+                ) from exc
+            problem = f"; no picture: {exc}"
+    return f"{len(slide.grid):,} patches -> {', '.join(map(str, written)) or 'nothing to draw'}{problem}"
 
 
 def _write_h5ad(

@@ -70,9 +70,8 @@ def run_report(args: argparse.Namespace) -> int:
         if genes:
             decoder.columns(genes)
         for signature in signatures:
-            known, of = len(signature.known_to(decoder)[0]), len(signature.weights)
-            if known < of:
-                _tell(f"{signature.name}: {known} of {of} genes are in the panel")
+            if len(signature.known_to(decoder)[0]) < len(signature.weights):
+                _tell(signature.told(decoder))
     wanted: dict[str, Any] = {
         "decoder": decoder,
         "genes": genes,

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from seal_extract.errors import UsageError
 from seal_extract.genes.decoder import GeneDecoder
 
+MOST_MISSING = 20  # genes that a line names
+
 
 @dataclass(frozen=True)
 class Signature:
@@ -56,6 +58,18 @@ class Signature:
                 f"{decoder.n_genes} of {decoder.name}, such as {decoder.named()[0]}; choose another signature"
             )
         return [where[gene] for gene in known], [self.weights[gene] for gene in known]
+
+    def told(self, decoder: GeneDecoder) -> str:
+        """How many of its genes the decoder predicts, and which it does not.
+
+        Raises:
+            UsageError: see `known_to`.
+        """
+        known, genes = len(self.known_to(decoder)[0]), decoder.named()
+        missing = sorted(set(self.weights).difference(genes))
+        others = f" and {len(missing) - MOST_MISSING} more" if len(missing) > MOST_MISSING else ""
+        names = f"; missing: {', '.join(missing[:MOST_MISSING])}{others}" if missing else ""
+        return f"{self.name}: {known} of {len(self.weights)} genes are in the panel{names}"
 
 
 @dataclass(frozen=True)
