@@ -1,7 +1,7 @@
 """One class per reading library; each translates that library's errors and finds the file's µm/px.
 
 OpenSlide reads the scanners' formats and DICOM, tiffslide the TIFFs that OpenSlide refuses or opens without
-µm/px (OME-TIFF above all), Pillow plain PNG and JPEG images.
+µm/px (OME-TIFF above all), Pillow plain PNG and JPEG images (`seal_extract.images`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,19 +22,25 @@ import numpy as np
 import openslide
 from numpy.typing import NDArray
 from openslide.lowlevel import OpenSlideError, OpenSlideUnsupportedFormatError
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from seal_extract.errors import (
     ReadError,
     ResolutionError,
     SealExtractError,
     SlideOpenError,
-    UnsupportedSlideError,
 )
-from seal_extract.tiff_pixels import ome_mpp, refuse_unless_rgb8, refuse_ycbcr_shown_as_rgb
+from seal_extract.tiff_pixels import (
+    ome_mpp,
+    refuse_alpha,
+    refuse_other_pixels,
+    refuse_what_tiffslide_gets_wrong,
+)
 
 PLAUSIBLE_MPP = (0.05, 20.0)  # finer than any brightfield scanner, coarser than any thumbnail
-MAX_ANISOTROPY = 0.05  # µm/px may differ this much between x and y
+STATED_MPP = (0.1, 10.0)  # that a file is believed: HEST's TIFFs state a tenth of the true µm/px
+MAX_ANISOTROPY = 0.05  # µm/px may differ this much between x and y ...
+TOLD_ANISOTROPY = 0.01  # ... and is told from here on
 MAX_IMAGE_PX = 600_000_000  # a plain image is decoded whole: 3 bytes a pixel
 
 Array = NDArray[np.uint8]
@@ -50,17 +55,18 @@ class Level:
     faithful: bool  # False for thumbnails and the like that lie among the levels with another aspect ratio
 
 
-def check_mpp(mpp: float, source: str, path: Path) -> None:
+def check_mpp(mpp: float, source: str, path: Path, allowed: tuple[float, float] = PLAUSIBLE_MPP) -> None:
     """Refuse a µm/px that no brightfield scan can have."""
-    low, high = PLAUSIBLE_MPP
+    low, high = allowed
     if not low <= mpp <= high:  # also refuses NaN
+        tenth = f" (files of HEST state a tenth of the true one, which would be {mpp * 10:.4g})"
         raise ResolutionError(
-            f"{path}: {source} gives {mpp:.4g} µm/px, which cannot be true (allowed: {low} to {high}); "
-            f"look it up and type --slide-mpp VALUE"
+            f"{path}: {source} gives {mpp:.4g} µm/px, which cannot be true (allowed: {low} to {high})"
+            f"{tenth if low <= mpp * 10 < 10 * low else ''}; look it up and type --slide-mpp VALUE"
         )
 
 
-class _Reader:
+class Reader:
     """What the readers share: attributes, representation, closing."""
 
     path: Path
@@ -80,21 +86,30 @@ class _Reader:
             for size, downsample in zip(sizes, downsamples, strict=True)
         )
 
+    @property
+    def sizes_px(self) -> list[tuple[int, int]]:
+        """(width, height) of each level."""
+        return [level.size_px for level in self.levels]
+
     def _set_mpp(self, given: float | None, found: list[tuple[str, float, float]], hint: str = "") -> None:
         """Take the first plausible of ``found`` (source, µm/px in x, in y), or ``given`` in its place."""
         refusal: ResolutionError | None = None
         for source, x, y in found:
             try:
-                check_mpp(x, source, self.path)
+                check_mpp(x, source, self.path, STATED_MPP)
                 _check_square(x, y, source, self.path)
             except ResolutionError as exc:
                 refusal = refusal or exc
                 continue
             self.mpp, self.mpp_source = x, source
+            if abs(x / y - 1) > TOLD_ANISOTROPY:
+                self.mpp_conflict = (
+                    f"{source} gives {x:.4g} µm/px across and {y:.4g} down; patches are cut by x"
+                )
             break
         if given is not None:
             file_says = f" (file: {self.mpp:.4g}, {self.mpp_source})" if hasattr(self, "mpp") else ""
-            self.mpp, self.mpp_source = float(given), "given" + file_says
+            self.mpp, self.mpp_source, self.mpp_conflict = float(given), "given" + file_says, ""
         elif not hasattr(self, "mpp"):
             raise refusal or ResolutionError(
                 f"{self.path}: the file does not say how many µm a pixel measures{hint}; "
@@ -115,6 +130,7 @@ class _Reader:
         self.close()
 
     def close(self) -> None:
+        """Release the file."""
         raise NotImplementedError
 
     def _read_error(
@@ -127,7 +143,7 @@ class _Reader:
         )
 
 
-class OpenSlideReader(_Reader):
+class OpenSlideReader(Reader):
     """A slide through OpenSlide."""
 
     def __init__(self, path: Path, mpp: float | None = None) -> None:
@@ -144,7 +160,8 @@ class OpenSlideReader(_Reader):
             self._describe(list(self._handle.level_dimensions), list(self._handle.level_downsamples))
             properties = self._handle.properties
             self.bounds_l0 = self._bounds()
-            refuse_unless_rgb8(path, self.size_l0)
+            refuse_other_pixels(path, self.sizes_px)
+            refuse_alpha(path, self.sizes_px)
             power = properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER)
             hint = f" (only that its objective was {power}x, which is no measure)" if power else ""
             self._set_mpp(mpp, _openslide_mpp(properties), hint)
@@ -210,7 +227,7 @@ def _give_back_memory() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-class TiffSlideReader(_Reader):
+class TiffSlideReader(Reader):
     """A TIFF through tiffslide, with µm/px from OME-XML where there is some."""
 
     def __init__(self, path: Path, mpp: float | None = None) -> None:
@@ -223,11 +240,11 @@ class TiffSlideReader(_Reader):
                 warnings.simplefilter("ignore", UserWarning)  # "metadata parsing only partially implemented"
                 self._handle = tiffslide.TiffSlide(path)
         except Exception as exc:  # tifffile, zarr and codecs raise errors of every kind
-            raise SlideOpenError(f"tiffslide: {_first_line(exc)}") from exc
+            raise SlideOpenError(f"tiffslide: {first_line(exc)}") from exc
         with _closing_on_error(self._handle, "tiffslide"):
             self._describe(list(self._handle.level_dimensions), list(self._handle.level_downsamples))
-            refuse_unless_rgb8(path, self.size_l0)
-            refuse_ycbcr_shown_as_rgb(path)
+            refuse_other_pixels(path, self.sizes_px)
+            refuse_what_tiffslide_gets_wrong(path, self.sizes_px)
             self._set_mpp(mpp, ome_mpp(path) + _tiffslide_mpp(self._handle.properties))
 
     def read_region(self, xy_l0: tuple[int, int], level: int, size_px: tuple[int, int]) -> Array:
@@ -235,71 +252,14 @@ class TiffSlideReader(_Reader):
         try:
             region = self._handle.read_region(xy_l0, level, size_px, as_array=True)
         except Exception as exc:
-            raise self._read_error(xy_l0, level, size_px, _first_line(exc)) from exc
-        return np.ascontiguousarray(region[..., :3])
+            raise self._read_error(xy_l0, level, size_px, first_line(exc)) from exc
+        if region.shape[2] == 3:
+            return np.ascontiguousarray(region)
+        return np.where(region[..., 3:] > 0, region[..., :3], np.uint8(0))
 
     def close(self) -> None:
         """Release the file."""
         self._handle.close()
-
-
-class ImageReader(_Reader):
-    """A plain PNG or JPEG, decoded whole at the first read; its dpi says nothing about µm."""
-
-    def __init__(self, path: Path, mpp: float | None = None) -> None:
-        self.path = path
-        self.reader = f"pillow {version('pillow')}"
-        self._lock = threading.Lock()
-        with self._open() as image:
-            size, mode = image.size, image.mode
-        if mode not in ("RGB", "RGBA"):
-            raise UnsupportedSlideError(
-                f"{path}: an image of mode {mode}; allowed: 8-bit RGB; convert it with the tool that made it"
-            )
-        if size[0] * size[1] > MAX_IMAGE_PX:
-            raise UnsupportedSlideError(
-                f"{path}: a plain image of {size[0]} x {size[1]} px has to be decoded whole "
-                f"(allowed: {MAX_IMAGE_PX // 10**6} Mpx); convert it to a tiled TIFF: "
-                "vips tiffsave IN OUT.tif --tile --pyramid"
-            )
-        self._describe([size], [1.0])
-        self._set_mpp(mpp, [], " (a dpi in a plain image is the printer's, not the scanner's)")
-
-    @contextmanager
-    def _open(self) -> Iterator[Image.Image]:
-        try:
-            with _pillow_allows(MAX_IMAGE_PX * 4), Image.open(self.path, formats=("PNG", "JPEG")) as image:
-                yield image
-        except UnidentifiedImageError as exc:
-            raise SlideOpenError("Pillow: neither PNG nor JPEG") from exc
-        except Image.DecompressionBombError as exc:
-            raise SlideOpenError(f"Pillow: {_first_line(exc)}") from exc
-
-    @cached_property
-    def _pixels(self) -> Array:
-        with self._open() as image:
-            if image.mode == "RGB":
-                return np.asarray(image)
-            rgba = np.asarray(image)
-        return np.where(rgba[..., 3:] > 0, rgba[..., :3], np.uint8(0))
-
-    def read_region(self, xy_l0: tuple[int, int], level: int, size_px: tuple[int, int]) -> Array:
-        """See `Slide.read_region`."""
-        (x, y), (w, h) = xy_l0, size_px
-        try:
-            with self._lock:
-                pixels = self._pixels
-        except (OSError, SyntaxError, ValueError, SlideOpenError) as exc:  # SyntaxError: Pillow's broken PNG
-            raise self._read_error(xy_l0, level, size_px, _first_line(exc)) from exc
-        region = np.zeros((h, w, 3), np.uint8)
-        inside = pixels[max(y, 0) : max(y + h, 0), max(x, 0) : max(x + w, 0)]
-        top, left = max(-y, 0), max(-x, 0)
-        region[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
-        return region
-
-    def close(self) -> None:
-        """Forget the decoded image."""
-        self.__dict__.pop("_pixels", None)
 
 
 @contextmanager
@@ -310,7 +270,7 @@ def _closing_on_error(handle: Any, library: str) -> Iterator[None]:
     except BaseException as exc:
         handle.close()
         if isinstance(exc, Exception) and not isinstance(exc, SealExtractError):
-            raise SlideOpenError(f"{library}: damaged header: {_first_line(exc)}") from exc
+            raise SlideOpenError(f"{library}: damaged header: {first_line(exc)}") from exc
         raise
 
 
@@ -344,19 +304,6 @@ def _tiffslide_mpp(properties: Any) -> list[tuple[str, float, float]]:
     return [("tiffslide.mpp-x", float(x), float(y if y is not None else x))] if x is not None else []
 
 
-_pillow_lock = threading.Lock()
-
-
-@contextmanager
-def _pillow_allows(pixels: int) -> Iterator[None]:
-    """Raise Pillow's limit, a module global, while a file is opened: slides are larger than its default."""
-    with _pillow_lock:
-        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, pixels
-        try:
-            yield
-        finally:
-            Image.MAX_IMAGE_PIXELS = before
-
-
-def _first_line(exc: BaseException) -> str:
+def first_line(exc: BaseException) -> str:
+    """What a library's error says, in one line of bounded length."""
     return (str(exc).splitlines() or [type(exc).__name__])[0][:200] or type(exc).__name__

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 from seal_extract.errors import ResolutionError, SlideError, SlideOpenError
-from seal_extract.readers import Array, ImageReader, Level, OpenSlideReader, TiffSlideReader, check_mpp
+from seal_extract.hest import hest_mpp
+from seal_extract.images import ImageReader
+from seal_extract.readers import Array, Level, OpenSlideReader, TiffSlideReader, check_mpp
 from seal_extract.tiff import TIFF_HEADS, refuse_impossible, refuse_truncated
-from seal_extract.tiff_pixels import has_jpeg_tiles
+from seal_extract.tiff_pixels import check_ome, has_jpeg_tiles
 
 READERS = (OpenSlideReader, TiffSlideReader, ImageReader)
 FORMATS = "SVS, NDPI, MRXS, SCN, BIF, VMS, Philips or generic tiled TIFF, OME-TIFF, DICOM, PNG, JPEG"
@@ -66,12 +69,15 @@ class Slide(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
 
-def open_slide(path: str | os.PathLike[str], *, mpp: float | None = None) -> Slide:
+def open_slide(
+    path: str | os.PathLike[str], *, mpp: float | None = None, origin: Path | None = None
+) -> Slide:
     """Open a slide with the reader that knows most about it.
 
     Args:
         path: a slide file (or the ``.mrxs``, ``.vms`` or one ``.dcm`` file of a slide of several files).
         mpp: µm/px at level 0, where the file has none or a false one; it then counts in place of the file's.
+        origin: the slide that ``path`` is a copy of, if it is one; metadata of HEST lie beside that.
 
     Raises:
         SlideOpenError: missing, not a slide, damaged.
@@ -81,18 +87,26 @@ def open_slide(path: str | os.PathLike[str], *, mpp: float | None = None) -> Sli
     path = Path(path)
     _check_path(path)
     refuse_impossible(path)
+    check_ome(path)
     if mpp is not None:
         check_mpp(mpp, "--slide-mpp", path)
+    stated = hest_mpp(origin or path) if mpp is None else None
     refusals: list[str] = []
     without_mpp: ResolutionError | None = None
     for reader in READERS:
         try:
-            return reader(path, mpp)
+            slide: Slide = reader(path, mpp if stated is None else stated[1])
         except ResolutionError as exc:  # another reader may know more
             without_mpp = without_mpp or exc
         except SlideOpenError as exc:
             refuse_truncated(path)
             refusals.append(str(exc))
+        else:
+            if stated is not None:
+                slide.mpp_source = slide.mpp_source.replace("given", stated[0], 1)
+            if slide.mpp_conflict:
+                warnings.warn(f"{path}: {slide.mpp_conflict}", stacklevel=2)
+            return slide
     raise without_mpp or SlideOpenError(
         f"{path}: no reader opens it ({'; '.join(refusals)}); {_looks_like(path)}; allowed: {FORMATS}"
     )

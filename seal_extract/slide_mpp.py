@@ -33,7 +33,7 @@ def open_entry(entry: SlideEntry, slide_mpp: float | None = None, override_mpp: 
     for source, mpp in given:
         check_mpp(mpp, source, entry.file)
     try:
-        slide = open_slide(entry.file)
+        slide = open_slide(entry.file, origin=entry.path)
     except ResolutionError:  # the file does not know it
         if not given:
             raise

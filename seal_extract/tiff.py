@@ -30,12 +30,9 @@ MOST_VALUE_BYTES = 2**28  # of all entries together: the tables of 20 million ti
 MOST_TILE_PX = 2**26  # of one tile or strip; 256 MB decoded
 FEW = 16  # values that are read at once
 
-WIDTH, LENGTH, BITS, COMPRESSION, PHOTOMETRIC, DESCRIPTION = 256, 257, 258, 259, 262, 270
-STRIP_OFFSETS, SAMPLES, STRIP_BYTE_COUNTS = 273, 277, 279
+WIDTH, LENGTH, DESCRIPTION, STRIP_OFFSETS, STRIP_BYTE_COUNTS = 256, 257, 270, 273, 279
 TILE_WIDTH, TILE_LENGTH, TILE_OFFSETS, TILE_BYTE_COUNTS, SUB_DIRECTORIES = 322, 323, 324, 325, 330
 NDPI_FLAG = 65420
-RGB, YCBCR = 2, 6
-JPEGS, APERIO_YCBCR = (6, 7), 33003
 
 # bytes of a value by the number of its type, and the types that are whole numbers
 _BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
@@ -72,7 +69,11 @@ class Directory(dict[int, Entry]):
 
     def number(self, tag: int, default: int = 0) -> int:
         """The first value of a tag."""
-        return self[tag].few[0] if tag in self and self[tag].few else default
+        return self.numbers(tag, default)[0]
+
+    def numbers(self, tag: int, default: int = 0) -> tuple[int, ...]:
+        """The values of a tag."""
+        return (self[tag].few if tag in self else ()) or (default,)
 
     @property
     def size_px(self) -> tuple[int, int]:
@@ -247,9 +248,14 @@ def _check_tiles(path: Path, directory: Directory) -> None:
     if not (0 < w * h <= MOST_TILE_PX and width and height):
         raise SlideOpenError(f"{path}: its directory of {width} x {height} px has tiles of {w} x {h} px")
     tiles = -(-width // w) * -(-height // h)
-    known = min(directory[tag].count if tag in directory else 0 for tag in (TILE_OFFSETS, TILE_BYTE_COUNTS))
+    known = counted(directory, TILE_OFFSETS, TILE_BYTE_COUNTS)
     if known < tiles:
         raise SlideOpenError(f"{path}: its directory of {width} x {height} px knows {known} of {tiles} tiles")
+
+
+def counted(directory: Directory, *tables: int) -> int:
+    """How many values the shortest of some tables claims."""
+    return min(directory[tag].count if tag in directory else 0 for tag in tables)
 
 
 def refuse_truncated(path: Path) -> None:

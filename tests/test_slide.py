@@ -261,7 +261,7 @@ def test_truncated_svs_fails_on_opening_or_on_reading(svs, tmp_path, share):
 def test_absurd_resolution_is_refused_with_value_and_source(tmp_path):
     path = tiff(tmp_path / "a.tif", noise(200, 200, 3), mpp=352.8)
     with pytest.raises(
-        ResolutionError, match=r"resolution tag\) gives 352.8 µm/px.*allowed: 0.05 to 20.*--slide-mpp"
+        ResolutionError, match=r"resolution tag\) gives 352.8 µm/px.*allowed: 0.1 to 10.*--slide-mpp"
     ):
         open_slide(path)
     with open_slide(path, mpp=0.5) as slide:
@@ -323,7 +323,7 @@ def test_damaged_jpeg_is_refused_when_it_is_read(tmp_path):
     Image.fromarray(noise(400, 400, 3)).save(whole, "JPEG")
     path = tmp_path / "a.jpg"
     path.write_bytes(whole.getvalue()[:9000])
-    with open_slide(path, mpp=0.5) as slide, pytest.raises(ReadError, match="truncated"):
+    with open_slide(path, mpp=0.5) as slide, pytest.raises(ReadError, match="Premature end of JPEG file"):
         slide.read_region((0, 0), 0, (10, 10))
 
 

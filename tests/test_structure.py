@@ -19,6 +19,8 @@ READING = {
     "publish",
     "tiff",
     "tiff_pixels",
+    "images",
+    "hest",
     "readers",
     "slide",
     "slide_list",

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from seal_extract.errors import UsageError
+from seal_extract.hest import read_metadata, stated_mpp
 from seal_extract.train.formats.anndata import array_places, open_h5ad, pixel_places, section_of
 from seal_extract.train.formats.matching import held_to_pitch, lattice_of, mpp_by_pitch, there
 from seal_extract.train.sections import Section
 
 VISIUM_PITCH_UM = 100.0
-MPP_KEYS = ("pixel_size_um_estimated", "pixel_size_um_embedded")  # HEST takes the first itself
 
 
 def read_hest(
@@ -45,7 +44,7 @@ def read_hest(
         UsageError: a file is missing or malformed; a µm/px that is unknown or that the pitch contradicts.
     """
     slide = _slide(folder, name)
-    meta = _metadata(folder / "metadata" / f"{name}.json")
+    meta = read_metadata(folder / "metadata" / f"{name}.json")
     data = open_h5ad(there(folder, f"st/{name}.h5ad"), name)
     array_rc = array_places(name, data)
     lattice, xy_l0 = lattice_of(name, lattice, array_rc), pixel_places(name, data)
@@ -53,8 +52,8 @@ def read_hest(
     by_pitch = None
     if array_rc is not None and lattice == "hexagonal" and technology in ("Visium", None):
         by_pitch = mpp_by_pitch(array_rc, lattice, VISIUM_PITCH_UM, xy_l0)
-    said = next((float(meta[key]) for key in MPP_KEYS if _number(meta.get(key))), None)
-    source = "mpp" if mpp is not None or said is None else "pixel_size_um_estimated of its metadata"
+    key, said = stated_mpp(meta) or ("", None)
+    source = "mpp" if mpp is not None or said is None else f"{key} of its metadata"
     return section_of(
         data,
         name,
@@ -77,20 +76,6 @@ def _slide(folder: Path, name: str) -> Path:
             f"download wsis/{name}.tif too"
         )
     return there(folder, f"wsis/{name}.tif")
-
-
-def _metadata(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        raise UsageError(f"{path} is no JSON: {exc}; download it again") from exc
-    return meta if isinstance(meta, dict) else {}
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0  # NaN is not
 
 
 def _patient(meta: dict[str, Any]) -> str | None:
