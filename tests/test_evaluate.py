@@ -15,6 +15,7 @@ from PIL import Image
 
 from seal_extract.cli import main
 from seal_extract.demo import untrained_encoder
+from seal_extract.encoders import load_encoder
 from seal_extract.encoders.expression import ExpressionDecoder
 from seal_extract.encoders.folder import write as write_folder
 from seal_extract.encoders.registry import Decoder
@@ -39,6 +40,7 @@ from seal_extract.evaluate import (
     tables,
     to_csv,
 )
+from seal_extract.genes import load_omics
 from seal_extract.train.run import new_omics
 
 RNG = np.random.default_rng
@@ -481,6 +483,45 @@ def test_the_command_prints_the_tables_and_writes_three_files(place, tmp_path, c
     status, _, err = type_(capsys, *words, *SMALL)
     assert status == 1
     assert "evaluation.md is there already; give --overwrite or another -o" in err[0]
+
+
+def times(factor, dim=16):
+    """A head that multiplies by a number."""
+    head = torch.nn.Linear(dim, dim)
+    torch.nn.init.zeros_(head.bias)
+    torch.nn.init.eye_(head.weight)
+    head.weight.data *= factor
+    return head
+
+
+def test_retrieval_goes_through_the_heads_of_both_halves(place, tmp_path, capsys):
+    encoder, omics, tables = load_encoder(place / "encoder"), load_omics(place / "encoder"), {}
+    halves, training = (encoder.decoder, encoder.genes), {"config": {"data": {"smooth": True}}}
+    for name, (image, expression) in {"same": (-2, -3), "against": (-1, 1), "one": (1, None)}.items():
+        omics.projection_head = None if expression is None else times(expression)
+        state = omics.state_dict()
+        write_folder(
+            tmp_path / name, encoder.spec, encoder.tower, [], *halves, state, training, head=times(image)
+        )
+    for name in ("same", "against", "one"):
+        words = ("--encoder", tmp_path / name, "--sections", place / "st", "-o", tmp_path / f"o_{name}")
+        status, _, err = type_(capsys, *words, *SMALL)
+        if name == "one":
+            assert status == 2
+            assert "half of tiny-conch has a projection head and" in err[0]
+            continue
+        report = json.loads((tmp_path / f"o_{name}" / "evaluation.json").read_text())
+        tables[name] = [t for t in report["tables"] if "in the space of the alignment" in t["title"]]
+        words = ("--encoder", place / "encoder", *words[2:4], "-o", tmp_path / f"bare_{name}")
+        assert type_(capsys, *words, *SMALL)[0] == 0
+        bare = json.loads((tmp_path / f"bare_{name}" / "evaluation.json").read_text())
+        values = [[row["folds"] for row in t["rows"]] for t in tables[name]]
+        plain = [
+            [row["folds"] for row in t["rows"]]
+            for t in bare["tables"]
+            if "in the space of the alignment" in t["title"]
+        ]
+        assert (values == plain) == (name == "same")
 
 
 def test_an_encoder_for_each_fold_and_one_that_saw_what_is_held_out(place, tmp_path, capsys):

@@ -229,6 +229,29 @@ def test_a_configuration_becomes_an_encoder(study, capsys, method):
     assert (study / "out" / "stage_2" / "curves.png").is_file()
 
 
+@pytest.mark.parametrize(
+    ("method", "kind", "layers"), [("seal", "mlp", ("0", "2")), ("multiscale", "linear", ("",))]
+)
+def test_both_halves_learn_projection_heads(study, method, kind, layers):
+    config = write_config(study, method, change=('name = "ours"', f'name = "ours"\nprojection = "{kind}"'))
+    run(read_config(config))
+    encoder, omics = load_encoder(study / "out"), load_omics(study / "out")
+    assert encoder.project(torch.ones(2, 32)).shape == (2, 32)
+    assert omics.encode(np.ones((2, 10), np.float32), project=True).shape == (2, 32)
+    for head in (encoder.projection, omics.projection_head):
+        weights = {key: value for key, value in head.state_dict().items() if "weight" in key}
+        assert tuple(key.rpartition(".")[0] for key in weights) == layers
+        assert all(len(value) == 32 for value in weights.values())
+
+
+def test_heads_of_the_encoder_that_is_finetuned_are_not_kept(study):
+    base = load_encoder(study / "base", device="cpu")
+    base.projection = torch.nn.Linear(32, 32)
+    base.save_pretrained(study / "base")
+    run(read_config(write_config(study)))
+    assert load_encoder(study / "out").projection is None
+
+
 def test_its_results_extract_as_any_encoder_s(study):
     run(read_config(write_config(study)))
     image = study / "study" / "images" / "A1.png"
@@ -276,6 +299,16 @@ def test_a_finished_encoder_is_not_overwritten(study):
         ("genes = 10", "genes = 30", "20 genes in common, 30 are asked for; type genes = 20"),
         ("batch_size = 12", "batch_size = 99", "type batch_size = 36"),
         ("hidden = [32, 16]", "hidden = [32]", "two widths"),
+        (
+            'name = "ours"',
+            'name = "a"\nprojection = "big"',
+            "projection is 'big'; allowed: none, linear, mlp",
+        ),
+        (
+            'method = "seal"',
+            'method = "probe"\nprojection = "linear"',
+            "no expression encoder is aligned with the images",
+        ),
     ],
 )
 def test_options_that_cannot_be_meant(study, capsys, old, new, message):

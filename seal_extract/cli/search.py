@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from seal_extract.genes.index import Index
+    from seal_extract.genes.index import Index, Rows
     from seal_extract.genes.region import RegionGenes
     from seal_extract.genes.search import Found
     from seal_extract.store import SlideFeatures
@@ -103,7 +103,9 @@ def _find(slides: list[SlideFeatures], args: argparse.Namespace) -> list[Found]:
         raise UsageError("--per-slide goes with --gene and --signature; leave it out")
     skip = None
     if args.profile is not None:
-        query = _query_of_profile(slides[0], args)
+        query, project = _query_of_profile(slides[0], args)
+        if project is not None:
+            return _behind_the_head(slides, project, args).search(query, args.k)
     elif args.patch is not None:
         skip = _patch(slides, args.patch)
         query = skip.slide.features[skip.row]
@@ -112,9 +114,12 @@ def _find(slides: list[SlideFeatures], args: argparse.Namespace) -> list[Found]:
     return _index(slides, args).search(query, args.k, skip=skip)
 
 
-def _query_of_profile(slide: SlideFeatures, args: argparse.Namespace) -> NDArray[np.float32]:
-    from seal_extract.genes.decoder import whereabouts
-    from seal_extract.genes.omics import load_omics
+def _query_of_profile(
+    slide: SlideFeatures, args: argparse.Namespace
+) -> tuple[NDArray[np.float32], Callable[[Rows], Rows] | None]:
+    """The profile's embedding, and what brings images into its space where their half has a head."""
+    from seal_extract.genes.decoder import image_head, whereabouts
+    from seal_extract.genes.omics import compared_behind_heads, load_omics
     from seal_extract.genes.panel import read_panel
     from seal_extract.genes.search import embed_profile, read_profile
 
@@ -123,10 +128,29 @@ def _query_of_profile(slide: SlideFeatures, args: argparse.Namespace) -> NDArray
     omics = load_omics(args.omics or asked, offline=args.offline)
     if args.panel is not None:
         omics.genes = read_panel(args.panel)
-    embedding = embed_profile(omics, counts)
+    embedding, project = embed_profile(omics, counts), None
+    made_by = slide.provenance["encoder"]
+    if compared_behind_heads(omics, made_by["name"], bool(made_by.get("projection_head"))):
+        project = image_head(
+            slide.provenance, encoder=args.encoder, checkpoint=args.checkpoint, offline=args.offline
+        )
     known = sum(gene in counts for gene in omics.genes or ())
     print(f"{args.profile.name}: {known} of the {omics.n_genes} genes of {omics.name}; the others count as 0")
-    return embedding
+    return embedding, project
+
+
+def _behind_the_head(
+    slides: list[SlideFeatures], project: Callable[[Rows], Rows], args: argparse.Namespace
+) -> Index:
+    """An index over the images as the expression half sees them; that of FAISS holds them as they are."""
+    from seal_extract.genes.index import ExactIndex
+
+    if args.index != "exact":
+        raise UsageError(
+            f"--index {args.index} holds embeddings before the projection head, and --profile is compared "
+            "behind it; leave --index out"
+        )
+    return ExactIndex(slides, project=project)
 
 
 def _query_of_image(slide: SlideFeatures, args: argparse.Namespace) -> NDArray[np.float32]:

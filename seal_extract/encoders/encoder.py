@@ -179,6 +179,7 @@ class Encoder(nn.Module):
             "source": self.spec.source,
             "weights": [asdict(w) for w in self.weights],
             "merged": list(self.merged),
+            "projection_head": self.projection is not None,
             "device": str(self.device),
         }
 

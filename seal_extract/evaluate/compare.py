@@ -26,11 +26,13 @@ class Line:
             trained for the fold.
         expression: embeddings of the expression in the same space, [N, D], given in the same way: the encoder
             was aligned with them, and retrieval is asked for.
+        aligned: the images in that space, where a projection head brings them there; else the embeddings.
     """
 
     name: str
     embeddings: NDArray[Any] | Mapping[str, NDArray[Any]]
     expression: NDArray[Any] | Mapping[str, NDArray[Any]] | None = None
+    aligned: NDArray[Any] | Mapping[str, NDArray[Any]] | None = None
 
     def of(self, fold: str) -> NDArray[Any]:
         """The embeddings for a fold."""
@@ -39,6 +41,10 @@ class Line:
     def expression_of(self, fold: str) -> NDArray[Any] | None:
         """The expression's embeddings for a fold."""
         return None if self.expression is None else _of(self.expression, fold, self.name)
+
+    def aligned_of(self, fold: str) -> NDArray[Any]:
+        """The images in the space of the expression, for a fold."""
+        return _of(self.embeddings if self.aligned is None else self.aligned, fold, self.name)
 
 
 def _of(given: NDArray[Any] | Mapping[str, NDArray[Any]], fold: str, name: str) -> NDArray[Any]:
@@ -144,7 +150,7 @@ def _retrieve_predicted(score: FoldScore, fold: Fold) -> list[Retrieval]:
 
 
 def _retrieve_joint(line: Line, fold: Fold) -> list[Retrieval]:
-    images, expression = line.of(fold.name)[fold.held_out], line.expression_of(fold.name)
+    images, expression = line.aligned_of(fold.name)[fold.held_out], line.expression_of(fold.name)
     assert expression is not None
     return [retrieve(images[rows], expression[fold.held_out][rows]) for rows in _sections(fold)]
 

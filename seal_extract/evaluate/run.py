@@ -22,6 +22,7 @@ from seal_extract.evaluate.expression import Fold, leave_one_out
 from seal_extract.evaluate.handmade import handmade_features
 from seal_extract.evaluate.table import Table, tables, to_csv
 from seal_extract.genes import load_omics
+from seal_extract.genes.omics import compared_behind_heads
 from seal_extract.publish import publish, writing
 from seal_extract.train.pairs import Pairs, make_pairs
 from seal_extract.train.sections import Section, choose_panel
@@ -245,18 +246,23 @@ def _line(
     name = os.fspath(request.name_or_path)
     images: dict[str, NDArray[Any]] = {}
     expression: dict[str, NDArray[Any]] = {}
+    aligned: dict[str, NDArray[Any]] = {}
     for fold in folds if FOLD in name else folds[:1]:
         own = _for_fold(request, fold.name)
         say(f"embedding by {own.name_or_path}")
         encoder = own.load()
         images[fold.name] = embed(encoder, pairs.patches, options.batch_size)
-        joint = _embed_expression(own, sections, pairs)
+        joint = _embed_expression(own, encoder, sections, pairs)
         if joint is not None:
             expression[fold.name] = joint
+            made = images[fold.name]
+            aligned[fold.name] = made if encoder.projection is None else encoder.project(made).cpu().numpy()
     if FOLD not in name:
         one = folds[0].name
-        return Line(_label(name), images[one], expression.get(one))
-    return Line(_label(name), images, expression if len(expression) == len(folds) else None)
+        return Line(_label(name), images[one], expression.get(one), aligned.get(one))
+    if len(expression) < len(folds):
+        return Line(_label(name), images)
+    return Line(_label(name), images, expression, aligned)
 
 
 def _for_fold(request: EncoderRequest, fold: str) -> EncoderRequest:
@@ -286,7 +292,7 @@ def _in_batches(
 
 
 def _embed_expression(
-    request: EncoderRequest, sections: Sequence[Section], pairs: Pairs
+    request: EncoderRequest, encoder: Encoder, sections: Sequence[Section], pairs: Pairs
 ) -> NDArray[np.float32] | None:
     """By the expression half beside the encoder, smoothed as in its training; None where there is none."""
     folder = Path(request.name_or_path)
@@ -296,9 +302,9 @@ def _embed_expression(
     if omics.genes is None:
         return None
     smooth = bool(_training(folder).get("config", {}).get("data", {}).get("smooth", False))
-    made: NDArray[np.float32] = omics.encode(
-        expression_of(sections, pairs, omics.genes, smooth=smooth)
-    ).numpy()
+    project = compared_behind_heads(omics, encoder.spec.name, encoder.projection is not None)
+    values = expression_of(sections, pairs, omics.genes, smooth=smooth)
+    made: NDArray[np.float32] = omics.encode(values, project=project).numpy()
     return made
 
 

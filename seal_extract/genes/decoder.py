@@ -7,7 +7,7 @@ needed once the features are written.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -28,6 +28,7 @@ from seal_extract.encoders.expression import (
 )
 from seal_extract.encoders.locate import layout_of, locate
 from seal_extract.encoders.panel import check_panel
+from seal_extract.encoders.projection import filled_head
 from seal_extract.encoders.registry import list_encoders
 from seal_extract.encoders.spellings import as_row_spells
 from seal_extract.errors import EncoderError, UsageError
@@ -205,12 +206,53 @@ def decoder_of(
         UsageError: the weights are not those that made the features.
         SealExtractError: as `load_decoder`.
     """
-    made_by = provenance["encoder"]
     asked = whereabouts(provenance) if encoder is None else encoder
     decoder = load_decoder(asked, checkpoint=checkpoint, panel=panel, offline=offline)
-    if decoder.weights.sha256 not in [w["sha256"] for w in made_by["weights"]]:
+    _check_made_by(provenance, asked, decoder.weights.sha256)
+    return decoder
+
+
+def _check_made_by(provenance: dict[str, Any], asked: str | os.PathLike[str], sha256: str) -> None:
+    made_by = provenance["encoder"]
+    if sha256 not in [w["sha256"] for w in made_by["weights"]]:
         raise UsageError(
             f"the features were made by {made_by['name']} of weights {made_by['weights'][0]['sha256'][:12]}, "
-            f"and {asked} has {decoder.weights.sha256[:12]}; give the encoder that made them as --encoder"
+            f"and {asked} has {sha256[:12]}; give the encoder that made them as --encoder"
         )
-    return decoder
+
+
+def image_head(
+    provenance: dict[str, Any],
+    *,
+    encoder: str | os.PathLike[str] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    offline: bool = False,
+) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+    """The projection head of the very encoder that made a features file, for rows of it.
+
+    Args:
+        provenance: of the features, which says that the encoder has one.
+        encoder: see `decoder_of`.
+        checkpoint: see `decoder_of`.
+        offline: see `load_decoder`.
+
+    Returns:
+        float32 [B, D] to float32 [B, P]; rows that are not finite stay so.
+
+    Raises:
+        UsageError: the weights are not those that made the features.
+        SealExtractError: as `load_decoder`.
+    """
+    asked = whereabouts(provenance) if encoder is None else encoder
+    spec, file = locate(asked, checkpoint, None, offline)
+    _check_made_by(provenance, asked, WeightFile.of(file).sha256)
+    tensors = {k: v.clone() for k, v in read_tensors(file.path).items() if k.startswith(folder.HEAD)}
+    head = filled_head(tensors, spec.dim)
+    assert head is not None, "the hash says that it is the file that has one"
+
+    def project(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            projected: NDArray[np.float32] = head(torch.from_numpy(rows)).numpy()
+        return projected
+
+    return project

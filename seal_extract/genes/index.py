@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Protocol
@@ -83,10 +83,22 @@ class ExactIndex:
     Attributes:
         slides: features of one encoder.
         metric: ``"cosine"`` or ``"inner product"``.
+        dim: length of a query.
     """
 
-    def __init__(self, slides: Sequence[SlideFeatures], *, metric: str = "cosine") -> None:
+    def __init__(
+        self,
+        slides: Sequence[SlideFeatures],
+        *,
+        metric: str = "cosine",
+        project: Callable[[Rows], Rows] | None = None,
+    ) -> None:
         """Hold the slides to one encoder.
+
+        Args:
+            slides: features of one encoder.
+            metric: see above.
+            project: brings rows, float32 [B, D], into the space of the queries; see `image_head`.
 
         Raises:
             UsageError: they were made by several, or there is none; or there is no such metric.
@@ -94,7 +106,10 @@ class ExactIndex:
         check_one_encoder(slides)
         if metric not in METRICS:
             raise UsageError(f"metric is {metric!r}; allowed: {', '.join(METRICS)}")
-        self.slides, self.metric = tuple(slides), metric
+        self.slides, self.metric, self._project = tuple(slides), metric, project
+        self.dim = slides[0].dim
+        if project is not None:
+            self.dim = project(np.zeros((1, self.dim), np.float32)).shape[1]
 
     def __repr__(self) -> str:
         return f"ExactIndex({len(self.slides)} slides, {sum(len(s.grid) for s in self.slides):,} patches)"
@@ -113,7 +128,7 @@ class ExactIndex:
         Raises:
             UsageError: ``query`` is of another width, not finite or 0; or ``k`` is below 1.
         """
-        queries = check_query(query, self.slides[0].dim)[None]
+        queries = check_query(query, self.dim)[None]
         return self.search_many(queries, k, skip=() if skip is None else (skip,)).of(0)
 
     def search_many(
@@ -141,13 +156,14 @@ class ExactIndex:
                 ``among`` is not here.
             OutputError: a features file cannot be read.
         """
-        wanted = check_queries(queries, self.slides[0].dim, k)
+        wanted = check_queries(queries, self.dim, k)
         chosen = places_of(self.slides, among)
         left_out = rows_to_skip(self.slides, skip)
         best = [Best(k) for _ in wanted]
         for place in chosen:
             start = 0
-            for rows in pieces(self.slides[place]):
+            for read in pieces(self.slides[place]):
+                rows = read if self._project is None else self._project(read)
                 usable = np.asarray(np.isfinite(rows).all(axis=1))
                 gone = [row - start for row in left_out.get(place, ()) if start <= row < start + len(rows)]
                 usable[gone] = False

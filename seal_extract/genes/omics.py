@@ -235,6 +235,28 @@ def load_omics(
     return _load(spec.name, file, (spec.dim, layout.decoder.genes)).to(target)
 
 
+def compared_behind_heads(omics: OmicsEncoder, name: str, image_has_one: bool) -> bool:
+    """Whether image and expression are to be compared behind the projection heads of both halves.
+
+    Args:
+        omics: the expression half.
+        name: of the image half.
+        image_has_one: whether it has a head.
+
+    Raises:
+        UsageError: only one of the two has one.
+    """
+    expression_has_one = omics.projection_head is not None
+    if expression_has_one != image_has_one:
+        halves = [f"the image half of {name}", f"the expression half of {omics.name}"]
+        lacks, has = halves if expression_has_one else halves[::-1]
+        raise UsageError(
+            f"{has} has a projection head and {lacks} has none, so they cannot be compared; give the two "
+            "halves of one training"
+        )
+    return expression_has_one
+
+
 def _named(omics: OmicsEncoder, config: Path) -> OmicsEncoder:
     """With the name and the genes of the encoder whose half it is, if its config lies there."""
     if omics.weights is not None and omics.weights.file == OMICS and config.is_file():

@@ -136,7 +136,8 @@ def embed_profile(omics: OmicsEncoder, counts: dict[str, float]) -> NDArray[np.f
     """An expression profile in the space of the images, float32 [D].
 
     Counts are scaled to 10,000 over all genes of the profile and log1p is taken, as of the spots in training;
-    genes of the panel that it does not name count as 0.
+    genes of the panel that it does not name count as 0. It goes through the expression half's projection head
+    where there is one; see `compared_behind_heads`.
 
     Raises:
         UsageError: nobody has named the columns of the expression encoder, or the profile names less than
@@ -156,7 +157,8 @@ def embed_profile(omics: OmicsEncoder, counts: dict[str, float]) -> NDArray[np.f
         )
     scale = TARGET_SUM / sum(counts.values())
     row = np.log1p(np.array([[counts.get(gene, 0.0) * scale for gene in omics.genes]]))
-    embedding: NDArray[np.float32] = omics.encode(row.astype(np.float32))[0].cpu().numpy()
+    embedded = omics.encode(row.astype(np.float32), project=omics.projection_head is not None)
+    embedding: NDArray[np.float32] = embedded[0].cpu().numpy()
     return embedding
 
 

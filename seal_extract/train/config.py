@@ -10,6 +10,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
+from seal_extract.encoders.projection import KINDS
 from seal_extract.errors import UsageError
 from seal_extract.train.loop import LoopOptions
 from seal_extract.train.multiscale import MultiScaleOptions
@@ -79,6 +80,8 @@ class TrainConfig:
         method: ``seal``, ``multiscale``, or a baseline: ``clip``, ``regression``, ``probe``.
         out: folder of the encoder, with the checkpoints and curves in it.
         batch_size: pairs of a batch; regions for ``multiscale``.
+        projection: what image and expression each go through before they are contrasted: ``none``, ``linear``
+            or ``mlp``, as in SEAL; features stay those before it.
         licence: of the result.
         card: what else its card says, in Markdown: data, citation, limits.
         data: the sections.
@@ -95,6 +98,7 @@ class TrainConfig:
     checkpoint: str | None = None
     method: str = "seal"
     batch_size: int = 384
+    projection: str = "none"
     licence: str = "not stated"
     card: str = ""
     omics: OmicsOptions = field(default_factory=OmicsOptions)
@@ -105,6 +109,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UsageError(f"method is {self.method!r}; allowed: {', '.join(METHODS)}")
+        if self.projection not in KINDS:
+            raise UsageError(f"projection is {self.projection!r}; allowed: {', '.join(KINDS)}")
 
 
 def read_config(path: Path) -> TrainConfig:

@@ -16,7 +16,7 @@ from seal_extract.errors import UsageError
 from seal_extract.train.batches import TrainBatch
 from seal_extract.train.lora import LoraOptions, add_adapters
 from seal_extract.train.losses import TEMPERATURE, info_nce, to_parent
-from seal_extract.train.seal import Losses, OmicsModel, embed_patches
+from seal_extract.train.seal import Losses, OmicsModel, add_heads, behind_heads, embed_patches
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,12 @@ class MultiScaleModel(nn.Module):
     """The expression side is SEAL's expression encoder, or a table of another model's embeddings."""
 
     def __init__(
-        self, encoder: Encoder, omics: OmicsModel | None, options: MultiScaleOptions, table_dim: int = 0
+        self,
+        encoder: Encoder,
+        omics: OmicsModel | None,
+        options: MultiScaleOptions,
+        table_dim: int = 0,
+        projection: str = "none",
     ) -> None:
         """Add adapters to ``encoder``.
 
@@ -61,14 +66,16 @@ class MultiScaleModel(nn.Module):
             omics: trained along; or None, where the batches bring embeddings.
             options: weights.
             table_dim: length of those embeddings.
+            projection: kind of the heads, with an expression encoder.
 
         Raises:
-            UsageError: neither an expression encoder nor embeddings.
+            UsageError: neither an expression encoder nor embeddings; or heads without the former.
         """
         super().__init__()
         if omics is None and not table_dim:
             raise UsageError("nothing to align with: give an expression encoder, or a table of embeddings")
         self.encoder, self.omics, self.options = encoder, omics, options
+        add_heads(encoder, omics, projection)
         self.adapted = add_adapters(encoder.tower, options.lora)
         self.project = nn.Identity() if omics is not None else nn.Linear(table_dim, encoder.spec.dim)
 
@@ -79,6 +86,7 @@ class MultiScaleModel(nn.Module):
         o = self.options
         images = embed_patches(self.encoder, batch.patches, o.stain, seed)  # [M, D]
         expression, terms = self._expression(batch)
+        images, expression = behind_heads(self.encoder, self.omics, images, expression)
         image_regions, expression_regions = mean_of(images, batch.region), mean_of(expression, batch.region)
         # a patch may lie in several regions of a batch: it is contrasted once
         once = first_of_each(batch.row)

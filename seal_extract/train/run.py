@@ -102,7 +102,10 @@ def run(
     torch.manual_seed(config.loop.seed)  # of new weights
     encoder = load_encoder(config.encoder, checkpoint=config.checkpoint, precision="float32")
     sd = torch.from_numpy(pairs.expression.std(0)).clamp_min(MIN_SD)
-    identity = {"config": asdict(config), "panel": panel, "base": encoder.identity}
+    options = asdict(config)
+    if config.projection == "none":  # as checkpoints were written before there was a choice
+        del options["projection"]
+    identity = {"config": options, "panel": panel, "base": encoder.identity}
 
     omics = None
     if _needs_omics(config, pairs):
@@ -110,9 +113,9 @@ def run(
         omics = omics.to(encoder.device)
         if config.omics.epochs:
             tell(f"stage 1: the expression encoder, {config.omics.epochs} epochs")
-            options = replace(config.loop, epochs=config.omics.epochs, lr=config.omics.lr)
+            loop = replace(config.loop, epochs=config.omics.epochs, lr=config.omics.lr)
             batches, others = _both(pairs, held_out, config, regions=False)
-            train(omics, batches, others, out / "stage_1", options, identity=identity, on_epoch=_teller(tell))
+            train(omics, batches, others, out / "stage_1", loop, identity=identity, on_epoch=_teller(tell))
     tell(f"stage 2: {config.method}, at most {config.loop.epochs} epochs")
     model = _model(config, encoder, omics, sd, pairs).to(encoder.device)
     regions = config.method == "multiscale"
@@ -172,8 +175,8 @@ def _model(
 ) -> SealModel | MultiScaleModel:
     if config.method == "multiscale":
         table_dim = 0 if pairs.embeddings is None else pairs.embeddings.shape[1]
-        return MultiScaleModel(encoder, omics, config.multiscale, table_dim)
-    return SealModel(encoder, omics, sd, config.seal)
+        return MultiScaleModel(encoder, omics, config.multiscale, table_dim, config.projection)
+    return SealModel(encoder, omics, sd, config.seal, config.projection)
 
 
 def _teller(tell: Told) -> Callable[[Row], None]:
@@ -211,6 +214,8 @@ def _write(model: SealModel | MultiScaleModel, config: TrainConfig, pairs: Pairs
         genes,
         omics,
         _summary(config, base.name, pairs, rows),
+        head=encoder.projection,
+        merged=encoder.merged,
     )
 
 

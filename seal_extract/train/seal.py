@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from seal_extract.encoders.encoder import Encoder
 from seal_extract.encoders.expression import ExpressionDecoder
+from seal_extract.encoders.projection import new_head
 from seal_extract.encoders.registry import Decoder
 from seal_extract.encoders.transform import fit
 from seal_extract.errors import UsageError
@@ -98,11 +99,19 @@ class OmicsModel(nn.Module):
 class SealModel(nn.Module):
     """Stage 2, or a baseline of it."""
 
-    def __init__(self, encoder: Encoder, omics: OmicsModel | None, sd: Tensor, options: SealOptions) -> None:
-        """Add adapters and a decoder to ``encoder``, which stays frozen elsewhere.
+    def __init__(
+        self,
+        encoder: Encoder,
+        omics: OmicsModel | None,
+        sd: Tensor,
+        options: SealOptions,
+        projection: str = "none",
+    ) -> None:
+        """Add adapters, a decoder and projection heads to ``encoder``, which stays frozen elsewhere.
 
         Raises:
-            UsageError: an alignment without an expression encoder, or with one of another length.
+            UsageError: an alignment without an expression encoder, or with one of another length; or heads
+                without an alignment.
         """
         super().__init__()
         self.options = options
@@ -112,6 +121,7 @@ class SealModel(nn.Module):
                 f"{omics.omics.dim if omics else 'is missing'}; they have to be of one length"
             )
         self.encoder, self.omics = encoder, omics if options.alignment or options.reconstruction else None
+        add_heads(encoder, omics if options.alignment else None, projection)
         self.adapted = add_adapters(encoder.tower, options.lora) if options.lora else ()
         self.decoder = new_decoder(encoder.spec.dim, options.decoder_hidden, len(sd))
         self.register_buffer("sd", sd)
@@ -126,11 +136,37 @@ class SealModel(nn.Module):
             expression, own = self.omics.losses(batch.expression)
             terms = {name: o.reconstruction * loss for name, loss in own.items()}
             if o.alignment:
-                terms["alignment"] = o.alignment * info_nce(images, expression, o.temperature)
+                both = behind_heads(self.encoder, self.omics, images, expression)
+                terms["alignment"] = o.alignment * info_nce(*both, o.temperature)
         if o.prediction:
             predicted = self.decoder(images.float())
             terms["prediction"] = o.prediction * expression_loss(predicted, batch.expression, self.sd)
         return terms
+
+
+def add_heads(encoder: Encoder, omics: OmicsModel | None, kind: str) -> None:
+    """Give both halves new projection heads, or none, in place of what they came with.
+
+    Raises:
+        UsageError: heads without an expression half to contrast with.
+    """
+    if kind != "none" and omics is None:
+        raise UsageError(
+            f"projection is {kind!r}, but no expression encoder is aligned with the images; leave it out"
+        )
+    encoder.projection = new_head(kind, encoder.spec.dim)
+    if omics is not None:
+        omics.omics.projection_head = new_head(kind, omics.omics.dim)
+
+
+def behind_heads(
+    encoder: Encoder, omics: OmicsModel | None, images: Tensor, expression: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What is contrasted: both embeddings [B, D], behind the heads where there are some."""
+    head = None if omics is None else omics.omics.projection_head
+    if encoder.projection is None or head is None:
+        return images, expression
+    return encoder.projection(images), head(expression)
 
 
 def embed_patches(encoder: Encoder, patches: Tensor, stain: float = 0.0, seed: int | None = None) -> Tensor:
