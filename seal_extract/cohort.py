@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Protocol
 from seal_extract.encoders.request import EncoderRequest
 from seal_extract.errors import CheckpointError, HubError, SealExtractError, UsageError
 from seal_extract.finished import resume
+from seal_extract.grid import grid_name
 from seal_extract.layouts import check_layout
 from seal_extract.plan import ExtractOptions
 from seal_extract.publish import sweep
 from seal_extract.results import Progress, SlideResult
 from seal_extract.slide_list import SlideEntry, SlideList, list_slides, refuse_uncopied
-from seal_extract.status import DONE, FAILED, IGNORED, StatusFile, StatusRow, read_status
+from seal_extract.status import DONE, FAILED, IGNORED, StatusFile, StatusRow, read_status_rows
 
 if TYPE_CHECKING:
     from seal_extract.encoders import Encoder
@@ -132,18 +133,26 @@ def extract_cohort(
     asked = [_as_request(encoder) for encoder in _several(encoders)]
     check_layout(options.layout, [encoder.spec.name for encoder in asked])
     path = Path(out) / status_name
-    before = read_status(path)
-    entries = _failed_before(listed, before, path) if retry_failed else listed.entries
+    grid = "" if options.coords else grid_name(options.patch_px, options.mpp, options.overlap_px)
+    before = read_status_rows(path)
+
+    def is_of_grid(row: StatusRow) -> bool:
+        # an older version's rows name none, and where coordinates are given they decide
+        return not grid or row.grid in ("", grid)
+
+    entries = listed.entries
+    if retry_failed:
+        entries = _failed_before(listed, list(filter(is_of_grid, before)), path)
 
     ignored = [StatusRow(str(p), "", IGNORED, reason=reason) for p, reason in listed.ignored]
     now = {entry.name for entry in entries}
-    others = [row for name, row in before.items() if name not in now]
+    others = [row for row in before if row.name and not (row.name in now and is_of_grid(row))]
     sweep(Path(out))
     table = StatusFile(path, [*others, *ignored])
     rows = list(ignored)
 
     def tell(result: SlideResult) -> None:
-        row = StatusRow.of(result)
+        row = StatusRow.of(result, grid)
         rows.append(row)
         table.add(row)
         if on_result is not None:
@@ -174,10 +183,10 @@ def _as_request(encoder: EncoderLike) -> EncoderRequest | Encoder:
     return EncoderRequest(encoder) if isinstance(encoder, str | os.PathLike) else encoder
 
 
-def _failed_before(slides: SlideList, before: dict[str, StatusRow], path: Path) -> tuple[SlideEntry, ...]:
+def _failed_before(slides: SlideList, before: list[StatusRow], path: Path) -> tuple[SlideEntry, ...]:
     if not before:
         raise UsageError(f"--retry-failed: there is no {path} that says what failed; leave it out")
-    failed = {name for name, row in before.items() if row.status == FAILED}
+    failed = {row.name for row in before if row.status == FAILED}
     return tuple(entry for entry in slides.entries if entry.name in failed)
 
 

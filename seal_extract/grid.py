@@ -70,9 +70,19 @@ class PatchGrid:
         )
 
     @property
+    def name(self) -> str:
+        """As folders of its files are called."""
+        return grid_name(self.patch_px, self.mpp, self.overlap_px)
+
+    @property
     def nominal_mpp_l0(self) -> float:
         """µm/px that level 0 was taken to have when the patches were cut."""
         return self.mpp * self.patch_px / self.patch_size_l0
+
+
+def grid_name(patch_px: int, mpp: float, overlap_px: int) -> str:
+    """``20x_224px_0px_overlap``, TRIDENT's name for a folder of patches of one kind."""
+    return f"{10 / mpp:g}x_{patch_px}px_{overlap_px}px_overlap"
 
 
 def make_grid(

@@ -45,6 +45,7 @@ class PlannedSlide:
         outputs: one per encoder that has still to see it.
         finished: what other encoders wrote in a former run.
         stamp: the slide file's state when it was opened.
+        options: all choices.
     """
 
     entry: SlideEntry
@@ -54,6 +55,7 @@ class PlannedSlide:
     outputs: tuple[Output, ...]
     finished: tuple[SlideFeatures, ...]
     stamp: tuple[int, int, int]
+    options: ExtractOptions
 
     @property
     def label(self) -> SlideLabel:
@@ -91,7 +93,7 @@ def prepare(
             if done is None
         )
         layout = layout_for(slide, out, options, entry.name)
-        planned = PlannedSlide(entry, plan, decoder, layout, outputs, finished, stamp)
+        planned = PlannedSlide(entry, plan, decoder, layout, outputs, finished, stamp, options)
         layout.write_coords(planned.label, plan.grid, outputs[0].provenance, overwrite=options.overwrite)
         closing.pop_all()
     return planned
@@ -123,5 +125,8 @@ def draw(planned: PlannedSlide) -> None:
     """
     plan, layout, name = planned.plan, planned.layout, planned.entry.name
     if plan.mask is not None:
-        plan.mask.to_geojson(layout.tissue(name))
-    draw_overlay(plan.slide, plan.mask, plan.grid, layout.overlay(name))
+        plan.mask.to_geojson(layout.tissue(name, plan.grid.name))
+        shared = layout.shared_tissue(name, plan.grid.name, overwrite=planned.options.overwrite)
+        if shared is not None:
+            plan.mask.to_geojson(shared)
+    draw_overlay(plan.slide, plan.mask, plan.grid, layout.overlay(name, plan.grid.name))

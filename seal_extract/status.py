@@ -34,6 +34,7 @@ class StatusRow:
         seconds: of the run that were this slide's.
         patches_per_s: in that time.
         read_errors: patches that could not be read, whose features are zeros.
+        grid: of its patches, such as ``20x_224px_0px_overlap``; empty where that is not known.
         warning: what contradicts the µm/px.
         reason: why it failed or was ignored.
     """
@@ -50,23 +51,30 @@ class StatusRow:
     seconds: float | None = None
     patches_per_s: float | None = None
     read_errors: int | None = None
+    grid: str = ""
     warning: str = ""
     reason: str = ""
 
     @classmethod
-    def of(cls, result: SlideResult) -> StatusRow:
-        """What a result says; of several encoders the first, as they share patches and errors."""
+    def of(cls, result: SlideResult, grid: str = "") -> StatusRow:
+        """What a result says; of several encoders the first, as they share patches and errors.
+
+        Args:
+            result: of one slide.
+            grid: that was asked for.
+        """
         entry = result.entry
         where: dict[str, Any] = {"slide": entry.source, "name": entry.name, "case_id": entry.case_id or ""}
         if result.error is not None:
             reason = " ".join(str(result.error).split())
-            return cls(**where, status=FAILED, seconds=round(result.seconds, 2), reason=reason)
+            return cls(**where, status=FAILED, grid=grid, seconds=round(result.seconds, 2), reason=reason)
         first = result.features[0]
         slide, tissue = first.provenance["slide"], first.provenance["tissue"]
         patches = len(first.grid)
         return cls(
             **where,
             status=DONE,
+            grid=first.grid.name,
             patches=patches,
             tissue_mm2=round(tissue["area_mm2"], 3) if tissue else None,
             mpp=slide["mpp"],
@@ -85,7 +93,8 @@ COLUMNS = tuple(field.name for field in fields(StatusRow))
 class StatusFile:
     """The table of a run, which takes up that of the run before.
 
-    Lines are appended, so that a run that is killed leaves all but its last; each slide counts by its last.
+    Lines are appended, so that a run that is killed leaves all but its last; each slide counts by its last
+    of each grid.
     """
 
     def __init__(self, path: Path, before: Iterable[StatusRow] = ()) -> None:
@@ -112,13 +121,18 @@ class StatusFile:
 
 def read_status(path: str | os.PathLike[str]) -> dict[str, StatusRow]:
     """The last line of each slide, by its name; nothing where there is no table."""
+    return {row.name: row for row in read_status_rows(path)}
+
+
+def read_status_rows(path: str | os.PathLike[str]) -> list[StatusRow]:
+    """The last line of each slide and grid; nothing where there is no table."""
     try:
         with Path(path).open(newline="", encoding="utf-8", errors="replace") as file:
             lines = list(csv.DictReader(file))
     except (OSError, csv.Error):
-        return {}
-    rows = [_row(cells) for cells in lines]
-    return {row.name: row for row in rows if row is not None}
+        return []
+    rows = [row for cells in lines if (row := _row(cells)) is not None]
+    return list({(row.name or row.slide, row.grid): row for row in rows}.values())
 
 
 def _cells(row: StatusRow) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def test_the_demo_runs_on_a_slide_of_ones_own(place, run, tmp_path):
     status, out, err = run("demo", tmp_path, "--slide", place / "slides/a.svs")
     assert (status, err) == (0, [])
     assert "random weights" in out[0]
-    assert (tmp_path / "out/overlays/a.jpg").exists()
+    assert (tmp_path / "out/overlays/20x_224px_0px_overlap/a.jpg").exists()
 
 
 def test_help_names_every_option_and_version_answers(run):

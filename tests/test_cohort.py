@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -21,7 +22,7 @@ from seal_extract.demo import UNTRAINED, untrained_encoder
 from seal_extract.encoders.request import EncoderRequest
 from seal_extract.errors import UsageError
 from seal_extract.slide_list import list_slides
-from seal_extract.status import StatusFile, StatusRow, read_status
+from seal_extract.status import StatusFile, StatusRow, read_status, read_status_rows
 
 
 @pytest.fixture
@@ -42,8 +43,6 @@ def test_a_cohort_gives_what_each_slide_gives_by_itself(cohort, encoder, tmp_pat
 
 
 def test_two_encoders_see_the_same_patches_in_one_pass(cohort, encoder, tmp_path, monkeypatch):
-    from dataclasses import replace
-
     from seal_extract.decode import TileDecoder
 
     second = untrained_encoder(replace(UNTRAINED, name="untrained-second"), seed=7)
@@ -68,8 +67,6 @@ def read_rows(path):
 
 
 def test_an_encoder_added_later_leaves_the_first_ones_files_alone(cohort, encoder, tmp_path):
-    from dataclasses import replace
-
     extract_cohort(cohort, encoder, tmp_path)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("features_untrained-demo/*")}
     second = untrained_encoder(replace(UNTRAINED, name="untrained-second"), seed=7)
@@ -90,7 +87,7 @@ def test_a_finished_cohort_is_recognised_without_opening_a_slide(
     def refuse(*args, **kwargs):
         raise AssertionError("a slide was opened")
 
-    monkeypatch.setattr("seal_extract.slide_list.open_slide", refuse)
+    monkeypatch.setattr("seal_extract.slide_mpp.open_slide", refuse)
     report = extract_cohort(cohort, EncoderRequest(encoder_folder), tmp_path / "out")
     assert [row.status for row in report.rows] == ["done"] * 5
     assert all(row.seconds is None for row in report.rows)
@@ -211,6 +208,55 @@ def test_the_table_keeps_the_last_word_on_each_slide(tmp_path):
     table.add(StatusRow("a.svs", "a", "done", patches=1))
     assert read_status(table.path)["a"].status == "done"
     assert read_status(tmp_path / "nowhere.csv") == {}
+
+
+# --- several grids in one folder ---------------------------------------------------------------
+
+
+def test_another_grid_leaves_pictures_outlines_and_rows_of_the_first_alone(cohort, encoder_folder, tmp_path):
+    out, square = tmp_path / "out", [[0, 0], [900, 0], [900, 900], [0, 900], [0, 0]]
+    roi = tmp_path / "roi.geojson"
+    roi.write_text(json.dumps({"type": "Polygon", "coordinates": [square]}))
+    slides = [cohort / "slide_0000.svs", cohort / "slide_0001.svs"]
+    words = (*slides, "-o", out, "--encoder", encoder_folder, "-q")
+    first, second = "20x_224px_0px_overlap", "20x_112px_0px_overlap"
+    kept = (f"overlays/{first}/slide_0000.jpg", f"contours_geojson/{first}/slide_0000.geojson")
+    kept = (*kept, "contours_geojson/slide_0000.geojson")
+
+    run_here(*words)
+    before = {name: (out / name).read_bytes() for name in kept}
+    assert before[kept[1]] == before[kept[2]]
+    run_here(*words, "--patch-px", "112", "--roi", roi)
+    assert {name: (out / name).read_bytes() for name in kept} == before
+    assert (out / f"contours_geojson/{second}/slide_0000.geojson").read_bytes() != before[kept[1]]
+    rows = {(row.name, row.grid): row.patches for row in read_status_rows(out / "status.csv")}
+    assert {grid for _, grid in rows} == {first, second}
+    assert len(rows) == 4
+    assert f"overlays/{second}/slide_0000.jpg" in (out / "report.html").read_text()
+
+    again = run_here(*words)
+    assert again.stdout.count("finished before") == 2
+    page = (out / "report.html").read_text()
+    assert f"overlays/{first}/slide_0000.jpg" in page
+    assert second not in page
+    assert {(row.name, row.grid): row.patches for row in read_status_rows(out / "status.csv")} == rows
+
+
+def test_the_one_picture_of_an_older_version_is_shown_and_its_row_taken_up(cohort, encoder_folder, tmp_path):
+    out = tmp_path / "out"
+    words = (cohort, "-o", out, "--encoder", encoder_folder, "-q")
+    run_here(*words)
+    for folder in (out / "overlays", out / "contours_geojson"):
+        for path in (folder / "20x_224px_0px_overlap").iterdir():
+            path.replace(folder / path.name)
+        (folder / "20x_224px_0px_overlap").rmdir()
+    rows = read_status_rows(out / "status.csv")
+    StatusFile(out / "status.csv", [replace(row, grid="") for row in rows])
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*/*") if path.suffix in (".jpg", ".h5")}
+    assert run_here(*words).stdout.count("finished before") == 5
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert "overlays/slide_0000.jpg" in (out / "report.html").read_text()
+    assert len(read_status_rows(out / "status.csv")) == 5
 
 
 # --- tables of slides -------------------------------------------------------------------------

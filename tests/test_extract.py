@@ -68,10 +68,11 @@ def test_all_files_of_a_slide_are_there_and_nothing_else(finished):
     assert files_in(out) == [
         "20x_224px_0px_overlap/features_untrained-demo/small.h5",
         "20x_224px_0px_overlap/patches/small_patches.h5",
+        "contours_geojson/20x_224px_0px_overlap/small.geojson",
         "contours_geojson/small.geojson",
-        "overlays/small.jpg",
+        "overlays/20x_224px_0px_overlap/small.jpg",
     ]
-    with Image.open(out / "overlays/small.jpg") as picture:
+    with Image.open(out / "overlays/20x_224px_0px_overlap/small.jpg") as picture:
         assert max(picture.size) >= 1000
     assert json.loads((out / "contours_geojson/small.geojson").read_text())["features"]
 
@@ -111,7 +112,7 @@ def test_a_slide_without_tissue_is_written_with_no_rows(encoder, tmp_path):
     Image.fromarray(np.full((900, 900, 3), 244, np.uint8)).save(tmp_path / "glass.png")
     result = extract(tmp_path / "glass.png", encoder, tmp_path / "out", options=ExtractOptions(slide_mpp=0.5))
     assert result.features.shape == (0, 192)
-    assert (tmp_path / "out/overlays/glass.jpg").exists()
+    assert (tmp_path / "out/overlays/20x_224px_0px_overlap/glass.jpg").exists()
 
 
 def test_real_slide_at_half_a_micrometre(encoder, tmp_path):

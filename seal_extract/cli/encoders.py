@@ -136,6 +136,8 @@ def run_demo(args: argparse.Namespace) -> int:
     """Make what the demo needs and run on it as on any slide."""
     from seal_extract.demo import write_demo_slide, write_untrained_encoder
     from seal_extract.encoders.request import EncoderRequest
+    from seal_extract.grid import grid_name
+    from seal_extract.layouts import open_layout
     from seal_extract.plan import ExtractOptions
     from seal_extract.slide_list import list_slides
 
@@ -147,5 +149,7 @@ def run_demo(args: argparse.Namespace) -> int:
     run = argparse.Namespace(**vars(args) | {"out": args.out / "out"} | ONE_SLIDE)
     status = embed(list_slides([slide]), [EncoderRequest(encoder)], options, run)
     if not status:
-        print(f"look at  {args.out / 'out' / 'overlays' / slide.stem}.jpg")
+        layout = open_layout(options.layout, args.out / "out", options.patch_px, options.mpp, 0)
+        grid = grid_name(options.patch_px, options.mpp, options.overlap_px)
+        print(f"look at  {layout.overlay(slide.stem, grid)}")
     return status

@@ -15,11 +15,20 @@ from seal_extract.errors import UsageError
 from seal_extract.grid import PatchGrid
 from seal_extract.layouts.clam import ClamLayout
 from seal_extract.layouts.flat import FlatLayout
-from seal_extract.layouts.layout import Layout
+from seal_extract.layouts.layout import CONTOURS, OVERLAYS, Layout, of_grid
 from seal_extract.layouts.stamp import StampLayout
 from seal_extract.layouts.trident import TridentLayout
 
-__all__ = ["LAYOUTS", "Layout", "check_layout", "layout_of_grid", "open_layout"]
+__all__ = [
+    "CONTOURS",
+    "LAYOUTS",
+    "OVERLAYS",
+    "Layout",
+    "check_layout",
+    "layout_of_grid",
+    "of_grid",
+    "open_layout",
+]
 
 LAYOUTS: dict[str, type[Layout]] = {
     layout.name: layout for layout in (TridentLayout, ClamLayout, StampLayout, FlatLayout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -19,6 +20,8 @@ from seal_extract.hdf5 import DAMAGED, open_hdf5
 from seal_extract.layouts.pixels import write_pixel_coords, write_pixel_features
 from seal_extract.publish import writing
 from seal_extract.store import PIXELS, PROVENANCE, FeatureWriter, SlideLabel
+
+OVERLAYS, CONTOURS = "overlays", "contours_geojson"  # folders, with one below for each grid
 
 
 @dataclass(frozen=True)
@@ -57,13 +60,21 @@ class Layout(ABC):
         """Coordinates of a slide; None where only its features file has them."""
         return None
 
-    def overlay(self, slide: str) -> Path:
-        """Picture of a slide."""
-        return self.out / "overlays" / f"{slide}.jpg"
+    def overlay(self, slide: str, grid: str) -> Path:
+        """Picture of a slide, by the name of the slide and of its grid."""
+        return self.out / OVERLAYS / grid / f"{slide}.jpg"
 
-    def tissue(self, slide: str) -> Path:
-        """Tissue contours of a slide."""
-        return self.out / "contours_geojson" / f"{slide}.geojson"
+    def tissue(self, slide: str, grid: str) -> Path:
+        """Tissue contours of a slide, by the name of the slide and of its grid."""
+        return self.out / CONTOURS / grid / f"{slide}.geojson"
+
+    def shared_tissue(self, slide: str, grid: str, *, overwrite: bool = False) -> Path | None:
+        """The same where TRIDENT and QuPath's users look for it; None where it is another grid's."""
+        shared = self.out / CONTOURS / f"{slide}.geojson"
+        if overwrite or not shared.exists():
+            return shared
+        grids = [g.name for g in os.scandir(shared.parent) if g.is_dir() and Path(g, shared.name).exists()]
+        return shared if grids == [grid] else None
 
     def slide_level(self, slide: str, name: str) -> Path:
         """Embedding of a whole slide, by the name of what pooled it."""
@@ -141,6 +152,12 @@ class Layout(ABC):
         self, path: Path, label: SlideLabel, grid: PatchGrid, provenance: dict[str, Any]
     ) -> None:
         write_pixel_coords(path, label, grid, provenance)
+
+
+def of_grid(folder: Path, grid: str, name: str) -> Path:
+    """A grid's own file, or where there is none that of an older version, which kept one for all grids."""
+    own = folder / grid / name
+    return own if own.exists() else folder / name
 
 
 def _read_coords(path: Path) -> tuple[NDArray[Any], dict[str, Any] | None] | None:

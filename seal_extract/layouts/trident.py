@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from seal_extract.grid import grid_name
 from seal_extract.layouts.layout import Layout
 
 
@@ -26,7 +27,7 @@ class TridentLayout(Layout):
     @property
     def folder(self) -> Path:
         """Folder of this magnification, patch size and overlap."""
-        return self.out / f"{10 / self.mpp:g}x_{self.patch_px}px_{self.overlap_px}px_overlap"
+        return self.out / grid_name(self.patch_px, self.mpp, self.overlap_px)
 
     def features(self, slide: str, encoder: str) -> Path:
         """Features of a slide, by its name without suffix."""

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import quote
 
+from seal_extract.layouts import OVERLAYS, of_grid
 from seal_extract.publish import publish, writing
 from seal_extract.status import FAILED, StatusRow
 from seal_extract.view.cohort_summary import share, summary, verdict
@@ -50,7 +51,8 @@ def write_report(
 
     Args:
         rows: one per slide and per ignored file, from `CohortReport.rows` or `read_status`.
-        out: folder of the results; pictures are taken from ``overlays/NAME.jpg`` in it, where there are any.
+        out: folder of the results; pictures are taken from ``overlays/GRID/NAME.jpg`` in it, where there are
+            any.
         path: the HTML file; its folder is made. At most 40 kB a slide; pictures of 2,000 slides at most, the
             unusual and the failed first.
         title: above the verdict.
@@ -124,8 +126,7 @@ class Pictures:
         self._wanted = frozenset(
             range(len(cohort.slides)) if self.of_all else [*cohort.unusual, *cohort.failed][:MOST_PICTURES]
         )
-        self._slides, self._folder = cohort.slides, out / "overlays"
-        self._from_page = os.path.relpath(self._folder, path.parent)
+        self._slides, self._folder, self._page = cohort.slides, out / OVERLAYS, path.parent
         self._seen: dict[int, bool] = {}  # slides of which a picture was sought: whether there is one
 
     def of(self, index: int, *, none: Markup | None = None) -> Markup:
@@ -138,7 +139,7 @@ class Pictures:
             why = "no overlay" if index in self._wanted else "picture left out"
             return fill("no_picture", why=why) if none is None else none
         row = self._slides[index]
-        link = os.path.join(self._from_page, self._file(index).name)
+        link = os.path.relpath(self._file(index), self._page)
         values = {"id": f"p{index}", "link": quote(os.fsencode(link))}
         if jpeg is None:
             return fill("picture_again", **values)
@@ -150,7 +151,8 @@ class Pictures:
         )
 
     def _file(self, index: int) -> Path:
-        return self._folder / f"{self._slides[index].name}.jpg"
+        row = self._slides[index]
+        return of_grid(self._folder, row.grid, f"{row.name}.jpg")
 
 
 def _groups(rows: Sequence[StatusRow], what: str, picture: Callable[[int], Markup]) -> Markup:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from seal_extract.errors import OutputError, SlideOpenError, UsageError
+from seal_extract.grid import grid_name
+from seal_extract.layouts import CONTOURS, OVERLAYS, of_grid
 from seal_extract.slide import Slide
-from seal_extract.status import DONE, IGNORED, StatusRow, read_status
+from seal_extract.status import DONE, IGNORED, StatusRow, read_status_rows
 from seal_extract.store import SlideFeatures, read_features, read_provenance, scan_features
 from seal_extract.view.origin import open_origin
 
@@ -171,12 +173,12 @@ def _by_name(folder: str | os.PathLike[str] | None) -> dict[str, Path] | None:
 def _shown(
     root: Path, found: list[tuple[Path, dict[str, Any]]], moved: dict[str, Path] | None
 ) -> Iterator[ShownSlide]:
-    rows = read_status(root / "status.csv")
+    rows = {(row.name, row.grid): row for row in read_status_rows(root / "status.csv")}
     attention: dict[str, list[Path]] = {}
     for path in sorted(root.rglob("slide_features_*/*.h5")):
         attention.setdefault(path.stem, []).append(path)
 
-    def shown(name: str, features: Path | None, provenance: dict[str, Any]) -> ShownSlide:
+    def shown(name: str, grid: str, features: Path | None, provenance: dict[str, Any]) -> ShownSlide:
         slide = Path(provenance["slide"]["path"]) if provenance else None
         if slide is not None and moved is not None:
             slide = moved.get(slide.name, slide)
@@ -184,16 +186,18 @@ def _shown(
             name,
             features,
             provenance,
-            rows.get(name),
+            rows.get((name, grid)) or rows.get((name, "")),  # an older version's
             slide,
-            root / "overlays" / f"{name}.jpg",
-            root / "contours_geojson" / f"{name}.geojson",
+            of_grid(root / OVERLAYS, grid, f"{name}.jpg"),
+            of_grid(root / CONTOURS, grid, f"{name}.geojson"),
             tuple(attention.get(name, ())),
         )
 
     done = {path.stem for path, _ in found}
     for path, provenance in sorted(found, key=lambda f: f[0].stem):
-        yield shown(path.stem, path, provenance)
-    for name, row in sorted(rows.items()):
+        grid = provenance["grid"]
+        name = grid_name(grid["patch_px"], grid["mpp"], grid["overlap_px"])
+        yield shown(path.stem, name, path, provenance)
+    for (name, grid), row in sorted(rows.items()):
         if name not in done and row.status not in (DONE, IGNORED):
-            yield shown(name, None, {})
+            yield shown(name, grid, None, {})

@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 
 from seal_extract.errors import OutputError, UsageError
+from seal_extract.layouts import CONTOURS, of_grid
 from seal_extract.overview import Overview, read_overview
 from seal_extract.publish import publish, writing
 from seal_extract.slide import Slide
@@ -226,8 +227,8 @@ def _beside(features: SlideFeatures) -> list[Path]:
 
 def _outline(features: SlideFeatures, apart_l0: float) -> Rings:
     """The tissue's rings in level-0 pixels, no finer than the picture; none where they were never written."""
-    name = f"{features.path.stem}.geojson"
-    places = (folder / "contours_geojson" / name for folder in features.path.resolve().parents[:4])
+    name, grid = f"{features.path.stem}.geojson", features.grid.name
+    places = (of_grid(folder / CONTOURS, grid, name) for folder in features.path.resolve().parents[:4])
     rings = tissue_rings(next((place for place in places if place.exists()), Path(name)))
     thinned = (cv2.approxPolyDP(np.asarray(ring, np.int32), apart_l0, True)[:, 0].tolist() for ring in rings)
     return [ring for ring in thinned if len(ring) > 2]
