@@ -23,6 +23,11 @@ Mask: TypeAlias = NDArray[np.bool_]
 Ring: TypeAlias = NDArray[np.float64]  # [K, 2], (x, y), the first point not repeated
 
 ALLOWED = "Polygon, MultiPolygon and collections of these"
+MOST_BYTES = 2**27  # of a file, which takes ten times as much to read
+MOST_CROSSINGS = 2**28  # of outlines with rows of pixels: half a minute
+CROSSINGS_AT_A_TIME = 2**20
+MOST_DEPTH = 50  # of collections
+FARTHEST_PX = 2**40  # coordinates beyond are no slide's
 IN_QUPATH = "in QuPath: select the annotations, File > Export objects as GeoJSON"
 TISSUE_RGB = (0, 128, 128)
 MADE_OF = "seal_extract"  # a member of our own, which RFC 7946 (6.1) allows and QuPath passes over
@@ -114,17 +119,23 @@ def _fill_even_odd(rings: Sequence[Ring], shape: tuple[int, int]) -> Mask:
     first, stop = (
         np.clip(np.ceil(y - 0.5), 0, height).astype(int) for y in (ends_y.min(axis=0), ends_y.max(axis=0))
     )
-    crossed = stop - first  # rows whose centre line each edge crosses
-
-    edge = np.repeat(np.arange(len(start)), crossed)
-    row = np.arange(len(edge)) - np.repeat(np.cumsum(crossed) - crossed, crossed) + first[edge]
-    (x0, y0), (x1, y1) = start[edge].T, end[edge].T
-    x = x0 + (row + 0.5 - y0) * (x1 - x0) / (y1 - y0)
-    column = np.clip(np.ceil(x - 0.5), 0, width).astype(int)
-
-    toggles = np.zeros((height, width + 1), np.uint8)
-    np.add.at(toggles, (row, column), 1)
-    return np.asarray(np.bitwise_xor.accumulate(toggles & 1, axis=1)[:, :width] > 0)
+    reached = np.cumsum(stop - first)  # rows whose centre line each edge and those before it cross
+    if reached[-1] > MOST_CROSSINGS:
+        raise GeometryError(
+            f"outlines that cross {reached[-1]:.3g} rows of pixels are no tissue's; "
+            f"allowed: {MOST_CROSSINGS:.3g}; draw them anew"
+        )
+    toggles = np.zeros(height * (width + 1), np.uint8)
+    for begin in range(0, reached[-1], CROSSINGS_AT_A_TIME):
+        crossing = np.arange(begin, min(begin + CROSSINGS_AT_A_TIME, reached[-1]))
+        edge = np.searchsorted(reached, crossing, side="right")
+        row = stop[edge] - reached[edge] + crossing
+        (x0, y0), (x1, y1) = start[edge].T, end[edge].T
+        x = x0 + (row + 0.5 - y0) * (x1 - x0) / (y1 - y0)
+        column = np.clip(np.ceil(x - 0.5), 0, width).astype(int)
+        np.add.at(toggles, row * (width + 1) + column, 1)
+    toggles &= 1
+    return np.asarray(np.bitwise_xor.accumulate(toggles.reshape(height, -1), axis=1)[:, :width] > 0)
 
 
 def inside_polygons(polygons: Iterable[Polygon], points: NDArray[np.floating]) -> NDArray[np.bool_]:
@@ -232,6 +243,13 @@ def read_polygons(path: Path) -> tuple[list[Polygon], list[Polygon]]:
 
 def _load(path: Path) -> Any:
     try:
+        if not path.is_file() and path.exists():
+            raise GeometryError(f"cannot read {path}: it is no regular file; give a GeoJSON file")
+        if path.stat().st_size > MOST_BYTES:
+            raise GeometryError(
+                f"{path} has {path.stat().st_size / 1e6:.0f} MB; allowed: {MOST_BYTES / 1e6:.0f} MB; "
+                "export the outlines of the tissue only, not its cells"
+            )
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as exc:
         raise GeometryError(f"cannot read {path}: {exc.strerror or exc}; give a GeoJSON file") from exc
@@ -239,7 +257,9 @@ def _load(path: Path) -> Any:
         raise GeometryError(f"{path} is not GeoJSON ({exc}); {IN_QUPATH}") from exc
 
 
-def _geometries(path: Path, node: Any, properties: Any) -> Iterator[tuple[dict[str, Any], Any]]:
+def _geometries(
+    path: Path, node: Any, properties: Any, depth: int = 0
+) -> Iterator[tuple[dict[str, Any], Any]]:
     """Walk to the polygons; each comes with the properties of the feature it belongs to."""
     members: Any
     if isinstance(node, list):
@@ -258,11 +278,12 @@ def _geometries(path: Path, node: Any, properties: Any) -> Iterator[tuple[dict[s
     elif node.get("type") == "GeometryCollection":
         members = _list(path, node.get("geometries"))
     else:
-        raise GeometryError(
-            f"{path} holds a {node.get('type')}; allowed: {ALLOWED}; {IN_QUPATH} of areas only"
-        )
+        kind = " ".join(str(node.get("type")).split())[:40]
+        raise GeometryError(f"{path} holds a {kind}; allowed: {ALLOWED}; {IN_QUPATH} of areas only")
+    if depth == MOST_DEPTH:
+        raise GeometryError(f"{path} nests its collections deeper than {MOST_DEPTH}; {IN_QUPATH}")
     for member in members:
-        yield from _geometries(path, member, properties)
+        yield from _geometries(path, member, properties, depth + 1)
 
 
 def _is_ignored(properties: Any) -> bool:
@@ -270,7 +291,9 @@ def _is_ignored(properties: Any) -> bool:
     found = properties.get("classification") if isinstance(properties, dict) else None
     if not isinstance(found, dict):
         return False
-    names = found.get("names") or [found.get("name")]
+    names = found.get("names")
+    if not isinstance(names, list) or not names:
+        names = [found.get("name")]
     return any(str(name).endswith("*") for name in names)
 
 
@@ -284,11 +307,11 @@ def _open(path: Path, ring: Any) -> Ring:
     """[[x, y], ...] with the first point repeated at the end -> float64 [K, 2] without it."""
     try:
         points = np.array([point[:2] for point in ring], np.float64)
-    except (TypeError, ValueError, IndexError, KeyError):
+    except (TypeError, ValueError, IndexError, KeyError, OverflowError):
         points = np.empty(0)
     if points.ndim == 2 and len(points) > 1 and (points[0] == points[-1]).all():
         points = points[:-1]
-    if points.ndim != 2 or points.shape[1] != 2 or len(points) < 3 or not np.isfinite(points).all():
+    if points.ndim != 2 or points.shape[1] != 2 or len(points) < 3 or not (abs(points) < FARTHEST_PX).all():
         raise GeometryError(
             f"{path}: a ring is not a list of 3 or more points [x, y] in level-0 pixels; {IN_QUPATH}"
         )

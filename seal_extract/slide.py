@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -85,7 +85,7 @@ def open_slide(
         ResolutionError: no plausible µm/px, and none given.
     """
     path = Path(path)
-    _check_path(path)
+    check_path(path)
     refuse_impossible(path)
     check_ome(path)
     if mpp is not None:
@@ -148,15 +148,36 @@ def file_stamp(path: Path) -> tuple[int, int, int]:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _check_path(path: Path) -> None:
+def check_path(path: Path) -> None:
+    """Refuse what cannot be read as a slide, before a library waits for it for ever.
+
+    Raises:
+        SlideOpenError: missing, a folder, empty, a FIFO or a device; or one is among the files of its slide.
+    """
     if path.is_dir():
         raise SlideOpenError(f"{path} is a folder; give a slide file, for example {path / 'slide.svs'}")
     if not path.exists():
         raise SlideOpenError(f"{path} does not exist; check the path")
     if not os.access(path, os.R_OK):
         raise SlideOpenError(f"{path} may not be read by this user; check its permissions")
+    if not path.is_file():
+        raise SlideOpenError(f"{path} is no regular file (a FIFO, a device or a socket); give a slide file")
     if path.stat().st_size == 0:
         raise SlideOpenError(f"{path} is empty (0 bytes); copy it again")
+
+    for beside in _files_of(path):
+        if beside.exists() and not (beside.is_file() or beside.is_dir()):
+            raise SlideOpenError(f"{beside} is no regular file, and {path.name} may be made of it; remove it")
+
+
+def _files_of(path: Path) -> Iterable[Path]:
+    """What OpenSlide opens beside the file that it is given."""
+    with path.open("rb") as file:
+        head = file.read(132)
+    if path.suffix.lower() == ".mrxs":
+        return path.with_suffix("").glob("*")
+    several = head.endswith(b"DICM") or head.lstrip()[:1] == b"["  # VMS and VMU are of [sections]
+    return path.parent.iterdir() if several else ()
 
 
 def _looks_like(path: Path) -> str:

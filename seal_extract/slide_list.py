@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from seal_extract import remote
-from seal_extract.errors import SealExtractError, UsageError
+from seal_extract.errors import SealExtractError, SlideOpenError, UsageError
 from seal_extract.folders import files_below, is_own
 
 SLIDE_SUFFIXES = {
@@ -222,10 +222,13 @@ def _dicom_series(path: Path) -> str:
     """What the files of one DICOM slide have in common; the path itself where that is unknown."""
     import openslide
 
+    from seal_extract.slide import check_path
+
     try:
+        check_path(path)
         with openslide.OpenSlide(path) as slide:
             return str(slide.properties.get("dicom.SeriesInstanceUID", path))
-    except openslide.OpenSlideError:
+    except (openslide.OpenSlideError, SlideOpenError):
         return str(path)
 
 

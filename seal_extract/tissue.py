@@ -154,8 +154,11 @@ class TissueMask:
         # rounded as by read_overview, so that the mask has the shape of find_tissue's
         read_px = (max(1, round(side * slide.mpp / work_mpp)) for side in slide.size_l0)
         width, height = (math.ceil(side / factor) for side in read_px)
-        mask = fill_polygons(_scaled(kept, 1 / downsample), (height, width))
-        mask &= ~fill_polygons(_scaled(ignored, 1 / downsample), (height, width))
+        try:
+            mask = fill_polygons(_scaled(kept, 1 / downsample), (height, width))
+            mask &= ~fill_polygons(_scaled(ignored, 1 / downsample), (height, width))
+        except GeometryError as exc:
+            raise GeometryError(f"{path}: {exc}") from exc
         return cls(mask, slide.mpp * downsample, downsample, slide.size_l0)
 
     @cached_property

@@ -1,6 +1,8 @@
 """Tissue goes to GeoJSON and comes back; QuPath's variants are read, all else is refused in one line."""
 
 import json
+import os
+import tracemalloc
 
 import cv2
 import numpy as np
@@ -243,3 +245,60 @@ def test_a_missing_file_or_a_folder_is_one_line(tmp_path):
     for path in (tmp_path / "none.geojson", tmp_path):
         with pytest.raises(GeometryError, match=r"cannot read .*; give a GeoJSON file"):
             TissueMask.from_geojson(path, SLIDE)
+
+
+# --- hostile files ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (polygon([[0, 0], [10**400, 0], [9, 9]]), "a ring is not a list of 3 or more points"),
+        (polygon([[0, 0], [1e300, 0], [9, 9]]), "a ring is not a list of 3 or more points"),
+        ({"type": "Line\nString", "coordinates": []}, "holds a Line String; allowed"),
+        ({"type": "P" * 10_000}, "holds a PPP"),
+        ("[" * 60 + "]" * 60, "nests its collections deeper than 50"),
+        ("[" * 100_000, "is not GeoJSON"),
+    ],
+)
+def test_hostile_geojson_is_refused_in_a_short_line(tmp_path, content, words):
+    with pytest.raises(GeometryError, match=words) as caught:
+        read(tmp_path, content)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_class_without_a_list_of_names_goes_by_its_name(tmp_path):
+    odd = feature(polygon(ring(0, 0, 400, 300)))
+    odd["properties"]["classification"] = {"names": 5, "name": "Tissue"}
+    assert read(tmp_path, odd).mask.any()
+
+
+def test_a_zigzag_takes_bounded_memory_and_too_long_a_one_is_refused():
+    x = np.linspace(0, 400, 20_001)
+    zigzag = np.stack([x, np.arange(len(x)) % 2 * 400.0], 1)
+    tracemalloc.start()
+    mask = fill_polygons([Polygon(np.vstack([zigzag, [[400, 0]]]))], (400, 400))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert mask.shape == (400, 400)
+    assert peak < 200e6  # 8 million crossings at a time would take 600 MB
+    with pytest.raises(GeometryError, match=r"cross 3e.08 rows of pixels"):
+        fill_polygons([Polygon(zigzag * (1, 37.5))], (15_000, 400))
+
+
+def test_filling_in_pieces_is_filling_at_once(monkeypatch):
+    mask = np.random.default_rng(0).random((60, 70)) < 0.5
+    monkeypatch.setattr("seal_extract.geojson.CROSSINGS_AT_A_TIME", 7)
+    assert (fill_polygons(trace_polygons(mask), mask.shape) == mask).all()
+
+
+def test_a_geojson_too_large_or_no_file_is_refused_before_it_is_read(tmp_path):
+    large, fifo = tmp_path / "large.geojson", tmp_path / "fifo.geojson"
+    large.touch()
+    os.truncate(large, 2**34)
+    os.mkfifo(fifo)
+    with pytest.raises(GeometryError, match="has 17180 MB; allowed: 134 MB"):
+        TissueMask.from_geojson(large, SLIDE)
+    with pytest.raises(GeometryError, match="is no regular file"):
+        TissueMask.from_geojson(fifo, SLIDE)

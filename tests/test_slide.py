@@ -1,6 +1,7 @@
 """Opening slides: the reader per file, µm/px with its source, and every refusal in one line."""
 
 import io
+import os
 import threading
 
 import numpy as np
@@ -22,6 +23,7 @@ from seal_extract.errors import (
 from seal_extract.overview import read_overview
 from seal_extract.readers import OpenSlideReader, TiffSlideReader
 from seal_extract.slide import coarsest_level, open_slide
+from seal_extract.slide_list import list_slides
 from seal_extract.synthetic import write_synthetic_slide
 
 
@@ -345,3 +347,32 @@ def test_mutated_slides_end_in_pixels_or_in_one_of_our_errors(svs, tmp_path, pla
     else:
         assert region.dtype == np.uint8
         assert region.shape == (min(h, 1200), min(w, 2000), 3)
+
+
+# --- what is no file --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["a FIFO", "a link to a FIFO", "a device"])
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path, target):
+    fifo, path = tmp_path / "fifo", tmp_path / "a.svs"
+    os.mkfifo(fifo)
+    path.symlink_to("/dev/zero" if target == "a device" else fifo)
+    with pytest.raises(SlideOpenError, match="is no regular file"):
+        open_slide(fifo if target == "a FIFO" else path)
+
+
+@pytest.mark.parametrize(
+    ("slide", "data", "fifo"),
+    [
+        ("a.dcm", bytes(128) + b"DICM", "b.dcm"),
+        ("a.mrxs", b"x", "a/Slidedat.ini"),
+        ("a.vms", b"[Virtual Microscope Specimen]\nImageFile=a.jpg\n", "a.jpg"),
+    ],
+)
+def test_a_fifo_among_the_files_of_a_slide_is_refused_and_not_waited_for(tmp_path, slide, data, fifo):
+    (tmp_path / slide).write_bytes(data)
+    (tmp_path / fifo).parent.mkdir(exist_ok=True)
+    os.mkfifo(tmp_path / fifo)
+    with pytest.raises(SlideOpenError, match=f"{fifo} is no regular file, and {slide} may be made of it"):
+        open_slide(tmp_path / slide)
+    assert len(list_slides([tmp_path])) > 0
