@@ -353,7 +353,8 @@ def test_a_slide_of_nan_is_named_and_the_others_are_done(finished, tmp_path):
         file["features"][0, 0] = np.nan
     done = run("genes", tmp_path / "run", "--signature", "CD24:1,A2M:-1", "--write", "h5", "-o", tmp_path)
     assert done.returncode == 1
-    assert f"{paths[1].stem}: features hold NaN or infinity; extract the slide again" in done.stderr
+    assert f"{paths[1]} holds NaN or infinity; encode that slide again" in done.stderr
+    assert "1 of 3 slides failed" in done.stderr
     kept = [features for i, features in enumerate(finished) if i != 1]
     signature = read_signature("CD24:1,A2M:-1")
     for features, scores in zip(

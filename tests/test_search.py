@@ -3,6 +3,7 @@
 import csv
 import json
 
+import h5py
 import numpy as np
 import pytest
 from cohort_fixtures import link_cohort
@@ -15,7 +16,7 @@ from seal_extract.errors import OutputError, UsageError
 from seal_extract.genes.index import ExactIndex
 from seal_extract.genes.omics import load_omics
 from seal_extract.genes.predict import predict_genes
-from seal_extract.genes.region import patches_inside, region_genes
+from seal_extract.genes.region import areas_mm2, benjamini_hochberg, patches_inside, region_genes
 from seal_extract.genes.search import (
     Found,
     best,
@@ -305,6 +306,22 @@ def test_p_of_what_the_region_has_nothing_to_do_with_is_anything(tmp_path):
         assert 0.01 < (p <= 0.05).mean() < 0.11
 
 
+def test_q_values_are_those_of_benjamini_and_hochberg():
+    p = np.array([0.04, 0.001, 0.03, 0.2, 0.001, 1.0])
+    by_hand = [0.06, 0.003, 0.06, 0.24, 0.003, 1.0]
+    np.testing.assert_allclose(benjamini_hochberg(p), by_hand)
+
+
+def test_the_area_of_a_region_and_of_the_tissue_in_it():
+    region = [Polygon(np.array([[100.0, 100], [1100, 100], [1100, 600], [100, 600]]))]
+    hole = np.array([[200.0, 200], [400, 200], [400, 400], [200, 400]])
+    tissue = [Polygon(np.array([[-500.0, 0], [600, 0], [600, 5000], [-500, 5000]]), (hole,))]
+    area, on_tissue = areas_mm2(region, tissue, 0.5)
+    assert area == pytest.approx(1000 * 500 * 0.25e-6, rel=1e-9)
+    assert on_tissue == pytest.approx((500 * 500 - 200 * 200) * 0.25e-6, rel=2e-3)
+    assert areas_mm2([*region, *region], None, 0.5) == (area, None)
+
+
 @pytest.mark.parametrize(("inside", "what"), [(False, "no patch"), (True, "every patch")])
 def test_a_region_without_patches_or_with_all_is_refused(stripes, inside, what):
     with pytest.raises(UsageError, match=f"the region holds {what} of a; draw one with some of its 400"):
@@ -361,7 +378,83 @@ def test_the_command_tells_the_genes_of_a_region(out, slides, tmp_path):
     if patches_inside(grid, [Polygon(np.array(ring[:-1], float), ())]).all():
         pytest.skip("the drawn slide has one patch only")
     assert done.returncode == 0, done.stderr
-    assert len((tmp_path / "genes.csv").read_text().splitlines()) == 501
+    with (tmp_path / "genes.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 500
+    for p, q in (("p_patches", "q_patches"), ("p_pieces", "q_pieces")):
+        expected = benjamini_hochberg(np.array([float(row[p]) for row in rows]))
+        np.testing.assert_allclose([float(row[q]) for row in rows], expected, rtol=1e-4)
+    assert "area of the region 0.005625 mm², of the tissue in it 0.00" in done.stdout
+    assert "500 genes (the first 15 are shown)" in done.stdout
+
+
+def test_an_index_is_built_whatever_else_is_asked(slides, tmp_path):
+    pytest.importorskip("faiss")
+    features = []
+    for slide in slides:
+        features.append(tmp_path / "run" / slide.path.name)
+        features[-1].parent.mkdir(exist_ok=True)
+        features[-1].write_bytes(slide.path.read_bytes())
+    done = run("search", tmp_path / "run", "--index", "build")
+    assert (done.returncode, done.stdout.partition(" -> ")[0]) == (
+        0,
+        "3 slides added, 0 changed, 0 dropped, 0 kept",
+    )
+    features[1].unlink()
+    done = run("search", tmp_path / "run", "--gene", "CD24", "--index", "build", "-o", tmp_path / "found")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("0 slides added, 0 changed, 1 dropped, 2 kept -> ")
+
+
+def test_results_are_not_replaced_by_another_query(out, slides, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    x, y = slides[0].grid.xy_l0[0].tolist()
+    for words in (["--gene", "CD24"], ["--gene", "A2M"], ["--patch", f"{slides[0].path.stem}:{x},{y}"]):
+        assert run("search", out, *words).returncode == 0
+    folders = {"gene_CD24", "gene_A2M", f"patch_{slides[0].path.stem}_{x}_{y}"}
+    assert {path.name for path in (tmp_path / "search").iterdir()} == folders
+    kept = (tmp_path / "search/gene_CD24/found.csv").read_bytes()
+    done = run("search", out, "--gene", "A2M", "-o", "search/gene_CD24")
+    assert (done.returncode, (tmp_path / "search/gene_CD24/found.csv").read_bytes()) == (1, kept)
+    assert "found.csv is of another search; type --overwrite to replace it, or another -o" in done.stderr
+    assert run("search", out, "--gene", "CD24", "-k", 1).returncode == 0  # the same query
+    assert len((tmp_path / "search/gene_CD24/found.csv").read_text().splitlines()) == 2
+    assert len(list((tmp_path / "search/gene_CD24").glob("*.geojson"))) == 1
+    assert run("search", out, "--gene", "A2M", "-o", "search/gene_CD24", "--overwrite").returncode == 0
+    assert (tmp_path / "search/gene_CD24/found.csv").read_bytes() != kept
+
+
+def test_two_slides_of_one_name_have_files_of_their_own(slides, tmp_path):
+    for folder, slide in zip("ab", slides, strict=False):
+        (tmp_path / folder / "features").mkdir(parents=True)
+        (tmp_path / folder / "features" / "s.h5").write_bytes(slide.path.read_bytes())
+    done = run("search", tmp_path, "--gene", "CD24", "-k", 99, "-o", tmp_path / "found")
+    assert done.returncode == 0, done.stderr
+    names = {"a__features__s", "b__features__s"}
+    with (tmp_path / "found" / "found.csv").open(newline="") as file:
+        assert {row["slide"] for row in csv.DictReader(file)} == names
+    assert {path.stem for path in (tmp_path / "found").glob("*.geojson")} == names
+
+
+def test_a_damaged_slide_is_named_and_the_others_are_searched(slides, tmp_path):
+    for slide in slides:
+        (tmp_path / slide.path.name).write_bytes(slide.path.read_bytes())
+    with h5py.File(tmp_path / slides[0].path.name, "a") as file:
+        file["features"][0, 0] = np.nan
+    whole = (tmp_path / slides[1].path.name).read_bytes()
+    (tmp_path / slides[1].path.name).write_bytes(whole[: len(whole) // 2])
+    x, y = slides[2].grid.xy_l0[0].tolist()
+    for words in (
+        ["--gene", "CD24"],
+        ["--signature", "CD24,A2M"],
+        ["--patch", f"{slides[2].path.stem}:{x},{y}"],
+    ):
+        done = run("search", tmp_path, *words, "-k", 99, "-o", tmp_path / words[0])
+        assert done.returncode == 1
+        assert f"{slides[0].path.name} holds NaN or infinity; encode that slide again" in done.stderr
+        assert f"{slides[1].path.name} cannot be read" in done.stderr
+        with (tmp_path / words[0] / "found.csv").open(newline="") as file:
+            assert {row["slide"] for row in csv.DictReader(file)} == {slides[2].path.stem}
 
 
 def test_a_slide_that_has_moved_costs_the_sheet_only(drawn_slides, tiny, tmp_path):
@@ -387,7 +480,9 @@ def test_a_slide_that_has_moved_costs_the_sheet_only(drawn_slides, tiny, tmp_pat
         (["--image", "x.png"], "give its µm/px as --image-mpp"),
         (["--profile", "none.csv"], "cannot read none.csv; give a table of genes and counts"),
         (["--region", "slide_0000"], "type SLIDE:FILE.geojson"),
-        (["--gene", "CD24", "--index", "use", "--per-slide", "0"], "allowed: 1 or more"),
+        (["--gene", "CD24", "--per-slide", "0"], "allowed: 1 or more"),
+        (["--gene", "CD24", "--index", "use"], "--index use is of patch, image, profile; leave it out"),
+        ([], "type what to search for, such as --gene NAME or --patch SLIDE:X,Y, or --index build"),
     ],
 )
 def test_the_command_refuses_in_one_line(out, words, answer, tmp_path):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from seal_extract.cli.fail import fail
 from seal_extract.cli.options import add_common
-from seal_extract.errors import SealExtractError, SlideOpenError, UsageError
+from seal_extract.errors import OutputError, SealExtractError, SlideOpenError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,32 +88,30 @@ def add_slides(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """A line per slide; 1 if any failed."""
     from seal_extract.genes.contents import Contents
-    from seal_extract.genes.predict import LeftOut, expression_path, fit_signatures
+    from seal_extract.genes.predict import expression_path, fit_signatures
     from seal_extract.genes.signature import read_signature
 
     if args.list:
         return _list(args)
     forms = _forms(args)
-    slides = finished_features(args.features, args.encoder)
+    slides, damaged = finished_features(args.features, args.encoder)
     one_file_each(slides, lambda slide: expression_path(slide, args.out))
     decoder = decoder_for(slides, args)
     columns = _columns(args, decoder)
     signatures = [read_signature(text) for text in args.signature]
     for signature in signatures:
         print(signature.told(decoder))
-    left_out: LeftOut = {}
-    fitted = fit_signatures(slides, decoder, signatures, left_out) if signatures else []
+    slides, damaged = sound_features(slides, damaged)
+    fitted = fit_signatures(slides, decoder, signatures) if signatures else []
     wanted = [Contents.of(slide, decoder, columns, fitted) for slide in slides]
-    failed = 0
+    failed = len(damaged)
     for slide, asked in zip(slides, wanted, strict=True):
         try:
-            if slide.path in left_out:
-                raise left_out[slide.path]
             print(f"{slide.path.stem}: {_one(slide, decoder, asked, forms, args)}", flush=True)
         except SealExtractError as exc:
             failed += 1
             fail(f"{slide.path.stem}: {exc}", 1)
-    return fail(f"{failed} of {len(slides)} slides failed", 1) if failed else 0
+    return fail(f"{failed} of {len(slides) + len(damaged)} slides failed", 1) if failed else 0
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -122,7 +120,7 @@ def _list(args: argparse.Namespace) -> int:
     from seal_extract.genes.panel import read_panel
 
     if args.features:
-        decoder = decoder_for(finished_features(args.features, args.encoder), args)
+        decoder = decoder_for(finished_features(args.features, args.encoder)[0], args)
     elif args.encoder:
         panel = None if args.panel is None else read_panel(args.panel)
         decoder = load_decoder(args.encoder, checkpoint=args.checkpoint, panel=panel, offline=args.offline)
@@ -139,26 +137,61 @@ def _list(args: argparse.Namespace) -> int:
     return 0
 
 
-def finished_features(paths: Sequence[Path], encoder: str | None) -> list[SlideFeatures]:
-    """The features files given, and those in folders that were given.
+def finished_features(
+    paths: Sequence[Path], encoder: str | None
+) -> tuple[list[SlideFeatures], dict[Path, SealExtractError]]:
+    """The features files given, and those in folders given; and those that are damaged, which are told.
 
     Raises:
         UsageError: none is given, or they are of several encoders.
+        OutputError: none can be read.
     """
     from seal_extract.store import list_features, read_features
 
     if not paths:
         raise UsageError("type the -o of a finished run, or features files")
     slides: list[SlideFeatures] = []
+    damaged: dict[Path, SealExtractError] = {}
     for path in paths:
-        slides += list_features(path)[0] if path.is_dir() else [read_features(path)]
+        try:
+            if path.is_dir():
+                listed, bad = list_features(path)
+                slides, damaged = slides + listed, damaged | bad
+            else:
+                slides.append(read_features(path))
+        except SealExtractError as exc:
+            if len(paths) == 1:
+                raise
+            damaged[path] = exc
+    for error in damaged.values():
+        fail(str(error), 1)
+    if not slides:
+        raise OutputError("none of these files can be read; give the -o of a finished run")
     names = sorted({slide.provenance["encoder"]["name"] for slide in slides})
     wanted = [
         s for s in slides if encoder is None or len(names) == 1 or s.provenance["encoder"]["name"] == encoder
     ]
     if len(names) > 1 and (encoder is None or not wanted):
         raise UsageError(f"these are features of {', '.join(names)}; choose one with --encoder")
-    return wanted
+    return wanted, damaged
+
+
+def sound_features(
+    slides: Sequence[SlideFeatures], damaged: dict[Path, SealExtractError]
+) -> tuple[list[SlideFeatures], dict[Path, SealExtractError]]:
+    """Those whose rows are all there and finite; the others join the damaged ones, and are told.
+
+    Raises:
+        OutputError: none is left.
+    """
+    from seal_extract.genes.index import sound_slides
+
+    sound, bad = sound_slides(slides)
+    for exc in bad.values():
+        fail(str(exc), 1)
+    if not sound:
+        raise OutputError("none of these features files is whole; encode these slides again with --overwrite")
+    return sound, damaged | bad
 
 
 def decoder_for(slides: Sequence[SlideFeatures], args: argparse.Namespace) -> GeneDecoder:

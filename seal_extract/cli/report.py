@@ -60,7 +60,7 @@ def run_report(args: argparse.Namespace) -> int:
     from seal_extract.view.report import check_side, report_path
 
     check_side(args.max_px)
-    slides = finished_features(args.features, args.encoder)
+    slides, damaged = finished_features(args.features, args.encoder)
     check_one_encoder(slides)
     one_file_each(slides, lambda slide: report_path(slide, args.out))
     decoder = _decoder(args, slides)
@@ -79,14 +79,14 @@ def run_report(args: argparse.Namespace) -> int:
         "max_px": args.max_px,
         "overwrite": args.overwrite,
     }
-    failed = 0
+    failed = len(damaged)
     for slide in slides:
         try:
             print(f"{slide.path.stem}: {_one(slide, wanted, args)}", flush=True)
         except SealExtractError as exc:
             failed += 1
             fail(f"{slide.path.stem}: {exc}", 1)
-    return fail(f"{failed} of {len(slides)} slides failed", 1) if failed else 0
+    return fail(f"{failed} of {len(slides) + len(damaged)} slides failed", 1) if failed else 0
 
 
 def _one(features: SlideFeatures, wanted: dict[str, Any], args: argparse.Namespace) -> str:

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seal_extract.cli.fail import fail
-from seal_extract.cli.genes import add_decoder, add_slides, decoder_for, finished_features
+from seal_extract.cli.found import open_results, query_of, short_names, write_found, write_genes
+from seal_extract.cli.genes import add_decoder, add_slides, decoder_for, finished_features, sound_features
 from seal_extract.cli.options import add_common, mpp
-from seal_extract.errors import SealExtractError, UsageError
+from seal_extract.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from seal_extract.genes.index import Index, Rows
-    from seal_extract.genes.region import RegionGenes
     from seal_extract.genes.search import Found
     from seal_extract.store import SlideFeatures
 
-SHOWN = 15  # lines printed
+BY_LIKENESS = ("patch", "image", "profile")  # queries that an index answers
 
 
 def search_parser() -> argparse.ArgumentParser:
@@ -32,13 +30,13 @@ def search_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="seal-extract search",
         description="Find patches of finished slides by gene, signature, expression profile, patch or image, "
-        "or the genes of a region. Writes found.csv, a contact sheet and tiles for QuPath.",
+        "or the genes of a region. Writes found.csv, a contact sheet and tiles for QuPath, or genes.csv.",
     )
     p.set_defaults(handler=run)
     p.add_argument(
         "features", nargs="+", type=Path, metavar="OUT|SLIDE.h5", help="a run's -o, or features files"
     )
-    asked = p.add_mutually_exclusive_group(required=True)
+    asked = p.add_mutually_exclusive_group()
     asked.add_argument("--gene", metavar="NAME", help="patches where it is predicted to be highest")
     asked.add_argument("--signature", metavar="FILE.gmt:NAME|A:1,B:-1", help="likewise of a set of genes")
     asked.add_argument(
@@ -61,10 +59,12 @@ def search_parser() -> argparse.ArgumentParser:
     p.add_argument("--panel", type=Path, metavar="FILE", help="the gene of each column, one per line")
     p.add_argument(
         "--index", choices=["exact", "build", "use"], default="exact",
-        help="exact looks at every patch; build makes or updates a FAISS index beside the features and uses "
-        "it, use takes it as it is (default: exact)",
+        help="exact looks at every patch; build makes or updates a FAISS index beside the features, alone or "
+        "beside a query; --patch, --image and --profile are then answered by it; use takes it as it is "
+        "(default: exact)",
     )  # fmt: skip
-    p.add_argument("-o", "--out", type=Path, default=Path("search"), help="folder (default: search)")
+    p.add_argument("-o", "--out", type=Path, help="folder (default: search/QUERY)")
+    p.add_argument("--overwrite", action="store_true", help="replace the results of another query in -o")
     p.add_argument("--omics", type=Path, metavar="FILE", help="the encoder's expression half, for --profile")
     add_decoder(p)
     add_slides(p)
@@ -73,21 +73,36 @@ def search_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what was found, then where it was written."""
+    """Print what was found, then where it was written; 1 if a slide or the pictures were left out."""
     from seal_extract.genes.index import check_one_encoder
 
-    slides = finished_features(args.features, args.encoder)
+    query = query_of(args)
+    if query is None and args.index != "build":
+        raise UsageError(
+            "type what to search for, such as --gene NAME or --patch SLIDE:X,Y, or --index build"
+        )
+    if query is not None and args.index == "use" and query[0] not in BY_LIKENESS:
+        raise UsageError(f"--index use is of {', '.join(BY_LIKENESS)}; leave it out beside --{query[0]}")
+    slides, damaged = finished_features(args.features, args.encoder)
     check_one_encoder(slides)
+    if args.region is not None and args.index == "exact":
+        slides = [_named(slides, _region(args.region)[0])]
+    if args.index != "use":
+        slides, damaged = sound_features(slides, damaged)
+    index = None if args.index == "exact" else _index(slides, args)
+    status = 1 if damaged else 0
+    if query is None:
+        return status
     if args.region is not None:
-        return _genes_of_region(slides, args)
-    found = _find(slides, args)
-    for rank, one in enumerate(found[:SHOWN], 1):
-        x, y = one.xy_l0
-        print(f"{rank:3}  {one.score:8.4f}  {one.slide.path.stem}  ({x}, {y})")
-    return _write(found, _title(args), args)
+        _genes_of_region(_named(slides, _region(args.region)[0]), args)
+        return status
+    found = _find(slides, index, args)
+    out = open_results(args, slides)
+    return max(status, write_found(found, short_names(slides), _title(args), out, args))
 
 
-def _find(slides: list[SlideFeatures], args: argparse.Namespace) -> list[Found]:
+def _find(slides: list[SlideFeatures], index: Index | None, args: argparse.Namespace) -> list[Found]:
+    from seal_extract.genes.index import ExactIndex
     from seal_extract.genes.search import search_expression
     from seal_extract.genes.signature import Signature, read_signature
 
@@ -98,6 +113,7 @@ def _find(slides: list[SlideFeatures], args: argparse.Namespace) -> list[Found]:
             signature = Signature(args.gene, {args.gene: 1.0})
         else:
             signature = read_signature(args.signature)
+            print(signature.told(decoder))
         return search_expression(slides, decoder, signature, args.k, per_slide=args.per_slide)
     if args.per_slide is not None:
         raise UsageError("--per-slide goes with --gene and --signature; leave it out")
@@ -111,7 +127,7 @@ def _find(slides: list[SlideFeatures], args: argparse.Namespace) -> list[Found]:
         query = skip.slide.features[skip.row]
     else:
         query = _query_of_image(slides[0], args)
-    return _index(slides, args).search(query, args.k, skip=skip)
+    return (index or ExactIndex(slides)).search(query, args.k, skip=skip)
 
 
 def _query_of_profile(
@@ -205,10 +221,6 @@ def _named(slides: list[SlideFeatures], name: str) -> SlideFeatures:
 
 
 def _index(slides: list[SlideFeatures], args: argparse.Namespace) -> Index:
-    if args.index == "exact":
-        from seal_extract.genes.index import ExactIndex
-
-        return ExactIndex(slides)
     from seal_extract.genes.faiss_index import build, index_folder, open_index
 
     folder = index_folder(slides)
@@ -223,94 +235,47 @@ def _index(slides: list[SlideFeatures], args: argparse.Namespace) -> Index:
     return index
 
 
-# --- what is written ----------------------------------------------------------------------------
+# --- regions ------------------------------------------------------------------------------------
 
 
-def _write(found: list[Found], title: str, args: argparse.Namespace) -> int:
-    from seal_extract.view.contact_sheet import draw_contact_sheet
-
-    table = args.out / "found.csv"
-    head = ("rank", "slide", "row", "x_l0", "y_l0", "patch_size_l0", "score")
-    _table(
-        table,
-        head,
-        (
-            (rank, one.slide.path.stem, one.row, *one.xy_l0, one.slide.grid.patch_size_l0, f"{one.score:.6g}")
-            for rank, one in enumerate(found, 1)
-        ),
-    )
-    _tiles(found, args.out)
-    print(f"{len(found)} patches -> {args.out}")
-    try:
-        draw_contact_sheet(found, args.out / "contact_sheet.png", title, args.slides)
-    except SealExtractError as exc:
-        return fail(f"no contact sheet: {exc}", 1)
-    return 0
-
-
-def _tiles(found: list[Found], out: Path) -> None:
-    """Tiles of each slide for QuPath."""
-    import numpy as np
-
-    from seal_extract.geojson import write_patches
-
-    by_slide: dict[Path, list[Found]] = {}
-    for one in found:
-        by_slide.setdefault(one.slide.path, []).append(one)
-    for path, some in by_slide.items():
-        slide = some[0].slide
-        xy_l0 = slide.grid.xy_l0[[one.row for one in some]]
-        scores = {"score": np.array([one.score for one in some])}
-        write_patches(out / f"{path.stem}.geojson", xy_l0, slide.grid.patch_size_l0, scores)
-
-
-def _genes_of_region(slides: list[SlideFeatures], args: argparse.Namespace) -> int:
-    from seal_extract.genes.region import patches_inside, region_genes
-    from seal_extract.geojson import read_polygons
-
-    name, _, file = args.region.partition(":")
+def _region(text: str) -> tuple[str, Path]:
+    """Slide and file of ``SLIDE:FILE.geojson``."""
+    name, _, file = text.partition(":")
     if not file:
-        raise UsageError(f"--region {args.region!r}; type SLIDE:FILE.geojson, of areas drawn in QuPath")
-    slide = _named(slides, name)
-    polygons, _ = read_polygons(Path(file))
+        raise UsageError(f"--region {text!r}; type SLIDE:FILE.geojson, of areas drawn in QuPath")
+    return name, Path(file)
+
+
+def _genes_of_region(slide: SlideFeatures, args: argparse.Namespace) -> None:
+    from seal_extract.genes.region import areas_mm2, patches_inside, region_genes
+    from seal_extract.geojson import read_polygons
+    from seal_extract.view.gallery import read_outline
+    from seal_extract.view.report import outline_path
+
+    polygons, _ = read_polygons(_region(args.region)[1])
     decoder = decoder_for([slide], args)
     inside = patches_inside(slide.grid, polygons)
     found = region_genes(slide, decoder, inside, permutations=args.permutations)
-    _print_genes(found, len(slide.grid))
-    table = args.out / "genes.csv"
-    head = ("gene", "cohens_d", "mean_inside", "mean_outside", "p_patches", "p_pieces")
-    columns = (found.effect, found.inside, found.outside, found.p_patches, found.p_pieces)
-    rows = zip(*columns, strict=True)
-    _table(
-        table, head, ((gene, *(f"{v:.6g}" for v in row)) for gene, row in zip(found.genes, rows, strict=True))
+    out = open_results(args, [slide])
+    area, tissue = areas_mm2(polygons, read_outline(outline_path(slide)), slide.provenance["slide"]["mpp"])
+    on_tissue = (
+        "unknown, for its outline is not beside the features" if tissue is None else f"{tissue:.4g} mm²"
     )
-    print(f"{len(found.genes)} genes -> {table}")
-    return 0
-
-
-def _print_genes(found: RegionGenes, patches: int) -> None:
-    print(f"{found.patches} of {patches} patches inside; {found.permutations} draws")
-    print(f"{'gene':16} {'Cohen d':>8} {'inside':>8} {'outside':>8} {'p patches':>10} {'p pieces':>9}")
-    for i, gene in enumerate(found.genes[:SHOWN]):
-        print(
-            f"{gene:16} {found.effect[i]:8.3f} {found.inside[i]:8.3f} {found.outside[i]:8.3f} "
-            f"{found.p_patches[i]:10.3g} {found.p_pieces[i]:9.3g}"
-        )
-
-
-def _table(path: Path, head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    from seal_extract.publish import publish, writing
-
-    with publish(path) as part, writing(path), part.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([head, *rows])
+    print(
+        f"{found.patches} of {len(slide.grid)} patches inside; area of the region {area:.4g} mm², "
+        f"of the tissue in it {on_tissue}; {found.permutations} draws; q: Benjamini-Hochberg over "
+        f"{len(found.genes)} genes"
+    )
+    write_genes(found, out)
 
 
 def _title(args: argparse.Namespace) -> str:
-    asked = {
-        "high predicted expression of": args.gene,
-        "high signature": args.signature,
-        "like the profile": args.profile,
-        "like the patch": args.patch,
-        "like the picture": args.image,
+    words = {
+        "gene": "high predicted expression of",
+        "signature": "high signature",
+        "profile": "like the profile",
+        "patch": "like the patch",
+        "image": "like the picture",
     }
-    return next(f"{what} {value}" for what, value in asked.items() if value is not None)
+    kind, asked = query_of(args) or ("", "")
+    return f"{words[kind]} {asked}"

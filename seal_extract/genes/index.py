@@ -11,12 +11,13 @@ import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from seal_extract.errors import UsageError
+from seal_extract.errors import OutputError, UsageError
 from seal_extract.genes.search import Found
 from seal_extract.store import SlideFeatures, read_pieces
 
@@ -324,6 +325,23 @@ def rows_to_skip(slides: Sequence[SlideFeatures], skip: Sequence[Found]) -> dict
         if (where := place.get(one.slide.path.resolve())) is not None:
             rows.setdefault(where, []).append(one.row)
     return rows
+
+
+def sound_slides(
+    slides: Sequence[SlideFeatures],
+) -> tuple[list[SlideFeatures], dict[Path, OutputError]]:
+    """Slides whose rows can all be read and are finite, and of the others why not."""
+    sound, damaged = [], {}
+    for slide in slides:
+        try:
+            if not all(np.isfinite(rows).all() for rows in pieces(slide)):
+                raise OutputError(
+                    f"{slide.path} holds NaN or infinity; encode that slide again with --overwrite"
+                )
+            sound.append(slide)
+        except OutputError as exc:
+            damaged[slide.path] = exc
+    return sound, damaged
 
 
 def unit(rows: NDArray[np.floating]) -> Rows:

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from seal_extract.errors import OutputError, SealExtractError, UsageError
+from seal_extract.errors import OutputError, UsageError
 from seal_extract.genes.contents import EXPRESSION, Contents, source_provenance, to_write
 from seal_extract.genes.decoder import GeneDecoder
 from seal_extract.genes.signature import FittedSignature, Signature
@@ -21,8 +21,6 @@ from seal_extract.store import SlideFeatures, read_pieces, read_provenance, writ
 GENES = "genes"  # the dataset of their names
 SIGNATURES, SIGNATURE_NAMES = "signatures", "signature_names"
 BLOCK_ROWS = 4096  # rows predicted at a time: 33 MB of 2,000 genes
-
-LeftOut = dict[Path, SealExtractError]  # features files that cannot be used, and why
 
 
 @dataclass(frozen=True)
@@ -159,73 +157,42 @@ def predict_genes(
 
 
 def moments(
-    slides: Sequence[SlideFeatures],
-    decoder: GeneDecoder,
-    columns: Sequence[int] | None = None,
-    left_out: LeftOut | None = None,
+    slides: Sequence[SlideFeatures], decoder: GeneDecoder, columns: Sequence[int] | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mean and standard deviation of each gene over all patches of all slides, float64 [G] each.
 
     Source: Chan, Golub and LeVeque 1983, by which blocks are joined without loss.
 
-    Args:
-        slides: of the decoder's encoder.
-        decoder: from `decoder_of`.
-        columns: genes by their column; all by default.
-        left_out: gets the slides that are damaged, which then do not count; by default they are an error.
-
     Raises:
         UsageError: there is no patch.
-        SealExtractError: a slide is damaged.
     """
-    joined: _Moments = (0, np.zeros(1), np.zeros(1))
+    count, mean, squares = 0, np.zeros(1), np.zeros(1)
     for slide in slides:
-        own: _Moments = (0, np.zeros(1), np.zeros(1))
-        try:
-            for block in predicted(slide, decoder, columns):
-                rows = block.astype(np.float64)
-                own = _join(own, (len(rows), rows.mean(0), ((rows - rows.mean(0)) ** 2).sum(0)))
-        except SealExtractError as exc:
-            if left_out is None:
-                raise
-            left_out[slide.path] = exc
-        else:
-            joined = _join(joined, own)
-    count, mean, squares = joined
+        for block in predicted(slide, decoder, columns):
+            rows = block.astype(np.float64)
+            n, middle = len(rows), rows.mean(0)
+            gap = middle - mean
+            squares = squares + ((rows - middle) ** 2).sum(0) + gap**2 * (count * n / (count + n))
+            mean = mean + gap * (n / (count + n))
+            count += n
     if not count:
-        why = f" ({next(iter(left_out.values()))})" if left_out else ""
-        raise UsageError(f"there is no patch in these slides{why}; choose others")
+        raise UsageError("there is no patch in these slides; choose others")
     return mean, np.sqrt(squares / count)
 
 
-_Moments = tuple[int, NDArray[np.float64], NDArray[np.float64]]  # count, mean, squares around it
-
-
-def _join(a: _Moments, b: _Moments) -> _Moments:
-    count = a[0] + b[0]
-    if not count:
-        return a
-    gap = b[1] - a[1]
-    return count, a[1] + gap * (b[0] / count), a[2] + b[2] + gap**2 * (a[0] * b[0] / count)
-
-
 def fit_signatures(
-    slides: Sequence[SlideFeatures],
-    decoder: GeneDecoder,
-    signatures: Sequence[Signature],
-    left_out: LeftOut | None = None,
+    slides: Sequence[SlideFeatures], decoder: GeneDecoder, signatures: Sequence[Signature]
 ) -> list[FittedSignature]:
     """Standardise the genes of signatures over all patches of all ``slides`` together.
 
-    Genes that the decoder does not know are left out. Of ``left_out`` see `moments`.
+    Genes that the decoder does not know are left out.
 
     Raises:
         UsageError: the decoder knows none of the genes of one, or there is no patch.
-        SealExtractError: a slide is damaged.
     """
     known = [signature.known_to(decoder) for signature in signatures]
     columns = sorted({column for some, _ in known for column in some})
-    mean, deviation = moments(slides, decoder, columns, left_out)
+    mean, deviation = moments(slides, decoder, columns)
     place = {column: i for i, column in enumerate(columns)}
     names = decoder.named()
     return [

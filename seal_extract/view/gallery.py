@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.errors import SealExtractError, UsageError
-from seal_extract.geojson import Polygon, inside_polygons, read_polygons, signed_area
+from seal_extract.geojson import Polygon, read_polygons
 from seal_extract.grid import PatchGrid
 from seal_extract.store import SlideFeatures, sample_rows
 from seal_extract.view.cache import BoundedCache
@@ -266,13 +266,18 @@ class Gallery:
 
     def region(self, index: int, polygon: Sequence[Sequence[float]]) -> dict[str, Any]:
         """How large a polygon in level-0 pixels is, how many patches have their centre in it, their genes."""
+        from seal_extract.genes.region import areas_mm2, patches_inside
+
         features = self._read(index)
         corners = np.asarray(polygon, np.float64)
-        inside = inside_polygons([Polygon(corners)], features.grid.xy_l0 + features.grid.patch_size_l0 / 2)
-        area_um2 = abs(signed_area(corners)) * self._slide(index).slide.mpp ** 2
-        answer = {
+        drawn = [Polygon(corners)]
+        inside = patches_inside(features.grid, drawn)
+        outline = read_outline(self._shown(index).tissue)
+        area, tissue = areas_mm2(drawn, outline, self._slide(index).slide.mpp)
+        answer: dict[str, Any] = {
             "patches": int(inside.sum()),
-            "area_mm2": area_um2 / 1e6,
+            "area_mm2": area,
+            "tissue_mm2": tissue,
             "genes": [],
             "why": "",
         }
@@ -308,12 +313,17 @@ def _raster(grid: PatchGrid) -> PatchRaster | None:
 
 def tissue_rings(path: Path) -> list[list[list[int]]]:
     """The outline's rings in level-0 pixels; none where it was never written or was damaged since."""
-    try:
-        polygons, _ = read_polygons(path)
-    except SealExtractError:
-        return []
+    polygons = read_outline(path) or ()
     rings = [ring for polygon in polygons for ring in (polygon.exterior, *polygon.holes)]
     return [np.round(ring).astype(int).tolist() for ring in rings]
+
+
+def read_outline(path: Path) -> list[Polygon] | None:
+    """The tissue's polygons in level-0 pixels; None where they were never written or were damaged since."""
+    try:
+        return read_polygons(path)[0]
+    except SealExtractError:
+        return None
 
 
 def _number(text: str, what: str, allowed: tuple[int, int]) -> int:

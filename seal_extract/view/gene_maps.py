@@ -152,7 +152,8 @@ class GeneMaps:
 
         large = len(features.grid) * self.decoder.n_genes > LARGE
         found = region_genes(features, self.decoder, inside, permutations=199 if large else 999)
-        rows = zip(found.genes, found.inside, found.outside, found.effect, found.p_pieces, strict=True)
+        numbers = (found.inside, found.outside, found.effect, found.p_pieces, found.q_pieces)
+        rows = zip(found.genes, *numbers, strict=True)
         return {
             "genes": [
                 {
@@ -161,9 +162,11 @@ class GeneMaps:
                     "outside": float(beyond),
                     "effect": float(effect),
                     "p": float(p),
+                    "q": float(q),
                 }
-                for gene, within, beyond, effect, p in list(rows)[:most]
+                for gene, within, beyond, effect, p, q in list(rows)[:most]
             ],
-            "note": f"{UNIT}; effect is Cohen's d; p is the share of {found.permutations} pieces as large, "
-            "elsewhere on the slide, that differ as much, not corrected for the number of genes",
+            "note": f"{UNIT}; effect is Cohen's d; p is the share of {found.permutations} regions of equal "
+            f"size, elsewhere on the slide, that differ as much; q corrects it for {len(found.genes):,} "
+            "genes (Benjamini-Hochberg)",
         }

@@ -225,11 +225,16 @@ def _beside(features: SlideFeatures) -> list[Path]:
     return sorted(features.path.parent.parent.glob(f"slide_features_*/{features.path.name}"))
 
 
-def _outline(features: SlideFeatures, apart_l0: float) -> Rings:
-    """The tissue's rings in level-0 pixels, no finer than the picture; none where they were never written."""
+def outline_path(features: SlideFeatures) -> Path:
+    """Where a slide's tissue outline lies, if anywhere."""
     name, grid = f"{features.path.stem}.geojson", features.grid.name
     places = (of_grid(folder / CONTOURS, grid, name) for folder in features.path.resolve().parents[:4])
-    rings = tissue_rings(next((place for place in places if place.exists()), Path(name)))
+    return next((place for place in places if place.exists()), Path(name))
+
+
+def _outline(features: SlideFeatures, apart_l0: float) -> Rings:
+    """The tissue's rings in level-0 pixels, no finer than the picture; none where they were never written."""
+    rings = tissue_rings(outline_path(features))
     thinned = (cv2.approxPolyDP(np.asarray(ring, np.int32), apart_l0, True)[:, 0].tolist() for ring in rings)
     return [ring for ring in thinned if len(ring) > 2]
 

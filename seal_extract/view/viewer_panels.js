@@ -61,9 +61,11 @@ function alikeButton(scope, one, actions) {
 
 const small = (p) => (p < 0.001 ? "< .001" : fixed(p, 3));
 
+const areaText = (mm2) => (mm2 >= 0.01 || !mm2 ? `${fixed(mm2)} mm²` : `${Math.round(mm2 * 1e6).toLocaleString("en")} µm²`);
+
 export function showRegion(answer, actions) {
-  const area = answer.area_mm2 >= 0.01 ? `${fixed(answer.area_mm2)} mm²` : `${Math.round(answer.area_mm2 * 1e6).toLocaleString("en")} µm²`;
-  const parts = [element("p", {}, `${count(answer.patches, "patch", "patches")}, ${area}`)];
+  const tissue = typeof answer.tissue_mm2 === "number" ? `, tissue ${areaText(answer.tissue_mm2)}` : "";
+  const parts = [element("p", {}, `${count(answer.patches, "patch", "patches")}, region ${areaText(answer.area_mm2)}${tissue}`)];
   if (answer.why) parts.push(element("p", { className: "muted small" }, answer.why));
   if (answer.genes.length) parts.push(...regionGenes(answer, actions));
   $("region").replaceChildren(...parts);
@@ -71,9 +73,9 @@ export function showRegion(answer, actions) {
 
 function regionGenes(answer, actions) {
   const tested = answer.genes.some((row) => row.p !== undefined);
-  const head = ["Gene", "inside", "outside", "effect", ...(tested ? ["p"] : [])];
+  const head = ["Gene", "inside", "outside", "effect", ...(tested ? ["p", "q"] : [])];
   const rows = answer.genes.map((row) => [
-    geneButton(row.gene, actions), fixed(row.inside), fixed(row.outside), signed(row.effect), ...(tested ? [small(row.p)] : []),
+    geneButton(row.gene, actions), fixed(row.inside), fixed(row.outside), signed(row.effect), ...(tested ? [small(row.p), small(row.q)] : []),
   ]);
   return [
     element("h4", {}, "Genes ", element("small", {}, "higher here than in the rest of the slide")),
