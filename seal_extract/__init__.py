@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from seal_extract.cohort import CohortReport, extract_cohort
+    from seal_extract.embed_patches import extract_patches
     from seal_extract.encoders import Encoder, EncoderSpec, list_encoders, load_encoder
     from seal_extract.errors import SealExtractError
     from seal_extract.extract import extract
@@ -38,6 +39,7 @@ _HOME = {
     "load_omics": "genes",
     "OmicsEncoder": "genes",
     "extract": "extract",
+    "extract_patches": "embed_patches",
     "list_slides": "slide_list",
     "SlideList": "slide_list",
     "extract_cohort": "cohort",
@@ -62,6 +64,7 @@ __all__ = [
     "TissueMask",
     "extract",
     "extract_cohort",
+    "extract_patches",
     "find_tissue",
     "list_encoders",
     "list_slides",

@@ -187,7 +187,7 @@ def _without_origin(provenance: dict[str, Any]) -> dict[str, Any]:
 
 def _copy(source: SlideFeatures, provenance: dict[str, Any], layout: str, out: Path, overwrite: bool) -> None:
     slide, encoder = provenance["slide"], provenance["encoder"]["name"]
-    label = SlideLabel(source.path.stem, tuple(slide["size_l0"]), slide["mpp"])
+    label = SlideLabel(source.path.stem, tuple(slide["size_l0"]), slide["mpp"], source.barcodes)
     target = layout_of_grid(layout, out, source.grid)
     target.write_coords(label, source.grid, provenance, overwrite=overwrite)
     with target.write_features(label, source.grid, encoder, source.dim, provenance) as writer:

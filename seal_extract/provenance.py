@@ -120,13 +120,14 @@ def describe(
         "encoder": encoder,
         "read_errors": 0,
         "unreadable": [],  # row, xy_l0 and reason of each patch whose features are zeros
-        "versions": dict(_versions()),
+        "versions": dict(library_versions()),
         "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 
 @lru_cache(maxsize=1)
-def _versions() -> tuple[tuple[str, str], ...]:
+def library_versions() -> tuple[tuple[str, str], ...]:
+    """The libraries that decide the numbers, with their versions."""
     return tuple((name, version(name)) for name in LIBRARIES)
 
 

@@ -94,7 +94,7 @@ def write_h5ad(
         rows = read_pieces(features.path) if pieces is None else pieces
         _write_rows(file, (len(grid), len(names)), rows)
         x, y = grid.xy_l0.T
-        _frame(file, "obs", _patch_names(slide, len(grid)), {"x_l0": x, "y_l0": y} | further)
+        _frame(file, "obs", _patch_names(slide, features), {"x_l0": x, "y_l0": y} | further)
         _frame(file, "var", names, {})
         _array(_dict(file, "obsm"), "spatial", _centres(features))
         for empty in ("layers", "obsp", "varm", "varp"):
@@ -192,7 +192,7 @@ def _write_store(features: SlideFeatures, path: Path) -> None:
     from spatialdata.transformations import Identity, Scale
 
     grid, slide, size = features.grid, path.stem, features.grid.patch_size_l0
-    facts, names = _facts(features, slide), _patch_names(slide, len(grid))
+    facts, names = _facts(features, slide), _patch_names(slide, features)
     x, y = grid.xy_l0.T
     shapes = ShapesModel.parse(
         GeoDataFrame(geometry=box(x, y, x + size, y + size), index=names),
@@ -242,8 +242,8 @@ def _publish_store(store: Any, path: Path) -> None:
 # --- both -------------------------------------------------------------------------------------------
 
 
-def _patch_names(slide: str, patches: int) -> list[str]:
-    return [f"{slide}_{row}" for row in range(patches)]
+def _patch_names(slide: str, features: SlideFeatures) -> list[str]:
+    return list(features.barcodes or (f"{slide}_{row}" for row in range(len(features.grid))))
 
 
 def _centres(features: SlideFeatures) -> NDArray[np.float64]:

@@ -28,6 +28,7 @@ from seal_extract.publish import writing
 PROVENANCE = "seal_extract"  # at the root; "encoder" and "stamp_version" there would mislead STAMP
 EXPORTED_FROM = "exported_from"  # in the provenance of a copy in another layout
 PIXELS, MICROMETRES = "features", "feats"  # datasets of rows; STAMP's has coords in µm
+BARCODE = "barcode"  # dataset of the patches' names, where they have some
 CHUNK_BYTES = 2**20  # a chunk of features is some hundred rows, never one
 PIECE_BYTES = 2**24  # rows copied from file to file at a time
 
@@ -45,11 +46,18 @@ class SlideLabel:
         name: of its files, without suffix.
         size_l0: (width, height) in level-0 pixels.
         mpp: its true µm/px at level 0.
+        barcodes: one per patch, where patches have names; they go into every file beside the rows.
     """
 
     name: str
     size_l0: tuple[int, int]
     mpp: float
+    barcodes: tuple[str, ...] | None = None
+
+    def add_barcodes(self, file: h5py.File) -> None:
+        """Write ``barcode``, UTF-8 [N], where there are any."""
+        if self.barcodes is not None:
+            file.create_dataset(BARCODE, data=list(self.barcodes), dtype=h5py.string_dtype())
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,12 @@ class SlideFeatures:
         with _open_rows(self.path) as rows, reading(self.path):
             features: NDArray[np.float32] = rows[()].astype(np.float32, copy=False)
         return features
+
+    @cached_property
+    def barcodes(self) -> tuple[str, ...] | None:
+        """The name of each patch, as ready-cut ones have it; None for patches of a grid."""
+        with h5py.File(self.path, "r") as file:
+            return tuple(file[BARCODE].asstr()[()].tolist()) if BARCODE in file else None
 
     @cached_property
     def dim(self) -> int:

@@ -33,6 +33,7 @@ READING = {
     "tissue",
     "grid",
     "hdf5",
+    "patch_files",
 }
 ALLOWED = {
     "reading": set(),
@@ -86,6 +87,7 @@ PARTS = {
     "status": "results",
     "slide_level": "slide_level",
     "extract": "story",
+    "embed_patches": "story",
     "forward": "story",
     "planned": "story",
     "writer": "story",

@@ -63,9 +63,13 @@ def slides_parser() -> argparse.ArgumentParser:
     encoder.add_argument("--offline", action="store_true", help="never ask the network")
 
     patches = p.add_argument_group("patches")
-    patches.add_argument("--mpp", type=mpp, default=0.5, metavar="UM", help="µm/px, or 20x (default: 0.5)")
+    patches.add_argument("--mpp", type=mpp, metavar="UM", help="µm/px, or 20x (default: 0.5)")
+    patches.add_argument("--patch-px", type=int, metavar="N", help="side in pixels (default: 224)")
     patches.add_argument(
-        "--patch-px", type=int, default=224, metavar="N", help="side in pixels (default: 224)"
+        "--patches",
+        action="store_true",
+        help="SLIDE is ready-cut patches: HEST's patches/NAME.h5, an .npz, or a folder of PNG or JPEG; --mpp "
+        "is their µm/px, where the file does not state it",
     )
     patches.add_argument(
         "--overlap-px", type=int, default=0, metavar="N", help="overlap of neighbours (default: 0)"

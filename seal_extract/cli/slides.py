@@ -34,6 +34,11 @@ def run(args: argparse.Namespace) -> int:
     """Embed slides, or only say what would be read of them."""
     from seal_extract.slide_list import list_slides
 
+    if args.patches:
+        from seal_extract.cli.patches import run_patches
+        from seal_extract.cli.slide_options import slides_parser
+
+        return run_patches(args, slides_parser())
     options = _options(args)
     slides = list_slides(args.slides, args.slide_folder)
     if args.shard is not None:
@@ -41,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     _tell_ignored(slides, args.verbose)
     if args.dry_run:
         return _run_dry(slides, options)
-    return embed(slides, _requests(args), options, args)
+    return embed(slides, requests(args), options, args)
 
 
 def _options(args: argparse.Namespace) -> ExtractOptions:
@@ -49,7 +54,8 @@ def _options(args: argparse.Namespace) -> ExtractOptions:
 
     from seal_extract.plan import ExtractOptions
 
-    return ExtractOptions(**{f.name: getattr(args, f.name) for f in fields(ExtractOptions)})
+    given = {f.name: getattr(args, f.name) for f in fields(ExtractOptions)}
+    return ExtractOptions(**{name: value for name, value in given.items() if value is not None})
 
 
 def _tell_ignored(slides: SlideList, verbose: bool) -> None:
@@ -122,7 +128,7 @@ def _row(cells: Sequence[str]) -> str:
 # --- a run --------------------------------------------------------------------------------------------
 
 
-def _requests(args: argparse.Namespace) -> list[EncoderRequest]:
+def requests(args: argparse.Namespace) -> list[EncoderRequest]:
     """The encoders asked for; a checkpoint or an adapter is one encoder's."""
     from seal_extract.encoders.bundled import DEFAULT
     from seal_extract.encoders.request import EncoderRequest

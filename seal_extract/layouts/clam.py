@@ -74,6 +74,7 @@ class ClamLayout(Layout):
         size = tuple(round(side / downsample) for side in label.size_l0)
 
         def describe(file: h5py.File) -> None:
+            label.add_barcodes(file)
             file.create_dataset("coords", data=grid.xy_l0).attrs.update(
                 patch_size=read_px,
                 patch_level=level,

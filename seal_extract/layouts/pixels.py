@@ -36,6 +36,7 @@ def write_pixel_coords(path: Path, label: SlideLabel, grid: PatchGrid, provenanc
 
 def create_coords(file: h5py.File, label: SlideLabel, grid: PatchGrid, folder: Path) -> None:
     """``coords`` int64 [N, 2] with the nine attributes."""
+    label.add_barcodes(file)
     coords = file.create_dataset("coords", data=grid.xy_l0)
     coords.attrs.update(
         patch_size=grid.patch_px,

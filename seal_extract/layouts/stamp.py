@@ -40,6 +40,7 @@ class StampLayout(Layout):
     ) -> AbstractContextManager[FeatureWriter]:
         # STAMP's heatmaps divide by the µm/px that the slide file says: so the true one, not the nominal
         def describe(file: h5py.File) -> None:
+            label.add_barcodes(file)
             file.create_dataset("coords", data=(grid.xy_l0 * label.mpp).astype(np.float32))
             file.attrs.update(
                 extractor=encoder,
