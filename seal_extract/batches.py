@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from seal_extract.decode import Decoded, Decoder
-from seal_extract.errors import ReadError, SealExtractError
+from seal_extract.errors import ReadError
 
 ROWS_PER_JOB = 8  # patches a thread reads at a time: large enough that handing over costs nothing
 JOB_BYTES = 32 * 2**20  # fewer where patches are huge
@@ -24,7 +24,7 @@ READ_AHEAD_BYTES = 256 * 2**20  # host memory that decoded regions may fill
 
 POLL_S = 0.005  # between two looks whether the next slide is ready, when there is nothing else to do
 
-OnFailure = Callable[[int, SealExtractError], None]
+OnFailure = Callable[[int, Exception], None]
 
 
 @dataclass(frozen=True)
@@ -193,11 +193,11 @@ class _Stream:
             if not waiting:
                 continue
             job = waiting.popleft()
-            decoded = self._result(job)
+            done = self._result(job)
             if job.is_last or (job.slide in self._failed and all(w.slide != job.slide for w in waiting)):
                 self._close(job.slide, job.decoder)
-            if decoded is not None:
-                yield job, self._upload(job.decoder, decoded.pixels), dict(decoded.unreadable)
+            if done is not None:
+                yield done
 
     def _jobs(self, decoders: Iterable[Decoder | None]) -> Iterator[_Job | None]:
         slide = -1
@@ -228,19 +228,21 @@ class _Stream:
             return False
         return len(waiting) < 16 * self._workers and sum(job.bytes for job in waiting) < READ_AHEAD_BYTES
 
-    def _result(self, job: _Job) -> Decoded | None:
-        """What a job has read; None if its slide has failed."""
+    def _result(self, job: _Job) -> _Done | None:
+        """What a job has read, on the device; None if its slide has failed."""
         try:
             decoded = job.pixels.result()
-            if job.slide not in self._failed:
-                self._count(job, decoded)
-        except SealExtractError as exc:
+            if job.slide in self._failed:
+                return None
+            self._count(job, decoded)
+            return job, self._upload(job.decoder, decoded.pixels), dict(decoded.unreadable)
+        except Exception as exc:  # whatever a damaged slide leads a decoder to
             if self._on_failure is None:
                 raise
             if job.slide not in self._failed:
                 self._failed.add(job.slide)
                 self._on_failure(job.slide, exc)
-        return None if job.slide in self._failed else decoded
+        return None
 
     def _count(self, job: _Job, decoded: Decoded) -> None:
         errors = self._errors[job.slide] = self._errors.get(job.slide, 0) + len(decoded.unreadable)

@@ -14,7 +14,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
 from seal_extract.encoders.request import EncoderRequest
-from seal_extract.errors import CheckpointError, HubError, SealExtractError, UsageError
+from seal_extract.errors import CheckpointError, HubError, UsageError
 from seal_extract.finished import resume
 from seal_extract.grid import grid_name
 from seal_extract.layouts import check_layout
@@ -199,8 +199,8 @@ def _finished_before(
         found = [resume(entry, encoder, out, options) for encoder in encoders]
     except SAME_FOR_EVERY_SLIDE:
         raise
-    except SealExtractError as exc:
-        return SlideResult(entry, (), exc, perf_counter() - started)
+    except Exception as exc:
+        return SlideResult(entry, (), entry.blame(exc), perf_counter() - started)
     finished = tuple(features for features in found if features is not None)
     if len(finished) < len(encoders):
         return None

@@ -15,11 +15,14 @@
     │       ├── GateError          the licence page was not accepted
     │       ├── MissingOnHubError  repository, revision or file does not exist
     │       └── NetworkError       the Hub cannot be reached, or must not be (offline)
-    └── OutputError            disk full, folder not writable, file of another run in the way
+    ├── OutputError            disk full, folder not writable, file of another run in the way
+    └── UnexpectedError        what this package should have refused by name; carries the traceback
 
 A message is one line: what came, what is allowed, what to type instead. Errors of the libraries
 underneath are translated where they appear and stay reachable as ``__cause__``.
 """
+
+import traceback
 
 
 class SealExtractError(Exception):
@@ -88,3 +91,27 @@ class NetworkError(HubError):
 
 class OutputError(SealExtractError):
     """The result cannot be written where it was asked for."""
+
+
+class UnexpectedError(SealExtractError):
+    """A defect of this package, met on one slide.
+
+    Attributes:
+        details: the traceback, as text, which also survives the way from another process.
+    """
+
+    details: str = ""
+
+
+def as_ours(error: Exception, slide: str) -> SealExtractError:
+    """What stopped a slide, whatever it was, as one of our errors; ``slide`` is how messages name it."""
+    if isinstance(error, SealExtractError):
+        return error
+    why = " ".join(str(error).split())[:300]
+    if isinstance(error, OSError):  # the slide's own: what is written is translated where it is written
+        return SlideOpenError(f"{slide} can no longer be read: {error.strerror or why}; check its disk")
+    if isinstance(error, MemoryError):
+        return SlideOpenError(f"{slide} needs more memory than there is ({why or 'MemoryError'})")
+    unexpected = UnexpectedError(f"{slide}: unexpected {type(error).__name__}: {why}; --debug shows where")
+    unexpected.details = "".join(traceback.format_exception(error))
+    return unexpected

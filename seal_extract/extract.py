@@ -18,7 +18,7 @@ from time import perf_counter
 from seal_extract.batches import PatchBatch, stream_ready
 from seal_extract.decode import Decoder
 from seal_extract.encoders import Encoder
-from seal_extract.errors import SealExtractError, SlideOpenError, UsageError
+from seal_extract.errors import UsageError
 from seal_extract.forward import Forward, Pending, open_forward
 from seal_extract.layouts import check_layout
 from seal_extract.plan import ExtractOptions
@@ -252,15 +252,8 @@ class _SlidesAhead:
             if self._stage is not None:
                 self._stage.refuse_failed(entry)
             planned = prepare(entry, self._encoders, self._out, self._options)
-        except UsageError:
-            raise
-        except SealExtractError as exc:
+        except Exception as exc:
             return SlideResult(entry, (), entry.blame(exc), perf_counter() - started)
-        except OSError as exc:  # the slide's own: what is written is translated where it is written
-            gone = SlideOpenError(
-                f"{entry.source} can no longer be read: {exc.strerror or exc}; check its disk"
-            )
-            return SlideResult(entry, (), gone, perf_counter() - started)
         if isinstance(planned, PlannedSlide):
             return planned
         return SlideResult(entry, planned, None, perf_counter() - started, True)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 NOMINAL_MPP = (0.125, 0.25, 0.5, 1.0, 2.0)  # what 80x, 40x, 20x, 10x and 5x mean to the scanners' makers
 MPP_TOLERANCE = 0.05  # a scan this close to a nominal µm/px is cut as if it had it
+MAX_PATCH_PX = 8192  # of another tool's coordinates: twice the largest in use
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def make_grid(
         ResolutionError: the target is finer than the slide.
         GeometryError: not one patch fits into the slide.
     """
-    _check_request(patch_px, mpp, overlap_px, min_tissue, mpp_tolerance)
+    check_request(patch_px, mpp, overlap_px, min_tissue, mpp_tolerance)
     mpp_l0 = nominal_mpp(slide.mpp, mpp_tolerance)
     if mpp < mpp_l0 * (1 - 1e-9) and not allow_upsampling:
         raise ResolutionError(
@@ -165,6 +166,13 @@ def read_grid(path: str | os.PathLike[str], slide: Slide) -> PatchGrid:
             f"size is unknown; give the tool's coordinates file (patches/...h5), not its features"
         )
     patch_px, patch_size_l0, overlap_px = sizes
+    if patch_px > MAX_PATCH_PX:
+        raise GeometryError(f"{path}: patch_size is {patch_px} px; allowed: up to {MAX_PATCH_PX}")
+    if patch_size_l0 > max(slide.size_l0):
+        raise GeometryError(
+            f"{path}: a patch is {patch_size_l0} level-0 px wide, and {slide.path.name} only "
+            f"{slide.size_l0[0]} x {slide.size_l0[1]}; give the coordinates of this slide"
+        )
     xy_l0 = coords[:, :2].astype(np.int64)
     _check_on_slide(path, slide, xy_l0, attrs)
     level, read_px = level_to_read(slide, patch_px, patch_size_l0)
@@ -172,9 +180,14 @@ def read_grid(path: str | os.PathLike[str], slide: Slide) -> PatchGrid:
     return PatchGrid(xy_l0, patch_px, mpp, patch_size_l0, overlap_px, level, read_px, origin)
 
 
-def _check_request(
+def check_request(
     patch_px: int, mpp: float, overlap_px: int, min_tissue: float, mpp_tolerance: float
 ) -> None:
+    """Refuse sizes, shares and resolutions that no grid can have; see `make_grid`.
+
+    Raises:
+        UsageError: one of them.
+    """
     if patch_px < 1:
         raise UsageError(f"--patch-px is {patch_px}; allowed: 1 or more, for example 224")
     if not PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1]:
@@ -227,16 +240,23 @@ def _read_coords(path: Path) -> tuple[NDArray[Any], dict[str, Any], dict[str, An
     return coords, attrs, root
 
 
-def _whole(path: Path, attrs: dict[str, Any], name: str) -> int:
-    value = np.asarray(attrs.get(name, np.nan), dtype=float)
-    if value.size != 1 or not np.isfinite(value).all() or value < 1 or value != np.round(value):
-        raise GeometryError(f"{path}: {name} is {attrs.get(name)!r}; allowed: a whole number of pixels")
-    return int(value)
+def _whole(path: Path, attrs: dict[str, Any], name: str, smallest: int = 1) -> int:
+    given = attrs.get(name)
+    try:
+        value = int(np.asarray(given).item())
+        if value != given or value < smallest:
+            raise ValueError(given)
+    except (TypeError, ValueError, OverflowError) as exc:  # text, a list, nothing, NaN, infinity
+        said = given.item() if isinstance(given, np.generic) else given
+        raise GeometryError(
+            f"{path}: {name} is {str(said)[:40]!r}; allowed: a whole number of pixels, {smallest} or more"
+        ) from exc
+    return value
 
 
 def _trident_sizes(path: Path, attrs: dict[str, Any]) -> tuple[int, int, int]:
-    patch_px = _whole(path, attrs, "patch_size")
-    return patch_px, _whole(path, attrs, "patch_size_level0"), int(attrs.get("overlap", 0))
+    patch_px, attrs = _whole(path, attrs, "patch_size"), {"overlap": 0} | attrs
+    return patch_px, _whole(path, attrs, "patch_size_level0"), _whole(path, attrs, "overlap", smallest=0)
 
 
 def _atlaspatch_sizes(path: Path, root: dict[str, Any]) -> tuple[int, int, int]:
@@ -244,8 +264,8 @@ def _atlaspatch_sizes(path: Path, root: dict[str, Any]) -> tuple[int, int, int]:
 
 
 def _clam_sizes(path: Path, attrs: dict[str, Any], slide: Slide) -> tuple[int, int, int]:
-    patch_px, level = _whole(path, attrs, "patch_size"), int(attrs["patch_level"])
-    if not 0 <= level < len(slide.levels):
+    patch_px, level = _whole(path, attrs, "patch_size"), _whole(path, attrs, "patch_level", smallest=0)
+    if level >= len(slide.levels):
         raise GeometryError(
             f"{path}: patch_level is {level}, but {slide.path.name} has levels 0 to {len(slide.levels) - 1}; "
             f"give the coordinates of this slide"

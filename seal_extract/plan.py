@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+import os
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from seal_extract.errors import GeometryError, SlideError, UsageError
-from seal_extract.grid import MPP_TOLERANCE, PatchGrid, make_grid, read_grid
+from seal_extract.grid import MPP_TOLERANCE, PatchGrid, check_request, make_grid, read_grid
 from seal_extract.layouts import check_layout
-from seal_extract.slide import Slide
+from seal_extract.readers import PLAUSIBLE_MPP
+from seal_extract.slide import Slide, absolute
 from seal_extract.slide_list import SlideEntry
 
 if TYPE_CHECKING:
@@ -20,6 +24,9 @@ if TYPE_CHECKING:
 Resampling = Literal["bicubic", "area"]
 COORDS_NAMES = ("{}_patches.h5", "{}.h5")
 ROI_NAMES = ("{}.geojson", "{}.json")
+NUMBERS = {int: numbers.Integral, float: numbers.Real}
+KIND_WORDS = {int: "a whole number", float: "a number", bool: "True or False", Path: "a path", str: "a name"}
+KIND_WORDS |= {type(None): "None"}
 
 
 @dataclass(frozen=True)
@@ -69,30 +76,63 @@ class ExtractOptions:
     stage_gb: float = 50.0
 
     def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            object.__setattr__(self, name, _as_kind(name, getattr(self, name), kind))
         if self.roi is not None and self.coords is not None:
             raise UsageError("--roi and --coords both say where the patches lie; give one of them")
         if self.slide_mpp is not None and self.override_mpp is not None:
             raise UsageError("--override-mpp is for all slides and leaves no gap to --slide-mpp; give one")
-        if self.resample not in get_args(Resampling):
-            raise UsageError(f"--resample is {self.resample!r}; allowed: {', '.join(get_args(Resampling))}")
         check_layout(self.layout)
+        check_request(self.patch_px, self.mpp, self.overlap_px, self.min_tissue, self.mpp_tolerance)
         if self.max_read_errors < 0:
             raise UsageError(f"--max-read-errors is {self.max_read_errors}; allowed: 0 or more")
-        if not self.stage_gb > 0:
+        if not 0 < self.stage_gb < math.inf:
             raise UsageError(f"--stage-gb is {self.stage_gb:.4g}; allowed: more than 0")
+        low, high = PLAUSIBLE_MPP
+        for name in ("slide_mpp", "override_mpp"):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:  # also refuses NaN
+                raise UsageError(f"{_option(name)} is {value:.4g} µm/px; allowed: {low} to {high}")
         for name in ("batch_size", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {value}; allowed: 1 or more")
+                raise UsageError(f"{_option(name)} is {value}; allowed: 1 or more")
 
     def resolved(self) -> ExtractOptions:
         """The same, independent of the working folder."""
         paths = {name: getattr(self, name) for name in ("roi", "coords", "stage_dir")}
-        return replace(self, **{name: path and path.resolve() for name, path in paths.items()})
+        found: dict[str, Any] = {name: path and absolute(path) for name, path in paths.items()}
+        return replace(self, **found)
 
     def for_entry(self, entry: SlideEntry) -> ExtractOptions:
         """The options of one slide: a table may give its tissue."""
         return self if entry.roi is None else replace(self, roi=entry.roi)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _as_kind(name: str, value: object, kind: Any) -> object:
+    """A choice as what it is declared to be: numbers of NumPy and paths as text become Python's own.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    one_of = get_args(kind)
+    if get_origin(kind) is Literal:
+        if value in one_of:
+            return value
+        raise UsageError(f"{_option(name)} is {value!r}; allowed: {', '.join(map(str, one_of))}")
+    for one in one_of or (kind,):
+        if one is Path and isinstance(value, str | os.PathLike):
+            return Path(value)
+        if one in (int, float) and isinstance(value, NUMBERS[one]) and not isinstance(value, bool):
+            return one(value)
+        if one not in (int, float) and isinstance(value, one):
+            return value
+    words = " or ".join(KIND_WORDS.get(one, "") for one in one_of or (kind,))
+    raise UsageError(f"{_option(name)} is {value!r}; allowed: {words}")
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,11 @@ def coarsest_level(slide: Slide, downsample: float) -> int:
     return max(fine_enough, key=lambda i: slide.levels[i].downsample, default=0)
 
 
+def absolute(path: Path) -> Path:
+    """The path that no link leads to; `Path.resolve` raises where a link leads to itself."""
+    return Path(os.path.realpath(path))
+
+
 def file_stamp(path: Path) -> tuple[int, int, int]:
     """What changes when a file is replaced or written to; zeros where there is no file."""
     try:

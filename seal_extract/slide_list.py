@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from seal_extract import remote
-from seal_extract.errors import SealExtractError, SlideOpenError, UsageError
+from seal_extract.errors import SealExtractError, SlideOpenError, UsageError, as_ours
 from seal_extract.folders import files_below, is_own
+from seal_extract.slide import absolute, check_path
 
 SLIDE_SUFFIXES = {
     *(".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide"),
@@ -84,14 +85,15 @@ class SlideEntry:
 
     def resolved(self) -> SlideEntry:
         """The same, independent of the working folder."""
-        path = self.path.resolve() if self.url is None else self.path
-        return replace(self, path=path, roi=self.roi and self.roi.resolve())
+        path = self.path if self.url is not None else absolute(self.path)
+        return replace(self, path=path, roi=self.roi and absolute(self.roi))
 
-    def blame(self, error: SealExtractError) -> SealExtractError:
-        """Let an error that names the copy name the slide."""
+    def blame(self, error: Exception) -> SealExtractError:
+        """What stopped this slide, whatever it was, as one of our errors that names the slide."""
+        ours = as_ours(error, self.source)
         if self.copy is not None:
-            error.args = (str(error).replace(str(self.copy), self.source),)
-        return error
+            ours.args = (str(ours).replace(str(self.copy), self.source),)
+        return ours
 
 
 @dataclass(frozen=True)
@@ -222,13 +224,11 @@ def _dicom_series(path: Path) -> str:
     """What the files of one DICOM slide have in common; the path itself where that is unknown."""
     import openslide
 
-    from seal_extract.slide import check_path
-
     try:
         check_path(path)
         with openslide.OpenSlide(path) as slide:
             return str(slide.properties.get("dicom.SeriesInstanceUID", path))
-    except (openslide.OpenSlideError, SlideOpenError):
+    except (openslide.OpenSlideError, SlideOpenError, OSError):
         return str(path)
 
 

@@ -147,11 +147,10 @@ class Stage:
             folder.mkdir()
             fetch(entry.url, there, folder / entry.path.name, lambda: self._closed)
             return replace(entry, copy=folder / entry.path.name, version=there.version)
-        except (OSError, SealExtractError) as exc:
+        except Exception as exc:  # the libraries behind URLs raise whatever they like
             shutil.rmtree(folder, ignore_errors=True)
             if entry.url is not None:
-                ours = exc if isinstance(exc, SealExtractError) else None
-                self._failed[entry.name] = ours or SlideOpenError(f"{entry.source} cannot be staged: {exc}")
+                self._failed[entry.name] = entry.blame(exc)
             elif not self._closed:
                 warnings.warn(f"{entry.path} is not staged but read in its place: {exc}", stacklevel=2)
             return entry

@@ -13,7 +13,7 @@ import numpy as np
 
 from seal_extract.batches import PatchBatch
 from seal_extract.encoders import Encoder
-from seal_extract.errors import EncoderError, ReadError, SealExtractError
+from seal_extract.errors import EncoderError, ReadError
 from seal_extract.forward import Embeddings, Pending
 from seal_extract.planned import Output, PlannedSlide, draw
 from seal_extract.results import Progress, SlideResult
@@ -66,7 +66,7 @@ class Writer:
         self._do(self._write, batch, pending)
         self._catch_up()
 
-    def fail(self, index: int, error: SealExtractError) -> None:
+    def fail(self, index: int, error: Exception) -> None:
         """A slide cannot be read any further."""
         self._do(self._fail, index, error)
 
@@ -102,7 +102,7 @@ class Writer:
     def _draw(self, index: int) -> None:
         try:
             draw(self._open[index].planned)
-        except SealExtractError as exc:
+        except Exception as exc:
             self._fail(index, exc)
 
     def _write(self, batch: PatchBatch, pending: dict[int, Pending]) -> None:
@@ -113,9 +113,10 @@ class Writer:
             which = (batch.slide == index).nonzero()[:, 0].tolist()
             try:
                 self._append(self._open[index], batch, which, embeddings)
-            except SealExtractError as exc:
+            except Exception as exc:
                 self._end(index, exc)
                 continue
+            self._tell_progress(self._open[index].planned, int(batch.row[which[-1]]) + 1)
             if int(batch.row[which[-1]]) == len(self._open[index].planned.plan.grid) - 1:
                 self._finish(index)
 
@@ -135,8 +136,10 @@ class Writer:
                     {"row": rows[i], "xy_l0": xy_l0, "reason": batch.unreadable[which[i]]}
                 )
             self._writer(slide, output).append(features)
+
+    def _tell_progress(self, planned: PlannedSlide, done: int) -> None:
         if self._progress is not None:
-            self._progress(slide.planned.entry.path, rows[-1] + 1, len(slide.planned.plan.grid))
+            self._progress(planned.entry.path, done, len(planned.plan.grid))
 
     def _check_finite(
         self, planned: PlannedSlide, output: Output, features: Embeddings, rows: list[int]
@@ -169,12 +172,12 @@ class Writer:
                 self._writer(slide, output)
                 output.provenance["read_errors"] = len(output.provenance["unreadable"])
             slide.files.close()
-        except SealExtractError as exc:
+        except Exception as exc:
             self._end(index, exc)
         else:
             self._end(index)
 
-    def _fail(self, index: int, error: SealExtractError) -> None:
+    def _fail(self, index: int, error: Exception) -> None:
         if index in self._open:
             try:
                 _refuse_changed(self._open[index].planned)
@@ -182,7 +185,7 @@ class Writer:
                 error = changed
         self._end(index, error)
 
-    def _end(self, index: int, error: SealExtractError | None = None) -> None:
+    def _end(self, index: int, error: Exception | None = None) -> None:
         slide = self._open.pop(index, None)
         if slide is None:
             return
@@ -192,9 +195,8 @@ class Writer:
         self._last_end = now
         planned = slide.planned
         features = () if error else self._in_order([*planned.finished, *self._written(planned)])
-        self._results.append(
-            SlideResult(planned.entry, features, error and planned.entry.blame(error), now - before)
-        )
+        ours = None if error is None else planned.entry.blame(error)
+        self._results.append(SlideResult(planned.entry, features, ours, now - before))
 
     def _written(self, planned: PlannedSlide) -> list[SlideFeatures]:
         grid = planned.plan.grid

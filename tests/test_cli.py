@@ -317,11 +317,10 @@ def test_an_unexpected_error_is_one_line_and_debug_shows_where(place, run, tmp_p
     def fail(*args, **kwargs):
         raise ZeroDivisionError("by chance")
 
-    monkeypatch.setattr("seal_extract.tissue.find_tissue", fail)
+    monkeypatch.setattr("seal_extract.planned.draw_overlay", fail)
     command = (place / "slides/a.svs", "-o", tmp_path, "--encoder", place / "encoder")
     one_line(run(*command), 1, "unexpected ZeroDivisionError: by chance; --debug shows where")
-    with pytest.raises(ZeroDivisionError):
-        run(*command, "--debug")
+    assert any(line.endswith(", in fail") for line in run(*command, "--debug")[2])
 
 
 def test_ctrl_c_is_one_line(place, run, tmp_path, monkeypatch):

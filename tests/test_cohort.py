@@ -17,6 +17,7 @@ from cohort_fixtures import add_broken, command, contents, link_cohort, run, run
 from PIL import Image
 
 from seal_extract import ExtractOptions, extract, open_slide, publish
+from seal_extract.cli import main
 from seal_extract.cohort import extract_cohort
 from seal_extract.demo import UNTRAINED, untrained_encoder
 from seal_extract.encoders.request import EncoderRequest
@@ -60,8 +61,6 @@ def test_two_encoders_see_the_same_patches_in_one_pass(cohort, encoder, tmp_path
 
 
 def read_rows(path):
-    import h5py
-
     with h5py.File(path) as file:
         return file["features"][()]
 
@@ -131,6 +130,95 @@ def test_options_that_change_the_numbers_do_not_pass_for_done(cohort, encoder, t
         "made with another request (options min_tissue 0.5, now 0.1)" in r.reason for r in report.failed
     )
     assert len(report.failed) == 5
+
+
+# --- one bad slide ----------------------------------------------------------------------------
+
+
+def coordinates_with(attribute, value):
+    """Coordinates of every slide, of which those of one say something that cannot be."""
+
+    def hurt(cohort, encoder, tmp_path):
+        extract_cohort(cohort, encoder, tmp_path / "before")
+        (folder,) = (tmp_path / "before").rglob("patches")
+        with h5py.File(folder / "slide_0001_patches.h5", "r+") as file:
+            file["coords"].attrs[attribute] = value
+        return cohort, {"coords": folder}
+
+    return hurt
+
+
+def outline_with(number):
+    """A table in which one slide has an outline with that number in it."""
+
+    def hurt(cohort, encoder, tmp_path):
+        ring = f"[[0, 0], [{number}, 0], [900, 900], [0, 0]]"
+        (tmp_path / "bad.geojson").write_text(f'{{"type": "Polygon", "coordinates": [{ring}]}}')
+        return listed(cohort, tmp_path, "roi", tmp_path / "bad.geojson"), {}
+
+    return hurt
+
+
+def resolution_of(number):
+    """A table in which one slide has that many µm/px."""
+    return lambda cohort, encoder, tmp_path: (listed(cohort, tmp_path, "mpp", number), {})
+
+
+def listed(cohort, tmp_path, column, value):
+    """A table of a cohort; its second slide has a value in a column."""
+    lines = [f"{slide},{value if i == 1 else ''}" for i, slide in enumerate(sorted(cohort.iterdir()))]
+    (tmp_path / "list.csv").write_text("\n".join([f"slide,{column}", *lines]))
+    return tmp_path / "list.csv"
+
+
+def link_to_itself(cohort, encoder, tmp_path):
+    (cohort / "slide_0001.svs").unlink()
+    (cohort / "slide_0001.svs").symlink_to("slide_0001.svs")
+    return cohort, {}
+
+
+BAD = {
+    "link to itself": (link_to_itself, "slide_0001.svs does not exist"),
+    "overlap": (coordinates_with("overlap", "x"), "overlap is 'x'; allowed: a whole number"),
+    "patch of 10,000,000": (coordinates_with("patch_size_level0", 10**7), "10000000 level-0 px wide, and"),
+    "encoder's patch": (coordinates_with("patch_size", 10**6), "patch_size is 1000000 px; allowed: up to"),
+    "level": (coordinates_with("patch_size_level0", np.inf), "patch_size_level0 is 'inf'; allowed"),
+    "400 digits": (outline_with("1" * 400), "slide_0001"),
+    "0 µm/px": (resolution_of("0"), "table gives 0 µm/px, which cannot be true"),
+    "NaN µm/px": (resolution_of("nan"), "table gives nan µm/px, which cannot be true"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_whatever_is_wrong_with_one_slide_the_others_are_done(cohort, encoder, tmp_path, bad):
+    hurt, words = BAD[bad]
+    slides, options = hurt(cohort, encoder, tmp_path)
+    report = extract_cohort(slides, encoder, tmp_path / "out", options=ExtractOptions(**options))
+    assert [row.name for row in report.failed] == ["slide_0001"]
+    assert len(report.done) == 4
+    assert words in report.failed[0].reason
+
+
+def test_a_defect_that_one_slide_meets_is_told_with_its_traceback_and_stops_no_other(
+    cohort, encoder_folder, tmp_path, monkeypatch, capsys
+):
+    from seal_extract.view.overlay import draw_overlay
+
+    def defect(slide, *args):
+        return {}["brought to light"] if slide.path.stem == "slide_0001" else draw_overlay(slide, *args)
+
+    monkeypatch.setattr("seal_extract.planned.draw_overlay", defect)
+    log = tmp_path / "log.jsonl"
+    words = (cohort, "-o", tmp_path / "out", "--encoder", encoder_folder, "-q", "--log-json", log, "--debug")
+    status = main([str(word) for word in words])
+    said = capsys.readouterr()
+    assert status == 1
+    assert "4 of 5 slides done" in said.out
+    assert "slide_0001.svs: unexpected KeyError: 'brought to light'; --debug shows where" in said.err
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    (failed,) = [event for event in events if event["event"] == "failed"]
+    assert failed["traceback"] in said.err
+    assert "in defect" in failed["traceback"]
 
 
 # --- kills ------------------------------------------------------------------------------------

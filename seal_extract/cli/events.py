@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from seal_extract.errors import OutputError, SealExtractError
+from seal_extract.errors import OutputError, SealExtractError, UnexpectedError
 
 if TYPE_CHECKING:
     from seal_extract.results import SlideResult
@@ -49,7 +49,8 @@ class Events:
         slide, seconds = result.entry.source, round(result.seconds, 2)
         if result.error is not None:
             kind = type(result.error).__name__
-            self.tell("failed", slide=slide, name=result.name, error=kind, reason=str(result.error))
+            more = {"traceback": result.error.details} if isinstance(result.error, UnexpectedError) else {}
+            self.tell("failed", slide=slide, name=result.name, error=kind, reason=str(result.error), **more)
             return
         first = result.features[0]
         self.tell(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from seal_extract.cli.events import Events
 from seal_extract.cli.fail import fail
-from seal_extract.errors import SealExtractError, UsageError
+from seal_extract.errors import SealExtractError, UnexpectedError, UsageError
 
 if TYPE_CHECKING:
     from seal_extract.cohort import CohortReport, Engine
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         slides = slides.shard(*args.shard)
     _tell_ignored(slides, args.verbose)
     if args.dry_run:
-        return _run_dry(slides, options)
+        return _run_dry(slides, options, args.debug)
     return embed(slides, requests(args), options, args)
 
 
@@ -83,7 +83,7 @@ def shard(text: str) -> tuple[int, int]:
 # --- a dry run ----------------------------------------------------------------------------------------
 
 
-def _run_dry(slides: SlideList, options: ExtractOptions) -> int:
+def _run_dry(slides: SlideList, options: ExtractOptions, debug: bool) -> int:
     from seal_extract.plan import plan_slide
     from seal_extract.staging import open_by_itself
 
@@ -94,12 +94,16 @@ def _run_dry(slides: SlideList, options: ExtractOptions) -> int:
             with open_by_itself(entry, options) as slide:
                 plan = plan_slide(slide, options.for_entry(entry), entry.name)
                 print(_row(_dry_cells(plan)), flush=True)
-        except UsageError:
-            raise
-        except SealExtractError as exc:
+        except Exception as exc:
             failed += 1
-            fail(f"FAILED {exc}", 1)
+            _tell_failure(entry.blame(exc), debug)
     return _status(failed, len(slides))
+
+
+def _tell_failure(error: SealExtractError, debug: bool) -> None:
+    fail(f"FAILED {error}", 1)
+    if debug and isinstance(error, UnexpectedError):
+        print(error.details, file=sys.stderr)
 
 
 DRY_HEAD = ("slide", "px", "µm/px", "source", "read", "patch", "level-0", "tissue", "patches")
@@ -175,7 +179,7 @@ def embed(
             for line in _lines(result):
                 print(line, flush=True)
             if result.error is not None:
-                fail(f"FAILED {result.error}", 1)
+                _tell_failure(result.error, args.debug)
             for said in levels.lines(result):
                 events.tell_slide_level(result, said)
                 if isinstance(said, SealExtractError):
