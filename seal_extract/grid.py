@@ -5,11 +5,13 @@ Coordinates that TRIDENT, CLAM or AtlasPatch wrote become the same record by `re
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import h5py
 import numpy as np
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 
 from seal_extract.errors import GeometryError, ResolutionError, UsageError
 from seal_extract.hdf5 import DAMAGED, open_hdf5
-from seal_extract.readers import PLAUSIBLE_MPP
+from seal_extract.readers import PLAUSIBLE_MPP, Array
 from seal_extract.slide import Slide, coarsest_level
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 NOMINAL_MPP = (0.125, 0.25, 0.5, 1.0, 2.0)  # what 80x, 40x, 20x, 10x and 5x mean to the scanners' makers
 MPP_TOLERANCE = 0.05  # a scan this close to a nominal µm/px is cut as if it had it
 MAX_PATCH_PX = 8192  # of another tool's coordinates: twice the largest in use
+
+Edges = Literal["drop", "keep"]  # patches that would reach past the scanned area
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class PatchGrid:
         level: level to read.
         read_px: side to read there; the patch is resampled from it to ``patch_px``.
         origin: ``"grid"``, or the tool whose coordinates these are.
+        inside_l0: (x, y, width, height) of the area beyond which patches are white; None if none reaches past
+            the slide. Those of other tools may, and are black there as in their own loaders.
     """
 
     xy_l0: NDArray[np.int64]
@@ -51,8 +57,12 @@ class PatchGrid:
     level: int
     read_px: int
     origin: str = "grid"
+    inside_l0: tuple[int, int, int, int] | None = None
 
     def __post_init__(self) -> None:
+        if self.inside_l0 is not None:  # JSON knows no tuples
+            x, y, width, height = map(int, self.inside_l0)
+            object.__setattr__(self, "inside_l0", (x, y, width, height))
         if self.xy_l0.ndim != 2 or self.xy_l0.shape[1] != 2 or self.xy_l0.dtype != np.int64:
             raise GeometryError(
                 f"xy_l0 is {self.xy_l0.dtype} {list(self.xy_l0.shape)}; allowed: int64 [N, 2]"
@@ -76,6 +86,28 @@ class PatchGrid:
         return grid_name(self.patch_px, self.mpp, self.overlap_px)
 
     @property
+    def padding(self) -> NDArray[np.float64]:
+        """The share of each patch that lies beyond `inside_l0`: float64 [N]."""
+        if self.inside_l0 is None:
+            return np.zeros(len(self))
+        first, size = np.array(self.inside_l0[:2]), np.array(self.inside_l0[2:])
+        begin = np.clip(self.xy_l0, first, first + size)
+        end = np.clip(self.xy_l0 + self.patch_size_l0, first, first + size)
+        return np.asarray(1 - (end - begin).prod(axis=1) / self.patch_size_l0**2)
+
+    def whiten(self, region: Array, row: int, slide: Slide) -> None:
+        """Paint white what lies beyond `inside_l0` in the region of a patch, uint8 [read_px, read_px, 3]."""
+        if self.inside_l0 is None:
+            return
+        level, first, size = slide.levels[self.level], self.inside_l0[:2], self.inside_l0[2:]
+        for axis, pixels in enumerate((region.swapaxes(0, 1), region)):  # columns by x, rows by y
+            corner = self.xy_l0[row, axis] / level.downsample
+            last = min(level.size_px[axis], (first[axis] + size[axis]) / level.downsample)
+            # a pixel is inside if its centre is
+            pixels[: max(0, math.ceil(first[axis] / level.downsample - corner - 0.5))] = 255
+            pixels[max(0, math.ceil(last - corner - 0.5)) :] = 255
+
+    @property
     def nominal_mpp_l0(self) -> float:
         """µm/px that level 0 was taken to have when the patches were cut."""
         return self.mpp * self.patch_px / self.patch_size_l0
@@ -96,8 +128,9 @@ def make_grid(
     min_tissue: float = 0.5,
     mpp_tolerance: float = MPP_TOLERANCE,
     allow_upsampling: bool = False,
+    edges: Edges = "drop",
 ) -> PatchGrid:
-    """Lay patches of ``patch_px`` at ``mpp`` over the tissue; all lie whole inside the slide.
+    """Lay patches of ``patch_px`` at ``mpp`` over the tissue, row by row from the corner of the scanned area.
 
     Args:
         slide: gives the size, the µm/px and the levels.
@@ -109,11 +142,13 @@ def make_grid(
         mpp_tolerance: a slide within this share of a nominal µm/px (0.125, 0.25, 0.5, 1, 2) is cut as if it
             had that, so that all slides of a patient have patches of one level-0 size; 0 cuts exactly.
         allow_upsampling: permit a target finer than the slide.
+        edges: ``"drop"`` leaves out the patches that would reach past the scanned area; ``"keep"`` has them,
+            white beyond it.
 
     Raises:
         UsageError: a size, share or µm/px that cannot be meant.
         ResolutionError: the target is finer than the slide.
-        GeometryError: not one patch fits into the slide.
+        GeometryError: not one patch fits into the slide, and such patches are dropped.
     """
     check_request(patch_px, mpp, overlap_px, min_tissue, mpp_tolerance)
     mpp_l0 = nominal_mpp(slide.mpp, mpp_tolerance)
@@ -123,11 +158,12 @@ def make_grid(
             f"type --mpp {mpp_l0:.4g} or coarser, or --allow-upsampling to invent the missing detail"
         )
     patch_size_l0 = max(1, round(patch_px * mpp / mpp_l0))
-    xy_l0 = _cells(slide, patch_size_l0, step=_step(patch_px, overlap_px, patch_size_l0))
+    xy_l0 = _cells(slide, patch_size_l0, _step(patch_px, overlap_px, patch_size_l0), edges)
     share = mask.share(xy_l0, patch_size_l0)
     kept = xy_l0[(share >= min_tissue) & (share > 0)]
     level, read_px = level_to_read(slide, patch_px, patch_size_l0)
-    return PatchGrid(kept, patch_px, mpp, patch_size_l0, overlap_px, level, read_px)
+    inside_l0 = slide.bounds_l0 if edges == "keep" else None
+    return PatchGrid(kept, patch_px, mpp, patch_size_l0, overlap_px, level, read_px, inside_l0=inside_l0)
 
 
 def nominal_mpp(mpp: float, tolerance: float = MPP_TOLERANCE) -> float:
@@ -177,7 +213,8 @@ def read_grid(path: str | os.PathLike[str], slide: Slide) -> PatchGrid:
     _check_on_slide(path, slide, xy_l0, attrs)
     level, read_px = level_to_read(slide, patch_px, patch_size_l0)
     mpp = nominal_mpp(slide.mpp) * patch_size_l0 / patch_px
-    return PatchGrid(xy_l0, patch_px, mpp, patch_size_l0, overlap_px, level, read_px, origin)
+    inside_l0 = slide.bounds_l0 if _recorded(root).get("inside_l0") else None
+    return PatchGrid(xy_l0, patch_px, mpp, patch_size_l0, overlap_px, level, read_px, origin, inside_l0)
 
 
 def check_request(
@@ -205,13 +242,16 @@ def _step(patch_px: int, overlap_px: int, patch_size_l0: int) -> int:
     return max(1, round(patch_size_l0 * (patch_px - overlap_px) / patch_px))
 
 
-def _cells(slide: Slide, patch_size_l0: int, step: int) -> NDArray[np.int64]:
-    """All patches inside the scanned bounds, row by row: int64 [N, 2]."""
+def _cells(slide: Slide, patch_size_l0: int, step: int, edges: Edges) -> NDArray[np.int64]:
+    """All patches inside the scanned bounds, or as many as cover them, row by row: int64 [N, 2]."""
     left, top, width, height = slide.bounds_l0
+    if edges == "keep":  # one more where a rest is left
+        rests = (max(0, side - patch_size_l0) for side in (width, height))
+        width, height = (patch_size_l0 + -(-rest // step) * step for rest in rests)
     if patch_size_l0 > min(width, height):
         raise GeometryError(
             f"{slide.path}: a patch is {patch_size_l0} level-0 px wide and the slide only {width} x {height}"
-            "; type a smaller --patch-px or a finer --mpp"
+            "; type a smaller --patch-px, a finer --mpp, or --edges keep"
         )
     x = np.arange(left, left + width - patch_size_l0 + 1, step, dtype=np.int64)
     y = np.arange(top, top + height - patch_size_l0 + 1, step, dtype=np.int64)
@@ -238,6 +278,14 @@ def _read_coords(path: Path) -> tuple[NDArray[Any], dict[str, Any], dict[str, An
             "px, or AtlasPatch's [N, 5] (STAMP's coords are µm: give the file they were made from)"
         )
     return coords, attrs, root
+
+
+def _recorded(root: dict[str, Any]) -> dict[str, Any]:
+    """The grid as this package wrote it beside its coordinates; nothing where another tool wrote them."""
+    try:
+        return dict(json.loads(root["seal_extract"])["grid"])
+    except (KeyError, TypeError, ValueError):
+        return {}
 
 
 def _whole(path: Path, attrs: dict[str, Any], name: str, smallest: int = 1) -> int:

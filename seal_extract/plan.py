@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from seal_extract.errors import GeometryError, SlideError, UsageError
-from seal_extract.grid import MPP_TOLERANCE, PatchGrid, check_request, make_grid, read_grid
+from seal_extract.grid import MPP_TOLERANCE, Edges, PatchGrid, check_request, make_grid, read_grid
 from seal_extract.layouts import check_layout
 from seal_extract.readers import PLAUSIBLE_MPP
 from seal_extract.slide import Slide, absolute
@@ -44,6 +44,8 @@ class ExtractOptions:
         override_mpp: µm/px at level 0 of all slides, whatever their table and file say.
         roi: GeoJSON of the tissue, or a folder of ``{slide}.geojson``, in place of finding it.
         coords: coordinates of TRIDENT, CLAM or AtlasPatch, a file or a folder, in place of a grid.
+        edges: ``"drop"`` leaves out the patches that would reach past the slide, ``"keep"`` has them, white
+            beyond it.
         resample: ``"bicubic"``, as the field's other tools, or ``"area"``, which is faster.
         fast_decode: decode JPEG at reduced scale where patches shrink by a multiple of 2: other pixels.
         max_read_errors: patches of a slide that may be unreadable before it fails; their features are zeros.
@@ -65,6 +67,7 @@ class ExtractOptions:
     override_mpp: float | None = None
     roi: Path | None = None
     coords: Path | None = None
+    edges: Edges = "drop"
     resample: Resampling = "bicubic"
     fast_decode: bool = False
     max_read_errors: int = 0
@@ -156,7 +159,10 @@ def plan_slide(
         GeometryError: the file that ``options`` names does not fit the slide.
     """
     if options.coords is not None:
-        return SlidePlan(slide, None, read_grid(coords_file(slide.path, options.coords, name), slide))
+        grid = read_grid(coords_file(slide.path, options.coords, name), slide)
+        if options.edges == "keep":
+            grid = replace(grid, inside_l0=slide.bounds_l0)
+        return SlidePlan(slide, None, grid)
     from seal_extract.tissue import TissueMask, find_tissue  # with OpenCV, which finished slides do without
 
     if options.roi is not None:
@@ -174,6 +180,7 @@ def plan_slide(
         min_tissue=options.min_tissue,
         mpp_tolerance=options.mpp_tolerance,
         allow_upsampling=options.allow_upsampling,
+        edges=options.edges,
     )
     return SlidePlan(slide, mask, grid)
 

@@ -7,11 +7,15 @@ from datetime import datetime, timezone
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from seal_extract.grid import PatchGrid
 from seal_extract.plan import ExtractOptions, SlidePlan, coords_file, roi_file
 from seal_extract.slide import Slide
 from seal_extract.store import grid_fields
+
+if TYPE_CHECKING:
+    from seal_extract.tissue import TissueMask
 
 PIPELINE = 1  # raised whenever the same request gives other numbers than before
 # options that leave the numbers as they are
@@ -115,7 +119,8 @@ def describe(
             "reader": slide.reader,
             "decoder": decoder,
         },
-        "tissue": None if plan.mask is None else {"mpp": plan.mask.mpp, "area_mm2": plan.mask.area_mm2},
+        "tissue": plan.mask and _describe_tissue(plan.mask, plan.grid),
+        "padding": float(plan.grid.padding.mean()) if len(plan.grid) else 0.0,  # share beyond the slide
         "grid": grid_fields(plan.grid),
         "encoder": encoder,
         "read_errors": 0,
@@ -123,6 +128,11 @@ def describe(
         "versions": dict(library_versions()),
         "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _describe_tissue(mask: TissueMask, grid: PatchGrid) -> dict[str, float]:
+    uncovered = mask.uncovered(grid.xy_l0, grid.patch_size_l0)
+    return {"mpp": mask.mpp, "area_mm2": mask.area_mm2, "uncovered": uncovered}
 
 
 @lru_cache(maxsize=1)

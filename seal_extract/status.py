@@ -35,6 +35,8 @@ class StatusRow:
         patches_per_s: in that time.
         read_errors: patches that could not be read, whose features are zeros.
         grid: of its patches, such as ``20x_224px_0px_overlap``; empty where that is not known.
+        uncovered: share of the tissue under no patch.
+        padding: share of the patches' area beyond the slide.
         warning: what contradicts the µm/px.
         reason: why it failed or was ignored.
     """
@@ -52,6 +54,8 @@ class StatusRow:
     patches_per_s: float | None = None
     read_errors: int | None = None
     grid: str = ""
+    uncovered: float | None = None
+    padding: float | None = None
     warning: str = ""
     reason: str = ""
 
@@ -83,8 +87,15 @@ class StatusRow:
             seconds=None if result.finished_before else round(result.seconds, 2),
             patches_per_s=None if result.finished_before else round(patches / max(result.seconds, 1e-3), 1),
             read_errors=max(f.provenance["read_errors"] for f in result.features),
+            uncovered=_share(tissue and tissue.get("uncovered")),
+            padding=_share(first.provenance.get("padding")),
             warning=slide.get("mpp_conflict", ""),
         )
+
+
+def _share(value: float | None) -> float | None:
+    """Rounded; None in files of an older version, which did not measure it."""
+    return None if value is None else round(value, 4)
 
 
 COLUMNS = tuple(field.name for field in fields(StatusRow))
@@ -140,7 +151,7 @@ def _cells(row: StatusRow) -> dict[str, Any]:
 
 
 NUMBERS = {"patches": int, "read_errors": int} | dict.fromkeys(
-    ("tissue_mm2", "mpp", "seconds", "patches_per_s"), float
+    ("tissue_mm2", "mpp", "seconds", "patches_per_s", "uncovered", "padding"), float
 )
 
 

@@ -115,6 +115,34 @@ class TissueMask:
         share = area / (size_l0 / self.downsample) ** 2
         return np.asarray(np.clip(np.round(share, 9), 0, 1))  # so that a patch all in tissue has exactly 1
 
+    def uncovered(self, xy_l0: NDArray[np.int64], size_l0: int) -> float:
+        """The share of the tissue that lies under none of the patches; 0 where there is no tissue.
+
+        Args:
+            xy_l0: int64 [N, 2], top-left corners (x, y) in level-0 pixels, of few different x and y.
+            size_l0: side of the patches in level-0 pixels.
+        """
+        edges = [np.unique(np.concatenate([side, side + size_l0])) for side in xy_l0.T]
+        (x0, y0), (x1, y1) = (
+            [np.searchsorted(edge, side) for edge, side in zip(edges, xy.T, strict=True)]
+            for xy in (xy_l0, xy_l0 + size_l0)
+        )
+        patches = np.zeros((len(edges[1]), len(edges[0])), np.int32)  # over each cell between two edges
+        for rows, columns, sign in ((y0, x0, 1), (y0, x1, -1), (y1, x0, -1), (y1, x1, 1)):
+            np.add.at(patches, (rows, columns), sign)
+        np.cumsum(patches, axis=0, out=patches)
+        np.cumsum(patches, axis=1, out=patches)
+        x, y = (np.clip(edge / self.downsample, 0, side) for edge, side in zip(edges, self._end, strict=True))
+        (tissue,) = self._area_before(*self._end[:, None])
+        covered = 0.0
+        above = np.zeros(len(x))
+        for row, bottom in enumerate(y):
+            below = self._area_before(x, np.full(len(x), bottom))
+            if row:
+                covered += np.diff(below - above)[patches[row - 1, :-1] > 0].sum()
+            above = below
+        return float(np.clip(1 - covered / tissue, 0, 1).round(9)) if tissue else 0.0
+
     def contains(self, xy_l0: NDArray[np.number]) -> Mask:
         """Whether points lie in tissue, [N, 2] of (x, y) in level-0 pixels: bool [N]."""
         inside = np.logical_and(xy_l0 >= 0, xy_l0 < np.array(self.size_l0)).all(axis=1)
@@ -166,8 +194,12 @@ class TissueMask:
         return np.asarray(cv2.integral(self.mask.view(np.uint8)), np.int32)  # [h + 1, w + 1]
 
     def _to_mask(self, xy_l0: NDArray[np.int64]) -> NDArray[np.float64]:
-        end = np.minimum(np.array(self.size_l0) / self.downsample, self.mask.shape[::-1])
-        return np.asarray(np.clip(xy_l0 / self.downsample, 0, end))
+        return np.asarray(np.clip(xy_l0 / self.downsample, 0, self._end))
+
+    @property
+    def _end(self) -> NDArray[np.float64]:
+        """(width, height) of the slide in mask pixels."""
+        return np.asarray(np.minimum(np.array(self.size_l0) / self.downsample, self.mask.shape[::-1]))
 
     def _to_l0(self, ring: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.minimum(np.round(ring * self.downsample * 2) / 2, self.size_l0)

@@ -52,7 +52,8 @@ def test_a_slide_gives_one_closing_line_and_its_files(place, run, tmp_path):
     (line,) = out
     assert re.fullmatch(
         r"a.svs: \d+ patches by untrained-demo, 0.25 µm/px by openslide.mpp-x, openslide [\d.]+ "
-        r"\(JPEG tiles\), [\d.]+ s, [\d.e+]+ patches/s -> .*features_untrained-demo/a.h5",
+        r"\(JPEG tiles\), [\d.]+ s, [\d.e+]+ patches/s; [\d.]+% of the tissue under no patch -> "
+        r".*features_untrained-demo/a.h5",
         line,
     )
     with h5py.File(line.split("-> ")[1]) as file:

@@ -85,6 +85,13 @@ def slides_parser() -> argparse.ArgumentParser:
         "--coords", type=Path, metavar="PATH", help="coordinates of TRIDENT, CLAM or AtlasPatch"
     )
     patches.add_argument(
+        "--edges",
+        choices=["drop", "keep"],
+        default="drop",
+        help="patches that would reach past the slide: leave them out, or keep them, white beyond it "
+        "(default: drop)",
+    )
+    patches.add_argument(
         "--resample", choices=["bicubic", "area"], default="bicubic", help="area is faster (default: bicubic)"
     )
     patches.add_argument(

@@ -294,8 +294,12 @@ def _closing_line(name: str, result: SlideFeatures, seconds: float) -> str:
         return f"{name}: 0 patches, {area or 'no tissue found'} -> {result.path}; look at its overlay"
     unread = result.provenance["read_errors"]
     errors = f", {unread} of them UNREADABLE and zero" if unread else ""
+    uncovered = (result.provenance["tissue"] or {}).get("uncovered")
+    left = f"; {uncovered:.1%} of the tissue under no patch" if uncovered is not None else ""
+    padding = result.provenance["padding"]
+    padded = f" ({padding:.1%} of their area beyond the slide)" if padding else ""
     return (
-        f"{name}: {n} patches{errors} by {result.provenance['encoder']['name']}, "
+        f"{name}: {n} patches{padded}{errors} by {result.provenance['encoder']['name']}, "
         f"{slide['mpp']:.4g} µm/px by {slide['mpp_source']}, {slide['reader']} ({slide['decoder']}), "
-        f"{seconds:.1f} s, {n / seconds:.3g} patches/s -> {result.path}"
+        f"{seconds:.1f} s, {n / seconds:.3g} patches/s{left} -> {result.path}"
     )

@@ -46,6 +46,7 @@ class RegionDecoder:
         for i, row in enumerate(rows):
             try:
                 regions[i] = self._region(row)
+                self.grid.whiten(regions[i], row, self._slide)
             except ReadError as exc:
                 regions[i] = 0
                 unreadable[row] = str(exc)

@@ -45,7 +45,7 @@ class TileDecoder:
         self._xy_px = _on_level(slide, grid)
         self._tiled = open_level(slide, grid.level)
         outside = (self._xy_px < 0) | (self._xy_px + grid.read_px > self._tiled.size_px)
-        self._partly_outside = bool(outside.any())
+        self._partly_outside = bool(outside.any() or grid.padding.any())
         self._first, self._last = self._tiles_of_rows()
         uses = self._count_uses()
         probe(slide, grid.level, self._tiled, np.flatnonzero(uses))
@@ -80,6 +80,9 @@ class TileDecoder:
                     unreadable[rows[i]] = str(pixels)
                 else:
                     self._paste(tile, pixels, rows[i], regions[i])
+        if self._partly_outside:
+            for region, row in zip(regions, rows, strict=True):
+                self.grid.whiten(region, row, self._slide)
         for row in unreadable:
             regions[row - rows.start] = 0
         return Decoded(self._finish.in_thread(regions), unreadable)

@@ -35,8 +35,9 @@ def write_pixel_coords(path: Path, label: SlideLabel, grid: PatchGrid, provenanc
 
 
 def create_coords(file: h5py.File, label: SlideLabel, grid: PatchGrid, folder: Path) -> None:
-    """``coords`` int64 [N, 2] with the nine attributes."""
+    """``coords`` int64 [N, 2] with the nine attributes, and ``padding`` where there is some."""
     label.add_barcodes(file)
+    write_padding(file, grid)
     coords = file.create_dataset("coords", data=grid.xy_l0)
     coords.attrs.update(
         patch_size=grid.patch_px,
@@ -49,6 +50,12 @@ def create_coords(file: h5py.File, label: SlideLabel, grid: PatchGrid, folder: P
         level0_width=label.size_l0[0],
         level0_height=label.size_l0[1],
     )
+
+
+def write_padding(file: h5py.File, grid: PatchGrid) -> None:
+    """The share of each patch beyond the slide, float32 [N], where patches were kept that reach there."""
+    if grid.inside_l0 is not None:
+        file["padding"] = grid.padding.astype(np.float32)
 
 
 def _magnification(mpp: float) -> int | float:

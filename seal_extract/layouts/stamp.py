@@ -15,6 +15,7 @@ import numpy as np
 
 from seal_extract.grid import PatchGrid
 from seal_extract.layouts.layout import Layout
+from seal_extract.layouts.pixels import write_padding
 from seal_extract.store import MICROMETRES, FeatureWriter, SlideLabel, write_rows
 
 
@@ -42,6 +43,7 @@ class StampLayout(Layout):
         def describe(file: h5py.File) -> None:
             label.add_barcodes(file)
             file.create_dataset("coords", data=(grid.xy_l0 * label.mpp).astype(np.float32))
+            write_padding(file, grid)
             file.attrs.update(
                 extractor=encoder,
                 unit="um",

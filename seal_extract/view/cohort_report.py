@@ -253,6 +253,7 @@ def _row(row: StatusRow, why: Sequence[str], picture: Markup) -> Markup:
         tag=tag,
         reason="; ".join(why) or (_after(row) if row.status == FAILED else ""),
         mpp_source=row.mpp_source,
+        uncovered="" if row.uncovered is None else f"{row.uncovered:.1%} uncovered",
         reader=row.reader,
         **{key: _or_dash(value, words) for key, (value, words) in numbers.items()},
         **{f"{key}_v": "" if value is None else value for key, (value, _) in numbers.items()},

@@ -73,6 +73,6 @@ def read_patch(slide: Slide, features: SlideFeatures, row: int, side_px: int = S
     """
     grid = features.grid
     x, y = grid.xy_l0[row].tolist()
-    region = slide.read_region((x, y), grid.level, (grid.read_px, grid.read_px))  # uint8 [H, W, 3]
-    picture = Image.fromarray(np.ascontiguousarray(region))
-    return picture.resize((side_px, side_px), Image.Resampling.LANCZOS)
+    region = np.array(slide.read_region((x, y), grid.level, (grid.read_px,) * 2))  # uint8 [H, W, 3]
+    grid.whiten(region, row, slide)
+    return Image.fromarray(region).resize((side_px, side_px), Image.Resampling.LANCZOS)
