@@ -36,6 +36,7 @@ TINY_CONCH = replace(
     name="tiny-conch",
     dim=16,
     source="lab/tiny-conch",
+    published=replace(CONCH.published, commit=None, sha256={}),
     architecture=Architecture(
         "vit_base_patch16_224",
         {"img_size": 64, "dynamic_img_size": True, "embed_dim": 32, "depth": 2, "num_heads": 2},
@@ -46,6 +47,7 @@ TINY_VIT = replace(
     name="tiny-vit",
     dim=24,
     source="lab/tiny-vit",
+    published=replace(UNIV2.published, commit=None, sha256={}),
     architecture=Architecture(
         "vit_giant_patch14_224",
         {

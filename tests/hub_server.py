@@ -28,11 +28,22 @@ LICENCES = {"apache-2.0", "mit", "cc-by-nc-nd-4.0", "cc-by-4.0", "other"}
 
 @dataclass
 class Repo:
-    """Files of one commit, under the branch ``main`` and under its hash."""
+    """Files of the newest commit, under the branch ``main`` and its hash, and those of commits before."""
 
     files: dict[str, bytes]
     gated: bool = False
     private: bool = False
+    history: dict[str, dict[str, bytes]] = field(default_factory=dict)
+
+    def push(self, files: dict[str, bytes]) -> None:
+        """A new commit, which replaces all files; the one before stays under its hash."""
+        self.history[self.commit] = self.files
+        self.files = files
+
+    def at(self, revision: str) -> tuple[str, dict[str, bytes]]:
+        """Commit and files of a revision."""
+        commit = self.commit if revision == "main" else revision
+        return commit, self.history.get(commit, self.files)
 
     @property
     def commit(self) -> str:
@@ -141,8 +152,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(self.hub.status, b"")
         if self.hub.foreign:
             return self._send(200, b"<html>hello</html>" if body else b"")
-        if match := re.fullmatch(r"/cdn/([^/]+/[^/]+)/(.+)", path):
-            return self._send_range(self.hub.repos[match[1]].files[match[2]], body)
+        if match := re.fullmatch(r"/cdn/([^/]+/[^/]+)/([^/]+)/(.+)", path):
+            return self._send_range(self.hub.repos[match[1]].at(match[2])[1][match[3]], body)
         if path == "/api/whoami-v2":
             return self._whoami()
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/auth-check", path):
@@ -181,7 +192,7 @@ class _Handler(BaseHTTPRequestHandler):
             }
         if repo.gated and token == NARROW_TOKEN:
             return 403, {"X-Error-Message": "Please enable access to public gated repositories"}
-        if revision not in ("main", repo.commit):
+        if revision not in ("main", repo.commit, *repo.history):
             return 404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": f"Invalid rev id: {revision}"}
         return None
 
@@ -202,16 +213,17 @@ class _Handler(BaseHTTPRequestHandler):
         if refused := self._refusal(repo_id, revision):
             return self._send(refused[0], b"", refused[1])
         repo = self.hub.repos[repo_id]
-        headers = {"X-Repo-Commit": repo.commit}
-        if name not in repo.files:
+        commit, files = repo.at(revision)
+        headers = {"X-Repo-Commit": commit}
+        if name not in files:
             return self._send(404, b"", {**headers, "X-Error-Code": "EntryNotFound"})
-        content = repo.files[name]
+        content = files[name]
         if name.endswith(LFS):
             headers |= {
                 "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"',
                 "X-Linked-Size": str(len(content)),
                 # another host, as the real one: the client keeps the headers above and drops the token
-                "Location": f"{self.hub.url.replace('127.0.0.1', 'localhost')}/cdn/{repo_id}/{name}",
+                "Location": f"{self.hub.url.replace('127.0.0.1', 'localhost')}/cdn/{repo_id}/{commit}/{name}",
             }
             return self._send(302, b"", headers)
         headers["ETag"] = f'"{hashlib.sha1(content).hexdigest()}"'

@@ -142,14 +142,14 @@ def test_from_the_hub_by_either_spelling(tmp_path, monkeypatch, file):
     with local_hub(tmp_path / "hf", monkeypatch) as hub:
         hub.repos["MahmoodLab/SEAL"] = Repo({file: content}, gated=True)
         with pytest.raises(TokenError, match=r"MahmoodLab/SEAL.*hf auth login"):
-            load_omics("seal-conch")
+            load_omics("seal-conch", revision="main")
         monkeypatch.setenv("HF_TOKEN", GOOD_TOKEN)
-        omics = load_omics("seal-conch")
+        omics = load_omics("seal-conch", revision="main")
         assert (omics.name, omics.weights.file) == ("seal-conch", file)
-        assert load_omics("seal-conch", offline=True).weights == omics.weights
+        assert load_omics("seal-conch", revision="main", offline=True).weights == omics.weights
         del hub.repos["MahmoodLab/SEAL"].files[file]
         with pytest.raises(MissingOnHubError, match=r"seal_univ2_omics.pth or univ2-seal-omics.pth"):
-            load_omics("seal-univ2")
+            load_omics("seal-univ2", revision="main")
 
 
 def test_arguments_that_cannot_be_meant(tmp_path):

@@ -77,7 +77,7 @@ def test_weights_from_the_hub_then_offline(checkpoints, tmp_path):
     home = {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": GOOD_TOKEN, "HF_HUB_DISABLE_XET": "1"}
     with serve() as hub:
         hub.repos["MahmoodLab/SEAL"] = Repo({"seal_conch_vision.pth": weights}, gated=True)
-        words = (path, "--encoder", "seal-conch", "-o")
+        words = (path, "--encoder", "seal-conch", "--revision", "main", "-o")
         seal_extract(*words, tmp_path / "online", HF_ENDPOINT=hub.url, **home)
     seal_extract(*words, tmp_path / "offline", "--offline", HF_ENDPOINT="http://127.0.0.1:9", **home)
     features = []

@@ -24,7 +24,8 @@ def tiny(row, **kwargs):
     )
     rule = replace(row.input, resize_px=row.input.resize_px and 28)
     name = f"tiny-{row.name}"
-    return replace(row, name=name, dim=48, source=f"lab/{name}", architecture=architecture, input=rule)
+    own = {"published": replace(row.published, commit=None, sha256={}), "source": f"lab/{name}"}
+    return replace(row, name=name, dim=48, architecture=architecture, input=rule, **own)
 
 
 def tiny_seal(row, base):

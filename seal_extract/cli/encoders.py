@@ -13,6 +13,7 @@ from seal_extract.errors import MissingOnHubError
 
 if TYPE_CHECKING:
     from seal_extract.encoders import Encoder, WeightFile
+    from seal_extract.encoders.registry import Published
 
 
 def encoders_parser() -> argparse.ArgumentParser:
@@ -28,20 +29,32 @@ def run_table(args: argparse.Namespace) -> int:
     from seal_extract.encoders import list_encoders
     from seal_extract.encoders.hub import is_cached
 
-    rows = [("name", "D", "trained at", "precision", "cached", "gated", "weights", "licence")]
+    head = ("name", "D", "trained at", "µm/px is", "precision", "cached", "gated", "pinned to commit, sha256")
+    rows = [(*head, "weights", "licence of the weights")]
     for s in list_encoders():
-        cached = bool(s.source) and is_cached(s.source, s.published.files if s.published else ())
-        gated = s.published is not None and s.published.gated
-        ours = (s.name, str(s.dim), s.trained_at, s.precision, _yes(cached), _yes(gated), s.page, s.licence)
-        rows.append(ours)
+        layout = s.published
+        cached = layout is not None and is_cached(s.source, layout.files, layout.commit)
+        facts = (s.name, str(s.dim), s.trained_at, BASES.get(s.mpp_basis, ""), s.precision, _yes(cached))
+        rows.append((*facts, _yes(layout is not None and layout.gated), _pin(layout), s.page, s.licence))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(map(str.ljust, row, widths)).rstrip())
     return 0
 
 
+BASES = {"stated": "stated", "magnification": "from a magnification", "convention": "a convention"}
+
+
 def _yes(fact: bool) -> str:
     return "yes" if fact else "no"
+
+
+def _pin(layout: Published | None) -> str:
+    """Beginnings of commit and hash of its main file."""
+    if layout is None or layout.commit is None:
+        return "no"
+    hashes = [layout.sha256[file][:12] for file in layout.files if file in layout.sha256]
+    return ", ".join([layout.commit[:12], *hashes])
 
 
 def download_parser() -> argparse.ArgumentParser:
@@ -52,7 +65,9 @@ def download_parser() -> argparse.ArgumentParser:
     )
     p.set_defaults(handler=run_download)
     p.add_argument("names", nargs="+", metavar="NAME", help="names from `seal-extract encoders`")
-    p.add_argument("--revision", help="branch, tag or commit on the Hub")
+    p.add_argument(
+        "--revision", help="branch, tag or commit on the Hub; main: as it is now (default: the pinned commit)"
+    )
     add_common(p)
     return p
 

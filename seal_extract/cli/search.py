@@ -134,14 +134,15 @@ def _query_of_profile(
     slide: SlideFeatures, args: argparse.Namespace
 ) -> tuple[NDArray[np.float32], Callable[[Rows], Rows] | None]:
     """The profile's embedding, and what brings images into its space where their half has a head."""
-    from seal_extract.genes.decoder import image_head, whereabouts
+    from seal_extract.genes.decoder import image_head, recorded_revision, whereabouts
     from seal_extract.genes.omics import compared_behind_heads, load_omics
     from seal_extract.genes.panel import read_panel
     from seal_extract.genes.search import embed_profile, read_profile
 
     counts = read_profile(args.profile)
     asked = args.encoder or whereabouts(slide.provenance)
-    omics = load_omics(args.omics or asked, offline=args.offline)
+    revision = None if args.omics else recorded_revision(slide.provenance, asked)
+    omics = load_omics(args.omics or asked, revision=revision, offline=args.offline)
     if args.panel is not None:
         omics.genes = read_panel(args.panel)
     embedding, project = embed_profile(omics, counts), None
@@ -171,14 +172,16 @@ def _behind_the_head(
 
 def _query_of_image(slide: SlideFeatures, args: argparse.Namespace) -> NDArray[np.float32]:
     from seal_extract.encoders import load_encoder
-    from seal_extract.genes.decoder import whereabouts
+    from seal_extract.genes.decoder import recorded_revision, whereabouts
     from seal_extract.genes.search import embed_picture
 
     if args.image_mpp is None:
         raise UsageError("a picture does not say its scale; give its µm/px as --image-mpp, such as 0.5")
+    asked = args.encoder or whereabouts(slide.provenance)
     encoder = load_encoder(
-        args.encoder or whereabouts(slide.provenance),
+        asked,
         checkpoint=args.checkpoint,
+        revision=None if args.checkpoint else recorded_revision(slide.provenance, asked),
         precision=slide.provenance["encoder"]["precision"],
         offline=args.offline,
     )

@@ -57,7 +57,9 @@ def slides_parser() -> argparse.ArgumentParser:
         "--checkpoint", type=Path, metavar="FILE", help="a local official weight file (.pth)"
     )
     encoder.add_argument("--adapter", metavar="FOLDER", help="a LoRA adapter (PEFT) to merge into it")
-    encoder.add_argument("--revision", help="branch, tag or commit on the Hub")
+    encoder.add_argument(
+        "--revision", help="branch, tag or commit on the Hub; main: as it is now (default: the pinned commit)"
+    )
     encoder.add_argument("--precision", choices=["float32", "bfloat16", "float16"])
     encoder.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     encoder.add_argument("--offline", action="store_true", help="never ask the network")

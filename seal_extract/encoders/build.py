@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -57,7 +58,10 @@ def load_encoder(
             place of the Hub's; only with a name. A ``config.yaml`` beside a SEAL file is held to it.
         adapter: a LoRA adapter to merge: a folder or Hub repository of PEFT, with ``adapter_config.json`` and
             ``adapter_model.safetensors``. The encoder's name becomes ``name+adapter``.
-        revision: branch, tag or commit of the repository asked for; a base is taken from its main branch.
+        revision: branch, tag or commit of the repository asked for. By default a named encoder is taken at
+            the commit that its row is pinned to, and held to the sha256 there; with ``"main"`` the file is
+            taken as it is now, its base too, and recorded as the pinned one or not. Files on this disk are
+            recorded likewise.
         device: ``"cuda"`` where there is one and ``"cpu"`` elsewhere by default.
         precision: ``"float32"``, ``"bfloat16"`` or ``"float16"``; by default the recommended one on a GPU and
             float32 elsewhere.
@@ -72,7 +76,8 @@ def load_encoder(
     files = None if adapter is None else locate_adapter(adapter, offline)
     spec, file = locate(name_or_path, checkpoint, revision, offline)
     dtype: torch.dtype = getattr(torch, spec.precision_for(target.type, asked))
-    encoder = _load(spec, file, files, offline, dtype)
+    fetch_base = partial(locate_base, revision=revision if revision == "main" else None, offline=offline)
+    encoder = _load(spec, file, files, fetch_base, dtype)
     if adapter is not None:
         encoder.spec = adapted(spec, adapter)
     return encoder.to(target)
@@ -119,7 +124,7 @@ def _load(
     spec: EncoderSpec,
     file: FoundFile,
     adapter: tuple[FoundFile, FoundFile] | None,
-    offline: bool,
+    fetch_base: Callable[[EncoderSpec, Path], FoundFile],
     precision: torch.dtype,
 ) -> Encoder:
     """The encoder over the mapped files, which another thread hashes meanwhile."""
@@ -136,7 +141,7 @@ def _load(
         elif spec.pooling == "own":
             parts = _Parts(_timm_tensors(spec, tower, file, reader), {}, {})
         else:
-            parts = _official_parts(spec, shapes, file, reader, offline)
+            parts = _official_parts(spec, shapes, file, reader, fetch_base)
         if adapter is not None:
             updates = _updates(spec, shapes, adapter, reader)
             merged = merged_layers(adapter[0].path.name, updates)
@@ -163,6 +168,8 @@ class _Reader:
         self._hashes: list[Future[WeightFile]] = []
 
     def __call__(self, file: FoundFile) -> Tensors:
+        if file.held and file.pins:
+            WeightFile.of(file)  # remembered: what is pinned is checked before anything of it is read
         tensors = read_tensors(file.path)
         _read_ahead(file.path)
         self.note(file)
@@ -225,7 +232,11 @@ def _with_counters(tensors: Tensors, shapes: Shapes) -> Tensors:
 
 
 def _official_parts(
-    spec: EncoderSpec, shapes: Shapes, file: FoundFile, read: _Reader, offline: bool
+    spec: EncoderSpec,
+    shapes: Shapes,
+    file: FoundFile,
+    read: _Reader,
+    fetch_base: Callable[[EncoderSpec, Path], FoundFile],
 ) -> _Parts:
     """The authors' file, checked: its adapters are merged, and the base is fetched if need be."""
     layout = layout_of(spec)
@@ -244,8 +255,7 @@ def _official_parts(
     check_tensors(tensors, needed, layout.ignored, file.path, spec.name, published, complaints)
     if alone:
         base = find_spec(str(layout.base))
-        found = locate_base(base, file.path, offline)
-        whole = _official_parts(base, shapes, found, read, offline).tower
+        whole = _official_parts(base, shapes, fetch_base(base, file.path), read, fetch_base).tower
     else:
         whole = {key: tensors[layout.prefix + key] for key in shapes}
     return _Parts(

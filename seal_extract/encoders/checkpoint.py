@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from seal_extract.encoders.found import check_regular
 from seal_extract.encoders.tower import Shapes
 from seal_extract.errors import CheckpointError
 
@@ -48,10 +49,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _reader(path: Path) -> Any:
-    if path.is_dir():
-        raise CheckpointError(
-            f"{path} is a folder; a checkpoint is a file, a folder is loaded by its path alone"
-        )
+    check_regular(path)
     try:
         with path.open("rb") as file:
             head = file.read(64)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from seal_extract.encoders import folder
 from seal_extract.encoders.digests import sha256_of
 from seal_extract.encoders.expression import ExpressionDecoder, applied_head, as_rows
-from seal_extract.encoders.found import FoundFile
+from seal_extract.encoders.found import FoundFile, check_regular
 from seal_extract.encoders.panel import check_panel
 from seal_extract.encoders.registry import EncoderSpec, list_encoders
 from seal_extract.encoders.tower import embed
@@ -34,6 +34,7 @@ class WeightFile:
         size: in bytes.
         mtime_ns: when it was last written, in nanoseconds since 1970.
         sha256: of its content, in hex.
+        pinned: whether its row is pinned to this content; None where the row knows none.
     """
 
     source: str
@@ -42,21 +43,32 @@ class WeightFile:
     size: int
     mtime_ns: int
     sha256: str
+    pinned: bool | None = None
 
     @classmethod
     def of(cls, found: FoundFile) -> WeightFile:
         """Read the whole file for its hash, unless that was done before.
 
         Raises:
-            CheckpointError: the Hub promised another content.
+            CheckpointError: it is no file that can be read; or the Hub promised another content, or the row
+                is pinned to another one.
         """
+        check_regular(found.path)
         sha256, stat = sha256_of(found.path)
         if found.sha256 not in (None, sha256):
             raise CheckpointError(
                 f"{found.path} is damaged: its sha256 begins with {sha256[:12]}, the Hub's with "
                 f"{str(found.sha256)[:12]}; delete {found.path.resolve()} and fetch it again"
             )
-        return cls(found.source, found.revision, found.path.name, stat.st_size, stat.st_mtime_ns, sha256)
+        pinned = any(sha256.startswith(pin) for pin in found.pins) if found.pins else None
+        if found.held and pinned is False:
+            raise CheckpointError(
+                f"{found.path.name} of {found.source} has sha256 {sha256}, and what was checked and is "
+                f"pinned has {found.pins[0]}; nothing was loaded. --revision main takes what is there now, "
+                "and the results say that it is not the pinned one"
+            )
+        stamp = stat.st_size, stat.st_mtime_ns
+        return cls(found.source, found.revision, found.path.name, *stamp, sha256, pinned)
 
 
 class Encoder(nn.Module):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from seal_extract.encoders.card import model_card
+from seal_extract.encoders.found import check_regular
 from seal_extract.encoders.panel import check_panel
 from seal_extract.encoders.registry import Architecture, Decoder, EncoderSpec, InputRule
 from seal_extract.errors import CheckpointError, UsageError
@@ -160,11 +161,12 @@ def read_contents(path: Path) -> Contents:
 
 
 def _parse(path: Path, parse: Callable[[Mapping[str, Any]], T]) -> T:
+    if not path.exists():
+        raise CheckpointError(f"{path.parent} has no {CONFIG}; {_ALLOWED}")
+    check_regular(path)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as exc:
-        raise CheckpointError(f"{path.parent} has no {CONFIG}; {_ALLOWED}") from exc
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise CheckpointError(f"{path} cannot be read as JSON: {exc}; {_ALLOWED}") from exc
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise CheckpointError(f"{path} is a config of another tool; {_ALLOWED}")
@@ -212,6 +214,7 @@ def from_config(config: Mapping[str, Any]) -> EncoderSpec:
         ),
         paper=_text(config, "paper"),
         also_mpp=tuple(float(v) for v in config.get("also_mpp", ())),
+        mpp_basis=str(config.get("mpp_basis", "")),
     )
 
 

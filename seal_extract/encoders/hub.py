@@ -144,9 +144,10 @@ def cache_folder() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def is_cached(repo_id: str, filenames: Sequence[str]) -> bool:
-    """Whether any spelling of a file lies in the cache; asks no network."""
-    found = (try_to_load_from_cache(repo_id, name, cache_dir=cache_folder()) for name in filenames)
+def is_cached(repo_id: str, filenames: Sequence[str], commit: str | None = None) -> bool:
+    """Whether a file lies in the cache in any spelling, of a commit or of main; asks no network."""
+    asked = [(name, revision) for name in filenames for revision in dict.fromkeys([commit, None])]
+    found = (try_to_load_from_cache(repo_id, n, cache_dir=cache_folder(), revision=r) for n, r in asked)
     return any(isinstance(path, str) for path in found)
 
 

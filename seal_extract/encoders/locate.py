@@ -13,7 +13,7 @@ from seal_extract.encoders.bundled import bundled
 from seal_extract.encoders.found import FoundFile
 from seal_extract.encoders.registry import ALIASES, ROWS, EncoderSpec, Published, find_spec
 from seal_extract.encoders.settings import with_settings
-from seal_extract.errors import CheckpointError, HubError, UsageError
+from seal_extract.errors import CheckpointError, HubError, MissingOnHubError, NetworkError, UsageError
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -75,11 +75,12 @@ def _official_file(
     if checkpoint is None:
         if not spec.source:
             raise UsageError(f"nobody says where the weights of {spec.name} are; give them as checkpoint=")
-        return _fetch(spec.source, layout_of(spec).files, revision, offline)
+        return fetch_published(spec, layout_of(spec).files, revision, offline)
     if revision is not None:
         raise UsageError("revision= names a revision on the Hub, checkpoint= a file here; leave one out")
     path = Path(checkpoint).expanduser()
-    return _local(_in_folder(path, spec) if path.is_dir() else path)
+    file = _local(_in_folder(path, spec) if path.is_dir() else path)
+    return replace(file, pins=tuple(layout_of(spec).sha256.values()))
 
 
 def _in_folder(path: Path, spec: EncoderSpec) -> Path:
@@ -98,15 +99,45 @@ def _local(path: Path) -> FoundFile:
     return FoundFile(path, str(path.absolute().parent))
 
 
-def locate_base(base: EncoderSpec, beside: Path, offline: bool) -> FoundFile:
+def fetch_published(
+    spec: EncoderSpec, names: Sequence[str], revision: str | None, offline: bool
+) -> FoundFile:
+    """A file of a row's repository, at the commit that the row is pinned to unless a revision is asked for.
+
+    Without a network a copy in the cache that is of another commit will do, if it has the pinned content.
+
+    Raises:
+        HubError: the Hub does not give the file.
+    """
+    layout = layout_of(spec)
+    try:
+        file = _fetch(spec.source, names, revision or layout.commit, offline)
+    except NetworkError as exc:
+        if revision is not None or layout.commit is None:
+            raise
+        try:
+            file = _fetch(spec.source, names, None, True)
+        except HubError:
+            raise exc from exc.__cause__
+    except MissingOnHubError as exc:
+        if revision is not None or layout.commit is None:
+            raise
+        raise MissingOnHubError(f"{exc}, or type --revision main") from exc
+    pin = layout.sha256.get(file.path.name)
+    return replace(file, pins=(pin,) if pin else (), held=revision is None)
+
+
+def locate_base(
+    base: EncoderSpec, beside: Path, *, revision: str | None = None, offline: bool = False
+) -> FoundFile:
     """The base of an adapter-only checkpoint: beside it, or from the Hub."""
     names = layout_of(base).files
     for name in names:
         for candidate in (beside.parent / base.name / name, beside.parent / name):
             if candidate.is_file():
-                return _local(candidate)
+                return replace(_local(candidate), pins=tuple(layout_of(base).sha256.values()))
     try:
-        return _fetch(base.source, names, None, offline)
+        return fetch_published(base, names, revision, offline)
     except HubError as exc:
         raise type(exc)(
             f"{beside.name} holds adapters only and needs its base {base.name}: {exc}; "

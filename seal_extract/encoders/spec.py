@@ -5,6 +5,7 @@ Importing this module imports nothing heavy, so that a table of encoders is prin
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isclose
@@ -16,6 +17,7 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 PRECISION_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 POOLINGS = ("cls", "cls+mean", "conch", "own")
 FILTERS = ("bilinear", "bicubic")
+MPP_BASES = ("", "stated", "magnification", "convention")
 LAYER_NAMES = ("timm", "transformers")
 SAME_MPP = 0.02  # relative; what a slide's own µm/px is off from the round number it is called by
 
@@ -104,6 +106,8 @@ class Published:
         decoder: the expression head in the file.
         settings: a file beside it that may state something of adapters or input; see `settings`.
         gated: whether the Hub hands it only to accounts that accepted the terms on its page.
+        commit: of the repository, at which its files are taken unless another revision is asked for.
+        sha256: of the files there, by name, as far as they are known; the beginning of a hash will do.
     """
 
     files: tuple[str, ...]
@@ -116,9 +120,14 @@ class Published:
     decoder: Decoder | None = None
     settings: str | None = None
     gated: bool = False
+    commit: str | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         _allow("layer_names", self.layer_names, LAYER_NAMES)
+        for file, sha256 in self.sha256.items():
+            if not re.fullmatch("[0-9a-f]{12,64}", sha256):
+                raise UsageError(f"sha256 of {file} is {sha256!r}; allowed: 12 to 64 hex digits")
 
 
 @dataclass(frozen=True, repr=False)
@@ -142,6 +151,8 @@ class EncoderSpec:
         paper: where it is described.
         published: the authors' weight file; None for an encoder in this package's own format.
         also_mpp: further µm/px that it was trained at.
+        mpp_basis: what ``mpp`` rests on: ``stated`` by the authors, derived from a ``magnification`` that
+            they state, or ``convention``; empty where nobody says.
 
     Raises:
         UsageError: a value outside what is allowed.
@@ -162,11 +173,13 @@ class EncoderSpec:
     paper: str = ""
     published: Published | None = None
     also_mpp: tuple[float, ...] = ()
+    mpp_basis: str = ""
 
     def __post_init__(self) -> None:
         _allow("precision", self.precision, PRECISIONS)
         _allow("pooling", self.pooling, POOLINGS)
         _allow("filter", self.input.filter, FILTERS)
+        _allow("mpp_basis", self.mpp_basis, MPP_BASES)
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise UsageError(f"mean {self.mean} and std {self.std}: three numbers each, std above 0")
         sizes = {

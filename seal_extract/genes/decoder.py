@@ -155,6 +155,7 @@ def load_decoder(
     if shape is None:
         names = [row.name for row in list_encoders() if row.published and row.published.decoder]
         raise EncoderError(f"{spec.name} has no expression decoder; those that have: {', '.join(names)}")
+    weights = WeightFile.of(file)
     tensors = read_tensors(file.path)
     if own:
         keys = {folder.DECODER + key: key for key in decoder_shapes(spec.dim, shape)}
@@ -167,7 +168,7 @@ def load_decoder(
     layers = filled_decoder(spec.dim, shape, {key: head[theirs].clone() for theirs, key in keys.items()})
     assert layers is not None
     named = genes if panel is None else check_panel(panel, shape.genes, spec.name)
-    return GeneDecoder(spec.name, spec.dim, shape.genes, named, WeightFile.of(file), layers)
+    return GeneDecoder(spec.name, spec.dim, shape.genes, named, weights, layers)
 
 
 def whereabouts(provenance: dict[str, Any]) -> str:
@@ -207,9 +208,20 @@ def decoder_of(
         SealExtractError: as `load_decoder`.
     """
     asked = whereabouts(provenance) if encoder is None else encoder
-    decoder = load_decoder(asked, checkpoint=checkpoint, panel=panel, offline=offline)
+    revision = None if checkpoint else recorded_revision(provenance, asked)
+    decoder = load_decoder(asked, checkpoint=checkpoint, panel=panel, revision=revision, offline=offline)
     _check_made_by(provenance, asked, decoder.weights.sha256)
     return decoder
+
+
+def recorded_revision(provenance: dict[str, Any], asked: str | os.PathLike[str]) -> str | None:
+    """The commit that features were made from, where a named encoder is pinned to other weights."""
+    files = provenance["encoder"]["weights"]
+    row = next((row for row in list_encoders() if row.name == asked and row.published), None)
+    pins = tuple(row.published.sha256.values()) if row and row.published else ()
+    if not files or not pins or files[0]["sha256"].startswith(pins):
+        return None
+    return files[0]["revision"]  # type: ignore[no-any-return]
 
 
 def _check_made_by(provenance: dict[str, Any], asked: str | os.PathLike[str], sha256: str) -> None:
@@ -244,7 +256,8 @@ def image_head(
         SealExtractError: as `load_decoder`.
     """
     asked = whereabouts(provenance) if encoder is None else encoder
-    spec, file = locate(asked, checkpoint, None, offline)
+    revision = None if checkpoint else recorded_revision(provenance, asked)
+    spec, file = locate(asked, checkpoint, revision, offline)
     _check_made_by(provenance, asked, WeightFile.of(file).sha256)
     tensors = {k: v.clone() for k, v in read_tensors(file.path).items() if k.startswith(folder.HEAD)}
     head = filled_head(tensors, spec.dim)

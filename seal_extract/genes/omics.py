@@ -21,7 +21,7 @@ from seal_extract.encoders.expression import as_rows
 from seal_extract.encoders.folder import CONFIG, OMICS, read_config, read_contents
 from seal_extract.encoders.found import FoundFile
 from seal_extract.encoders.hub import fetch
-from seal_extract.encoders.locate import is_repository
+from seal_extract.encoders.locate import fetch_published, is_repository
 from seal_extract.encoders.panel import check_panel
 from seal_extract.encoders.projection import empty_head, head_shapes
 from seal_extract.encoders.registry import find_spec, list_encoders
@@ -194,7 +194,7 @@ def load_omics(
         name_or_path: a SEAL encoder of `list_encoders`; or an omics file, which says its sizes itself; or the
             folder, or Hub repository ``owner/name``, of an encoder that was trained with one.
         checkpoint: a file on this disk, in place of the Hub's; only with a name.
-        revision: branch, tag or commit on the Hub.
+        revision: branch, tag or commit on the Hub; see `load_encoder`.
         device: a small network: a CPU will do.
         offline: take the file from the Hub's cache only.
 
@@ -231,7 +231,7 @@ def load_omics(
         file = FoundFile(local, str(local.absolute().parent))
     else:
         files = [name.replace("vision", "omics") for name in layout.files]
-        file = fetch(spec.source, files, revision, offline)
+        file = fetch_published(spec, files, revision, offline)
     return _load(spec.name, file, (spec.dim, layout.decoder.genes)).to(target)
 
 
@@ -265,6 +265,7 @@ def _named(omics: OmicsEncoder, config: Path) -> OmicsEncoder:
 
 
 def _load(name: str, file: FoundFile, sizes: tuple[int, int] | None) -> OmicsEncoder:
+    weights = WeightFile.of(file)
     tensors = read_tensors(file.path)
     dim, n_genes, hidden = (*sizes, HIDDEN) if sizes else _sizes(tensors, file.path)
     try:
@@ -272,7 +273,7 @@ def _load(name: str, file: FoundFile, sizes: tuple[int, int] | None) -> OmicsEnc
     except ValueError as exc:
         raise CheckpointError(f"{file.path} is not the expression half of {name}: {exc}") from exc
     with torch.device("meta"):
-        omics = OmicsEncoder(name, dim, n_genes, WeightFile.of(file), hidden, head)
+        omics = OmicsEncoder(name, dim, n_genes, weights, hidden, head)
     needed = {key: tuple(v.shape) for key, v in omics.state_dict().items() if key not in _COUNTERS}
     check_tensors(tensors, needed, _COUNTERS, file.path, f"the expression half of {name}")
     counters = dict.fromkeys(_COUNTERS, torch.tensor(0))

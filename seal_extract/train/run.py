@@ -197,6 +197,7 @@ def _write(model: SealModel | MultiScaleModel, config: TrainConfig, pairs: Pairs
         patch_px=config.data.patch_px,
         mpp=config.data.mpp,
         also_mpp=(),
+        mpp_basis="stated",
         licence=config.licence,
         source="",
         published=None,
