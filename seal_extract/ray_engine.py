@@ -10,6 +10,7 @@ import queue
 import re
 import socket
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seal_extract.encoders.request import EncoderRequest
-from seal_extract.errors import UsageError
+from seal_extract.errors import SlideOpenError, UsageError
 from seal_extract.plan import ExtractOptions
 from seal_extract.results import Progress, SlideResult
 from seal_extract.slide_list import SlideEntry
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 SLIDES_IN_HAND = 4  # of each worker: one at the encoder, the next opened and planned
 CORES_PER_WORKER = 4  # where there is no GPU
+RETRIES = 3  # of a slide whose worker died
+SAY_S = 30.0  # without a slide done, until the workers are said that have no room
 KNOCK_S = 10.0  # for a head node to answer
 
 
@@ -78,14 +81,14 @@ class RayEngine:
         options: ExtractOptions,
         progress: Progress | None,
     ) -> Iterator[SlideResult]:
-        workers, cores, gpus = self._shares(ray.cluster_resources())
+        workers, cores, gpus = shares(ray.nodes(), self.workers, self.cores)
         workers = min(workers, len(entries))
         actor = ray.remote(_Worker).options(
             num_cpus=cores,
             num_gpus=gpus,
             max_concurrency=SLIDES_IN_HAND,
             max_restarts=-1,
-            max_task_retries=-1,
+            max_task_retries=RETRIES,
         )
         shared = replace(
             options, stage_gb=options.stage_gb / _most_on_a_node(ray.nodes(), workers, cores, gpus)
@@ -94,16 +97,32 @@ class RayEngine:
         actors = [actor.remote(requests, out, theirs) for _ in range(workers)]
         waiting = [entry.resolved() for entry in reversed(entries)]
         original = {entry.name: entry for entry in entries}
-        running: dict[Any, Any] = {}
+        placed = [one.is_there.remote() for one in actors]
+        running: dict[Any, tuple[Any, SlideEntry]] = {}
+        said = False
+
+        def give(actor: Any) -> None:
+            entry = waiting.pop()
+            running[actor.embed.remote(entry)] = actor, entry
+
         for i in range(min(len(waiting), SLIDES_IN_HAND * workers)):
-            chosen = actors[i % workers]
-            running[chosen.embed.remote(waiting.pop())] = chosen
+            give(actors[i % workers])
         while running:
-            (ready,), _ = ray.wait(list(running), num_returns=1)
-            free = running.pop(ready)
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=None if said else SAY_S)
+            if not ready:
+                said = _say_who_is_missing(ray, placed, cores, gpus)
+                continue
+            free, entry = running.pop(ready[0])
             if waiting:
-                running[free.embed.remote(waiting.pop())] = free
-            result: SlideResult = ray.get(ready)
+                give(free)
+            try:
+                result: SlideResult = ray.get(ready[0])
+            except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as exc:
+                died = SlideOpenError(
+                    f"{entry.source}: its worker died {RETRIES + 1} times ({_first_line(exc)}); "
+                    "run it by itself without --engine ray"
+                )
+                result = SlideResult(entry, (), died, 0.0)
             if progress is not None and result.features:
                 patches = len(result.features[0].grid)
                 progress(original[result.name].path, patches, patches)
@@ -111,17 +130,41 @@ class RayEngine:
         for one in actors:
             ray.kill(one)
 
-    def _shares(self, resources: dict[str, float]) -> tuple[int, int, int]:
-        """Workers, and the cores and GPUs of each."""
-        cores, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
-        workers = self.workers or gpus or max(1, cores // CORES_PER_WORKER)
-        each = self.cores or max(1, cores // workers)
-        if workers * each > cores or (gpus and workers > gpus):
-            raise UsageError(
-                f"{workers} workers of {each} cores asked for, but Ray has {cores} cores and {gpus} GPUs; "
-                "leave it out, or start more nodes"
-            )
-        return workers, each, min(gpus, 1)
+
+def shares(
+    nodes: list[dict[str, Any]], workers: int | None = None, cores: int | None = None
+) -> tuple[int, int, int]:
+    """Workers, and the cores and GPUs of each, so that every worker fits on one node.
+
+    Where any node has a GPU each worker takes one, and nodes without stay idle.
+
+    Args:
+        nodes: as `ray.nodes` gives them.
+        workers: how many; one per GPU, or per `CORES_PER_WORKER` cores, by default.
+        cores: of each; the most with which all of them have room, by default.
+
+    Raises:
+        UsageError: there is no room for them.
+    """
+    there = [node["Resources"] for node in nodes if node["Alive"]]
+    have = [(int(n.get("CPU", 0)), int(n.get("GPU", 0))) for n in there]
+    gpus, most = sum(gpu for _, gpu in have), max((cpu for cpu, _ in have), default=0)
+
+    def room(each: int) -> int:
+        return sum(min(cpu // each, gpu) if gpus else cpu // each for cpu, gpu in have)
+
+    if cores is None and (wanted := workers or gpus):
+        cores = next((each for each in range(most, 0, -1) if room(each) >= wanted), 1)
+    elif cores is None:
+        cores = max(1, most // max(1, most // CORES_PER_WORKER))
+    workers = workers or room(cores)
+    if not workers or workers > room(cores):
+        named = ", ".join(f"{cpu} cores and {gpu} GPUs" for cpu, gpu in have) or "nothing"
+        raise UsageError(
+            f"the nodes of Ray ({named}) have no room for {workers or 1} workers of {cores} cores"
+            f"{' and a GPU' if gpus else ''}; leave out --ray-workers and --ray-cores, or start more nodes"
+        )
+    return workers, cores, min(gpus, 1)
 
 
 class _Worker:
@@ -132,6 +175,10 @@ class _Worker:
         self._entries: queue.Queue[SlideEntry] = queue.Queue()
         self._results: dict[str, Future[SlideResult]] = {}
         threading.Thread(target=self._stream, daemon=True).start()
+
+    def is_there(self) -> bool:
+        """Answered once the cluster has found room for this worker."""
+        return True
 
     def embed(self, entry: SlideEntry) -> SlideResult:
         """Embed a slide; several calls at once follow each other without a pause."""
@@ -175,6 +222,22 @@ def _most_on_a_node(nodes: list[dict[str, Any]], workers: int, cores: int, gpus:
     return max(1, min(workers, int(max(room, default=1))))
 
 
+def _say_who_is_missing(ray: Any, placed: list[Any], cores: int, gpus: int) -> bool:
+    """Warn of workers for which the cluster has no room now; whether there are any."""
+    _, missing = ray.wait(placed, num_returns=len(placed), timeout=0)
+    if missing:
+        warnings.warn(
+            f"waiting for Ray to find room for {len(missing)} of {len(placed)} workers, each of {cores} cores"
+            f"{' and a GPU' if gpus else ''}; `ray status` shows who has it",
+            stacklevel=2,
+        )
+    return bool(missing)
+
+
+def _first_line(exc: Exception) -> str:
+    return (str(exc).splitlines() or [type(exc).__name__])[0]
+
+
 def _ray() -> Any:
     try:
         import ray
@@ -190,10 +253,9 @@ def _connect(ray: Any, address: str | None) -> None:
         _knock(address)
         ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level="ERROR")
     except (OSError, RuntimeError, ValueError) as exc:
-        first = (str(exc).splitlines() or [type(exc).__name__])[0]
         raise UsageError(
-            f"no Ray cluster at {address!r} ({first}); start one with `ray start --head`, or leave out "
-            "--ray-address"
+            f"no Ray cluster at {address!r} ({_first_line(exc)}); start one with `ray start --head`, or "
+            "leave out --ray-address"
         ) from exc
 
 
