@@ -14,6 +14,7 @@ from seal_extract.plan import ExtractOptions, coords_file
 from seal_extract.provenance import PIPELINE, describe_options, describe_request, first_difference
 from seal_extract.remote import look
 from seal_extract.slide import Slide
+from seal_extract.slide_files import content, sizes_and_times
 from seal_extract.slide_list import SlideEntry
 from seal_extract.slide_mpp import open_entry, same_mpp
 from seal_extract.store import SlideFeatures, find_features
@@ -30,6 +31,7 @@ def find_finished(
     out: str | os.PathLike[str],
     options: ExtractOptions,
     name: str | None = None,
+    entry: SlideEntry | None = None,
 ) -> SlideFeatures | None:
     """The features that the same request wrote before, if they are there.
 
@@ -39,6 +41,7 @@ def find_finished(
         out: folder of the results.
         options: all choices.
         name: of the slide's results; that of its file by default.
+        entry: where the slide lies, if ``slide`` is a copy of it.
 
     Raises:
         OutputError: a file of that name is there, made by something else, and ``overwrite`` is not set.
@@ -48,6 +51,9 @@ def find_finished(
     if found is None:
         return None
     request = describe_request(slide, encoder, options, name)
+    before = found.provenance["request"]["slide"]
+    if "content" not in before and _is_same_file(entry or SlideEntry.of(slide.path), found.provenance):
+        del request["slide"]["content"]  # an older version did not write it down
     return _accept(found, request, layout, name, options)
 
 
@@ -90,7 +96,7 @@ def resume(
     if entry.url is not None:
         return None
     with open_entry(entry, options.slide_mpp, options.override_mpp) as opened:
-        return find_finished(opened, identity, out, options, entry.name)
+        return find_finished(opened, identity, out, options, entry.name, entry)
 
 
 def _find(layout: Layout, name: str, encoder: str, options: ExtractOptions) -> SlideFeatures | None:
@@ -116,6 +122,12 @@ def _accept(
     if source.startswith("given (file: ") and same_mpp(slide["mpp"], request["slide"]["mpp"]):
         # an older version took --slide-mpp although the file says as much
         request = request | {"slide": request["slide"] | {"mpp": slide["mpp"], "reader": slide["reader"]}}
+    if slide.get("content") != request["slide"].get("content"):
+        why = "a slide with other content" if "content" in slide else "by an older version"
+        raise OutputError(
+            f"{found.path} exists, made of {found.provenance['slide']['path']} ({why}); "
+            f"type --overwrite to replace it, or another -o"
+        )
     difference = first_difference(before, request)
     if difference is not None:
         raise OutputError(
@@ -135,19 +147,41 @@ def _identity(encoder: EncoderRequest | Encoder, recorded: list[dict[str, Any]])
 
 
 def _is_unchanged(entry: SlideEntry, options: ExtractOptions, provenance: dict[str, Any]) -> bool:
-    """Whether the slide's file looks as it did, so that what was read of it still holds."""
-    before, version = provenance["request"]["slide"], "mtime_ns" if entry.url is None else "version"
+    """Whether what was read of the slide still holds."""
+    mpp, source = provenance["request"]["slide"]["mpp"], provenance["slide"]["mpp_source"]
+    return _is_same_file(entry, provenance) and _has_same_mpp(entry, options, mpp, source)
+
+
+def _is_same_file(entry: SlideEntry, provenance: dict[str, Any]) -> bool:
+    """Whether it is the slide that features were made of: in its place as it was, or by its content.
+
+    An older version recorded no content: the same path, size and time are needed.
+    """
+    before, slide = provenance["request"]["slide"], provenance["slide"]
+    if entry.path.name != before["file"]:
+        return False
     if entry.url is not None:
-        there = look(entry.url)
-        now: tuple[int, Any] = there.size, there.version
-    else:
-        try:
+        size, version = _remote_state(entry)
+        return (size, version) == (before["bytes"], slide.get("version"))
+    try:
+        if str(entry.path.resolve()) == slide["path"]:
             stat = entry.path.stat()
-        except OSError:
-            return False
-        now = stat.st_size, stat.st_mtime_ns
-    same = (entry.path.name, *now) == (before["file"], before["bytes"], provenance["slide"].get(version))
-    return same and _has_same_mpp(entry, options, before["mpp"], provenance["slide"]["mpp_source"])
+            if "stamp" not in slide:
+                return (stat.st_size, stat.st_mtime_ns) == (before["bytes"], slide["mtime_ns"])
+            if sizes_and_times(entry.path) == slide["stamp"]:
+                return True
+        return "content" in before and entry.path.is_file() and content(entry.path) == before["content"]
+    except OSError:
+        return False
+
+
+def _remote_state(entry: SlideEntry) -> tuple[int, str]:
+    """Size and version of what is at a URL, or was when it was copied."""
+    if entry.copy is not None:
+        return entry.copy.stat().st_size, entry.version
+    assert entry.url is not None
+    there = look(entry.url)
+    return there.size, there.version
 
 
 def _has_same_mpp(entry: SlideEntry, options: ExtractOptions, before: float, source: str) -> bool:

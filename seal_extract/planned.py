@@ -13,7 +13,7 @@ from seal_extract.finished import find_finished, layout_for
 from seal_extract.layouts import Layout
 from seal_extract.plan import ExtractOptions, SlidePlan, plan_slide
 from seal_extract.provenance import describe, describe_request
-from seal_extract.slide import file_stamp
+from seal_extract.slide_files import FileStamp, file_stamp
 from seal_extract.slide_list import SlideEntry
 from seal_extract.slide_mpp import open_entry
 from seal_extract.store import SlideFeatures, SlideLabel
@@ -44,7 +44,7 @@ class PlannedSlide:
         layout: where its files go.
         outputs: one per encoder that has still to see it.
         finished: what other encoders wrote in a former run.
-        stamp: the slide file's state when it was opened.
+        stamp: the state of the slide's files when it was opened.
         options: all choices.
     """
 
@@ -54,7 +54,7 @@ class PlannedSlide:
     layout: Layout
     outputs: tuple[Output, ...]
     finished: tuple[SlideFeatures, ...]
-    stamp: tuple[int, int, int]
+    stamp: FileStamp
     options: ExtractOptions
 
     @property
@@ -79,7 +79,7 @@ def prepare(
     slide = open_entry(entry, options.slide_mpp, options.override_mpp)
     with ExitStack() as closing:
         closing.callback(slide.close)
-        found = [find_finished(slide, e.identity, out, options, entry.name) for e in encoders]
+        found = [find_finished(slide, e.identity, out, options, entry.name, entry) for e in encoders]
         finished = tuple(features for features in found if features is not None)
         if len(finished) == len(encoders):
             return finished
@@ -111,7 +111,8 @@ def _output(
     mismatch = encoder.spec.mismatch(plan.grid.patch_px, plan.grid.mpp)
     provenance = describe(plan, request, encoder.description | {"mismatch": mismatch}, decoder.name)
     if entry.url is not None:
-        provenance["slide"] |= {"path": entry.source, "mtime_ns": None, "version": entry.version}
+        state = {"mtime_ns": None, "stamp": None, "version": entry.version}
+        provenance["slide"] |= {"path": entry.source, **state}
     else:
         provenance["slide"]["path"] = str(entry.path.resolve())  # not that of its copy
     return Output(index, provenance)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from seal_extract.grid import PatchGrid
 from seal_extract.plan import ExtractOptions, SlidePlan, coords_file, roi_file
 from seal_extract.slide import Slide
+from seal_extract.slide_files import content, sizes_and_times
 from seal_extract.store import grid_fields
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def describe_request(
     """All that decides the numbers in a features file, as JSON; equal requests give equal files.
 
     Args:
-        slide: the open slide; its name, size in bytes and geometry count, not its folder.
+        slide: the open slide; its name, content and geometry count, not its folder.
         encoder: `Encoder.identity`.
         options: all choices; files are counted by their content.
         name: of the slide's results; that of its file by default.
@@ -53,6 +54,7 @@ def describe_request(
         "slide": {
             "file": slide.path.name,
             "bytes": slide.path.stat().st_size,
+            "content": content(slide.path),
             "size_l0": list(slide.size_l0),
             "mpp": slide.mpp,
             "reader": slide.reader.split()[0],
@@ -112,6 +114,7 @@ def describe(
         "slide": {
             "path": str(slide.path.resolve()),
             "mtime_ns": slide.path.stat().st_mtime_ns,
+            "stamp": sizes_and_times(slide.path),
             "size_l0": list(slide.size_l0),
             "mpp": slide.mpp,
             "mpp_source": slide.mpp_source,

@@ -144,15 +144,6 @@ def absolute(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def file_stamp(path: Path) -> tuple[int, int, int]:
-    """What changes when a file is replaced or written to; zeros where there is no file."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return (0, 0, 0)
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
 def check_path(path: Path) -> None:
     """Refuse what cannot be read as a slide, before a library waits for it for ever.
 

@@ -20,7 +20,8 @@ from seal_extract.errors import SealExtractError, SlideOpenError, UsageError
 from seal_extract.plan import ExtractOptions
 from seal_extract.publish import HOST, is_dead, writing
 from seal_extract.remote import fetch, look
-from seal_extract.slide import Slide, file_stamp
+from seal_extract.slide import Slide
+from seal_extract.slide_files import file_stamp
 from seal_extract.slide_list import SlideEntry
 from seal_extract.slide_mpp import open_entry
 

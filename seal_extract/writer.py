@@ -17,7 +17,7 @@ from seal_extract.errors import EncoderError, ReadError
 from seal_extract.forward import Embeddings, Pending
 from seal_extract.planned import Output, PlannedSlide, draw
 from seal_extract.results import Progress, SlideResult
-from seal_extract.slide import file_stamp
+from seal_extract.slide_files import file_stamp
 from seal_extract.store import FeatureWriter, SlideFeatures
 
 BATCHES_AHEAD = 3  # given to the encoders, or pictures to be drawn, before the first of them has been written

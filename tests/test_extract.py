@@ -224,7 +224,7 @@ def test_a_file_of_other_weights_is_not_taken_for_done(finished, svs, tmp_path, 
 
 def test_another_slide_of_the_same_name_is_not_taken_for_done(finished, encoder, tmp_path, no_work):
     other = write_synthetic_slide(tmp_path / "small.svs", (3000, 2000), mpp=0.25, seed=3)
-    with pytest.raises(OutputError, match=r"\(slide bytes "):
+    with pytest.raises(OutputError, match=r"made of .*small\.svs \(a slide with other content\)"):
         extract(other, encoder, finished[1])
 
 

@@ -193,7 +193,7 @@ def test_a_finished_slide_is_not_fetched_again_until_it_changes(web, drawn_slide
     (slides / "slide_0001.svs").write_bytes(drawn_slides[2].read_bytes())
     changed = extract_cohort(url, encoder, tmp_path / "out", options=staged(tmp_path))
     assert [row.name for row in changed.failed] == ["slide_0001"]
-    assert "made with another request (slide bytes" in changed.failed[0].reason
+    assert "(a slide with other content)" in changed.failed[0].reason
     assert [path for path in web.fetched if path.endswith(".svs")] == ["/slides/slide_0001.svs"]
 
 

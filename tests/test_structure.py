@@ -23,6 +23,7 @@ READING = {
     "hest",
     "readers",
     "slide",
+    "slide_files",
     "slide_list",
     "folders",
     "slide_mpp",
