@@ -36,7 +36,7 @@ def grid_of(n, patch_size_l0=512):
 def provenance_of(grid, mpp=0.25, encoder="tiny"):
     return {
         "request": {"pipeline": 1},
-        "slide": {"size_l0": list(SIZE), "mpp": mpp},
+        "slide": {"path": "a.svs", "size_l0": list(SIZE), "mpp": mpp, "mpp_source": "drawn"},
         "grid": grid_fields(grid),
         "encoder": {"name": encoder},
         "read_errors": 0,
