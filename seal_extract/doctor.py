@@ -14,6 +14,7 @@ from typing import Literal
 
 from seal_extract.encoders.hub import cache_folder, endpoint, translate
 from seal_extract.encoders.registry import list_encoders
+from seal_extract.encoders.request import EncoderRequest
 from seal_extract.errors import SealExtractError
 
 State = Literal["ok", "note", "FAILS"]
@@ -37,6 +38,7 @@ def examine(
     *,
     slide_mpp: float | None = None,
     override_mpp: float | None = None,
+    encoder: EncoderRequest | None = None,
     offline: bool = False,
 ) -> Iterator[Finding]:
     """Try everything, one finding at a time.
@@ -45,6 +47,7 @@ def examine(
         slide: opened, its tissue found and 8 patches encoded (by an untrained encoder) if given.
         slide_mpp: its µm/px, if it does not say it.
         override_mpp: its µm/px, whatever it says.
+        encoder: loaded if given, and told which files it is made of and what was merged.
         offline: leave out what asks the network.
     """
     yield from (_checked("python", _python), _checked("readers", _readers), _checked("device", _device))
@@ -55,6 +58,8 @@ def examine(
         if network.state == "ok":
             yield _checked("token", _token)
             yield from (_checked("gate", partial(_gate, repo_id)) for repo_id in _repositories())
+    if encoder is not None:
+        yield from _encoder(encoder)
     if slide is not None:
         yield _checked("slide", partial(_slide, slide, slide_mpp, override_mpp))
 
@@ -77,6 +82,10 @@ def _readers() -> tuple[State, str]:
     import openslide
     import tiffslide  # noqa: F401  imported to see that it can be
 
+    from seal_extract.readers import openslide_danger
+
+    if danger := openslide_danger():
+        return "FAILS", danger
     return "ok", f"OpenSlide {openslide.__library_version__}, tiffslide {version('tiffslide')}"
 
 
@@ -151,6 +160,21 @@ def _gate(repo_id: str) -> tuple[State, str]:
     except Exception as exc:
         return "note", str(translate(exc, repo_id, ["its files"], None))
     return "ok", f"{repo_id} may be downloaded"
+
+
+def _encoder(request: EncoderRequest) -> Iterator[Finding]:
+    """That it loads, each of its files, and each kind of adapters in its weights."""
+    loaded = _checked("encoder", lambda: ("ok", str(request.load())))
+    yield loaded
+    if loaded.state != "ok":
+        return
+    for file in request.load().weights:
+        pin = {True: "the pinned one", False: "NOT the pinned one", None: "its row has no pin"}[file.pinned]
+        state: State = "note" if file.pinned is False else "ok"
+        yield Finding("file", state, f"{file.file} of {file.source}, sha256 {file.sha256[:12]}, {pin}")
+    for one in request.load().merged:
+        what = f"{len(one['layers'])} layers of {one['file']}, rank {one['rank']}, scale {one['scale']:g}"
+        yield Finding("merged", "ok", f"{what}: {', '.join(one['layers'])}")
 
 
 def _slide(path: Path, slide_mpp: float | None, override_mpp: float | None) -> tuple[State, str]:

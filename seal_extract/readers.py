@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import re
 import sys
 import threading
 import warnings
@@ -143,12 +144,28 @@ class Reader:
         )
 
 
+SAFE_OPENSLIDE = (4, 0, 1)
+
+
+def openslide_danger() -> str | None:
+    """What is wrong with the OpenSlide library of this machine, and how to mend it; None if nothing is."""
+    found = openslide.__library_version__
+    if tuple(map(int, re.findall(r"\d+", found)[:3])) >= SAFE_OPENSLIDE:
+        return None
+    return (
+        f"the OpenSlide library here is {found}: below 4.0.1 a crafted BIF file writes into memory "
+        '(CVE-2026-48977); type: pip install "openslide-bin>=4.0.1"'
+    )
+
+
 class OpenSlideReader(Reader):
     """A slide through OpenSlide."""
 
     def __init__(self, path: Path, mpp: float | None = None) -> None:
         self.path = path
         self.reader = f"openslide {openslide.__library_version__}"
+        if danger := openslide_danger():
+            warnings.warn(danger, RuntimeWarning, stacklevel=2)
         self._lock = threading.Lock()
         try:
             self._handle = openslide.OpenSlide(path)

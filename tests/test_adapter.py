@@ -23,6 +23,8 @@ from encoder_fixtures import (
 from hub_server import Repo
 from safetensors.torch import save_file
 from torch import nn
+from vit_fixtures import H0, PHIKON, add_tiny_vits
+from vit_fixtures import base_file as vit_base_file
 
 from seal_extract.encoders import load_encoder
 from seal_extract.encoders.layers import find_places
@@ -455,3 +457,114 @@ def test_peft_gives_the_same(base, tmp_path, kind):
         expected = wrapped.base_model.model.forward_features(images)[:, 0]
         got = encoder(images)
     assert (got - expected).norm() / expected.norm() < 1e-6
+
+
+# --- adapters of others: several seeds in folders of one repository -----------------------------------------
+
+SPECTRA = {"base_model_name_or_path": None, "r": 32, "lora_alpha": 64, "lora_dropout": 0.0, "bias": "none"}
+
+
+def timm_spectra(row, seed):
+    shapes = tower_shapes(empty_tower(row))
+    layers = {k.removesuffix(".weight"): s for k, s in shapes.items() if k.endswith(FOUR) and len(s) == 2}
+    return halves(layers, 32, seed), ["qkv", "attn.proj", "fc1", "fc2"]
+
+
+FOUR = tuple(f"{layer}.weight" for layer in VIT_LAYERS)
+
+
+def transformers_spectra(row, seed, mlp=("mlp.fc1", "mlp.fc2")):
+    shapes = tower_shapes(empty_tower(row))
+    layers = {}
+    for i in range(2):
+        width = shapes[f"blocks.{i}.attn.proj.weight"]
+        for name in ("attention.attention.query", "attention.attention.key", "attention.attention.value"):
+            layers[f"encoder.layer.{i}.{name}"] = width
+        layers[f"encoder.layer.{i}.attention.output.dense"] = width
+        for name, own in zip(mlp, ("mlp.fc1", "mlp.fc2"), strict=True):
+            layers[f"encoder.layer.{i}.{name}"] = shapes[f"blocks.{i}.{own}.weight"]
+    return halves(layers, 32, seed), ["query", "key", "value", "dense", *(m.split(".")[1] for m in mlp)]
+
+
+def spectra(folder, row, make, seed):
+    """An adapter of MedARC's layout: alpha is twice the rank, and beside it a file that is no strict JSON."""
+    tensors, targets = make(row, seed)
+    write(folder, tensors, **SPECTRA, target_modules=targets)
+    (folder / "training_config.json").write_text('{"best_score": -Infinity}')
+    return tensors
+
+
+def in_timm(tensors):
+    """The same products, by the names and fused rows of timm."""
+    products = {}
+    for key in tensors:
+        if ".lora_A" in key:
+            layer = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            products[layer] = product(tensors, layer)
+    if any("query" in layer for layer in products):
+        named = {}
+        for i in range(2):
+            front, at = f"encoder.layer.{i}.", f"encoder.layer.{i}.attention.attention."
+            parts = [products[at + part] for part in ("query", "key", "value")]
+            mlp = [p for layer, p in products.items() if layer.startswith(f"{front}mlp.")]
+            named |= {f"blocks.{i}.attn.qkv": torch.cat(parts), f"blocks.{i}.mlp.fc1": mlp[0]}
+            named |= {f"blocks.{i}.attn.proj": products[f"{front}attention.output.dense"]}
+            named |= {f"blocks.{i}.mlp.fc2": mlp[1]}
+        return named
+    return products
+
+
+@pytest.mark.parametrize(
+    ("row", "make"),
+    [
+        (TINY_VIT, timm_spectra),
+        (TINY_VIT, transformers_spectra),
+        (TINY_VIT, lambda row, seed: transformers_spectra(row, seed, ("mlp.weights_in", "mlp.weights_out"))),
+        (PHIKON, transformers_spectra),
+        (H0, timm_spectra),
+        (TINY_CONCH, timm_spectra),
+    ],
+    ids=["timm", "transformers", "swiglu of transformers", "phikon", "h0mini", "conch"],
+)
+def test_adapters_of_spectra_merge_into_any_row_that_fits(tmp_path, monkeypatch, row, make):
+    add_tiny_vits(monkeypatch)
+    made = vit_base_file(row) if row in (PHIKON, H0) else base_file(row)
+    checkpoint = save(made, tmp_path / "base" / "pytorch_model.bin")
+    before = load(row.name, checkpoint, None).tower.state_dict()
+    tensors = spectra(tmp_path / "spectra" / "seed1", row, make, 1)
+    encoder = load(row.name, checkpoint, tmp_path / "spectra" / "seed1")
+    expected = in_timm(tensors)
+    changed = {k for k, v in encoder.tower.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {f"{layer}.weight" for layer in expected}
+    for layer, update in expected.items():
+        value = encoder.tower.state_dict()[f"{layer}.weight"].double()
+        torch.testing.assert_close(value, before[f"{layer}.weight"].double() + 2 * update, rtol=0, atol=1e-5)
+    (merged,) = encoder.merged
+    assert (merged["rank"], merged["scale"], len(merged["layers"])) == (32, 2.0, 8)
+
+
+def test_seeds_of_a_repository_are_told_apart(base, tmp_path, monkeypatch):
+    files = {}
+    for seed in range(3):
+        spectra(tmp_path / "spectra" / f"seed{seed}", TINY_VIT, timm_spectra, seed)
+        for path in (tmp_path / "spectra" / f"seed{seed}").iterdir():
+            files[f"seed{seed}/{path.name}"] = path.read_bytes()
+    with local_hub(tmp_path / "hf", monkeypatch) as hub:
+        hub.repos["lab/spectra"] = Repo(files)
+        first, second = (load("tiny-vit", base, f"lab/spectra/seed{i}") for i in (1, 2))
+        hub.asked.clear()
+        again = load("tiny-vit", base, "lab/spectra/seed1", offline=True)
+        assert hub.asked == []
+        with pytest.raises(MissingOnHubError, match="in a folder of it is typed lab/spectra/FOLDER"):
+            load("tiny-vit", base, "lab/spectra")
+        with pytest.raises(MissingOnHubError, match=r"no file seed7/adapter_config.json"):
+            load("tiny-vit", base, "lab/spectra/seed7")
+        request = EncoderRequest("tiny-vit", checkpoint=base, adapter="lab/spectra/seed1", device="cpu")
+        assert request.identity_if_unchanged(first.description["weights"]) == first.identity
+    assert [e.spec.name for e in (first, second)] == ["tiny-vit+spectra-seed1", "tiny-vit+spectra-seed2"]
+    assert again.identity == first.identity != second.identity
+    here = load("tiny-vit", base, tmp_path / "spectra" / "seed1")
+    assert all(torch.equal(v, here.state_dict()[k]) for k, v in first.state_dict().items())
+    refuse(
+        base, tmp_path / "spectra", "holds no adapter itself; it holds seed0, seed1, seed2: type", "seed0;"
+    )

@@ -1,9 +1,11 @@
 """The doctor tells causes apart; download fills the cache that offline nodes live on."""
 
+import openslide
 import pytest
-from encoder_fixtures import local_hub
+from encoder_fixtures import SEAL_TINY_VIT, TINY_VIT, adapters, add_tiny_rows, base_file, local_hub, save
 from hub_server import GOOD_TOKEN, OUTSIDE_TOKEN, Repo
 
+from seal_extract import open_slide
 from seal_extract.cli import main
 from seal_extract.doctor import examine
 from seal_extract.encoders import list_encoders
@@ -80,6 +82,30 @@ def test_a_bad_slide_is_a_finding_and_the_exit_status(hub, tmp_path, capsys):
     assert "FAILS  slide" in out
     assert "it is text" in out
     assert err == "seal-extract: 1 of the things above fail\n"
+
+
+def test_an_encoder_tells_its_files_and_what_was_merged(hub, tmp_path, monkeypatch, capsys):
+    add_tiny_rows(monkeypatch)
+    save(base_file(TINY_VIT), tmp_path / "pytorch_model.bin")
+    path = save(adapters(SEAL_TINY_VIT), tmp_path / "a.pth")
+    assert main(["doctor", "--offline", "--encoder", "seal-tiny-vit", "--checkpoint", str(path)]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()][-4:]
+    assert lines[0].startswith("ok encoder Encoder(seal-tiny-vit: 24 numbers")
+    assert [line.split(" of ")[0] for line in lines[1:3]] == ["ok file a.pth", "ok file pytorch_model.bin"]
+    layers = "blocks.1.attn.qkv, blocks.1.attn.proj, blocks.1.mlp.fc1, blocks.1.mlp.fc2"
+    assert lines[3] == f"ok merged 4 layers of a.pth, rank 4, scale 2: {layers}"
+    assert main(["doctor", "--offline", "--encoder", "tiny-vit", "--checkpoint", str(path)]) == 1
+
+
+def test_an_openslide_with_a_known_hole_is_named_by_the_doctor_and_at_open(hub, tmp_path, monkeypatch):
+    slide = write_synthetic_slide(tmp_path / "a.svs", (600, 600))
+    monkeypatch.setattr(openslide, "__library_version__", "4.0.0")
+    ((state, text),) = findings(offline=True)["readers"]
+    assert state == "FAILS"
+    assert "CVE-2026-48977" in text
+    assert 'pip install "openslide-bin>=4.0.1"' in text
+    with pytest.warns(RuntimeWarning, match="the OpenSlide library here is 4.0.0"):
+        open_slide(slide).close()
 
 
 def test_nothing_wrong_exits_with_0(hub, capsys):

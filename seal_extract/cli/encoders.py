@@ -111,6 +111,10 @@ def doctor_parser() -> argparse.ArgumentParser:
     p.set_defaults(handler=run_doctor)
     p.add_argument("slide", nargs="?", type=Path, metavar="SLIDE")
     add_slide_mpp(p)
+    p.add_argument("--encoder", help="load it: which files it is made of, which adapters were merged")
+    p.add_argument("--checkpoint", type=Path, metavar="FILE", help="its weight file on this disk")
+    p.add_argument("--adapter", metavar="FOLDER", help="an adapter to merge into it")
+    p.add_argument("--revision", help="branch, tag or commit on the Hub")
     p.add_argument("--offline", action="store_true", help="leave out what asks the network")
     add_common(p)
     return p
@@ -119,10 +123,15 @@ def doctor_parser() -> argparse.ArgumentParser:
 def run_doctor(args: argparse.Namespace) -> int:
     """One line per thing tried; 1 if something fails."""
     from seal_extract.doctor import examine
+    from seal_extract.encoders.request import EncoderRequest
 
     failed = 0
     mpps = {"slide_mpp": args.slide_mpp, "override_mpp": args.override_mpp}
-    for finding in examine(args.slide, **mpps, offline=args.offline):
+    encoder = None
+    if args.encoder:
+        where = {"checkpoint": args.checkpoint, "adapter": args.adapter, "revision": args.revision}
+        encoder = EncoderRequest(args.encoder, **where, device="cpu", offline=args.offline)
+    for finding in examine(args.slide, **mpps, encoder=encoder, offline=args.offline):
         print(finding, flush=True)
         failed += finding.state == "FAILS"
     return fail(f"{failed} of the things above fail", 1) if failed else 0

@@ -56,7 +56,9 @@ def slides_parser() -> argparse.ArgumentParser:
     encoder.add_argument(
         "--checkpoint", type=Path, metavar="FILE", help="a local official weight file (.pth)"
     )
-    encoder.add_argument("--adapter", metavar="FOLDER", help="a LoRA adapter (PEFT) to merge into it")
+    encoder.add_argument(
+        "--adapter", metavar="FOLDER", help="a LoRA adapter (PEFT) to merge into it; or owner/repo[/folder]"
+    )
     encoder.add_argument(
         "--revision", help="branch, tag or commit on the Hub; main: as it is now (default: the pinned commit)"
     )

@@ -57,7 +57,8 @@ def load_encoder(
         checkpoint: the authors' weight file on this disk, or the folder it lies in under a published name, in
             place of the Hub's; only with a name. A ``config.yaml`` beside a SEAL file is held to it.
         adapter: a LoRA adapter to merge: a folder or Hub repository of PEFT, with ``adapter_config.json`` and
-            ``adapter_model.safetensors``. The encoder's name becomes ``name+adapter``.
+            ``adapter_model.safetensors``; ``owner/repo/folder`` where the repository holds several. The
+            encoder's name becomes ``name+adapter``.
         revision: branch, tag or commit of the repository asked for. By default a named encoder is taken at
             the commit that its row is pinned to, and held to the sha256 there; with ``"main"`` the file is
             taken as it is now, its base too, and recorded as the pinned one or not. Files on this disk are

@@ -184,6 +184,10 @@ def layout_of(spec: EncoderSpec) -> Published:
 def locate_adapter(adapter: str | os.PathLike[str], offline: bool = False) -> tuple[FoundFile, FoundFile]:
     """Weights and config of an adapter: of a folder, or of a Hub repository at one and the same commit.
 
+    Args:
+        adapter: the folder; or ``owner/repo``, or ``owner/repo/folder`` where the repository holds several.
+        offline: take files from the Hub's cache only.
+
     Raises:
         CheckpointError: there is no such folder, or it holds no adapter.
         HubError: the Hub does not give the files.
@@ -192,21 +196,34 @@ def locate_adapter(adapter: str | os.PathLike[str], offline: bool = False) -> tu
     if path.is_dir():
         weights = [path / f for f in ADAPTER_WEIGHTS if (path / f).is_file()]
         if not weights or not (path / ADAPTER_CONFIG).is_file():
-            raise CheckpointError(f"{path} holds no adapter; {_ADAPTER_ALLOWED}")
+            inside = sorted(p.parent.name for p in path.glob(f"*/{ADAPTER_CONFIG}"))
+            some = f"; it holds {', '.join(inside[:5])}: type {path / inside[0]}" if inside else ""
+            raise CheckpointError(f"{path} holds no adapter itself{some}; {_ADAPTER_ALLOWED}")
         return _local(weights[0]), _local(path / ADAPTER_CONFIG)
-    if path.is_file() or not is_repository(adapter):
-        what = "is a file" if path.is_file() else "does not exist"
+    match = None if path.exists() else _IN_REPOSITORY.fullmatch(name)
+    if match is None:
+        what = "is a file, no folder" if path.exists() else "does not exist"
         raise CheckpointError(f"the adapter {name} {what}; {_ADAPTER_ALLOWED}")
-    config = _fetch(name, [ADAPTER_CONFIG], None, offline)
-    return _fetch(name, ADAPTER_WEIGHTS, config.revision, offline), config
+    below = f"{match['below']}/" if match["below"] else ""
+    try:
+        config = _fetch(match["repo"], [below + ADAPTER_CONFIG], None, offline)
+    except MissingOnHubError as exc:
+        hint = "" if below else f"; an adapter in a folder of it is typed {name}/FOLDER"
+        raise MissingOnHubError(f"{exc}{hint}") from exc
+    return _fetch(match["repo"], [below + file for file in ADAPTER_WEIGHTS], config.revision, offline), config
 
 
 _ADAPTER_ALLOWED = f"allowed: a folder of PEFT with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS[0]}"
+_IN_REPOSITORY = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:/(?P<below>\w[\w.-]*(?:/\w[\w.-]*)*))?/?")
 
 
 def adapted(spec: EncoderSpec, adapter: str | os.PathLike[str]) -> EncoderSpec:
     """The row once an adapter is merged: its results must not pass for those of the base."""
-    word = re.sub(r"[^\w.-]+", "-", Path(adapter).expanduser().absolute().name).strip("-.")
+    path = Path(adapter).expanduser()
+    below = _IN_REPOSITORY.fullmatch(str(adapter))
+    if below and below["below"] and not path.exists():  # seed0 of one repository is not that of another
+        path = Path("-".join(str(adapter).strip("/").split("/")[1:]))
+    word = re.sub(r"[^\w.-]+", "-", path.absolute().name).strip("-.")
     return replace(spec, name=f"{spec.name}+{word or 'adapter'}")
 
 
