@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from seal_extract import find_tissue, make_grid, open_slide
 from seal_extract.errors import GeometryError, UsageError
 from seal_extract.grid import PatchGrid
-from seal_extract.view.heatmap import PatchRaster, colour, draw_heatmap, limits
+from seal_extract.view.captions import caption_font, draw_text, text_width
+from seal_extract.view.heatmap import PatchRaster, colour, draw_heatmap, legend_of, limits
 
 
 def grid_of(xy, size=224, overlap=0, patch_px=224):
@@ -77,6 +78,28 @@ def test_the_picture_has_each_patch_in_its_colour(drawn_slides, tmp_path):
         grey = (seen - 0.65 * rgb) / 0.35  # what lies under the colour is grey, so the same in all channels
         assert np.ptp(grey) < 6
     slide.close()
+
+
+def test_the_legend_says_what_lies_beyond_the_colours():
+    values = np.concatenate([np.full(98, 0.5), [0.0, 9.0], np.linspace(0.4, 0.6, 100)])
+    legend = legend_of("CD24", "log1p", "a.svs", values)
+    assert legend.ends == ("≤ 0.402", "≥ 0.598")
+    assert legend.span == "colours from the 1st to the 99th percentile; all from 0 to 9"
+    assert legend_of("CD24", "log1p", "a.svs", np.full(7, 0.5)).ends == ("0.5", "0.5")
+
+
+@pytest.mark.parametrize("sign", "µ²≤≥")
+def test_signs_that_the_font_lacks_are_drawn(sign):
+    def drawn(text):
+        picture = Image.new("L", (60, 60), 255)
+        draw_text(ImageDraw.Draw(picture), (10, 10), text, caption_font(24), ink=0)
+        return np.asarray(picture)
+
+    plain = drawn({"µ": "u", "²": "2", "≤": "<", "≥": ">"}[sign])
+    lacking = np.asarray(drawn("\uffff"))
+    assert (drawn(sign) != lacking).any()
+    assert 0 < (drawn(sign) != plain).sum() < (plain != 255).size / 4
+    assert text_width(f"7.4 mm{sign}", caption_font(24)) > text_width("7.4 mm", caption_font(24))
 
 
 def test_values_that_do_not_fit_are_refused(drawn_slides, tmp_path):

@@ -9,7 +9,8 @@ from PIL import ExifTags, Image
 from seal_extract.errors import OutputError
 from seal_extract.grid import make_grid
 from seal_extract.tissue import TissueMask
-from seal_extract.view.overlay import PATCH_RGB, TISSUE_RGB, _round_length, draw_overlay
+from seal_extract.view.captions import round_length
+from seal_extract.view.overlay import PATCH_RGB, TISSUE_RGB, draw_overlay
 from seal_extract.view.thumbnail import read_thumbnail
 
 
@@ -103,7 +104,7 @@ def test_the_caption_is_legible_and_fits(white, tmp_path):
 
 @pytest.mark.parametrize(("um", "bar"), [(130, 100), (1999, 1000), (2000, 2000), (740, 500), (0.9, 0.5)])
 def test_scale_bars_are_round(um, bar):
-    assert _round_length(um) == pytest.approx(bar)
+    assert round_length(um) == pytest.approx(bar)
 
 
 def test_a_place_that_cannot_be_written_is_one_line(white, tmp_path):

@@ -112,7 +112,7 @@ def short_names(slides: Iterable[SlideFeatures]) -> dict[Path, str]:
 
 
 def write_found(
-    found: Sequence[Found], names: dict[Path, str], title: str, out: Path, args: argparse.Namespace
+    found: Sequence[Found], names: dict[Path, str], sheet: dict[str, Any], out: Path, slides: Path | None
 ) -> int:
     """Print the first patches; write all as a table, as tiles for QuPath and as a contact sheet."""
     from seal_extract.view.contact_sheet import draw_contact_sheet
@@ -129,7 +129,7 @@ def write_found(
     _write_tiles(found, names, out)
     print(_more(len(found), "patches", out))
     try:
-        draw_contact_sheet(found, out / "contact_sheet.png", title, args.slides)
+        draw_contact_sheet(found, out / "contact_sheet.png", slides=slides, names=names, **sheet)
     except SealExtractError as exc:
         return fail(f"no contact sheet: {exc}", 1)
     return 0

@@ -355,9 +355,17 @@ def _draw(
             for path, contents in wanted.items():
                 if contents is not None:
                     ((name, values),) = _numbers(slide, decoder, contents).items()
-                    unit = LOG1P if contents.genes else "standard deviations"
+                    count = sum(len(s.weights) for s in contents.signatures)
+                    unit = f"mean of {count} genes, in standard deviations" if count else LOG1P
                     draw_heatmap(
-                        opened, slide.grid, values, path, name, unit=unit, made_of=contents.entries()
+                        opened,
+                        slide.grid,
+                        values,
+                        path,
+                        name,
+                        unit=unit,
+                        encoder=decoder.name,
+                        made_of=contents.entries(),
                     )
     return list(wanted)
 

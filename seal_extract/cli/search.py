@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from seal_extract.cli.found import open_results, query_of, short_names, write_found, write_genes
 from seal_extract.cli.genes import add_decoder, add_slides, decoder_for, finished_features, sound_features
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         return status
     found = _find(slides, index, args)
     out = open_results(args, slides)
-    return max(status, write_found(found, short_names(slides), _title(args), out, args))
+    return max(status, write_found(found, short_names(slides), _sheet(slides, args), out, args.slides))
 
 
 def _find(slides: list[SlideFeatures], index: Index | None, args: argparse.Namespace) -> list[Found]:
@@ -272,13 +272,21 @@ def _genes_of_region(slide: SlideFeatures, args: argparse.Namespace) -> None:
     write_genes(found, out)
 
 
-def _title(args: argparse.Namespace) -> str:
-    words = {
-        "gene": "high predicted expression of",
-        "signature": "high signature",
-        "profile": "like the profile",
-        "patch": "like the patch",
-        "image": "like the picture",
-    }
+def _sheet(slides: list[SlideFeatures], args: argparse.Namespace) -> dict[str, Any]:
+    """What a contact sheet says and shows beside the patches found."""
+    from seal_extract.genes.search import cut_picture
+
     kind, asked = query_of(args) or ("", "")
-    return f"{words[kind]} {asked}"
+    title, score = {
+        "gene": ("high predicted expression of", "predicted log1p expression"),
+        "signature": ("high signature", "score of the signature"),
+        "profile": ("like the profile", "cosine"),
+        "patch": ("like the patch", "cosine"),
+        "image": ("like the picture", "cosine"),
+    }[kind]
+    query: Any = None
+    if kind == "patch":
+        query = _patch(slides, asked)
+    elif kind == "image":
+        query = cut_picture(args.image, args.image_mpp, slides[0])
+    return {"title": f"{title} {asked.rpartition('/')[2]}", "score": score, "query": query}

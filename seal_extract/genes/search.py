@@ -180,6 +180,18 @@ def embed_picture(encoder: Encoder, path: Path, mpp: float, like: SlideFeatures)
         raise UsageError(
             f"{encoder.spec.name} is not the {made_by['name']} that made {like.path}; give that one"
         )
+    patch = np.array(cut_picture(path, mpp, like))
+    pixels = torch.from_numpy(patch).permute(2, 0, 1)[None]  # uint8 [1, 3, S, S]
+    embedding: NDArray[np.float32] = encoder.encode(pixels)[0].cpu().numpy()
+    return embedding
+
+
+def cut_picture(path: Path, mpp: float, like: SlideFeatures) -> Image.Image:
+    """The middle of a picture, cut and scaled as the patches of a slide were.
+
+    Raises:
+        UsageError: it is no picture, coarser than the patches or smaller than one.
+    """
     try:
         with Image.open(path) as opened:
             picture = opened.convert("RGB")
@@ -194,7 +206,5 @@ def embed_picture(encoder: Encoder, path: Path, mpp: float, like: SlideFeatures)
         )
     left, top = (width - grid.patch_px) // 2, (height - grid.patch_px) // 2
     resized = picture.resize((width, height), Image.Resampling.BICUBIC)
-    patch = np.asarray(resized.crop((left, top, left + grid.patch_px, top + grid.patch_px)))
-    pixels = torch.from_numpy(patch.copy()).permute(2, 0, 1)[None]  # uint8 [1, 3, S, S]
-    embedding: NDArray[np.float32] = encoder.encode(pixels)[0].cpu().numpy()
-    return embedding
+    cut: Image.Image = resized.crop((left, top, left + grid.patch_px, top + grid.patch_px))
+    return cut

@@ -23,7 +23,16 @@ from seal_extract.overview import read_overview
 from seal_extract.publish import publish, writing
 from seal_extract.readers import Array
 from seal_extract.slide import Slide
-from seal_extract.view.overlay import caption_font, fitting_font
+from seal_extract.view.captions import (
+    FAINT,
+    INK,
+    caption_font,
+    draw_scale_bar,
+    draw_text,
+    encoder_words,
+    fitting_font,
+    shortened,
+)
 
 FINER = 8  # cells a patch is wide where patches do not lie on one grid
 MOST_CELLS = 2**26  # of a raster; an overview of a 100,000 px slide in 224 px patches has 200,000
@@ -31,7 +40,7 @@ PERCENTILES = (1.0, 99.0)  # of the values, at the ends of the colours: a few ou
 OPACITY = 0.65  # of the colours over the slide
 SIDE_PX = 1600  # longest side of a drawn picture without its legend
 MOST_OVERVIEW_PX = 4096  # longest side of the slide that it is cut from
-INK = (40, 40, 40)
+LEAST_PX = 640  # width of a picture, for the words below it
 MARGIN = 0.04  # of slide around the patches
 
 MADE_OF = "seal_extract"  # keyword of the text in the PNG
@@ -110,6 +119,7 @@ def draw_heatmap(
     *,
     unit: str = "",
     max_px: int = SIDE_PX,
+    encoder: str = "",
     made_of: dict[str, Any] | None = None,
 ) -> tuple[float, float]:
     """Draw values over the part of the slide that has patches, into a PNG with a title and a legend.
@@ -119,9 +129,10 @@ def draw_heatmap(
         grid: where the patches lie.
         values: float [N], one per patch, finite.
         path: the PNG; its folder is made.
-        title: in the legend's line.
+        title: in the legend.
         unit: of the values, behind the title.
         max_px: longest side of the picture without its legend.
+        encoder: what the values were predicted by, named in the legend.
         made_of: JSON that `read_made_of` gives back.
 
     Returns:
@@ -143,7 +154,9 @@ def draw_heatmap(
     canvas = _lay(np.asarray(grey, np.uint8), raster, colour(values, low, high), overview.downsample)
     left, top, right, bottom = (round(v / overview.downsample) for v in (x0, y0, x1, y1))
     canvas = canvas[top:bottom, left:right]
-    picture = _with_legend(canvas, f"{title}   {unit}".strip(), low, high)
+    patches = f"{len(grid):,} patches of {grid.patch_px * grid.mpp:.4g} µm"
+    source = "   ".join(filter(None, (slide.path.name, encoder and encoder_words(encoder), patches)))
+    picture = _with_legend(canvas, legend_of(title, unit, source, values), overview.mpp)
     path = Path(path)
     about = PngInfo()
     if made_of is not None:
@@ -202,20 +215,53 @@ def _around(raster: PatchRaster, size_l0: tuple[int, int]) -> tuple[float, float
     )
 
 
-def _with_legend(canvas: Array, title: str, low: float, high: float) -> Image.Image:
-    """The canvas above a white strip with the title on the left and the colours on the right."""
-    height, width = canvas.shape[0], max(canvas.shape[1], 480)
+def _with_legend(canvas: Array, legend: Legend, um_per_px: float) -> Image.Image:
+    """The canvas above a white strip: what is drawn on the left, the colours and a scale bar on the right."""
+    height, width = canvas.shape[0], max(canvas.shape[1], LEAST_PX)
     em = max(13, round(width / 64))  # px
-    picture = Image.new("RGB", (width, height + 4 * em), "white")
+    picture = Image.new("RGB", (width, height + 6 * em), "white")
     picture.paste(Image.fromarray(canvas))
     draw = ImageDraw.Draw(picture)
     bar_px, left = width // 4, width - width // 4 - em
     picture.paste(Image.fromarray(_table()[None]).resize((bar_px, em)), (left, height + em * 3 // 4))
-    for x, anchor, value in ((left, "la", low), (left + bar_px, "ra", high)):
-        draw.text((x, height + 2 * em), f"{value:.3g}", INK, caption_font(em), anchor=anchor)
-    font = fitting_font(title, left - 2 * em, largest=round(1.4 * em))
-    draw.text((em, height + 2 * em), title, INK, font, anchor="lm")
+    for x, anchor, text in ((left, "la", legend.ends[0]), (left + bar_px, "ra", legend.ends[1])):
+        draw_text(draw, (x, height + 2 * em), text, caption_font(em), anchor=anchor)
+    draw_scale_bar(draw, left + bar_px, height + 5.3 * em, um_per_px, bar_px, caption_font(em))
+    room = left - 2 * em
+    for y, text, largest, ink in (
+        (1.4, legend.title, 1.4, INK),
+        (3.2, legend.source, 0.9, FAINT),
+        (4.6, legend.span, 0.9, FAINT),
+    ):
+        font = fitting_font(text, room, largest=round(largest * em))
+        draw_text(draw, (em, height + y * em), shortened(text, font, room), font, ink=ink, anchor="lm")
     return picture
+
+
+@dataclass(frozen=True)
+class Legend:
+    """Words below a picture.
+
+    Attributes:
+        title: what is drawn, and its unit.
+        source: slide, encoder and patches.
+        span: what the colours span; empty where they span all values.
+        ends: the values at the two ends of the colours.
+    """
+
+    title: str
+    source: str
+    span: str
+    ends: tuple[str, str]
+
+
+def legend_of(title: str, unit: str, source: str, values: Values) -> Legend:
+    """What is written below values, float [N]; ``≤`` and ``≥`` tell that some lie beyond the colours' ends."""
+    (low, high), least, most = limits(values), float(values.min()), float(values.max())
+    below, above = least < low - 1e-6, most > high + 1e-6
+    ends = f"{'≤ ' if below else ''}{low:.3g}", f"{'≥ ' if above else ''}{high:.3g}"
+    span = f"colours from the 1st to the 99th percentile; all from {least:.3g} to {most:.3g}"
+    return Legend(f"{title}   {unit}".strip(), source, span if below or above else "", ends)
 
 
 def _table() -> NDArray[np.uint8]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from seal_extract.grid import PatchGrid
 from seal_extract.overview import Overview, read_overview
@@ -15,6 +15,7 @@ from seal_extract.publish import publish, writing
 from seal_extract.readers import Array
 from seal_extract.slide import Slide
 from seal_extract.tissue import TissueMask
+from seal_extract.view.captions import draw_scale_bar, draw_text, fitting_font
 from seal_extract.view.thumbnail import exif_of, make_thumbnail
 
 PATCH_RGB = (0, 120, 110)
@@ -101,51 +102,23 @@ def _draw_tissue(canvas: Array, mask: TissueMask, scale: float) -> None:
 
 
 def _caption(slide: Slide, mask: TissueMask | None, grid: PatchGrid) -> str:
-    tissue = f"{mask.area_mm2:.3g} mm2 tissue" if mask is not None else f"coordinates of {grid.origin}"
+    tissue = f"{mask.area_mm2:.3g} mm² tissue" if mask is not None else f"coordinates of {grid.origin}"
     return (
-        f"{slide.path.name}   {slide.mpp:.4g} um/px   {tissue}   "
-        f"{len(grid):,} patches of {grid.patch_px} px at {grid.mpp:.4g} um/px"
+        f"{slide.path.name}   {slide.mpp:.4g} µm/px   {tissue}   "
+        f"{len(grid):,} patches of {grid.patch_px} px at {grid.mpp:.4g} µm/px"
     )
 
 
 def _with_caption(canvas: Array, text: str, um_per_px: float) -> Image.Image:
     """The canvas above a white strip with the text on the left and a scale bar on the right."""
     height, width = canvas.shape[:2]
-    bar_um = _round_length(0.12 * width * um_per_px)
-    bar_px = bar_um / um_per_px
-    length = f"{bar_um / 1000:g} mm" if bar_um >= 1000 else f"{bar_um:g} um"
-    font = fitting_font(text, width - bar_px - 60)
+    most_px = 0.12 * width
+    font = fitting_font(text, width - most_px - 60)
     strip = round(font.size * 2.2)
     picture = Image.new("RGB", (width, height + strip), "white")
     picture.paste(Image.fromarray(canvas))
     draw = ImageDraw.Draw(picture)
     middle = height + strip / 2
-    draw.text((12, middle), text, fill=(40, 40, 40), font=font, anchor="lm")
-    right = width - 14
-    draw.line(
-        [(right - bar_px, middle + font.size * 0.55), (right, middle + font.size * 0.55)], (40, 40, 40), 3
-    )
-    draw.text((right - bar_px / 2, middle - font.size * 0.15), length, (40, 40, 40), font, anchor="mm")
+    draw_text(draw, (12, middle), text, font, anchor="lm")
+    draw_scale_bar(draw, width - 14, middle + font.size * 0.6, um_per_px, most_px, font)
     return picture
-
-
-def fitting_font(text: str, width: float, largest: int = 22) -> ImageFont.FreeTypeFont:
-    """The largest font in which the text is at most ``width`` wide, but never below 10 px."""
-    for size in range(largest, 10, -1):
-        font = caption_font(size)
-        if font.getlength(text) <= width:
-            return font
-    return caption_font(10)
-
-
-def caption_font(size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own font, which has neither µ nor ²."""
-    font = ImageFont.load_default(size)
-    assert isinstance(font, ImageFont.FreeTypeFont), "Pillow was built without FreeType"
-    return font
-
-
-def _round_length(um: float) -> float:
-    """The largest of 1, 2 and 5 times a power of ten that is not above ``um``."""
-    power = 10.0 ** np.floor(np.log10(um))
-    return float(max(step for step in (1, 2, 5) if step * power <= um * (1 + 1e-9)) * power)

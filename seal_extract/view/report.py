@@ -24,6 +24,7 @@ from seal_extract.overview import Overview, read_overview
 from seal_extract.publish import publish, writing
 from seal_extract.slide import Slide
 from seal_extract.store import SlideFeatures
+from seal_extract.view.captions import FOR_TRYING
 from seal_extract.view.gallery import tissue_rings
 from seal_extract.view.layers import find_attention
 from seal_extract.view.markup import Markup, fill_text
@@ -47,10 +48,6 @@ SIDE_PX = (256, 3000, 8000)  # longest side of the slide's picture: least, defau
 QUALITY = 80  # of its JPEG
 COARSE_MPP = 1.0  # beyond which nuclei cannot be judged
 Rings = list[list[list[int]]]  # of points (x, y), level-0 pixels
-FOR_TRYING = {
-    "seal-tiny": "seal-tiny is for trying the tool: it was trained on four sections of one breast cancer. "
-    "Draw no conclusions about patients from it."
-}
 
 
 def report_path(features: SlideFeatures, out: Path | None = None) -> Path:
