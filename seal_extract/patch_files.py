@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from seal_extract.errors import SlideOpenError, UnsupportedSlideError, UsageError
+from seal_extract.hdf5 import open_hdf5
 from seal_extract.readers import PLAUSIBLE_MPP
 
 PICTURES = (".png", ".jpg", ".jpeg")
@@ -189,7 +190,7 @@ def _located(
 
 def _open_table(path: Path) -> Any:
     """A mapping of names to arrays; nothing in it is unpickled."""
-    return np.load(path, allow_pickle=False) if path.suffix.lower() == ".npz" else h5py.File(path, "r")
+    return np.load(path, allow_pickle=False) if path.suffix.lower() == ".npz" else open_hdf5(path)
 
 
 def _name_of_images(path: Path, table: Any) -> str:

@@ -300,10 +300,7 @@ def test_hest_of_other_technologies_goes_by_its_metadata(tmp_path):
 
 def test_hest_refuses(tmp_path):
     write_hest(tmp_path, slide=False, lattice="square")
-    refused("has no wsis/TENX1.tif", "hest", tmp_path, "TENX1")
-    (tmp_path / "patches").mkdir()
-    (tmp_path / "patches/TENX1.h5").touch()
-    refused("but patches are cut from the slide; download wsis/TENX1.tif too", "hest", tmp_path, "TENX1")
+    refused("has no wsis/TENX1.tif or patches/TENX1.h5", "hest", tmp_path, "TENX1")
     write_hest(tmp_path, lattice="square")
     refused("TENX1: µm/px is unknown; type mpp", "hest", tmp_path, "TENX1")
     write_hest(tmp_path, meta=META | {"pixel_size_um_estimated": 0.25})
@@ -347,7 +344,7 @@ def test_visium_refuses(tmp_path):
     refused(r"has no filtered_feature_bc_matrix.h5, nor has S1 or outs in it", "visium", tmp_path)
     write_visium(tmp_path)
     slide = {"slide": str(draw(tmp_path / "he.png", (50, 50)))}
-    refused("no full-resolution image; type slide = the one it was given", "visium", tmp_path)
+    refused("no full-resolution image; type --slide FILE, the one that it was given", "visium", tmp_path)
     draw(tmp_path / "spatial/tissue_hires_image.png", (50, 50))
     refused(
         "tissue_hires_image.png is Space Ranger's small copy; give slide = the full-resolution",

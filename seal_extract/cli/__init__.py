@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from seal_extract.cli import bench, encoders, evaluate, genes, report, search, train, verify, view
+from seal_extract.cli import bench, encoders, evaluate, genes, report, search, spots, train, verify, view
 from seal_extract.cli.fail import fail
 from seal_extract.cli.slide_options import slides_parser
 from seal_extract.errors import SealExtractError, UsageError
@@ -30,6 +30,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "genes": genes.genes_parser,
     "report": report.report_parser,
     "search": search.search_parser,
+    "spots": spots.spots_parser,
     "train": train.train_parser,
     "view": view.view_parser,
 }

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from seal_extract.cli.options import add_common, mpp
-from seal_extract.errors import UsageError
 
 if TYPE_CHECKING:
     from seal_extract.encoders.request import EncoderRequest
@@ -88,20 +87,13 @@ def _sections(source: Path) -> list[Section]:
     Raises:
         UsageError: it is neither.
     """
-    from seal_extract.train.formats import load_sections
+    from seal_extract.train.formats import find_sections, load_sections
 
     if source.suffix == ".toml":
         from seal_extract.train.config import read_config
 
         return load_sections(read_config(source).data.sections)
-    images = sorted({path.stem for path in (source / "images").glob("*.*")})
-    names = [name for name in images if list((source / "counts").glob(f"{name}.tsv*"))]
-    if not names:
-        raise UsageError(
-            f"{source} holds no section; allowed: the config of a training, NAME.toml, or a folder with "
-            "images/NAME.jpg, counts/NAME.tsv.gz and spots/NAME_selection.tsv"
-        )
-    return load_sections([{"kind": "st-tables", "folder": str(source), "names": names}])
+    return find_sections(source)
 
 
 def _say(what: str) -> None:

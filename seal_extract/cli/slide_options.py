@@ -17,6 +17,7 @@ commands:
   seal-extract demo [FOLDER]      make a synthetic slide and an untrained encoder, and run on them
   seal-extract bench [SLIDE]      how fast every stage is here, alone and together
   seal-extract train CONFIG.toml  align an encoder with spatial transcriptomics
+  seal-extract spots FOLDER ...   image and expression embeddings of spots of Visium or HEST, in one AnnData
   seal-extract evaluate ...       how much of gene expression an encoder's embeddings hold
   seal-extract verify FOLDER      is all of it as CLAM, TRIDENT, Patho-Bench, STAMP or MIL-Lab reads it
   seal-extract export FOLDER      a finished run in another layout, AnnData or SpatialData

@@ -301,14 +301,14 @@ def _embed_expression(
     omics = load_omics(folder)
     if omics.genes is None:
         return None
-    smooth = bool(_training(folder).get("config", {}).get("data", {}).get("smooth", False))
+    smooth = bool(training_of(folder).get("config", {}).get("data", {}).get("smooth", False))
     project = compared_behind_heads(omics, encoder.spec.name, encoder.projection is not None)
     values = expression_of(sections, pairs, omics.genes, smooth=smooth)
     made: NDArray[np.float32] = omics.encode(values, project=project).numpy()
     return made
 
 
-def _training(folder: Path) -> dict[str, Any]:
+def training_of(folder: Path) -> dict[str, Any]:
     """What an encoder's folder says of its training; nothing where it says nothing, or is no folder."""
     file = folder / CONFIG
     if not file.is_file():
@@ -322,7 +322,7 @@ def _seen(request: EncoderRequest, folds: Sequence[Fold]) -> list[str]:
     warnings = []
     for fold in folds:
         folder = Path(_for_fold(request, fold.name).name_or_path)
-        training = _training(folder)
+        training = training_of(folder)
         validation = training.get("config", {}).get("data", {}).get("validation", ())
         seen = {*training.get("sections", ()), *validation}
         both = seen & set(fold.sections[fold.held_out].tolist())

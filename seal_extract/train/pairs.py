@@ -14,6 +14,7 @@ from seal_extract.batches import stream_batches
 from seal_extract.decode import open_decoder
 from seal_extract.errors import UsageError
 from seal_extract.grid import PatchGrid, level_to_read
+from seal_extract.patch_files import SAME_MPP, open_patches
 from seal_extract.slide import Slide, open_slide
 from seal_extract.train.sections import Expression, Section
 
@@ -78,14 +79,19 @@ def make_pairs(
         UsageError: no patch lies inside a slide; a gene that a section lacks.
         SlideError: a slide that cannot be opened or read.
     """
-    kept, patches, expression, xy_um = [], [], [], []
+    patches: list[NDArray[np.uint8]] = []
+    kept, expression, xy_um = [], [], []
     for section in sections:
         values = section.log1p(panel)
         values = section.smoothed(values) if smooth else values
-        with open_slide(section.slide, mpp=section.mpp) as slide:
-            grid, rows = _grid(slide, section, patch_px, mpp)
-            patches.append(_read(slide, grid))
-            xy_um.append(section.xy_l0[rows] * slide.mpp)
+        if section.slide.suffix == ".h5":
+            rows, mpp_l0 = _add_ready(section, patch_px, mpp, patches)
+        else:
+            with open_slide(section.slide, mpp=section.mpp) as slide:
+                grid, rows = _grid(slide, section, patch_px, mpp)
+                patches.append(_read(slide, grid))
+                mpp_l0 = slide.mpp
+        xy_um.append(section.xy_l0[rows] * mpp_l0)
         kept.append(section.take(rows))
         expression.append(values[rows])
     with_table = all(s.embeddings is not None for s in kept)
@@ -128,6 +134,43 @@ def _grid(slide: Slide, section: Section, patch_px: int, mpp: float) -> tuple[Pa
     level, read_px = level_to_read(slide, patch_px, size_l0)
     rows = np.flatnonzero(inside)
     return PatchGrid(corners[rows], patch_px, mpp, size_l0, 0, level, read_px, "spots"), rows
+
+
+def _add_ready(
+    section: Section, patch_px: int, mpp: float, patches: list[NDArray[np.uint8]]
+) -> tuple[NDArray[np.int64], float]:
+    """Add the ready-cut patches of spots, by barcode; gives the rows that have one, and the slide's µm/px.
+
+    Raises:
+        UsageError: they have no barcodes, or are of another size or µm/px than asked for.
+    """
+    try:
+        file = open_patches(section.slide, slide_mpp=section.mpp)
+    except UsageError as exc:  # nobody states their µm/px
+        why = str(exc).split(";")[0]
+        raise UsageError(f"{section.name}: {why}; download its slide, from which patches are cut") from exc
+    if file.patch_px != patch_px or abs(file.mpp / mpp - 1) > SAME_MPP:
+        raise UsageError(
+            f"{section.name}: {file.path} holds patches of {file.patch_px} px at {file.mpp:.4g} µm/px, asked "
+            f"are {patch_px} px at {mpp:.4g}; download its slide, or ask for those"
+        )
+    at = {barcode: i for i, barcode in enumerate(file.barcodes or ())}
+    rows = np.array([i for i, barcode in enumerate(section.barcodes) if barcode in at], np.int64)
+    if not len(rows):
+        raise UsageError(
+            f"{section.name}: {file.path} has no patch with the barcode of a spot; it has to be "
+            "of this section"
+        )
+    if len(rows) < len(section):
+        warnings.warn(
+            f"{section.name}: {len(section) - len(rows)} of {len(section)} spots are left out, as they have "
+            "no patch",
+            stacklevel=3,
+        )
+    order = [at[section.barcodes[row]] for row in rows]
+    images = np.concatenate(list(file.read(READ)))[order]  # uint8 [N, S, S, 3]
+    patches.append(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    return rows, file.slide_mpp
 
 
 def _read(slide: Slide, grid: PatchGrid) -> NDArray[np.uint8]:

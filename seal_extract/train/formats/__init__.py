@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -14,11 +14,12 @@ from seal_extract.errors import UsageError
 from seal_extract.train.formats.anndata import read_anndata
 from seal_extract.train.formats.hest import read_hest
 from seal_extract.train.formats.st_tables import read_st_tables
-from seal_extract.train.formats.visium import read_visium, read_visium_hd
+from seal_extract.train.formats.visium import MATRIX, read_visium, read_visium_hd
 from seal_extract.train.sections import Section
 
 __all__ = [
     "READERS",
+    "find_sections",
     "load_sections",
     "read_anndata",
     "read_hest",
@@ -69,6 +70,47 @@ def load_sections(sources: Sequence[Mapping[str, Any]]) -> list[Section]:
                 "give each its own folder"
             )
     return sections
+
+
+def find_sections(
+    folder: Path, names: Sequence[str] | None = None, *, slide: str | None = None, mpp: float | None = None
+) -> list[Section]:
+    """Sections of a folder whose kind is told by what lies in it.
+
+    Args:
+        folder: as HEST's (``st/NAME.h5ad``), Space Ranger's (or several by their names), her2st's
+            (``images``, ``counts``, ``spots``), or with NAME.h5ad and the slide beside it.
+        names: of the sections; all by default.
+        slide: the full-resolution image that Space Ranger was given.
+        mpp: µm/px of the slides, where nothing states it.
+
+    Raises:
+        UsageError: it is no such folder; and what the readers raise.
+    """
+    for kind, found in _kinds(folder):
+        if found:
+            options = {"slide": slide and str(Path(slide).absolute()), "mpp": mpp}
+            given = {option: value for option, value in options.items() if value is not None}
+            return load_sections([{"kind": kind, "folder": folder, "names": list(names or found), **given}])
+    raise UsageError(
+        f"{folder} holds no section; allowed: the config of a training, NAME.toml, or a folder with HEST's "
+        f"st/NAME.h5ad and wsis/NAME.tif or patches/NAME.h5, Space Ranger's {MATRIX} and spatial/, NAME.h5ad "
+        f"and NAME.tif, or images/, counts/ and spots/"
+    )
+
+
+def _kinds(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each kind with the names of its sections in the folder."""
+    yield "hest", sorted(path.stem for path in (folder / "st").glob("*.h5ad"))
+    for kind, file in (("visium", MATRIX), ("visium-hd", f"binned_outputs/square_008um/{MATRIX}")):
+        own = any((outs / file).is_file() for outs in (folder, folder / "outs"))
+        name = folder.resolve()
+        below = {p for outs in ("", "outs/") for p in folder.glob(f"*/{outs}{file}")}
+        several = {path.relative_to(folder).parts[0] for path in below} - {"outs"}
+        yield kind, [(name.parent if name.name == "outs" else name).name] if own else sorted(several)
+    images = sorted({path.stem for path in (folder / "images").glob("*.*")})
+    yield "st-tables", [name for name in images if list((folder / "counts").glob(f"{name}.tsv*"))]
+    yield "anndata", sorted(path.stem for path in folder.glob("*.h5ad"))
 
 
 def _check_options(kind: str, options: Mapping[str, Any]) -> None:

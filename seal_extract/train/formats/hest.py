@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from seal_extract.errors import UsageError
 from seal_extract.hest import read_metadata, stated_mpp
 from seal_extract.train.formats.anndata import array_places, open_h5ad, pixel_places, section_of
 from seal_extract.train.formats.matching import held_to_pitch, lattice_of, mpp_by_pitch, there
@@ -28,7 +27,8 @@ def read_hest(
     """A section of HEST (Jaume et al. 2024): ``st/NAME.h5ad``, ``wsis/NAME.tif``, ``metadata/NAME.json``.
 
     µm/px is ``pixel_size_um_estimated`` of the metadata, for Visium held to 100 µm between spots; a patient
-    is one of a data set, as data sets count theirs anew. HEST's own patches are not used: they are cut again.
+    is one of a data set, as data sets count theirs anew. Patches are cut from the slide; where it was not
+    downloaded and ``patches/NAME.h5`` was, they are those.
 
     Args:
         folder: with those folders.
@@ -69,13 +69,8 @@ def read_hest(
 
 
 def _slide(folder: Path, name: str) -> Path:
-    path, patches = folder / "wsis" / f"{name}.tif", folder / "patches" / f"{name}.h5"
-    if not path.is_file() and patches.is_file():
-        raise UsageError(
-            f"{name}: patches/{name}.h5 is there, but patches are cut from the slide; "
-            f"download wsis/{name}.tif too"
-        )
-    return there(folder, f"wsis/{name}.tif")
+    """The slide, or the ready-cut patches where only they were downloaded."""
+    return there(folder, f"wsis/{name}.tif", f"patches/{name}.h5")
 
 
 def _patient(meta: dict[str, Any]) -> str | None:

@@ -199,7 +199,8 @@ def _outs(folder: Path, name: str, file: str) -> Path:
 def _slide(folder: Path, name: str, slide: str | None) -> Path:
     if slide is None:
         raise UsageError(
-            f"{name}: Space Ranger's folder has no full-resolution image; type slide = the one it was given"
+            f"{name}: Space Ranger's folder has no full-resolution image; type --slide FILE, the one that "
+            "it was given, or slide = in a config"
         )
     return slide_of(folder, name, slide)
 

@@ -1,0 +1,121 @@
+"""``seal-extract spots``: image and expression embeddings of the spots of spatial transcriptomics."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from seal_extract.cli.fail import fail
+from seal_extract.cli.options import add_common, mpp
+from seal_extract.errors import CheckpointError, SealExtractError, UsageError
+
+if TYPE_CHECKING:
+    from seal_extract.genes.omics import OmicsEncoder
+    from seal_extract.train.sections import Section
+
+
+def spots_parser() -> argparse.ArgumentParser:
+    """Options of ``seal-extract spots``."""
+    p = argparse.ArgumentParser(
+        prog="seal-extract spots",
+        description="Embed the patch and the expression of every spot of a section, joined by barcode in one "
+        "AnnData file: obsm X_image and X_expression.",
+    )
+    p.set_defaults(handler=run)
+    p.add_argument(
+        "source",
+        type=Path,
+        metavar="FOLDER|CONFIG.toml",
+        help="a folder of HEST, of Space Ranger (Visium, Visium HD), with NAME.h5ad and NAME.tif, or as "
+        "her2st; or the config of a training",
+    )
+    p.add_argument("-o", "--out", type=Path, default=Path("out"), help="folder for NAME.h5ad (default: out)")
+    p.add_argument("--encoder", required=True, metavar="NAME", help="a SEAL encoder, or a folder")
+    p.add_argument("--checkpoint", type=Path, metavar="FILE", help="its official weight file (.pth)")
+    p.add_argument("--omics", type=Path, metavar="FILE", help="its expression half, where it lies elsewhere")
+    p.add_argument("--panel", type=Path, metavar="FILE", help="the gene of each of its columns, one per line")
+    p.add_argument("--image-only", action="store_true", help="leave the embeddings of the expression out")
+    p.add_argument("--no-smooth", action="store_true", help="expression of each spot without its neighbours'")
+    p.add_argument("--names", metavar="NAME[,NAME]", help="of sections (default: all in the folder)")
+    p.add_argument("--slide", metavar="FILE", help="the full-resolution image that Space Ranger was given")
+    p.add_argument("--slide-mpp", type=mpp, metavar="UM", help="µm/px of the image, where nothing states it")
+    p.add_argument("--mpp", type=mpp, default=0.5, metavar="UM", help="of the patches, or 20x (default: 0.5)")
+    p.add_argument("--patch-px", type=int, default=224, metavar="N", help="side in pixels (default: 224)")
+    p.add_argument(
+        "--batch-size", type=int, default=64, metavar="N", help="patches per forward (default: 64)"
+    )
+    p.add_argument("--precision", choices=["float32", "bfloat16", "float16"])
+    p.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    p.add_argument("--offline", action="store_true", help="never ask the network")
+    p.add_argument("--overwrite", action="store_true", help="replace files that were made of something else")
+    add_common(p)
+    return p
+
+
+def run(args: argparse.Namespace) -> int:
+    """A line for each section; one that fails stops no other, and makes the exit status 1."""
+    from seal_extract.encoders import load_encoder
+    from seal_extract.evaluate.spots import embed_spots, was_smoothed
+
+    for name, least in (("batch_size", 1), ("patch_px", 1)):
+        if getattr(args, name) < least:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}; allowed: {least} or more")
+    sections = _sections(args)
+    omics = None if args.image_only else _omics(args)
+    encoder = load_encoder(
+        args.encoder,
+        checkpoint=args.checkpoint,
+        device=args.device,
+        precision=args.precision,
+        offline=args.offline,
+    )
+    failed = 0
+    for section in sections:
+        try:
+            path = embed_spots(
+                section,
+                encoder,
+                args.out,
+                omics,
+                patch_px=args.patch_px,
+                mpp=args.mpp,
+                smooth=not args.no_smooth and was_smoothed(args.encoder),
+                batch_size=args.batch_size,
+                overwrite=args.overwrite,
+            )
+        except SealExtractError as exc:
+            if len(sections) == 1:
+                raise
+            failed += 1
+            fail(f"FAILED {exc}", 1)
+            continue
+        both = "image and expression" if omics is not None else "image"
+        print(f"{section.name}: {both} embeddings by {encoder.spec.name} -> {path}", flush=True)
+    return 1 if failed else 0
+
+
+def _sections(args: argparse.Namespace) -> list[Section]:
+    from seal_extract.train.formats import find_sections, load_sections
+
+    if args.source.suffix == ".toml":
+        from seal_extract.train.config import read_config
+
+        if args.slide or args.slide_mpp or args.names:
+            raise UsageError("--slide, --slide-mpp and --names are for folders; the config says them itself")
+        return load_sections(read_config(args.source).data.sections)
+    names = None if args.names is None else [name.strip() for name in args.names.split(",")]
+    return find_sections(args.source, names, slide=args.slide, mpp=args.slide_mpp)
+
+
+def _omics(args: argparse.Namespace) -> OmicsEncoder:
+    from seal_extract.genes.omics import load_omics
+    from seal_extract.genes.panel import read_panel
+
+    try:
+        omics = load_omics(args.omics or args.encoder, offline=args.offline)
+    except (UsageError, CheckpointError) as exc:
+        raise type(exc)(f"{exc}; or type --image-only for the embeddings of the patches alone") from exc
+    if args.panel is not None:
+        omics.genes = read_panel(args.panel)
+    return omics
