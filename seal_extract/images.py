@@ -16,11 +16,10 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from seal_extract.errors import SlideOpenError, UnsupportedSlideError
-from seal_extract.readers import Array, Reader, first_line
+from seal_extract.readers import PYRAMID, Array, Reader, first_line
 from seal_extract.tiff_pixels import ORIENTATION, refuse_orientation
 
 MAX_IMAGE_PX = 600_000_000  # 3 bytes a pixel, 4 with alpha
-TILED = "vips tiffsave IN OUT.tif --tile --pyramid"
 
 
 class ImageReader(Reader):
@@ -43,7 +42,7 @@ class ImageReader(Reader):
         if size[0] * size[1] > MAX_IMAGE_PX:
             raise UnsupportedSlideError(
                 f"{path}: a plain image of {size[0]} x {size[1]} px has to be decoded whole "
-                f"(allowed: {MAX_IMAGE_PX // 10**6} Mpx); convert it to a tiled TIFF: {TILED}"
+                f"(allowed: {MAX_IMAGE_PX // 10**6} Mpx); convert it to a tiled TIFF: {PYRAMID}"
             )
         self._describe([size], [1.0])
         self._set_mpp(mpp, [], " (a dpi in a plain image is the printer's, not the scanner's)")

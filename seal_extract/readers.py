@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import re
 import sys
 import threading
@@ -30,6 +31,7 @@ from seal_extract.errors import (
     ResolutionError,
     SealExtractError,
     SlideOpenError,
+    UnsupportedSlideError,
 )
 from seal_extract.tiff_pixels import (
     ome_mpp,
@@ -42,7 +44,9 @@ PLAUSIBLE_MPP = (0.05, 20.0)  # finer than any brightfield scanner, coarser than
 STATED_MPP = (0.1, 10.0)  # that a file is believed: HEST's TIFFs state a tenth of the true µm/px
 MAX_ANISOTROPY = 0.05  # µm/px may differ this much between x and y ...
 TOLD_ANISOTROPY = 0.01  # ... and is told from here on
-MAX_IMAGE_PX = 600_000_000  # a plain image is decoded whole: 3 bytes a pixel
+
+MOST_COARSEST_PX = 2**35  # 100 x 34 mm at 0.3 µm/px
+PYRAMID = "vips tiffsave IN OUT.tif --tile --pyramid"
 
 Array = NDArray[np.uint8]
 
@@ -86,6 +90,12 @@ class Reader:
             Level(size, downsample, _same_shape(sizes[0], size))
             for size, downsample in zip(sizes, downsamples, strict=True)
         )
+        width, height = min((level.size_px for level in self.levels if level.faithful), key=math.prod)
+        if width * height > MOST_COARSEST_PX:
+            raise UnsupportedSlideError(
+                f"{self.path}: its coarsest level of {width} x {height} px is read whole to find tissue "
+                f"(allowed: {MOST_COARSEST_PX / 1e9:.0f} Gpx); give it a pyramid: {PYRAMID}"
+            )
 
     @property
     def sizes_px(self) -> list[tuple[int, int]]:

@@ -105,7 +105,9 @@ class Tiff:
         """The whole numbers of an entry, fewer than it claims where the file ends before."""
         if entry is None or entry.kind not in _WHOLE or entry.at >= self.bytes:
             return np.empty(0, np.uint64)
-        return np.fromfile(self.path, self.order + _WHOLE[entry.kind], entry.count, offset=entry.at)
+        kind = np.dtype(self.order + _WHOLE[entry.kind])
+        count = min(entry.count, (self.bytes - entry.at) // kind.itemsize)
+        return np.fromfile(self.path, kind, count, offset=entry.at)
 
     def text(self, entry: Entry | None) -> str:
         """The text of an entry; nothing where it lies outside the file."""
@@ -270,6 +272,7 @@ def refuse_truncated(path: Path) -> None:
     ends = [0.0]
     for directory in tiff.directories:
         for tags in ((STRIP_OFFSETS, STRIP_BYTE_COUNTS), (TILE_OFFSETS, TILE_BYTE_COUNTS)):
+            ends += [directory[tag].at + directory[tag].bytes for tag in tags if tag in directory]
             offsets, counts = (tiff.values(directory.get(tag)).astype(np.float64) for tag in tags)
             known = min(len(offsets), len(counts))
             ends.append((offsets[:known] + counts[:known]).max(initial=0))

@@ -8,6 +8,7 @@ import resource
 import signal
 import struct
 import sys
+import zlib
 from pathlib import Path
 
 WORDS = {"H": 3, "I": 4, "Q": 16}
@@ -52,7 +53,33 @@ def big(tags, entries=None):
     return head + (directory(16, tags, 0, big=True) if entries is None else struct.pack("<Q", entries))
 
 
+def many_pixels(side=400_000, tile=8192):
+    """All tiles are one and the same, of zeros."""
+    data, tiles = zlib.compress(bytes(tile * tile * 3), 9), (-(-side // tile)) ** 2
+    sides = {256: side, 257: side, 322: tile, 323: tile, 284: (3, 1, 1)}
+
+    def pointing_to(at):
+        tables = {
+            258: (3, 3, at),
+            259: (3, 1, 8),
+            324: (4, tiles, at + 8),
+            325: (4, tiles, at + 8 + 4 * tiles),
+        }
+        return classic(({**RGB8_TILES, **sides, **tables}, None))
+
+    at = len(pointing_to(0))
+    offsets = struct.pack("<I", at + 8 + 8 * tiles) * tiles
+    return (
+        pointing_to(at)
+        + struct.pack("<4H", 8, 8, 8, 0)
+        + offsets
+        + struct.pack("<I", len(data)) * tiles
+        + data
+    )
+
+
 TIFFS = {
+    "400,000 px squared": (many_pixels(), "allowed: 34 Gpx"),
     "first to itself": (classic((RGB8_TILES, 0)), CIRCLE),
     "last to the first": (classic((RGB8_TILES, 1), ({256: 1}, 2), ({}, 0)), CIRCLE),
     "last to itself": (classic((RGB8_TILES, 1), ({256: 1}, 1)), CIRCLE),
