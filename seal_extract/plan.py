@@ -54,6 +54,8 @@ class ExtractOptions:
         overwrite: replace a file that other options made.
         stage_dir: fast folder into which the next slides are copied before they are read.
         stage_gb: gigabytes that these copies may fill.
+        overlay: patches in the picture of a slide: a faint ``"tint"``, or an ``"outline"``, which leaves the
+            colours of the stains as they are.
         layout: where the files lie and in which form: ``"trident"``, ``"clam"``, ``"stamp"``, ``"flat"``.
     """
 
@@ -75,6 +77,7 @@ class ExtractOptions:
     workers: int | None = None
     overwrite: bool = False
     layout: str = "trident"
+    overlay: Literal["tint", "outline"] = "tint"
     stage_dir: Path | None = None
     stage_gb: float = 50.0
 

@@ -17,7 +17,7 @@ from seal_extract.slide_files import FileStamp, file_stamp
 from seal_extract.slide_list import SlideEntry
 from seal_extract.slide_mpp import open_entry
 from seal_extract.store import SlideFeatures, SlideLabel
-from seal_extract.view.overlay import draw_overlay
+from seal_extract.view.overlay import Style, draw_overlay
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,13 @@ def draw(planned: PlannedSlide) -> None:
         SealExtractError: it cannot be read or they cannot be written.
     """
     plan, layout, name = planned.plan, planned.layout, planned.entry.name
+    also: dict[Path, Style] = {}
     if plan.mask is not None:
-        plan.mask.to_geojson(layout.tissue(name, plan.grid.name))
+        own = layout.tissue(name, plan.grid.name)
         shared = layout.shared_tissue(name, plan.grid.name, overwrite=planned.options.overwrite)
-        if shared is not None:
-            plan.mask.to_geojson(shared)
-    draw_overlay(plan.slide, plan.mask, plan.grid, layout.overlay(name, plan.grid.name))
+        for path in filter(None, (own, shared)):
+            plan.mask.to_geojson(path)
+        if shared is not None and (picture := layout.contours(name)):
+            also[picture] = "outline"
+    overlay = layout.overlay(name, plan.grid.name)
+    draw_overlay(plan.slide, plan.mask, plan.grid, overlay, style=planned.options.overlay, also=also)

@@ -68,6 +68,7 @@ def test_all_files_of_a_slide_are_there_and_nothing_else(finished):
     assert files_in(out) == [
         "20x_224px_0px_overlap/features_untrained-demo/small.h5",
         "20x_224px_0px_overlap/patches/small_patches.h5",
+        "contours/small.jpg",
         "contours_geojson/20x_224px_0px_overlap/small.geojson",
         "contours_geojson/small.geojson",
         "overlays/20x_224px_0px_overlap/small.jpg",

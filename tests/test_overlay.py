@@ -1,5 +1,6 @@
 """The picture per slide shows the tissue's outline, every patch, and says what it shows."""
 
+from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
@@ -53,6 +54,20 @@ def test_patches_and_outline_lie_where_they_should(white, tmp_path):
     assert not outline[:, 620:].any()
     inside, outside = canvas[20:80, 120:180].mean(), canvas[20:80, 900:1100].mean()
     assert inside < outside - 10  # patches are tinted
+
+
+@pytest.mark.parametrize("patch_px", [200, 8])
+def test_an_outline_leaves_the_stains_as_they_are_where_a_tint_does_not(white, tmp_path, patch_px):
+    mask = half_tissue(white)
+    grid = make_grid(white, mask, patch_px, 0.5)
+    grid = replace(grid, xy_l0=grid.xy_l0[grid.xy_l0[:, 0] < 800])  # up to x = 400 in the picture
+    tinted = draw(tmp_path / "a.jpg", white, mask, grid, max_px=1200, also={tmp_path / "b.jpg": "outline"})
+    outlined = draw(tmp_path / "c.jpg", white, mask, grid, max_px=1200, style="outline")
+    assert (tmp_path / "b.jpg").read_bytes() == (tmp_path / "c.jpg").read_bytes()
+    inside = np.s_[115:185, 115:185]  # of a large patch, or in the middle of tiny ones
+    assert np.abs(outlined[inside].astype(int) - 250).max() <= 4
+    assert tinted[inside].mean() < 240
+    assert near(outlined[100:700, 395:405], PATCH_RGB, 60).any(axis=1).all()  # where they end
 
 
 def test_tiny_patches_are_filled_instead_of_framed(white, tmp_path):

@@ -122,6 +122,13 @@ def slides_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="trident, clam, stamp or flat: where files lie and in which form (default: trident)",
     )
+    run.add_argument(
+        "--overlay",
+        choices=["tint", "outline"],
+        default="tint",
+        help="patches in the picture of a slide: a faint tint, or outlines, which leave the colours of the "
+        "stains as they are (default: tint)",
+    )
     run.add_argument("--overwrite", action="store_true", help="replace files that other options made")
 
     run.add_argument(

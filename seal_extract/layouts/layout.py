@@ -76,6 +76,10 @@ class Layout(ABC):
         grids = [g.name for g in os.scandir(shared.parent) if g.is_dir() and Path(g, shared.name).exists()]
         return shared if grids == [grid] else None
 
+    def contours(self, slide: str) -> Path | None:
+        """Picture of the tissue beside `shared_tissue`, by which another tool knows that it was found."""
+        return None
+
     def slide_level(self, slide: str, name: str) -> Path:
         """Embedding of a whole slide, by the name of what pooled it."""
         return self.out / f"slide_features_{name}" / f"{slide}.h5"

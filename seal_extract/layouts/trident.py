@@ -2,6 +2,7 @@
 
 OUT/20x_224px_0px_overlap/patches/{slide}_patches.h5      coords
 OUT/20x_224px_0px_overlap/features_{encoder}/{slide}.h5   features, coords
+OUT/contours/{slide}.jpg                                  picture of the tissue
 OUT/20x_224px_0px_overlap/slide_features_{name}/{slide}.h5   of the whole slide
 """
 
@@ -36,6 +37,10 @@ class TridentLayout(Layout):
     def coords(self, slide: str) -> Path:
         """Coordinates of a slide."""
         return self.folder / "patches" / f"{slide}_patches.h5"
+
+    def contours(self, slide: str) -> Path:
+        """TRIDENT segments again, over contours that are there, where it does not find this picture."""
+        return self.out / "contours" / f"{slide}.jpg"
 
     def slide_level(self, slide: str, name: str) -> Path:
         """Embedding of a whole slide, beside those of its patches."""

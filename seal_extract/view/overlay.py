@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -17,6 +20,8 @@ from seal_extract.slide import Slide
 from seal_extract.tissue import TissueMask
 from seal_extract.view.captions import draw_scale_bar, draw_text, fitting_font
 from seal_extract.view.thumbnail import exif_of, make_thumbnail
+
+Style = Literal["tint", "outline"]  # of the patches
 
 PATCH_RGB = (0, 120, 110)
 TISSUE_RGB = (25, 35, 160)
@@ -32,6 +37,8 @@ def draw_overlay(
     path: str | os.PathLike[str],
     *,
     max_px: int = 2048,
+    style: Style = "tint",
+    also: Mapping[Path, Style] = MappingProxyType({}),
 ) -> None:
     """Draw tissue and patches over the slide into a JPEG that carries its own thumbnail.
 
@@ -41,6 +48,9 @@ def draw_overlay(
         grid: every patch is drawn.
         path: the JPEG; its folder is made.
         max_px: longest side of the picture without its caption.
+        style: ``"tint"`` covers the patches with a faint colour, which shows also the smallest; ``"outline"``
+            draws lines alone, which leave the colours of the stains as they are.
+        also: other JPEGs of the same, each with its style.
 
     Places that cannot be read stay white.
 
@@ -49,15 +59,15 @@ def draw_overlay(
         ReadError: much of the slide cannot be read.
     """
     overview = read_overview(slide, slide.mpp * max(slide.size_l0) / max_px, holes=True)
-    canvas, scale = _enlarged(overview)
-    _draw_patches(canvas, grid, scale)
-    if mask is not None:
-        _draw_tissue(canvas, mask, scale)
-    picture = _with_caption(canvas, _caption(slide, mask, grid), slide.mpp / scale)
-    thumbnail = make_thumbnail(Image.fromarray(canvas))
-    path = Path(path)
-    with publish(path) as part, writing(path):
-        picture.save(part, "JPEG", quality=88, exif=exif_of(thumbnail))
+    for file, how in {Path(path): style, **also}.items():
+        canvas, scale = _enlarged(overview)
+        _draw_patches(canvas, grid, scale, how)
+        if mask is not None:
+            _draw_tissue(canvas, mask, scale)
+        picture = _with_caption(canvas, _caption(slide, mask, grid), slide.mpp / scale)
+        thumbnail = make_thumbnail(Image.fromarray(canvas))
+        with publish(file) as part, writing(file):
+            picture.save(part, "JPEG", quality=88, exif=exif_of(thumbnail))
 
 
 def _enlarged(overview: Overview) -> tuple[Array, float]:
@@ -71,16 +81,20 @@ def _enlarged(overview: Overview) -> tuple[Array, float]:
     return np.asarray(canvas, np.uint8), factor / overview.downsample
 
 
-def _draw_patches(canvas: Array, grid: PatchGrid, scale: float) -> None:
-    """Faintly filled squares with a thin border; where they are tiny only the fill."""
+def _draw_patches(canvas: Array, grid: PatchGrid, scale: float, style: Style) -> None:
+    """Squares with a thin border, faintly filled for a tint; where they are tiny the fill or its outline."""
     side = grid.patch_size_l0 * scale
     corners = [_box(x, y, grid.patch_size_l0, scale) for x, y in grid.xy_l0.tolist()]
     covered = np.zeros(canvas.shape[:2], np.uint8)
     for start, end in corners:
         cv2.rectangle(covered, start, end, 1, cv2.FILLED)
-    share = FAINT if side >= BORDER_FROM_PX else DENSE
-    tint = cv2.addWeighted(canvas, 1 - share, np.full_like(canvas, PATCH_RGB), share, 0)
-    cv2.copyTo(tint, covered, canvas)
+    if style == "tint":
+        share = FAINT if side >= BORDER_FROM_PX else DENSE
+        tint = cv2.addWeighted(canvas, 1 - share, np.full_like(canvas, PATCH_RGB), share, 0)
+        cv2.copyTo(tint, covered, canvas)
+    if side < BORDER_FROM_PX and style == "outline":
+        rings, _ = cv2.findContours(covered, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
+        cv2.polylines(canvas, rings, True, PATCH_RGB, 2, cv2.LINE_AA)
     if side >= BORDER_FROM_PX:
         thickness = 1 if side < 60 else 2
         for start, end in corners:
