@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from seal_extract.encoders.request import EncoderRequest
 from seal_extract.errors import CheckpointError, HubError, UsageError
-from seal_extract.finished import resume
+from seal_extract.finished import keep_names, resume
 from seal_extract.grid import grid_name
 from seal_extract.layouts import check_layout
 from seal_extract.plan import ExtractOptions
@@ -140,9 +140,9 @@ def extract_cohort(
         # an older version's rows name none, and where coordinates are given they decide
         return not grid or row.grid in ("", grid)
 
-    entries = listed.entries
+    entries = keep_names(listed.entries, Path(out))
     if retry_failed:
-        entries = _failed_before(listed, list(filter(is_of_grid, before)), path)
+        entries = _failed_before(entries, list(filter(is_of_grid, before)), path)
 
     ignored = [StatusRow(str(p), "", IGNORED, reason=reason) for p, reason in listed.ignored]
     now = {entry.name for entry in entries}
@@ -183,11 +183,13 @@ def _as_request(encoder: EncoderLike) -> EncoderRequest | Encoder:
     return EncoderRequest(encoder) if isinstance(encoder, str | os.PathLike) else encoder
 
 
-def _failed_before(slides: SlideList, before: list[StatusRow], path: Path) -> tuple[SlideEntry, ...]:
+def _failed_before(
+    entries: Sequence[SlideEntry], before: list[StatusRow], path: Path
+) -> tuple[SlideEntry, ...]:
     if not before:
         raise UsageError(f"--retry-failed: there is no {path} that says what failed; leave it out")
     failed = {row.name for row in before if row.status == FAILED}
-    return tuple(entry for entry in slides.entries if entry.name in failed)
+    return tuple(entry for entry in entries if entry.name in failed)
 
 
 def _finished_before(

@@ -25,6 +25,7 @@ from seal_extract.store import (
     read_pieces,
     read_provenance,
     scan_features,
+    written_twice,
 )
 
 EXPORTS = (*LAYOUTS, *SCVERSE)
@@ -96,15 +97,15 @@ def _jobs(folder: Path, layout: str, out: Path) -> tuple[dict[Path, Path], dict[
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder; give the -o of a finished run")
 
-    def job(file: Path) -> tuple[Path, bool] | None:
+    def job(file: Path) -> tuple[Path, dict[str, Any]] | None:
         features = find_features(file)
-        if features is None:
-            return None
-        return _place(features, layout, out), EXPORTED_FROM in features.provenance
+        return None if features is None else (_place(features, layout, out), features.provenance)
 
     jobs: dict[Path, Path] = {}
     found, damaged = scan_features(folder, job)
-    exports = {file for file, (_, is_export) in found.items() if is_export}
+    for file in written_twice((file, provenance) for file, (_, provenance) in found.items()):
+        del found[file]
+    exports = {file for file, (_, provenance) in found.items() if EXPORTED_FROM in provenance}
     for file, (path, _) in found.items():
         other = jobs.get(path, file)
         if path.resolve() == file.resolve() or (other != file and file in exports):

@@ -19,6 +19,7 @@ from seal_extract.batches import PatchBatch, stream_ready
 from seal_extract.decode import Decoder
 from seal_extract.encoders import Encoder
 from seal_extract.errors import UsageError
+from seal_extract.finished import keep_names
 from seal_extract.forward import Forward, Pending, open_forward
 from seal_extract.layouts import check_layout
 from seal_extract.plan import ExtractOptions
@@ -63,7 +64,8 @@ def extract(
         if progress is not None:
             progress(done, total)
 
-    (result,) = extract_many([slide], encoder, out, options=options, progress=tell)
+    entries = keep_names([_entry(slide)], Path(out))
+    (result,) = extract_many(entries, encoder, out, options=options, progress=tell)
     if result.error is not None:
         raise result.error
     return result.features[0]

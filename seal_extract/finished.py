@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +12,16 @@ from seal_extract.encoders.request import EncoderRequest
 from seal_extract.errors import OutputError
 from seal_extract.grid import read_grid
 from seal_extract.layouts import Layout, layout_of_grid, open_layout
+from seal_extract.names import SEPARATOR
 from seal_extract.plan import ExtractOptions, coords_file
 from seal_extract.provenance import PIPELINE, describe_options, describe_request, first_difference
-from seal_extract.remote import look
+from seal_extract.remote import address, look, place
 from seal_extract.slide import Slide
 from seal_extract.slide_files import content, sizes_and_times
-from seal_extract.slide_list import SlideEntry
+from seal_extract.slide_list import SlideEntry, with_names
 from seal_extract.slide_mpp import open_entry, same_mpp
-from seal_extract.store import SlideFeatures, find_features
+from seal_extract.status import read_status_rows
+from seal_extract.store import SlideFeatures, find_features, read_provenance
 
 if TYPE_CHECKING:
     from seal_extract.encoders import Encoder
@@ -97,6 +101,34 @@ def resume(
         return None
     with open_entry(entry, options.slide_mpp, options.override_mpp) as opened:
         return find_finished(opened, identity, out, options, entry.name, entry)
+
+
+def keep_names(entries: Sequence[SlideEntry], out: Path) -> tuple[SlideEntry, ...]:
+    """The slides, under the names that the results in ``out`` gave them in whatever company before."""
+    given: dict[Path, str] = {}
+    for table in sorted(out.glob("status*.csv")):
+        for row in read_status_rows(table):
+            if row.name:
+                given.setdefault(_resolved(row.slide), row.name)
+    new = {entry.path.stem for entry in entries if entry.resolved().path not in given}
+    for file in sorted(out.rglob("*.h5")) if new else ():  # where a table is missing, or was moved with them
+        parts = file.stem.split(SEPARATOR)
+        tails = (Path(SEPARATOR.join(parts[i:])) for i in range(len(parts)))
+        if any(tail.name in new or tail.stem in new for tail in tails):
+            provenance = None
+            with suppress(OutputError):  # a damaged one says nothing
+                provenance = read_provenance(file)
+            if provenance is not None:
+                given.setdefault(_resolved(provenance["slide"]["path"]), file.stem)
+    return tuple(with_names(entries, given))
+
+
+def _resolved(source: str) -> Path:
+    where = address(source)
+    try:
+        return where.resolve() if isinstance(where, Path) else place(where)
+    except (OSError, RuntimeError, ValueError):  # nothing that can be a path on this machine
+        return Path(source)
 
 
 def _find(layout: Layout, name: str, encoder: str, options: ExtractOptions) -> SlideFeatures | None:

@@ -10,13 +10,14 @@ import csv
 import glob
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from seal_extract import remote
 from seal_extract.errors import SealExtractError, SlideOpenError, UsageError, as_ours
 from seal_extract.folders import files_below, is_own
+from seal_extract.names import choose_names
 from seal_extract.slide import absolute, check_path
 
 SLIDE_SUFFIXES = {
@@ -25,7 +26,6 @@ SLIDE_SUFFIXES = {
 }
 SEVERAL_FILES = (".mrxs", ".vms", ".vmu", ".dcm")
 SLIDE_COLUMNS = ("slide", "slide_id", "wsi")  # ours, CLAM's, TRIDENT's
-SEPARATOR = "__"  # between folder and name
 OWN = "made by seal-extract"
 
 Ignored = list[tuple[Path | str, str]]  # files, each with the reason
@@ -159,7 +159,7 @@ def list_slides(
     for url in {entry.url.partition(":")[0]: entry.url for entry in entries if entry.url}.values():
         remote.check_protocol(url)
     _refuse_twice(entries)
-    return SlideList(tuple(_with_names(entries)), tuple(ignored))
+    return SlideList(tuple(with_names(entries)), tuple(ignored))
 
 
 def refuse_uncopied(entry: SlideEntry) -> None:
@@ -331,15 +331,7 @@ def _refuse_twice(entries: Sequence[SlideEntry]) -> None:
         raise UsageError(f"{next(iter(twice.values()))}{more} given twice; name each slide once")
 
 
-def _with_names(entries: Sequence[SlideEntry]) -> list[SlideEntry]:
-    """Stems; names with suffix where one folder has two of a stem; folders in front where that clashes."""
-    paths = [entry.resolved().path for entry in entries]
-    stems = Counter(path.with_suffix("") for path in paths)
-    tails = [path.name if stems[path.with_suffix("")] > 1 else path.stem for path in paths]
-    names, depth = list(tails), 0
-    while clashing := [i for i, count in enumerate(map(Counter(names).__getitem__, names)) if count > 1]:
-        depth += 1
-        for i in clashing:
-            folders = [part for part in paths[i].parent.parts if part != paths[i].anchor]
-            names[i] = SEPARATOR.join([*folders[-depth:], tails[i]])
+def with_names(entries: Sequence[SlideEntry], given: Mapping[Path, str] | None = None) -> list[SlideEntry]:
+    """The slides under names of their own; see `choose_names`."""
+    names = choose_names([entry.resolved().path for entry in entries], given)
     return [replace(entry, name=name) for entry, name in zip(entries, names, strict=True)]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -216,6 +217,8 @@ def list_features(folder: Path) -> tuple[list[SlideFeatures], dict[Path, OutputE
         OutputError: none can be read.
     """
     listed, damaged = scan_features(folder, find_features)
+    for path in written_twice((path, features.provenance) for path, features in listed.items()):
+        del listed[path]
     found = {path.resolve(): features for path, features in listed.items()}
     ours: dict[Path, SlideFeatures] = {}
     for path, features in found.items():
@@ -254,6 +257,23 @@ def scan_features(
             if not path.parent.name.startswith(NO_FEATURES):
                 damaged[path] = exc
     return found, damaged
+
+
+def written_twice(files: Iterable[tuple[Path, dict[str, Any]]]) -> set[Path]:
+    """Files of a slide that has a newer one beside it, under another name; they are told in a warning.
+
+    Args:
+        files: features files, each with its provenance.
+    """
+    newest: dict[tuple[Path, str], Path] = {}
+    older: set[Path] = set()
+    for path, made in sorted(files, key=lambda file: (file[1]["written"], file[0])):
+        before = newest.get(key := (path.parent, made["slide"]["path"]))
+        if before is not None:
+            older.add(before)
+            warnings.warn(f"{before} is left out: {path.name} beside it is of the same slide", stacklevel=3)
+        newest[key] = path
+    return older
 
 
 def find_features(path: Path, dataset: str | None = None) -> SlideFeatures | None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -22,8 +23,11 @@ from seal_extract.cohort import extract_cohort
 from seal_extract.demo import UNTRAINED, untrained_encoder
 from seal_extract.encoders.request import EncoderRequest
 from seal_extract.errors import UsageError
+from seal_extract.export import export
 from seal_extract.slide_list import list_slides
 from seal_extract.status import StatusFile, StatusRow, read_status, read_status_rows
+from seal_extract.store import list_features, read_features
+from seal_extract.view.collection import Collection
 
 
 @pytest.fixture
@@ -72,6 +76,72 @@ def test_an_encoder_added_later_leaves_the_first_ones_files_alone(cohort, encode
     extract_cohort(cohort, [encoder, second], tmp_path)
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert len(list(tmp_path.rglob("features_untrained-second/*"))) == 5
+
+
+# --- names that stay --------------------------------------------------------------------------
+
+
+def plant(folder, drawn, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(drawn[int(folder.joinpath(name).suffix == ".tiff")], folder / name)
+    return folder
+
+
+def named(out):
+    """Each features file of a folder with the slide that it is of."""
+    return {p.stem: Path(read_features(p).provenance["slide"]["path"]) for p in out.rglob("features_*/*.h5")}
+
+
+@pytest.mark.parametrize("lost", ["nothing", "the table", "the working folder"])
+def test_a_slide_keeps_its_name_in_whatever_company(drawn_slides, encoder, tmp_path, monkeypatch, lost):
+    """A later run knows it by the table, or by its features where that is lost or names another folder."""
+    slides, out = plant(tmp_path / "a", drawn_slides, "s.svs"), tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
+    extract_cohort("a", encoder, out)
+    plant(tmp_path, drawn_slides, "a/s.tiff", "b/s.svs", "b/t.svs")
+    (tmp_path / "elsewhere").mkdir()
+    if lost == "the table":
+        (out / "status.csv").unlink()
+    if lost == "the working folder":
+        monkeypatch.chdir("elsewhere")
+    results = []
+    extract_cohort([slides, tmp_path / "b"], encoder, out, on_result=results.append)
+    expected = {
+        "s": slides / "s.svs",
+        "s.tiff": slides / "s.tiff",
+        "b__s": tmp_path / "b/s.svs",
+        "t": tmp_path / "b/t.svs",
+    }
+    assert named(out) == expected
+    assert [r.name for r in results if r.finished_before] == ["s"]
+    for slide in expected.values():  # alone, what each is called in company
+        assert extract(slide, encoder, out).path.stem == next(n for n, p in expected.items() if p == slide)
+        extract_cohort(slide, encoder, out)
+    assert named(out) == expected
+    assert set(read_status(out / "status.csv")) == set(expected)
+
+
+def test_a_slide_that_has_moved_keeps_its_name(drawn_slides, encoder, tmp_path):
+    plant(tmp_path / "a", drawn_slides, "s.svs")
+    extract_cohort(tmp_path / "a", encoder, tmp_path / "out")
+    (tmp_path / "a").rename(tmp_path / "b")
+    report = extract_cohort(tmp_path / "b", encoder, tmp_path / "out")
+    assert [(row.name, row.seconds) for row in report.rows] == [("s", None)]
+
+
+def test_a_slide_that_an_older_version_wrote_twice_is_searched_once(drawn_slides, encoder, tmp_path):
+    plant(tmp_path / "a", drawn_slides, "s.svs", "t.svs")
+    extract_cohort(tmp_path / "a", encoder, tmp_path / "out")
+    (first,) = (tmp_path / "out").rglob("features_*/s.h5")
+    shutil.copy(first, first.with_name("s.svs.h5"))
+    for look in (
+        lambda: [f.path.stem for f in list_features(tmp_path / "out")[0]],
+        lambda: [slide.name for slide in Collection.find(tmp_path / "out").slides],
+        lambda: [e.path.stem for e in export(tmp_path / "out", "flat", tmp_path / "flat")],
+    ):
+        with pytest.warns(UserWarning, match=r"s\.h5 is left out: s\.svs\.h5 beside it is of the same slide"):
+            assert look() == ["s.svs", "t"]
 
 
 # --- coming back ------------------------------------------------------------------------------

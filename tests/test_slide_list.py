@@ -86,6 +86,12 @@ def test_same_stems_in_one_folder_keep_their_suffix(tree):
     assert names(list_slides([folder])) == {"c.svs": "c.svs", "c.ndpi": "c.ndpi"}
 
 
+def test_folders_whose_names_read_alike_together_are_kept_apart(tree):
+    folder = tree("a__b/c.svs", "a/b__c.svs", "d/c.svs", "d/b__c.svs")
+    found = [entry.name for entry in list_slides([folder]).entries]
+    assert len(set(found)) == 4
+
+
 def test_a_slide_given_twice_is_refused(tree):
     folder = tree("1.svs")
     with pytest.raises(UsageError, match=r"1\.svs given twice"):

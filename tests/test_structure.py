@@ -27,6 +27,7 @@ READING = {
     "slide_list",
     "folders",
     "slide_mpp",
+    "names",
     "remote",
     "overview",
     "evidence",

@@ -13,7 +13,7 @@ from seal_extract.grid import grid_name
 from seal_extract.layouts import CONTOURS, OVERLAYS, of_grid
 from seal_extract.slide import Slide
 from seal_extract.status import DONE, IGNORED, StatusRow, read_status_rows
-from seal_extract.store import SlideFeatures, read_features, read_provenance, scan_features
+from seal_extract.store import SlideFeatures, read_features, read_provenance, scan_features, written_twice
 from seal_extract.view.origin import open_origin
 
 
@@ -124,6 +124,8 @@ class Collection:
 def _features(out: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Features files with their provenance; an export lies behind its original."""
     read = list(scan_features(out, read_provenance)[0].items())
+    twice = written_twice(read)
+    read = [file for file in read if file[0] not in twice]
     seen: set[tuple[str, ...]] = set()
     for path, provenance in sorted(read, key=lambda r: "exported_from" in r[1]):
         key = (path.stem, provenance["encoder"]["name"], *map(str, _grid(provenance)))
