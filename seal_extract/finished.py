@@ -15,6 +15,7 @@ from seal_extract.layouts import Layout, layout_of_grid, open_layout
 from seal_extract.names import SEPARATOR
 from seal_extract.plan import ExtractOptions, coords_file
 from seal_extract.provenance import PIPELINE, describe_options, describe_request, first_difference
+from seal_extract.publish import writing
 from seal_extract.remote import address, look, place
 from seal_extract.slide import Slide
 from seal_extract.slide_files import content, sizes_and_times
@@ -133,7 +134,8 @@ def _resolved(source: str) -> Path:
 
 def _find(layout: Layout, name: str, encoder: str, options: ExtractOptions) -> SlideFeatures | None:
     """The features of that name; None if there are none, or they shall be replaced."""
-    path = layout.find(name, encoder)
+    with writing(layout.features(name, encoder)):  # a name may be too long to be looked for
+        path = layout.find(name, encoder)
     if options.overwrite or path is None:
         return None
     found = find_features(path, layout.dataset)

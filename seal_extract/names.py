@@ -1,13 +1,53 @@
-"""What slides are called, so that no result overwrites another's: unique in a list, and the same for ever."""
+"""What slides are called: unique in a list, always the same, and shown as text that no terminal obeys.
+
+A file name is bytes. It may hold what is no text (Python keeps that as lone surrogates), move the cursor, or
+be a formula to a spreadsheet. Files are named with it as it is; whatever is printed, logged or put into a
+table goes through `shown` or `cell`.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 SEPARATOR = "__"  # between folder and name
+_LOOKS_ESCAPED = re.compile(r"\\(?=x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
+_ESCAPED = re.compile(r"\\(?:x([0-9a-f]{2})|u([0-9a-f]{4})|U([0-9a-f]{8}))")
+_FORMULA = re.compile(r"'*[=+\-@]")  # to a spreadsheet, unless an apostrophe says that it is text
+
+
+def shown(text: str) -> str:
+    r"""Text on one line that can be printed: ``\xe9`` for a byte that is no UTF-8, ``\x1b`` for escape."""
+    return text if text.isprintable() else "".join(map(_shown, text))
+
+
+def _shown(char: str) -> str:
+    if char.isprintable() or unicodedata.category(char) == "Zs":
+        return char
+    code = ord(char)
+    if 0xDC80 <= code <= 0xDCFF:
+        return f"\\x{code - 0xDC00:02x}"
+    return f"\\x{code:02x}" if code < 0x80 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def cell(text: str) -> str:
+    """`shown` for a table: what a spreadsheet would compute gets an apostrophe in front."""
+    text = shown(_LOOKS_ESCAPED.sub(r"\\x5c", text))
+    return f"'{text}" if _FORMULA.match(text) else text
+
+
+def from_cell(text: str) -> str:
+    """The text of which `cell` made this."""
+
+    def char(escaped: re.Match[str]) -> str:
+        code = int(next(filter(None, escaped.groups())), 16)
+        return chr(code + 0xDC00 if escaped[1] and code >= 0x80 else code)
+
+    return _ESCAPED.sub(char, text[1:] if text[:1] == "'" and _FORMULA.match(text) else text)
 
 
 def choose_names(paths: Sequence[Path], given: Mapping[Path, str] | None = None) -> list[str]:

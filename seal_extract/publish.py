@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import platform
 import re
@@ -36,13 +37,15 @@ def publish(path: Path) -> Iterator[Path]:
                 os.fsync(file.fileno())
             os.replace(part, path)
     finally:
-        if path.parent.is_dir():
-            part.unlink(missing_ok=True)
+        with suppress(OSError):  # where there is none
+            part.unlink()
 
 
 def temporary(path: Path) -> Path:
     """What a file is called while this process writes it."""
-    return path.with_name(f".{path.name}.{HOST}.{os.getpid()}.part")
+    name = os.fsencode(path.name)  # of which a disk takes 255 bytes
+    short = path.name if len(name) < 128 else hashlib.sha256(name).hexdigest()
+    return path.with_name(f".{short}.{HOST}.{os.getpid()}.part")
 
 
 def sweep(folder: Path) -> None:

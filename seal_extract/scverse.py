@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from seal_extract.errors import UsageError
 from seal_extract.hdf5 import DAMAGED, new_hdf5, open_hdf5
+from seal_extract.names import shown
 from seal_extract.publish import temporary, writing
 from seal_extract.store import CHUNK_BYTES, PIXELS, PROVENANCE, SlideFeatures, read_pieces
 
@@ -86,7 +87,7 @@ def write_h5ad(
     Raises:
         OutputError: it cannot be written.
     """
-    grid, slide, encoder = features.grid, path.stem, features.provenance["encoder"]["name"]
+    grid, slide, encoder = features.grid, shown(path.stem), features.provenance["encoder"]["name"]
     further = _as_columns(observed or {})
     with new_hdf5(path) as (file, _):
         _tag(file, "anndata", "0.1.0")
@@ -191,7 +192,7 @@ def _write_store(features: SlideFeatures, path: Path) -> None:
     from spatialdata.models import ShapesModel, TableModel
     from spatialdata.transformations import Identity, Scale
 
-    grid, slide, size = features.grid, path.stem, features.grid.patch_size_l0
+    grid, slide, size = features.grid, shown(path.stem), features.grid.patch_size_l0
     facts, names = _facts(features, slide), _patch_names(slide, features)
     x, y = grid.xy_l0.T
     shapes = ShapesModel.parse(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from seal_extract.names import cell, from_cell
 from seal_extract.publish import publish, writing
 
 if TYPE_CHECKING:
@@ -147,7 +148,8 @@ def read_status_rows(path: str | os.PathLike[str]) -> list[StatusRow]:
 
 
 def _cells(row: StatusRow) -> dict[str, Any]:
-    return {key: "" if value is None else value for key, value in vars(row).items()}
+    values = {key: "" if value is None else value for key, value in vars(row).items()}
+    return {key: cell(value) if isinstance(value, str) else value for key, value in values.items()}
 
 
 NUMBERS = {"patches": int, "read_errors": int} | dict.fromkeys(
@@ -159,7 +161,9 @@ def _row(cells: dict[str, Any]) -> StatusRow | None:
     """A line of the table; None for one that a killed run left unfinished."""
     try:
         values: dict[str, Any] = {
-            name: (NUMBERS[name](cells[name]) if cells[name] else None) if name in NUMBERS else cells[name]
+            name: (NUMBERS[name](cells[name]) if cells[name] else None)
+            if name in NUMBERS
+            else from_cell(cells[name])
             for name in COLUMNS
             if name in cells  # an older version had fewer
         }

@@ -1,6 +1,7 @@
 """The shape of the house: who may import whom, what is public, how fast it answers, how long a file is."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,12 @@ def test_imports_point_one_way(path):
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_files_are_short_enough_to_read(path):
     assert len(path.read_text().splitlines()) <= 380
+
+
+def test_commands_print_through_one_function():
+    """`say`, which lets no name of a file move the cursor; events are JSON."""
+    printing = [p.name for p in (PACKAGE / "cli").glob("*.py") if re.search(r"\bprint\(", p.read_text())]
+    assert sorted(printing) == ["events.py", "fail.py"]
 
 
 def test_reading_never_imports_torch():

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seal_extract.cli.options import add_common, add_slide_mpp, mpp
+from seal_extract.cli.fail import passing_line, say
+from seal_extract.cli.options import Parser, add_common, add_slide_mpp, mpp
 from seal_extract.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ TO_STDOUT = "-"
 
 def bench_parser() -> argparse.ArgumentParser:
     """Options of ``seal-extract bench``."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="seal-extract bench",
         description="Measure every stage alone, the whole run, and what limits it: on a synthetic slide and "
         "an UNTRAINED encoder unless others are given. Of several slides, stages are measured on the first.",
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     choices = {f.name: getattr(args, f.name) for f in fields(ExtractOptions) if hasattr(args, f.name)}
     options = BenchOptions(args.patches, args.repeats, args.against == "openslide", args.size_px)
     run = ExtractOptions(**choices)
-    say = _silent if args.quiet or not sys.stderr.isatty() else _say
+    tell = passing_line(args.quiet)
     try:
         report = bench(
             args.slides,
@@ -67,15 +67,15 @@ def run(args: argparse.Namespace) -> int:
             run=run,
             options=options,
             device=pick_device(args.device),
-            say=say,
+            say=tell,
         )
     finally:
-        say("")
+        tell("")
     text = json.dumps(report.to_json(), indent=1, default=str)
     if args.json is None:
-        print("\n".join(report.lines()))
+        say(*report.lines())
     elif file is None:
-        print(text)
+        say(*text.split("\n"))
     else:
         _write(file, text)
     return 0
@@ -100,7 +100,7 @@ def _write(file: Path, text: str) -> None:
 
     with publish(file) as part, writing(file):
         part.write_text(text + "\n", encoding="utf-8")
-    print(f"figures -> {file}")
+    say(f"figures -> {file}")
 
 
 def _encoder(args: argparse.Namespace) -> Encoder:
@@ -124,12 +124,3 @@ def _encoder(args: argparse.Namespace) -> Encoder:
     encoder = untrained_encoder().to(pick_device(args.device))
     encoder.precision = getattr(torch, encoder.spec.precision_for(encoder.device.type, args.precision))
     return encoder
-
-
-def _say(what: str) -> None:
-    """What is being done, in a line that the next replaces."""
-    print(f"\r\033[K{what}", end="", file=sys.stderr, flush=True)
-
-
-def _silent(what: str) -> None:
-    pass

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seal_extract.cli.fail import fail
-from seal_extract.cli.options import add_common, add_slide_mpp
+from seal_extract.cli.fail import fail, say
+from seal_extract.cli.options import Parser, add_common, add_slide_mpp
 from seal_extract.cli.slides import embed
 from seal_extract.errors import MissingOnHubError
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def encoders_parser() -> argparse.ArgumentParser:
     """Options of ``seal-extract encoders``."""
-    p = argparse.ArgumentParser(prog="seal-extract encoders", description="The encoders to choose from.")
+    p = Parser(prog="seal-extract encoders", description="The encoders to choose from.")
     p.set_defaults(handler=run_table)
     add_common(p)
     return p
@@ -38,7 +38,7 @@ def run_table(args: argparse.Namespace) -> int:
         rows.append((*facts, _yes(layout is not None and layout.gated), _pin(layout), s.page, s.licence))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        print("  ".join(map(str.ljust, row, widths)).rstrip())
+        say("  ".join(map(str.ljust, row, widths)).rstrip())
     return 0
 
 
@@ -59,7 +59,7 @@ def _pin(layout: Published | None) -> str:
 
 def download_parser() -> argparse.ArgumentParser:
     """Options of ``seal-extract download``."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="seal-extract download",
         description="Fetch the weights of encoders into the Hub's cache; then --offline finds them.",
     )
@@ -83,7 +83,7 @@ def run_download(args: argparse.Namespace) -> int:
         encoder = load_encoder(name, revision=args.revision, device="cpu")
         files = [*encoder.weights, *_expression_half(encoder, name, args.revision)]
         for file in files:
-            print(f"{name}: {file.file} of {file.source}, {file.size / 1e9:.2f} GB, complete", flush=True)
+            say(f"{name}: {file.file} of {file.source}, {file.size / 1e9:.2f} GB, complete")
     return 0
 
 
@@ -97,14 +97,14 @@ def _expression_half(encoder: Encoder, name: str, revision: str | None) -> list[
     try:
         weights = load_omics(name, revision=revision).weights
     except MissingOnHubError as exc:
-        print(f"{name}: without the expression encoder, which embeddings do not need: {exc}", flush=True)
+        say(f"{name}: without the expression encoder, which embeddings do not need: {exc}")
         return []
     return [weights] if weights else []
 
 
 def doctor_parser() -> argparse.ArgumentParser:
     """Options of ``seal-extract doctor``."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="seal-extract doctor",
         description="Try each thing a run depends on by itself; of a slide, encode 8 patches.",
     )
@@ -132,14 +132,14 @@ def run_doctor(args: argparse.Namespace) -> int:
         where = {"checkpoint": args.checkpoint, "adapter": args.adapter, "revision": args.revision}
         encoder = EncoderRequest(args.encoder, **where, device="cpu", offline=args.offline)
     for finding in examine(args.slide, **mpps, encoder=encoder, offline=args.offline):
-        print(finding, flush=True)
+        say(finding)
         failed += finding.state == "FAILS"
     return fail(f"{failed} of the things above fail", 1) if failed else 0
 
 
 def demo_parser() -> argparse.ArgumentParser:
     """Options of ``seal-extract demo``."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="seal-extract demo",
         description="Make a synthetic H&E slide and a small UNTRAINED encoder, and run the tool on them.",
     )
@@ -165,15 +165,15 @@ def run_demo(args: argparse.Namespace) -> int:
     from seal_extract.plan import ExtractOptions
     from seal_extract.slide_list import list_slides
 
-    print(f"encoder  {args.out / 'encoder'} (random weights: for trying, never for science)")
+    say(f"encoder  {args.out / 'encoder'} (random weights: for trying, never for science)")
     encoder = write_untrained_encoder(args.out / "encoder")
     slide = args.slide or write_demo_slide(args.out)
-    print(f"slide    {slide}", flush=True)
+    say(f"slide    {slide}")
     options = ExtractOptions(overwrite=True, slide_mpp=args.slide_mpp, override_mpp=args.override_mpp)
     run = argparse.Namespace(**vars(args) | {"out": args.out / "out"} | ONE_SLIDE)
     status = embed(list_slides([slide]), [EncoderRequest(encoder)], options, run)
     if not status:
         layout = open_layout(options.layout, args.out / "out", options.patch_px, options.mpp, 0)
         grid = grid_name(options.patch_px, options.mpp, options.overlap_px)
-        print(f"look at  {layout.overlay(slide.stem, grid)}")
+        say(f"look at  {layout.overlay(slide.stem, grid)}")
     return status

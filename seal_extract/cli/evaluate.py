@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seal_extract.cli.options import add_common, mpp
+from seal_extract.cli.fail import passing_line, say
+from seal_extract.cli.options import Parser, add_common, mpp
 
 if TYPE_CHECKING:
     from seal_extract.encoders.request import EncoderRequest
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def evaluate_parser() -> argparse.ArgumentParser:
     """Options of ``seal-extract evaluate``."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="seal-extract evaluate",
         description="Predict gene expression from an encoder's embeddings by the HEST-Benchmark's protocol, "
         "and find spots by image: beside permuted rows, hand-made features and the encoder before alignment.",
@@ -64,14 +64,14 @@ def run(args: argparse.Namespace) -> int:
     encoder = _request(args.encoder, args)
     base = None if args.base is None else _request(args.base, args)
     sections = _sections(args.sections)
-    say = _silent if args.quiet or not sys.stderr.isatty() else _say
+    tell = passing_line(args.quiet)
     try:
-        found = evaluate(sections, encoder, base, options=options, say=say)
+        found = evaluate(sections, encoder, base, options=options, say=tell)
     finally:
-        say("")
-    print(found.to_markdown())
+        tell("")
+    say(*found.to_markdown().split("\n"))
     for file in found.write(args.out, overwrite=args.overwrite):
-        print(f"-> {file}")
+        say(f"-> {file}")
     return 0
 
 
@@ -94,12 +94,3 @@ def _sections(source: Path) -> list[Section]:
 
         return load_sections(read_config(source).data.sections)
     return find_sections(source)
-
-
-def _say(what: str) -> None:
-    """What is being done, in a line that the next replaces."""
-    print(f"\r\033[K{what}", end="", file=sys.stderr, flush=True)
-
-
-def _silent(what: str) -> None:
-    pass

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from seal_extract.errors import OutputError, SealExtractError, UnexpectedError
+from seal_extract.names import shown
 
 if TYPE_CHECKING:
     from seal_extract.results import SlideResult
@@ -42,7 +43,8 @@ class Events:
         """Write one event, at once."""
         if self._file is not None:
             now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-            print(json.dumps({"time": now, "event": event, **facts}), file=self._file, flush=True)
+            said = {"time": now, "event": event, **{key: _printable(fact) for key, fact in facts.items()}}
+            print(json.dumps(said), file=self._file, flush=True)
 
     def tell_result(self, result: SlideResult) -> None:
         """What became of a slide."""
@@ -71,3 +73,9 @@ class Events:
             self.tell("slide level failed", slide=slide, name=result.name, error=kind, reason=str(said))
         else:
             self.tell("slide level", slide=slide, name=result.name, result=said)
+
+
+def _printable(fact: object) -> object:
+    if isinstance(fact, list):
+        return [_printable(one) for one in fact]
+    return shown(fact) if isinstance(fact, str) else fact

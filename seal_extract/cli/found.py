@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seal_extract.cli.fail import fail
+from seal_extract.cli.fail import fail, say
 from seal_extract.errors import OutputError, SealExtractError
+from seal_extract.names import cell
 from seal_extract.publish import publish, writing
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def write_found(
 
     for rank, one in enumerate(found[:SHOWN], 1):
         x, y = one.xy_l0
-        print(f"{rank:3}  {one.score:8.4f}  {names[one.slide.path]}  ({x}, {y})")
+        say(f"{rank:3}  {one.score:8.4f}  {names[one.slide.path]}  ({x}, {y})")
     head = ("rank", "slide", "row", "x_l0", "y_l0", "patch_size_l0", "score")
     rows = [
         (rank, names[one.slide.path], one.row, *one.xy_l0, one.slide.grid.patch_size_l0, f"{one.score:.6g}")
@@ -127,7 +128,7 @@ def write_found(
     ]
     _table(out / "found.csv", head, rows)
     _write_tiles(found, names, out)
-    print(_more(len(found), "patches", out))
+    say(_more(len(found), "patches", out))
     try:
         draw_contact_sheet(found, out / "contact_sheet.png", slides=slides, names=names, **sheet)
     except SealExtractError as exc:
@@ -170,18 +171,20 @@ def write_genes(found: RegionGenes, out: Path) -> None:
         "p_pieces": found.p_pieces,
         "q_pieces": found.q_pieces,
     }
-    print(" ".join([f"{'gene':16}", *(f"{name:>12}" for name in columns)]))
+    say(" ".join([f"{'gene':16}", *(f"{name:>12}" for name in columns)]))
     for i, gene in enumerate(found.genes[:SHOWN]):
-        print(" ".join([f"{gene:16}", *(f"{values[i]:12.3g}" for values in columns.values())]))
+        say(" ".join([f"{gene:16}", *(f"{values[i]:12.3g}" for values in columns.values())]))
     rows = zip(*columns.values(), strict=True)
     table = [(gene, *(f"{v:.6g}" for v in row)) for gene, row in zip(found.genes, rows, strict=True)]
     _table(out / "genes.csv", ("gene", *columns), table)
-    print(_more(len(found.genes), "genes", out / "genes.csv"))
+    say(_more(len(found.genes), "genes", out / "genes.csv"))
 
 
 def _table(path: Path, head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     with publish(path) as part, writing(path), part.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([head, *rows])
+        csv.writer(file).writerows(
+            [cell(value) if isinstance(value, str) else value for value in row] for row in (head, *rows)
+        )
 
 
 def _write_text(path: Path, text: str) -> None:

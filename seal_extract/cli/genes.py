@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -12,8 +11,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seal_extract.cli.fail import fail
-from seal_extract.cli.options import add_common
+from seal_extract.cli.fail import fail, say
+from seal_extract.cli.options import Parser, add_common
 from seal_extract.errors import OutputError, SealExtractError, SlideOpenError, UsageError
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ FORMS = ("h5", "h5ad", "geojson", "png")
 
 def genes_parser() -> argparse.ArgumentParser:
     """Options of ``seal-extract genes``."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="seal-extract genes",
         description="Predict gene expression from the features of an encoder that carries an expression "
         "decoder, such as seal-conch; write it beside them.",
@@ -100,14 +99,14 @@ def run(args: argparse.Namespace) -> int:
     columns = _columns(args, decoder)
     signatures = [read_signature(text) for text in args.signature]
     for signature in signatures:
-        print(signature.told(decoder))
+        say(signature.told(decoder))
     slides, damaged = sound_features(slides, damaged)
     fitted = fit_signatures(slides, decoder, signatures) if signatures else []
     wanted = [Contents.of(slide, decoder, columns, fitted) for slide in slides]
     failed = len(damaged)
     for slide, asked in zip(slides, wanted, strict=True):
         try:
-            print(f"{slide.path.stem}: {_one(slide, decoder, asked, forms, args)}", flush=True)
+            say(f"{slide.path.stem}: {_one(slide, decoder, asked, forms, args)}")
         except SealExtractError as exc:
             failed += 1
             fail(f"{slide.path.stem}: {exc}", 1)
@@ -133,7 +132,7 @@ def _list(args: argparse.Namespace) -> int:
             f"none of the {decoder.n_genes} genes of {decoder.name} is like {args.genes}; type for example "
             f"--genes '*{wanted[0].strip('*')[:3]}*'"
         )
-    print("\n".join(found))
+    say("\n".join(found))
     return 0
 
 
@@ -247,10 +246,10 @@ def _forms(args: argparse.Namespace) -> list[str]:
 def _columns(args: argparse.Namespace, decoder: GeneDecoder) -> list[int]:
     if args.all:
         if decoder.genes is None:
-            print(
+            say(
                 f"seal-extract: the {decoder.n_genes} columns of {decoder.name} have no names, for nobody "
                 "has published them; give --panel genes.txt if you have them",
-                file=sys.stderr,
+                error=True,
             )
         return list(range(decoder.n_genes))
     names = [name.strip() for name in (args.genes or "").split(",") if name.strip()]

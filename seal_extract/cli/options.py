@@ -3,6 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from typing import NoReturn
+
+from seal_extract.names import shown
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors may hold any file name: one that begins with a dash looks like an option."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print it with the usage, and exit with 2."""
+        super().error(shown(message))
 
 
 def add_logs(p: argparse.ArgumentParser) -> None:

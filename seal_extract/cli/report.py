@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seal_extract.cli.fail import fail
+from seal_extract.cli.fail import fail, say
 from seal_extract.cli.genes import add_decoder, add_slides, decoder_for, finished_features, one_file_each
-from seal_extract.cli.options import add_common
+from seal_extract.cli.options import Parser, add_common
 from seal_extract.errors import EncoderError, SealExtractError, UsageError
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 def report_parser() -> argparse.ArgumentParser:
     """Options of ``seal-extract report``."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="seal-extract report",
         description="Write each slide with its embedding, clusters, predicted genes and attention as one "
         "HTML file that opens without a server and without a network.",
@@ -82,7 +81,7 @@ def run_report(args: argparse.Namespace) -> int:
     failed = len(damaged)
     for slide in slides:
         try:
-            print(f"{slide.path.stem}: {_one(slide, wanted, args)}", flush=True)
+            say(f"{slide.path.stem}: {_one(slide, wanted, args)}")
         except SealExtractError as exc:
             failed += 1
             fail(f"{slide.path.stem}: {exc}", 1)
@@ -124,4 +123,4 @@ def _decoder(args: argparse.Namespace, slides: Sequence[SlideFeatures]) -> GeneD
 
 
 def _tell(line: str) -> None:
-    print(f"seal-extract: {line}", file=sys.stderr)
+    say(f"seal-extract: {line}", error=True)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from seal_extract.cli import slides
-from seal_extract.cli.options import add_common, add_logs, add_slide_mpp, mpp
+from seal_extract.cli.options import Parser, add_common, add_logs, add_slide_mpp, mpp
 
 COMMANDS = """\
 commands:
@@ -33,7 +33,7 @@ example:
 
 def slides_parser() -> argparse.ArgumentParser:
     """Options of ``seal-extract SLIDES``."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="seal-extract",
         description="Whole-slide images in, patch embeddings out: HDF5 for TRIDENT, Patho-Bench and CLAM.",
         epilog=COMMANDS,

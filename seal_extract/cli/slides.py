@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import logging
 import re
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from seal_extract.cli.events import Events
-from seal_extract.cli.fail import fail
+from seal_extract.cli.fail import fail, say
 from seal_extract.errors import SealExtractError, UnexpectedError, UsageError
+from seal_extract.names import shown
 
 if TYPE_CHECKING:
     from seal_extract.cohort import CohortReport, Engine
@@ -61,11 +61,11 @@ def _options(args: argparse.Namespace) -> ExtractOptions:
 def _tell_ignored(slides: SlideList, verbose: bool) -> None:
     if verbose:
         for path, reason in slides.ignored:
-            print(f"{path}: ignored, {reason}")
+            say(f"{path}: ignored, {reason}")
     elif slides.ignored:
         kinds = Counter(reason for _, reason in slides.ignored).most_common(3)
         named = ", ".join(f"{count} x {reason}" for reason, count in kinds)
-        print(f"{len(slides.ignored)} files ignored ({named}); --verbose lists them", flush=True)
+        say(f"{len(slides.ignored)} files ignored ({named}); --verbose lists them")
 
 
 def shard(text: str) -> tuple[int, int]:
@@ -87,13 +87,13 @@ def _run_dry(slides: SlideList, options: ExtractOptions, debug: bool) -> int:
     from seal_extract.plan import plan_slide
     from seal_extract.staging import open_by_itself
 
-    print(_row(DRY_HEAD))
+    say(_row(DRY_HEAD))
     failed = 0
     for entry in slides.entries:
         try:
             with open_by_itself(entry, options) as slide:
                 plan = plan_slide(slide, options.for_entry(entry), entry.name)
-                print(_row(_dry_cells(plan)), flush=True)
+                say(_row(_dry_cells(plan)))
         except Exception as exc:
             failed += 1
             _tell_failure(entry.blame(exc), debug)
@@ -103,7 +103,7 @@ def _run_dry(slides: SlideList, options: ExtractOptions, debug: bool) -> int:
 def _tell_failure(error: SealExtractError, debug: bool) -> None:
     fail(f"FAILED {error}", 1)
     if debug and isinstance(error, UnexpectedError):
-        print(error.details, file=sys.stderr)
+        say(error.details, file=sys.stderr)
 
 
 DRY_HEAD = ("slide", "px", "µm/px", "source", "read", "patch", "level-0", "tissue", "patches")
@@ -139,7 +139,7 @@ def requests(args: argparse.Namespace) -> list[EncoderRequest]:
 
     if args.encoder is None:
         args.encoder = DEFAULT
-        print(f"seal-extract: {WHAT_DEFAULT_IS}", file=sys.stderr)
+        say(f"seal-extract: {WHAT_DEFAULT_IS}", error=True)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are told in our one line
     asked: list[str] = [args.encoder] if Path(args.encoder).exists() else args.encoder.split(",")
     if len(asked) > 1 and (args.checkpoint or args.adapter or args.revision):
@@ -177,7 +177,7 @@ def embed(
             bars.next_slide()
             events.tell_result(result)
             for line in _lines(result):
-                print(line, flush=True)
+                say(line)
             if result.error is not None:
                 _tell_failure(result.error, args.debug)
             for said in levels.lines(result):
@@ -185,7 +185,7 @@ def embed(
                 if isinstance(said, SealExtractError):
                     fail(f"FAILED {said}", 1)
                 else:
-                    print(said, flush=True)
+                    say(said)
 
         try:
             report = extract_cohort(
@@ -229,7 +229,7 @@ def _close(report: CohortReport, args: argparse.Namespace) -> int:
             report.status.stem.replace("status", "report") + ".html"
         )
         write_report(report.rows, args.out, page, seconds=report.seconds)
-        print(f"{len(report.done)} of {slides} slides done, {report.seconds:.0f} s: {report.status}, {page}")
+        say(f"{len(report.done)} of {slides} slides done, {report.seconds:.0f} s: {report.status}, {page}")
     return _status(len(report.failed), slides)
 
 
@@ -264,7 +264,7 @@ class _Bars:
         if slide != self._slide:
             self._slide = slide
             self._patches.reset(total)
-            self._patches.set_description(slide.name, refresh=False)
+            self._patches.set_description(shown(slide.name), refresh=False)
         self._patches.update(done - self._patches.n)
 
     def next_slide(self) -> None:

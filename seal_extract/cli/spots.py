@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seal_extract.cli.fail import fail
-from seal_extract.cli.options import add_common, mpp
+from seal_extract.cli.fail import fail, say
+from seal_extract.cli.options import Parser, add_common, mpp
 from seal_extract.errors import CheckpointError, SealExtractError, UsageError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def spots_parser() -> argparse.ArgumentParser:
     """Options of ``seal-extract spots``."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="seal-extract spots",
         description="Embed the patch and the expression of every spot of a section, joined by barcode in one "
         "AnnData file: obsm X_image and X_expression.",
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
             fail(f"FAILED {exc}", 1)
             continue
         both = "image and expression" if omics is not None else "image"
-        print(f"{section.name}: {both} embeddings by {encoder.spec.name} -> {path}", flush=True)
+        say(f"{section.name}: {both} embeddings by {encoder.spec.name} -> {path}")
     return 1 if failed else 0
 
 

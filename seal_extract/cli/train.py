@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from seal_extract.cli.options import add_common
+from seal_extract.cli.fail import say
+from seal_extract.cli.options import Parser, add_common
 
 
 def train_parser() -> argparse.ArgumentParser:
     """Options of ``seal-extract train``."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="seal-extract train",
         description="Align an encoder with spatial transcriptomics, by SEAL, multi-scale contrast "
         "or a baseline. The same command goes on with a run that was stopped.",
@@ -28,10 +29,10 @@ def run_train(args: argparse.Namespace) -> int:
 
     config = read_config(args.config)
     if args.check:
-        print(config)
+        say(config)
         return 0
     from seal_extract.train.run import run
 
-    trained = run(config, tell=lambda line: None if args.quiet else print(line, flush=True))
-    print(f"use it with  seal-extract slide.svs --encoder {trained.path}")
+    trained = run(config, tell=lambda line: None if args.quiet else say(line))
+    say(f"use it with  seal-extract slide.svs --encoder {trained.path}")
     return 0

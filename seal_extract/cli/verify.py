@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from seal_extract.cli.fail import fail
-from seal_extract.cli.options import add_common
+from seal_extract.cli.fail import fail, say
+from seal_extract.cli.options import Parser, add_common
 
 
 def verify_parser() -> argparse.ArgumentParser:
     """Options of ``seal-extract verify``."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="seal-extract verify",
         description="Read every file of a folder as another tool does, and print what falls short of it.",
     )
@@ -35,17 +35,17 @@ def run_verify(args: argparse.Namespace) -> int:
     files, consumer = files_for(args.folder, args.consumer), args.consumer
     findings = verify(args.folder, consumer)
     for finding in findings:
-        print(finding)
+        say(finding)
     short = {f.path for f in findings if not f.is_warning}
     if short:
         return fail(f"not as {consumer} takes them: {len(short)} of {len(files)} files", 1)
-    print(f"as {consumer} takes them: {len(files)} of {len(files)} files")
+    say(f"as {consumer} takes them: {len(files)} of {len(files)} files")
     return 0
 
 
 def export_parser() -> argparse.ArgumentParser:
     """Options of ``seal-extract export``."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="seal-extract export",
         description="Copy the features of a finished run into another layout, without encoding again.",
     )
@@ -71,7 +71,7 @@ def run_export(args: argparse.Namespace) -> int:
     for exported in export(args.folder, args.layout, args.out, overwrite=args.overwrite):
         total += 1
         if exported.error is None:
-            print(exported, flush=True)
+            say(exported)
         else:
             failed += 1
             fail(str(exported), 1)

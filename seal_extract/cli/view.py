@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seal_extract.cli.options import add_common
+from seal_extract.cli.fail import say
+from seal_extract.cli.options import Parser, add_common
 
 if TYPE_CHECKING:
     from seal_extract.genes.decoder import GeneDecoder
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def view_parser() -> argparse.ArgumentParser:
     """Options of ``seal-extract view``."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="seal-extract view",
         description="Look at a finished run in the browser: slides, patches, embeddings, clusters, predicted "
         "genes, attention. The page is served to this machine alone and needs no network.",
@@ -57,15 +57,15 @@ def run_view(args: argparse.Namespace) -> int:
         moved = sum(s.problem is not None for s in collection.slides if s.features is not None)
         if moved:
             said = "1 slide is not where it was" if moved == 1 else f"{moved} slides are not where they were"
-            print(f"seal-extract: {said}; type --slides FOLDER", file=sys.stderr)
+            say(f"seal-extract: {said}; type --slides FOLDER", error=True)
         with suppress(KeyboardInterrupt):
             serve(gallery, sock, lambda: _announce(address, len(collection.slides), args), debug=args.debug)
-    print("stopped")
+    say("stopped")
     return 0
 
 
 def _announce(address: str, slides: int, args: argparse.Namespace) -> None:
-    print(f"{slides} slide{'s' * (slides != 1)} of {args.out} at {address} (Ctrl-C ends it)", flush=True)
+    say(f"{slides} slide{'s' * (slides != 1)} of {args.out} at {address} (Ctrl-C ends it)")
     if not args.no_browser:
         import webbrowser
 

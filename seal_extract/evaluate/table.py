@@ -13,6 +13,7 @@ import numpy as np
 
 from seal_extract.evaluate.compare import Comparison
 from seal_extract.evaluate.retrieval import KS, Retrieval
+from seal_extract.names import cell
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,10 @@ def to_csv(tables: Sequence[Table]) -> str:
         for row in table.rows:
             spread = row.spread or ("",) * len(row.values)
             for fold, value, sd in zip(table.columns, row.values, spread, strict=True):
-                writer.writerow([table.title, row.name, fold, "" if math.isnan(value) else value, sd])
-            writer.writerow([table.title, row.name, "mean", row.mean, row.sd])
+                writer.writerow(
+                    [*map(cell, (table.title, row.name, fold)), "" if math.isnan(value) else value, sd]
+                )
+            writer.writerow([*map(cell, (table.title, row.name)), "mean", row.mean, row.sd])
     return text.getvalue()
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from seal_extract.grid import PatchGrid
 from seal_extract.hdf5 import Disk, open_hdf5
 from seal_extract.layouts.layout import Layout
+from seal_extract.names import shown
 from seal_extract.publish import publish, writing
 from seal_extract.store import PIXELS, SlideLabel, read_pieces, write_described
 
@@ -83,8 +84,8 @@ class ClamLayout(Layout):
                 downsample=(downsample, downsample),
                 downsampled_level_dim=size,
                 level_dim=size,
-                name=label.name,
-                save_path=str(path.parent),
+                name=shown(label.name),
+                save_path=shown(str(path.parent)),
             )
 
         write_described(path, provenance, describe)

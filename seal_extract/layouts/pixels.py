@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 
 from seal_extract.grid import PatchGrid
+from seal_extract.names import shown
 from seal_extract.store import PIXELS, FeatureWriter, SlideLabel, write_described, write_rows
 
 
@@ -19,7 +20,7 @@ def write_pixel_features(
     """Open a file of ``features`` float32 [N, D] and ``coords`` int64 [N, 2]; see `write_rows`."""
 
     def describe(file: h5py.File) -> None:
-        file[PIXELS].attrs.update(name=label.name, savetodir=str(path.parent), encoder=encoder)
+        file[PIXELS].attrs.update(name=shown(label.name), savetodir=shown(str(path.parent)), encoder=encoder)
         create_coords(file, label, grid, path.parent)
 
     return write_rows(path, PIXELS, (len(grid), dim), np.float32, provenance, describe)
@@ -45,8 +46,8 @@ def create_coords(file: h5py.File, label: SlideLabel, grid: PatchGrid, folder: P
         level0_magnification=_magnification(grid.nominal_mpp_l0),
         target_magnification=_magnification(grid.mpp),
         overlap=grid.overlap_px,
-        name=label.name,
-        savetodir=str(folder),
+        name=shown(label.name),
+        savetodir=shown(str(folder)),
         level0_width=label.size_l0[0],
         level0_height=label.size_l0[1],
     )

@@ -66,12 +66,7 @@ def write_report(
     """
     cohort = Cohort.of(rows)
     pictures = Pictures(cohort, out, path)
-    # file names need not be text: what is none becomes a question mark
-    with (
-        publish(path) as part,
-        writing(path),
-        part.open("w", encoding="utf-8", errors="replace", newline="\n") as file,
-    ):
+    with publish(path) as part, writing(path), part.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(_page(cohort, pictures, out, title, seconds))
     return path
 

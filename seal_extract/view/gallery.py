@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from seal_extract.errors import SealExtractError, UsageError
 from seal_extract.geojson import Polygon, read_polygons
 from seal_extract.grid import PatchGrid
+from seal_extract.names import shown
 from seal_extract.store import SlideFeatures, sample_rows
 from seal_extract.view.cache import BoundedCache
 from seal_extract.view.collection import Collection, ShownSlide
@@ -61,7 +62,7 @@ class Gallery:
         """Every slide in a line."""
         return {
             "version": self._version,
-            "out": self.collection.out.resolve().name,
+            "out": shown(self.collection.out.resolve().name),
             "encoder": self.collection.encoder,
             "slides": [self._line(i, slide) for i, slide in enumerate(self.collection.slides)],
         }
@@ -70,12 +71,12 @@ class Gallery:
         row = slide.status
         return {
             "index": index,
-            "name": slide.name,
+            "name": shown(slide.name),
             "status": "failed" if slide.features is None else "done",
-            "problem": slide.problem,
+            "problem": slide.problem and shown(slide.problem),
             "patches": row.patches if row else None,
             "tissue_mm2": row.tissue_mm2 if row else None,
-            "case": row.case_id if row else "",
+            "case": shown(row.case_id) if row else "",
             "read_errors": row.read_errors if row else None,
             "thumbnail": slide.overlay.exists(),
         }
@@ -99,15 +100,15 @@ class Gallery:
         Raises:
             SealExtractError: it has moved, or cannot be opened.
         """
-        shown, tiles, features = self._shown(index), self._slide(index), self._read(index)
+        this, tiles, features = self._shown(index), self._slide(index), self._read(index)
         grid, raster = features.grid, _raster(features.grid)
         attention = self._attention(index)
         return {
             "index": index,
-            "name": shown.name,
+            "name": shown(this.name),
             "size_l0": list(tiles.slide.size_l0),
             "mpp": tiles.slide.mpp,
-            "mpp_source": shown.provenance["slide"]["mpp_source"],
+            "mpp_source": this.provenance["slide"]["mpp_source"],
             "zooms": tiles.zooms,
             "patches": len(grid),
             "patch_px": grid.patch_px,
@@ -115,7 +116,7 @@ class Gallery:
             "patch_size_l0": grid.patch_size_l0,
             "dim": features.dim,
             "bounds_l0": None if raster is None else list(raster.bounds_l0),
-            "tissue": tissue_rings(shown.tissue),
+            "tissue": tissue_rings(this.tissue),
             "attention": [a.title for a in attention],
             "clusters": [CLUSTERS[0], min(CLUSTERS[1], max(CLUSTERS[0], len(grid)))],
         }
@@ -244,7 +245,7 @@ class Gallery:
         return [self._neighbour(numbers[one.slide.path], one) for one in found]
 
     def _neighbour(self, index: int, found: Found) -> dict[str, Any]:
-        name = self._shown(index).name
+        name = shown(self._shown(index).name)
         return {"slide": index, "name": name, "row": found.row, "cosine": found.score}
 
     def _cohort(self) -> dict[int, SlideFeatures]:

@@ -8,6 +8,8 @@ from functools import cache
 from html import escape
 from pathlib import Path
 
+from seal_extract.names import shown
+
 
 class Markup(str):
     """HTML; every other text is escaped when it is filled into a part of the page."""
@@ -41,7 +43,7 @@ def fill_text(template: str, **values: object) -> Markup:
 
     def value(name: re.Match[str]) -> str:
         text = values[name[1]]
-        return text if isinstance(text, Markup) else escape("–" if text is None else str(text))
+        return text if isinstance(text, Markup) else escape("–" if text is None else shown(str(text)))
 
     return Markup(re.sub(r"{{(\w+)}}", value, template))
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from seal_extract.errors import OutputError, UsageError
 from seal_extract.layouts import CONTOURS, of_grid
+from seal_extract.names import shown
 from seal_extract.overview import Overview, read_overview
 from seal_extract.publish import publish, writing
 from seal_extract.slide import Slide
@@ -110,7 +111,7 @@ def write_slide_report(
         footer=_footer(features),
     )
     with publish(path) as part, writing(path):
-        part.write_text(html, encoding="utf-8", errors="replace", newline="\n")
+        part.write_text(html, encoding="utf-8", newline="\n")
     return path
 
 
@@ -246,7 +247,7 @@ def _data(
     grid = features.grid
     return {
         "slide": {
-            "name": features.path.stem,
+            "name": shown(features.path.stem),
             "encoder": features.provenance["encoder"]["name"],
             "size_l0": list(slide.size_l0),
             "mpp": slide.mpp,

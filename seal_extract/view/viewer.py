@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from seal_extract.errors import SealExtractError, UsageError
+from seal_extract.names import shown
 from seal_extract.view.gallery import Gallery
 from seal_extract.view.guard import Guard
 from seal_extract.view.requests import (
@@ -213,7 +214,7 @@ def _handlers() -> dict[Any, Callable[[Request, Exception], Awaitable[Response]]
     from starlette.responses import JSONResponse
 
     def line(status: int, message: str) -> Response:
-        return JSONResponse({"error": message}, status, headers={"Cache-Control": "no-store"})
+        return JSONResponse({"error": shown(message)}, status, headers={"Cache-Control": "no-store"})
 
     async def refused(_: Request, exc: Exception) -> Response:
         return line(400 if isinstance(exc, UsageError) else 422, " ".join(str(exc).split()))
