@@ -120,7 +120,7 @@ def keep_names(entries: Sequence[SlideEntry], out: Path) -> tuple[SlideEntry, ..
             with suppress(OutputError):  # a damaged one says nothing
                 provenance = read_provenance(file)
             if provenance is not None:
-                given.setdefault(_resolved(provenance["slide"]["path"]), file.stem)
+                given.setdefault(_resolved(provenance["slide"].get("path", "")), file.stem)
     return tuple(with_names(entries, given))
 
 

@@ -267,8 +267,8 @@ def written_twice(files: Iterable[tuple[Path, dict[str, Any]]]) -> set[Path]:
     """
     newest: dict[tuple[Path, str], Path] = {}
     older: set[Path] = set()
-    for path, made in sorted(files, key=lambda file: (file[1]["written"], file[0])):
-        before = newest.get(key := (path.parent, made["slide"]["path"]))
+    for path, made in sorted(files, key=lambda file: (file[1].get("written", ""), file[0])):
+        before = newest.get(key := (path.parent, made["slide"].get("path", path.stem)))
         if before is not None:
             older.add(before)
             warnings.warn(f"{before} is left out: {path.name} beside it is of the same slide", stacklevel=3)
