@@ -25,6 +25,8 @@ PACKAGES = {
     **dict.fromkeys(("sftp", "ssh"), "paramiko"),
 }
 HTTP = ("http", "https")
+CONTAINERS = ("abfs", "abfss", "wasb", "wasbs")  # whose container stands before the @
+_HOST = re.compile(r"(\[[\da-fA-F:.]*\]|[^:@]*)(:\d*)?")
 CONNECT_S, SILENT_S = 30, 60  # aiohttp's own limit is 5 minutes for a file, too short for a slide
 VERSIONS = (  # what storages say that changes with the file, the surest first
     *("ETag", "etag", "md5Hash", "md5", "Content-MD5", "Digest", "crc32c"),
@@ -55,16 +57,41 @@ def address(source: str | os.PathLike[str]) -> str | Path:
     return text
 
 
-def shown(url: str) -> str:
-    """The URL without password, signature and other parameters, which do not belong into tables."""
-    url = re.sub(r"(?<=://)[^/@]*:[^/@]*@", "", url)
-    return re.split(r"[?#]", url)[0] if _protocol(url) in HTTP else url
+def public(url: str) -> str:
+    """Scheme, host and path of a URL, and of each link of a chained one (``zip://a.svs::https://…``).
+
+    User, password, query and fragment, which may be secrets, are left out. Of a URL that cannot be told apart
+    only the scheme is left.
+    """
+    return "::".join(_public(link) for link in _links(url))
+
+
+def _links(url: str) -> list[str]:
+    return re.split(r"::(?=[A-Za-z][\w+.-]*(?:://|::|$))", url)
+
+
+def _public(link: str) -> str:
+    scheme, mark, rest = link.partition("://")
+    while True:
+        host, path = re.fullmatch(r"([^/?#]*)(.*)", rest, re.S).groups()  # type: ignore[union-attr]
+        user, at, host = host.rpartition("@")
+        if _HOST.fullmatch(host):
+            break
+        _, at, rest = rest.partition("@")  # a password with a slash
+        if not at:
+            return scheme + mark
+    if scheme.lower() in CONTAINERS and ":" not in user:
+        host = user + at + host
+    if scheme.lower() in HTTP:
+        path = re.sub(r";[^/;]*=[^/;]*", "", re.split(r"[?#]", path)[0])
+    return scheme + mark + host + re.sub(r"\?.*=.*", "", path)  # elsewhere ? may belong to a name
 
 
 def place(url: str) -> Path:
     """A path that looks like the URL, for names: ``s3://bucket/a.svs`` is ``s3/bucket/a.svs``."""
-    text = shown(url).replace("://", "/", 1)
-    return Path(PurePosixPath((unquote(text) if _protocol(url) in HTTP else text).replace(":", "_")))
+    links = (link.replace("://", "/", 1) for link in reversed(_links(public(url))) if "://" in link)
+    text = "/".join(unquote(link) if _protocol(url) in HTTP else link for link in links)
+    return Path(PurePosixPath(text.replace(":", "_")))
 
 
 def check_protocol(url: str) -> None:
@@ -81,16 +108,17 @@ def check_protocol(url: str) -> None:
     except ImportError as exc:
         package = PACKAGES.get(protocol)
         hint = f"type: pip install {package}" if package else _first_line(exc)
-        raise UsageError(f"{shown(url)}: {protocol}:// needs a package that is missing; {hint}") from exc
+        raise UsageError(f"{public(url)}: {protocol}:// needs a package that is missing; {hint}") from exc
     except ValueError as exc:
         raise UsageError(
-            f"{shown(url)}: {protocol}:// is unknown to fsspec; allowed: https://, s3://, gs:// and others"
+            f"{public(url)}: {protocol}:// is unknown to fsspec; allowed: https://, s3://, gs:// and others"
         ) from exc
 
 
 def has_magic(url: str) -> bool:
     """Whether it is a pattern; ``?`` begins the parameters of a web address."""
-    return any(mark in url for mark in ("*[" if _protocol(url) in HTTP else "*?["))
+    text = re.sub(r"//\[[\da-fA-F:.]*\]", "", public(url))  # an address of IPv6
+    return any(mark in text for mark in ("*[" if _protocol(url) in HTTP else "*?["))
 
 
 def list_files(url: str) -> list[str]:
@@ -131,7 +159,7 @@ def look(url: str, *, fresh: bool = False) -> RemoteFile:
         info = storage.info(path)
     if info.get("size") is None:
         raise SlideOpenError(
-            f"{shown(url)}: its server does not say how large it is; download it and give the file"
+            f"{public(url)}: its server does not say how large it is; download it and give the file"
         )
     version = next((f"{key} {info[key]}" for key in VERSIONS if info.get(key)), "")
     return RemoteFile(int(info["size"]), version)
@@ -153,7 +181,7 @@ def fetch(url: str, expected: RemoteFile, copy: Path, is_stopped: Callable[[], b
 
     def watch(_: int | None, done: int, **__: object) -> None:
         if is_stopped():
-            raise SlideOpenError(f"{shown(url)}: the run was stopped")
+            raise SlideOpenError(f"{public(url)}: the run was stopped")
         if done > expected.size:
             raise OSError(f"more came than the {expected.size} bytes announced")
 
@@ -163,7 +191,7 @@ def fetch(url: str, expected: RemoteFile, copy: Path, is_stopped: Callable[[], b
         if (size := copy.stat().st_size) != expected.size:
             raise OSError(f"{size} bytes came, {expected.size} were announced")
     if look(url, fresh=True) != expected:
-        raise SlideOpenError(f"{shown(url)} was changed while it was copied; run again")
+        raise SlideOpenError(f"{public(url)} was changed while it was copied; run again")
 
 
 # --- fsspec -------------------------------------------------------------------------------------------
@@ -199,12 +227,22 @@ def _asking(url: str, what: str = "fetched") -> Iterator[None]:
     except SealExtractError:
         raise
     except Exception as exc:  # each protocol raises errors of its own
-        reason = _first_line(exc.__cause__ or exc)  # fsspec calls whatever fails "not found"
+        reason = _reason(exc.__cause__ or exc, url)  # fsspec calls whatever fails "not found"
         is_full = isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "free some space in --stage-dir" if is_full else "check the URL and the network"
-        raise SlideOpenError(
-            f"{shown(url)} cannot be {what}: {reason.replace(url, shown(url))}; {advice}, then run again"
-        ) from exc
+        raise SlideOpenError(f"{public(url)} cannot be {what}: {reason}; {advice}, then run again") from exc
+
+
+def _reason(exc: BaseException, url: str) -> str:
+    """What went wrong, without any URL: it may be another spelling of this one, or where this one led."""
+    if isinstance(status := getattr(exc, "status", None), int):  # aiohttp's
+        return f"HTTP {status} {getattr(exc, 'message', '')}".rstrip()
+    text = re.split(r"[^\s]*://", _first_line(exc))[0].strip(" ,:('\"")
+    hidden = [word for word in re.split(r"\W+", unquote(url)) if word and word not in unquote(public(url))]
+    if text and not any(word in unquote(text) for word in hidden):
+        return text
+    named = {FileNotFoundError: "there is no such file", PermissionError: "access was denied"}
+    return named.get(type(exc), type(exc).__name__)
 
 
 def _first_line(exc: BaseException) -> str:

@@ -17,6 +17,7 @@ from seal_extract.errors import ResolutionError, SlideError, SlideOpenError
 from seal_extract.hest import hest_mpp
 from seal_extract.images import ImageReader
 from seal_extract.readers import Array, Level, OpenSlideReader, TiffSlideReader, check_mpp
+from seal_extract.remote import address, public
 from seal_extract.tiff import TIFF_HEADS, refuse_impossible, refuse_truncated
 from seal_extract.tiff_pixels import check_ome, has_jpeg_tiles
 
@@ -153,6 +154,10 @@ def check_path(path: Path) -> None:
     if path.is_dir():
         raise SlideOpenError(f"{path} is a folder; give a slide file, for example {path / 'slide.svs'}")
     if not path.exists():
+        if isinstance(url := address(str(path).replace(":/", "://", 1)), str):
+            raise SlideOpenError(
+                f"{public(url)} is a URL, which only runs read; download it and give the file"
+            )
         raise SlideOpenError(f"{path} does not exist; check the path")
     if not os.access(path, os.R_OK):
         raise SlideOpenError(f"{path} may not be read by this user; check its permissions")

@@ -11,7 +11,7 @@ import glob
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from seal_extract import remote
@@ -52,7 +52,7 @@ class SlideEntry:
     case_id: str | None = None
     roi: Path | None = None
     copy: Path | None = None
-    url: str | None = None
+    url: str | None = field(default=None, repr=False)  # with all its secrets
     version: str = ""
 
     @property
@@ -63,7 +63,7 @@ class SlideEntry:
     @property
     def source(self) -> str:
         """Where the slide lies, as tables and messages say it."""
-        return str(self.path) if self.url is None else remote.shown(self.url)
+        return str(self.path) if self.url is None else remote.public(self.url)
 
     @classmethod
     def of(cls, source: str | os.PathLike[str]) -> SlideEntry:
@@ -78,7 +78,7 @@ class SlideEntry:
         path = remote.place(where)
         if path.suffix.lower() in SEVERAL_FILES:
             raise UsageError(
-                f"{remote.shown(where)}: slides of several files are not read from URLs; copy it with all "
+                f"{remote.public(where)}: slides of several files are not read from URLs; copy it with all "
                 "that belongs to it to a folder, and give that"
             )
         return cls(path, path.stem, url=where)
@@ -235,7 +235,7 @@ def _dicom_series(path: Path) -> str:
 def _at_url(url: str) -> tuple[list[SlideEntry], Ignored]:
     path = remote.place(url)
     if path.suffix.lower() == ".csv":
-        raise UsageError(f"{remote.shown(url)}: tables are read from files; download it and give the file")
+        raise UsageError(f"{remote.public(url)}: tables are read from files; download it and give the file")
     if path.suffix.lower() in SLIDE_SUFFIXES and not remote.has_magic(url):
         return [SlideEntry.of(url)], []
     found: list[SlideEntry] = []
@@ -243,14 +243,14 @@ def _at_url(url: str) -> tuple[list[SlideEntry], Ignored]:
     for file in remote.list_files(url):
         suffix = remote.place(file).suffix.lower()
         if suffix not in SLIDE_SUFFIXES:
-            ignored.append((remote.shown(file), f"{suffix or 'no suffix'} is no slide"))
+            ignored.append((remote.public(file), f"{suffix or 'no suffix'} is no slide"))
         elif suffix in SEVERAL_FILES:
-            ignored.append((remote.shown(file), "slides of several files are not read from URLs"))
+            ignored.append((remote.public(file), "slides of several files are not read from URLs"))
         else:
             found.append(SlideEntry.of(file))
     if not found:
         raise UsageError(
-            f"{remote.shown(url)} holds no slide that can be read from there; allowed: "
+            f"{remote.public(url)} holds no slide that can be read from there; allowed: "
             f"{' '.join(sorted(SLIDE_SUFFIXES.difference(SEVERAL_FILES)))}"
         )
     return found, ignored

@@ -2,19 +2,20 @@
 
 import re
 import threading
+import zipfile
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import fsspec
 import pytest
-from cohort_fixtures import contents, link_cohort, run
+from cohort_fixtures import contents, link_cohort, run, run_here
 
-from seal_extract import ExtractOptions, extract
+from seal_extract import ExtractOptions, extract, open_slide
 from seal_extract.cli import main
 from seal_extract.cohort import extract_cohort
 from seal_extract.errors import SlideOpenError, UsageError
-from seal_extract.remote import address, shown
+from seal_extract.remote import address, public
 from seal_extract.slide_list import list_slides
 from seal_extract.staging import Stage
 from seal_extract.status import read_status
@@ -32,8 +33,25 @@ def memory():
 class Site(SimpleHTTPRequestHandler):
     """A folder on the web that counts what is fetched and can be told to misbehave."""
 
+    def do_HEAD(self):
+        return self.lead() or super().do_HEAD()
+
+    def lead(self):
+        """Send whoever asks for one of these paths elsewhere."""
+        to = next((to for start, to in self.server.leads_to.items() if self.path.startswith(start)), None)
+        if to is not None:
+            self.send_response(302)
+            self.send_header("Location", to)
+            self.end_headers()
+        return to
+
+    def translate_path(self, path):
+        return super().translate_path(path.partition(";")[0])
+
     def do_GET(self):
         self.server.fetched.append(self.path)
+        if self.lead():
+            return None
         if self.server.cut_after is None:
             return super().do_GET()
         source = self.send_head()
@@ -56,7 +74,7 @@ def web(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     (tmp_path / "www").mkdir()
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Site, directory=str(tmp_path / "www"))) as server:
-        server.fetched, server.cut_after, server.without = [], None, ()
+        server.fetched, server.cut_after, server.without, server.leads_to = [], None, (), {}
         server.url = f"http://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
@@ -113,13 +131,37 @@ def test_file_urls_are_files(tmp_path):
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("https://me:secret@host/a.svs?X-Amz-Signature=1#x", "https://host/a.svs"),
+        ("https://me:secret@host/a.svs?X-Amz-Signature=secret#secret", "https://host/a.svs"),
+        ("https://secret@host/a.svs", "https://host/a.svs"),
+        ("https://me:sec@ret@host:80/a.svs", "https://host:80/a.svs"),
+        ("https://me:sec/ret@host/a.svs", "https://host/a.svs"),
+        ("https://host/a.svs;sig=secret", "https://host/a.svs"),
+        ("https://host/a;1.svs", "https://host/a;1.svs"),
+        ("https://host/a.svs?sig=" + "secret%2b" * 50, "https://host/a.svs"),
+        ("http://[::1]:80/a.svs?sig=secret", "http://[::1]:80/a.svs"),
+        ("zip://in/a.svs::https://me:secret@host/z.zip?sig=secret", "zip://in/a.svs::https://host/z.zip"),
+        ("s3://key:secret@bucket/a.svs?versionId=1", "s3://bucket/a.svs"),
+        ("az://container/a.svs?sv=1&sig=secret", "az://container/a.svs"),
+        ("sftp://me:secret@host/a.svs", "sftp://host/a.svs"),
         ("abfs://container@account.net/a.svs", "abfs://container@account.net/a.svs"),
         ("s3://bucket/what?.svs", "s3://bucket/what?.svs"),
     ],
 )
-def test_secrets_in_urls_are_not_shown(url, words):
-    assert shown(url) == words
+def test_of_a_url_scheme_host_and_path_are_public(url, words):
+    assert public(url) == words
+    assert public(words) == words
+
+
+def test_a_secret_with_the_mark_of_a_pattern_is_no_pattern():
+    (entry,) = list_slides(["https://host/a.svs?sig=a*b[c"]).entries
+    assert (entry.name, entry.source) == ("a", "https://host/a.svs")
+    assert "sig" not in repr(entry)
+
+
+def test_open_slide_does_not_tell_the_secrets_of_a_url():
+    with pytest.raises(SlideOpenError, match=r"^https://host/a\.svs is a URL") as caught:
+        open_slide("https://me:secret@host/a.svs?sig=secret")
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -250,6 +292,49 @@ def test_what_stops_one_url_stops_no_other(web, drawn_slides, encoder, tmp_path,
     assert "fast" not in row.reason  # the copy is nobody's business
     assert len(report.done) == (what != "too large")
     assert nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "path", ["there.svs", "gone.svs", "led away.svs", "led%20away.svs", "led%2baway.svs"]
+)
+@pytest.mark.parametrize(
+    "secret", ["?sig=hushhush", "?sig=hush%2Bhush", ";sig=hushhush", "?sig=" + "hush" * 99]
+)
+def test_secrets_of_urls_are_written_nowhere(web, drawn_slides, tmp_path, path, secret):
+    """Neither those of a slide that is done, nor of one that is not there, nor where a redirect leads."""
+    link_cohort(tmp_path / "www", drawn_slides, 1)
+    (tmp_path / "www/slide_0000.svs").rename(tmp_path / "www/there.svs")
+    web.leads_to = {"/led": f"{web.url}/nowhere/gone.svs?sig=hushagain"}
+    url = f"{web.url}/{path}{secret}".replace("://", "://hush:hu@sh@")
+    log = tmp_path / "log"
+    done = run_here(
+        url,
+        "-o",
+        tmp_path / "out",
+        "--encoder",
+        "seal-tiny",
+        "--stage-dir",
+        tmp_path / "fast",
+        "--log-json",
+        log,
+    )
+    assert done.returncode == (path != "there.svs"), done.stderr
+    assert re.search(r"there\.svs: \d+ patches|cannot be fetched: HTTP 404", done.stdout + done.stderr)
+    said = (done.stdout + done.stderr).encode() + log.read_bytes()
+    for file in (tmp_path / "out").rglob("*.*"):
+        said += str(file).encode() + file.read_bytes()
+    assert b"there.svs" in said or b"away.svs" in said or b"gone.svs" in said
+    assert b"hush" not in said
+    assert b"hu@sh" not in said
+
+
+def test_a_slide_in_an_archive_at_a_url_is_read(memory, drawn_slides, encoder, tmp_path):
+    with memory.open("/z.zip", "wb") as file, zipfile.ZipFile(file, "w") as archive:
+        archive.write(drawn_slides[0], "in/a.svs")
+    report = extract_cohort(
+        "zip://in/a.svs::memory://z.zip", encoder, tmp_path / "out", options=staged(tmp_path)
+    )
+    assert [(row.name, row.slide) for row in report.done] == [("a", "zip://in/a.svs::memory://z.zip")]
 
 
 def test_copies_of_urls_stay_within_the_bound(memory, drawn_slides, tmp_path):
