@@ -241,7 +241,10 @@ def _reason(exc: BaseException, url: str) -> str:
     hidden = [word for word in re.split(r"\W+", unquote(url)) if word and word not in unquote(public(url))]
     if text and not any(word in unquote(text) for word in hidden):
         return text
-    named = {FileNotFoundError: "there is no such file", PermissionError: "access was denied"}
+    named: dict[type[BaseException], str] = {
+        FileNotFoundError: "there is no such file",
+        PermissionError: "access was denied",
+    }
     return named.get(type(exc), type(exc).__name__)
 
 
