@@ -121,5 +121,7 @@ def test_the_viewer_lists_odd_names(odd):
     from seal_extract.view.viewer import make_app
 
     gallery = Gallery(Collection.find(odd[0] / "out"), GeneMaps(lambda: None))
-    client = TestClient(make_app(gallery, 80), base_url="http://127.0.0.1")
-    assert {slide["name"] for slide in client.get("/api/slides").json()["slides"]} >= set(ODD.values())
+    client = TestClient(make_app(gallery, 80, "token"), base_url="http://127.0.0.1")
+    assert {slide["name"] for slide in client.get("/api/slides?token=token").json()["slides"]} >= set(
+        ODD.values()
+    )

@@ -1,13 +1,19 @@
 """The viewer's server: what it answers, what it refuses, and that it stays up."""
 
 import asyncio
+import http.client
 import io
 import json
+import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import cv2
 import numpy as np
@@ -22,6 +28,7 @@ from seal_extract.view.cache import BoundedCache
 from seal_extract.view.collection import Collection
 from seal_extract.view.colours import Components, cluster_centres, cluster_colours, nearest_centre
 from seal_extract.view.gene_maps import GeneMaps
+from seal_extract.view.guard import REQUEST_S
 from seal_extract.view.neighbours import alike_in_others, alike_in_slide
 from seal_extract.view.tiles import SlideTiles
 from seal_extract.view.viewer import make_app
@@ -203,11 +210,67 @@ def test_localhost_is_our_own_name(client):
     assert client.ask("/", Host=f"localhost:{client.port}")[0] == 200
 
 
+PATHS = (
+    *("/", "/static/viewer.js", "/api/slides", "/api/genes", "/api/slides/0", "/nothing"),
+    *("/api/slides/0/thumbnail", "/api/slides/0/tiles/0/0/0", "/api/slides/0/patches"),
+)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"cookie": "={token}x"}, {"cookie": "=\u00e9"}, {"query": "wrong"}, {"query": ""}, {"cookie": '="'}],
+)
+def test_who_has_not_the_token_is_refused(client, path, given):
+    """Every user of a machine can reach its ports."""
+    cookie = f"seal_extract_{client.port}" + given.get("cookie", "").format(token=client.token)
+    query = f"?token={given['query']}" if "query" in given else ""
+    status, headers, body = client.ask(path + query, Cookie=cookie.encode("utf-8"))
+    assert (status, headers["Set-Cookie"]) == (403, None)
+    assert "open the whole address that the command printed" in json.loads(body)["error"]
+
+
+def test_the_address_with_the_token_gives_a_cookie_that_serves_for_the_rest(client):
+    status, headers, _ = client.ask(client.url.removeprefix(f"http://127.0.0.1:{client.port}"), Cookie="")
+    assert status == 200
+    cookie, *attributes = headers["Set-Cookie"].split("; ")
+    assert attributes == ["Path=/", "HttpOnly", "SameSite=Strict"]
+    assert client.ask("/api/slides", Cookie=f"other=1; {cookie}")[0] == 200
+    assert client.ask(f"/api/slides?token={client.token}", Cookie="")[0] == 200
+    assert client.token not in str(client.ask("/static/viewer.js")[1])
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET / HTTP/1.1\r\nHost: ", b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\nx"]
+)
+def test_a_connection_that_asks_for_nothing_is_dropped(client, sent):
+    with socket.create_connection(("127.0.0.1", client.port), timeout=20) as wire:
+        wire.sendall(sent)
+        with suppress(ConnectionResetError):
+            while wire.recv(1000):  # a refusal may come before
+                pass
+
+
+def test_a_connection_may_be_used_again(client):
+    connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=20)
+    ports = set()
+    for wait_s in (0, REQUEST_S + 1):
+        time.sleep(wait_s)
+        connection.request("GET", "/api/slides", headers={"Cookie": client.cookie})
+        connection.getresponse().read()
+        ports.add(connection.sock.getsockname()[1])
+    assert len(ports) == 1
+    connection.close()
+
+
 def test_other_sites_pages_are_refused(client):
     assert client.ask("/api/slides", Origin="http://evil.example")[0] == 403
     assert client.ask("/api/slides/0/thumbnail", Sec_Fetch_Site="cross-site")[0] == 403
     assert client.ask("/", Sec_Fetch_Site="cross-site")[0] == 200  # a link that was followed
-    assert client.ask("/api/slides", Origin=client.url.rstrip("/"), Sec_Fetch_Site="same-origin")[0] == 200
+    assert (
+        client.ask("/api/slides", Origin=f"http://127.0.0.1:{client.port}", Sec_Fetch_Site="same-origin")[0]
+        == 200
+    )
 
 
 def test_everything_carries_a_policy_without_other_sites_or_inline_script(client):
@@ -305,7 +368,7 @@ def test_sets_of_genes_are_named(viewer_out):
 def test_a_thousand_requests_at_once_are_answered(client):
     paths = [f"/api/slides/{i % SLIDES}/tiles/{i % 3}/{i % 2}/0" for i in range(1000)]
 
-    host = f"Host: 127.0.0.1:{client.port}\r\n"
+    host = f"Host: 127.0.0.1:{client.port}\r\nCookie: {client.cookie}\r\n"
 
     async def one(path):
         reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
@@ -335,7 +398,7 @@ def test_who_has_left_is_not_worked_for(viewer_out, monkeypatch):
 
     monkeypatch.setattr(gallery, "tile", slow)
     with serving(gallery) as client:
-        wires, host = [], f"Host: 127.0.0.1:{client.port}\r\n"
+        wires, host = [], f"Host: 127.0.0.1:{client.port}\r\nCookie: {client.cookie}\r\n"
         for i in range(40):
             wires.append(socket.create_connection(("127.0.0.1", client.port)))
             wires[-1].sendall(f"GET /api/slides/0/tiles/0/{i}/0 HTTP/1.1\r\n{host}\r\n".encode())
@@ -495,7 +558,11 @@ def test_the_command_prints_its_address_and_ends_on_ctrl_c(viewer_out):
     )
     line = started.stdout.readline()
     assert "4 slides" in line
-    assert "http://127.0.0.1:" in line
+    address = re.search(r"http://127\.0\.0\.1:\d+/\?token=[\w-]{32}", line)[0]
+    with urlopen(address, timeout=30) as page:
+        assert page.status == 200
+    with pytest.raises(HTTPError, match="403"):
+        urlopen(address.partition("?")[0], timeout=30)
     started.send_signal(signal.SIGINT)
     out, err = started.communicate(timeout=30)
     assert (started.returncode, out, err) == (0, "stopped\n", "")
@@ -507,7 +574,7 @@ def test_without_the_extra_one_line_says_what_to_install(viewer_out, monkeypatch
     for name in [name for name in sys.modules if name.startswith(f"{missing}.")]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(UsageError, match=r'pip install "seal-extract\[view\]"'):
-        make_app(gallery_of(viewer_out), 1)
+        make_app(gallery_of(viewer_out), 1, "token")
 
 
 def test_a_port_in_use_is_told_in_a_line(viewer_out):

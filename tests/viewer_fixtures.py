@@ -61,14 +61,17 @@ def gallery_of(out, *, encoder=None, slides=None, panel=None, signatures=None):
 class Client:
     """Asks the server as a browser would, or as one should not."""
 
+    token = "the-token-of-this-viewer"
+
     def __init__(self, port):
         self.port = port
-        self.url = f"http://127.0.0.1:{port}/"
+        self.url = f"http://127.0.0.1:{port}/?token={self.token}"
+        self.cookie = f"seal_extract_{port}={self.token}"
 
     def ask(self, path, method="GET", body=None, **headers):
         """Status, headers and body of one request."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        headers = {"Cookie": self.cookie} | {name.replace("_", "-"): value for name, value in headers.items()}
         try:
             connection.request(method, path, body, headers)
             answer = connection.getresponse()
@@ -88,14 +91,11 @@ class Client:
 @contextmanager
 def serving(gallery):
     """A server in a thread, until the block ends."""
-    import uvicorn
-
-    from seal_extract.view.viewer import listen, make_app
+    from seal_extract.view.viewer import listen, make_server
 
     with listen(0) as sock:
         port = sock.getsockname()[1]
-        config = uvicorn.Config(make_app(gallery, port), log_level="critical", lifespan="off", backlog=2048)
-        server = uvicorn.Server(config)
+        server = make_server(gallery, sock, Client.token)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
         thread.start()
         while not server.started:

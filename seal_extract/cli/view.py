@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import secrets
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from seal_extract.cli.fail import say
@@ -20,7 +23,8 @@ def view_parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="seal-extract view",
         description="Look at a finished run in the browser: slides, patches, embeddings, clusters, predicted "
-        "genes, attention. The page is served to this machine alone and needs no network.",
+        "genes, attention. The page is served to this machine alone, to whoever has the whole address that "
+        "is printed, and needs no network.",
     )
     p.set_defaults(handler=run_view)
     p.add_argument("out", type=Path, metavar="OUT", help="the -o of a finished run, or a part of it")
@@ -52,24 +56,28 @@ def run_view(args: argparse.Namespace) -> int:
     provenance = next(s.provenance for s in collection.slides if s.provenance)
     panel, signatures = _panel(args), _signatures(args)
     gallery = Gallery(collection, GeneMaps(lambda: _decoder(args, provenance, panel), signatures))
-    with listen(args.port) as sock:
-        address = f"http://127.0.0.1:{sock.getsockname()[1]}/"
+    token = secrets.token_urlsafe(24)
+    with listen(args.port) as sock, TemporaryDirectory(prefix="seal-extract-") as private:
+        address = f"http://127.0.0.1:{sock.getsockname()[1]}/?token={token}"
         moved = sum(s.problem is not None for s in collection.slides if s.features is not None)
         if moved:
             said = "1 slide is not where it was" if moved == 1 else f"{moved} slides are not where they were"
             say(f"seal-extract: {said}; type --slides FOLDER", error=True)
         with suppress(KeyboardInterrupt):
-            serve(gallery, sock, lambda: _announce(address, len(collection.slides), args), debug=args.debug)
+            announce = partial(_announce, address, len(collection.slides), args, Path(private))
+            serve(gallery, sock, token, announce, debug=args.debug)
     say("stopped")
     return 0
 
 
-def _announce(address: str, slides: int, args: argparse.Namespace) -> None:
+def _announce(address: str, slides: int, args: argparse.Namespace, private: Path) -> None:
     say(f"{slides} slide{'s' * (slides != 1)} of {args.out} at {address} (Ctrl-C ends it)")
     if not args.no_browser:
         import webbrowser
 
-        webbrowser.open(address)
+        page = private / "view.html"  # all users of the machine see the words of a command, the token too
+        page.write_text(f'<meta http-equiv="refresh" content="0; url={address}">', encoding="utf-8")
+        webbrowser.open(page.as_uri())
 
 
 def _name(encoder: str | None) -> str | None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from seal_extract.errors import SealExtractError, UsageError
 from seal_extract.names import shown
 from seal_extract.view.gallery import Gallery
-from seal_extract.view.guard import Guard
+from seal_extract.view.guard import Guard, prompt_protocol
 from seal_extract.view.requests import (
     ClientLeft,
     Missing,
@@ -46,7 +46,7 @@ T = TypeVar("T")
 Answer = Callable[["Request"], Awaitable["Response"]]
 
 
-def make_app(gallery: Gallery, port: int) -> Guard:
+def make_app(gallery: Gallery, port: int, token: str) -> Guard:
     """The application that `serve` runs.
 
     Raises:
@@ -75,7 +75,7 @@ def make_app(gallery: Gallery, port: int) -> Guard:
         Route(f"{slide}/layers/{{kind}}/{{part}}", desk.layer),
         Route(f"{slide}/region", desk.region, methods=["POST"]),
     ]
-    return Guard(Starlette(routes=routes, exception_handlers=_handlers()), port)
+    return Guard(Starlette(routes=routes, exception_handlers=_handlers()), port, token)
 
 
 class _Desk:
@@ -293,26 +293,14 @@ def listen(port: int) -> socket.socket:
     return sock
 
 
-def serve(
-    gallery: Gallery,
-    sock: socket.socket,
-    started: Callable[[], None] = lambda: None,
-    *,
-    debug: bool = False,
-) -> None:
-    """Answer on a socket from `listen` until Ctrl-C; ``started`` is called once it answers.
-
-    With ``debug``, what was unexpected goes to standard error with its traceback.
-
-    Raises:
-        UsageError: its libraries are not installed.
-    """
-    app = make_app(gallery, sock.getsockname()[1])
+def make_server(gallery: Gallery, sock: socket.socket, token: str, *, debug: bool = False) -> Any:
+    """The server that `serve` runs, of uvicorn."""
+    app = make_app(gallery, sock.getsockname()[1], token)
     import uvicorn
 
-    _allow_files()
     config = uvicorn.Config(
         app,
+        http=prompt_protocol(),
         log_level="error" if debug else "critical",
         access_log=False,
         lifespan="off",
@@ -321,7 +309,27 @@ def serve(
         backlog=2048,
         server_header=False,
     )
-    server = uvicorn.Server(config)
+    return uvicorn.Server(config)
+
+
+def serve(
+    gallery: Gallery,
+    sock: socket.socket,
+    token: str,
+    started: Callable[[], None] = lambda: None,
+    *,
+    debug: bool = False,
+) -> None:
+    """Answer whoever has the token, on a socket from `listen`, until Ctrl-C.
+
+    ``started`` is called once it answers. With ``debug``, what was unexpected goes to standard error with its
+    traceback.
+
+    Raises:
+        UsageError: its libraries are not installed.
+    """
+    server = make_server(gallery, sock, token, debug=debug)
+    _allow_files()
     with _told(server, started):
         server.run(sockets=[sock])
 
