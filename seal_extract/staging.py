@@ -1,6 +1,6 @@
 """The next slides copied from slow storage, or from URLs, to a fast folder before their turn, within a bound.
 
-Only what was copied here is deleted here: copies lie in a folder of this process's own.
+Only what was copied here is deleted here: copies lie in a folder of this run's own.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from stat import S_ISVTX
+from tempfile import mkdtemp
 
 from seal_extract.errors import SealExtractError, SlideOpenError, UsageError
 from seal_extract.plan import ExtractOptions
-from seal_extract.publish import HOST, is_dead, writing
+from seal_extract.publish import writing
 from seal_extract.remote import fetch, look
 from seal_extract.slide import Slide
 from seal_extract.slide_files import file_stamp
@@ -28,6 +30,8 @@ from seal_extract.slide_mpp import open_entry
 IN_PLACE = (".vms", ".vmu", ".dcm")  # slides of several files whose names are inside them
 AHEAD = 4  # copied and waiting at most
 POLL_S = 0.01  # between two looks for another slide, where slides come one by one
+PREFIX = "seal_extract-"  # of the folder that each run makes; those of older versions are left alone
+YOUNG_S = 60.0  # in which a run locks the folder that it has made
 CLOSE_S = 5.0  # for the copy under way: a large one is not waited for
 
 
@@ -35,17 +39,19 @@ class Stage:
     """Copies slides ahead of their reading, in a thread of its own."""
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
-        """Make a folder for this process in ``folder``; what killed runs have left there goes.
+        """Make a folder that is this user's alone in ``folder``; what killed runs have left there goes.
 
         Raises:
             OutputError: it cannot be made.
+            UsageError: others could exchange what is copied to ``folder``.
         """
         self._limit = limit_bytes
         with writing(folder, "--stage-dir"):
             folder.mkdir(parents=True, exist_ok=True)
+            _refuse_others(folder)
             _sweep(folder)
-            self._folder = folder / f"seal_extract.{HOST}.{os.getpid()}"
-            self._folder.mkdir(exist_ok=True)
+            self._folder = Path(mkdtemp(prefix=PREFIX, dir=folder))
+        self._lock = _locked(self._folder)
         self._ready: deque[SlideEntry] = deque()
         self._held: dict[str, int] = {}  # bytes of each copy, by the name of the slide
         self._failed: dict[str, SealExtractError] = {}  # why there is none of a URL, likewise
@@ -112,6 +118,9 @@ class Stage:
         if self._thread is not None:
             self._thread.join(CLOSE_S)
         shutil.rmtree(self._folder, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     # --- in the thread ------------------------------------------------------------------------------
 
@@ -216,8 +225,42 @@ def _bytes(path: Path) -> int:
         return 0
 
 
+def _refuse_others(folder: Path) -> None:
+    """Refuse a folder in which another user may rename what is copied, and so put his own in its place."""
+    if os.name != "posix" or os.geteuid() == 0:  # whom nobody's permissions bind
+        return
+    stat = folder.stat()
+    if stat.st_uid not in (0, os.geteuid()):
+        why = "belongs to another user"
+    elif stat.st_uid and stat.st_mode & 0o002 and not stat.st_mode & S_ISVTX:
+        why = "may be written to by all users"
+    else:
+        return
+    raise UsageError(f"--stage-dir {folder} {why}, who could exchange the copies; give a folder of your own")
+
+
 def _sweep(folder: Path) -> None:
-    for left in folder.glob("seal_extract.*.*"):
-        _, host, process = left.name.split(".", 2)
-        if is_dead(host, process):
-            shutil.rmtree(left, ignore_errors=True)
+    """Delete what this user's runs have left that no process holds any more."""
+    for left in folder.glob(f"{PREFIX}*"):
+        with suppress(OSError):
+            stat = left.lstat()
+            if os.name == "posix" and stat.st_uid == os.geteuid() and time.time() - stat.st_mtime > YOUNG_S:
+                lock = _locked(left)
+                if lock is not None:
+                    shutil.rmtree(left, ignore_errors=True)
+                    os.close(lock)
+
+
+def _locked(folder: Path) -> int | None:
+    """A lock on a folder, held as long as this process lives; None where another process has it."""
+    if os.name != "posix":
+        return None
+    from fcntl import LOCK_EX, LOCK_NB, flock
+
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        flock(lock, LOCK_EX | LOCK_NB)
+    except OSError:
+        os.close(lock)
+        return None
+    return lock

@@ -5,6 +5,8 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 from cohort_fixtures import contents, link_cohort
@@ -103,13 +105,79 @@ def test_a_folder_for_copies_that_cannot_be_made_is_one_line(tmp_path):
 
 
 def test_what_a_killed_run_has_staged_is_swept_away(tmp_path):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    left, other = tmp_path / f"seal_extract.{HOST}.{dead.pid}", tmp_path / "seal_extract.elsewhere.5"
-    for folder in (left, other):
-        (folder / "a").mkdir(parents=True)
+    killed = subprocess.Popen(
+        [sys.executable, "-c", STAGE_AND_WAIT, tmp_path], stdout=subprocess.PIPE, text=True
+    )
+    (left,) = (Path(killed.stdout.readline().strip()),)
+    other = tmp_path / "seal_extract-of-nobody-else"
+    other.write_text("mine")
+    for path in (left, other):
+        os.utime(path, (1, 1))  # long ago
+    Stage(tmp_path, 10**6).close()
+    assert left.exists()  # it is held
+    killed.kill()
+    killed.communicate()
     Stage(tmp_path, 10**6).close()
     assert (left.exists(), other.exists()) == (False, True)
+
+
+STAGE_AND_WAIT = """
+import sys, time
+from pathlib import Path
+from seal_extract.staging import Stage
+stage = Stage(Path(sys.argv[1]), 10**6)
+print(*Path(sys.argv[1]).glob("seal_extract-*"), flush=True)
+time.sleep(60)
+"""
+
+
+def test_copies_lie_in_a_folder_that_nobody_can_have_made_before(drawn_slides, tmp_path):
+    for name in (f"seal_extract.{HOST}.{os.getpid()}", "seal_extract-"):
+        (tmp_path / "fast" / name / "slide_0000").mkdir(parents=True)
+        (tmp_path / "fast" / name / "slide_0000" / "slide_0000.svs").write_text("another's")
+    slides = link_cohort(tmp_path / "slides", drawn_slides, 1)
+    with (
+        closing(Stage(tmp_path / "fast", 10**8)) as first,
+        closing(Stage(tmp_path / "fast", 10**8)) as second,
+    ):
+        for stage in (first, second):
+            entry = next(filter(None, stage.entries(list_slides([slides]).entries)))
+            assert entry.file.read_bytes() == entry.path.read_bytes()
+            own = entry.file.parents[1]
+            assert (own.stat().st_mode & 0o777, own.stat().st_uid) == (0o700, os.geteuid())
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can be two users")
+def test_a_folder_in_which_others_could_exchange_copies_is_refused(tmp_path):
+    tmp_path.chmod(0o755)
+    for parent in tmp_path.parents[:-2]:
+        parent.chmod(0o755)
+    for name, owner, mode, said in (
+        ("another's", 1, 0o755, "belongs to another user"),
+        ("open", 65534, 0o777, "may be written to by all users"),
+        ("sticky", 65534, 0o1777, "made"),
+        ("of root", 0, 0o1777, "made"),
+        ("own", 65534, 0o755, "made"),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        os.chown(folder, owner, owner)
+        folder.chmod(mode)
+        done = subprocess.run([sys.executable, "-c", STAGE_AS_NOBODY, folder], capture_output=True, text=True)
+        assert said in done.stdout, (name, done.stdout + done.stderr)
+
+
+STAGE_AS_NOBODY = """
+import os, sys
+from pathlib import Path
+from seal_extract.staging import Stage
+os.setegid(65534), os.seteuid(65534)
+try:
+    Stage(Path(sys.argv[1]), 10**6)
+    print("made")
+except Exception as exc:
+    print(exc)
+"""
 
 
 def test_closing_stops_a_copier_that_waits_for_room(drawn_slides, tmp_path):
