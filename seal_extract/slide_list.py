@@ -145,7 +145,8 @@ def list_slides(
         if isinstance(source, str):
             found, beside = _at_url(source)
         elif source.suffix.lower() == ".csv":
-            found, beside = _in_table(source, None if slide_folder is None else remote.address(slide_folder))
+            folder = None if slide_folder is None else remote.address(slide_folder)
+            found, beside = _in_table(source, folder), []
         elif source.is_dir():
             found, beside = _below(source)
         elif not source.exists() and glob.has_magic(str(source)):
@@ -259,7 +260,8 @@ def _at_url(url: str) -> tuple[list[SlideEntry], Ignored]:
 # --- tables -------------------------------------------------------------------------------------------
 
 
-def _in_table(table: Path, slide_folder: Path | str | None) -> tuple[list[SlideEntry], Ignored]:
+def _in_table(table: Path, slide_folder: Path | str | None) -> list[SlideEntry]:
+    """The slides of a table; CLAM's ``process`` says what its patching still has to do, and is not read."""
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
@@ -272,25 +274,26 @@ def _in_table(table: Path, slide_folder: Path | str | None) -> tuple[list[SlideE
         raise UsageError(f"{table} is no CSV in UTF-8 ({exc}); save it as one") from exc
     column = next((name for name in SLIDE_COLUMNS if name in columns), None)
     if column is None:
+        other = next((mark for mark in (";", "\t") if any(mark in name for name in columns)), None)
+        if other is not None:
+            raise UsageError(
+                f"{table} has its cells separated by {'tabs' if other != ';' else repr(other)}; save it with "
+                "commas, and numbers with a decimal point"
+            )
         raise UsageError(
             f"{table} has the columns {', '.join(columns) or 'of nothing'}; it needs one of "
             f"{', '.join(SLIDE_COLUMNS)}, and may have mpp, case_id, roi"
         )
     found: list[SlideEntry] = []
-    ignored: Ignored = []
     for line, row in rows:
         cells = {key: (value or "").strip() for key, value in row.items() if isinstance(value, str)}
         if not cells.get(column):
             raise UsageError(f"{table} line {line}: no {column}; fill it in or delete the line")
         entry = SlideEntry.of(_locate(cells[column], table, slide_folder))
-        if cells.get("process") == "0":  # CLAM's way to leave a slide out
-            where = entry.path if entry.url is None else entry.source
-            ignored.append((where, f"process is 0 in {table.name}"))
-        else:
-            found.append(_from_cells(entry, cells, table, line))
+        found.append(_from_cells(entry, cells, table, line))
     if not found:
         raise UsageError(f"{table} names no slide; give one per line under {column}")
-    return found, ignored
+    return found
 
 
 def _from_cells(entry: SlideEntry, cells: dict[str, str], table: Path, line: int) -> SlideEntry:

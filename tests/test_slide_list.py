@@ -116,12 +116,14 @@ def test_a_table_gives_slides_resolution_patient_and_tissue(tree):
     )
 
 
-def test_clams_process_list_is_read_and_its_excluded_slides_left_out(tree):
+@pytest.mark.parametrize("process", [(0, 0), (1, 0)])
+def test_clams_process_list_is_read_as_its_extraction_does(tree, process):
+    """Its patching sets ``process`` to 0 where it is done; its extraction takes all slides."""
     folder = tree("slides/a.svs", "slides/b.svs")
-    path = table(folder, "slide_id,process,status,seg_level\na.svs,1,tbp,-1\nb.svs,0,tbp,-1\n")
-    slides = list_slides([path], slide_folder=folder / "slides")
-    assert [entry.path for entry in slides.entries] == [folder / "slides/a.svs"]
-    assert slides.ignored == ((folder / "slides/b.svs", "process is 0 in cohort.csv"),)
+    text = "slide_id,process,status,seg_level\na.svs,{},processed,-1\nb.svs,{},processed,-1\n"
+    slides = list_slides([table(folder, text.format(*process))], slide_folder=folder / "slides")
+    assert [entry.path for entry in slides.entries] == [folder / "slides/a.svs", folder / "slides/b.svs"]
+    assert slides.ignored == ()
 
 
 def test_a_slide_that_a_table_names_and_nobody_has_stays_in_the_list(tree):
@@ -134,6 +136,11 @@ def test_a_slide_that_a_table_names_and_nobody_has_stays_in_the_list(tree):
     [
         ("name,mpp\na.svs,0.5\n", "has the columns name, mpp; it needs one of slide, slide_id, wsi"),
         ("", "has the columns of nothing"),
+        (
+            "slide;mpp\na.svs;0,25\n",
+            "separated by ';'; save it with commas, and numbers with a decimal point",
+        ),
+        ("slide\tmpp\na.svs\t0.25\n", "separated by tabs; save it with commas"),
         ("slide\n", "names no slide"),
         ("slide,mpp\na.svs,fine\n", r"line 2: mpp is 'fine'; give µm/px"),
         ("slide,mpp\n,0.5\n", "line 2: no slide; fill it in"),
