@@ -18,4 +18,4 @@ def main(folder: str, encoder_name: str, out: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(1 if main(*sys.argv[1:]) else 0)
+    sys.exit(main(*sys.argv[1:]) > 0 if len(sys.argv) > 3 else __doc__)

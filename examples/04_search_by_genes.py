@@ -45,4 +45,4 @@ def main(her2st: str, section: str, programme: str, encoder: str = "seal-tiny", 
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:]) if len(sys.argv) > 3 else sys.exit(__doc__)

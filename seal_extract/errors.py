@@ -25,6 +25,11 @@ underneath are translated where they appear and stay reachable as ``__cause__``.
 import traceback
 
 
+def how_to_install(extra: str) -> str:
+    """What to type where an optional part is missing; the package is on no index yet, only in clones."""
+    return f'type, in your clone of seal-extract: pip install ".[{extra}]"'
+
+
 class SealExtractError(Exception):
     """Base of all errors raised on purpose; ``exit_status`` is what the command line returns."""
 

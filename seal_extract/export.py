@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from seal_extract.errors import OutputError, SealExtractError, UsageError
 from seal_extract.layouts import LAYOUTS, layout_of_grid
+from seal_extract.names import written_twice
 from seal_extract.scverse import SCVERSE
 from seal_extract.store import (
     EXPORTED_FROM,
@@ -25,7 +26,6 @@ from seal_extract.store import (
     read_pieces,
     read_provenance,
     scan_features,
-    written_twice,
 )
 
 EXPORTS = (*LAYOUTS, *SCVERSE)

@@ -18,8 +18,9 @@ from time import perf_counter
 from seal_extract.batches import PatchBatch, stream_ready
 from seal_extract.decode import Decoder
 from seal_extract.encoders import Encoder
+from seal_extract.encoders.request import EncoderRequest
 from seal_extract.errors import UsageError
-from seal_extract.finished import keep_names
+from seal_extract.finished import keep_names, resume
 from seal_extract.forward import Forward, Pending, open_forward
 from seal_extract.layouts import check_layout
 from seal_extract.plan import ExtractOptions
@@ -38,7 +39,7 @@ SlideLike = str | os.PathLike[str] | SlideEntry
 
 def extract(
     slide: str | os.PathLike[str],
-    encoder: Encoder,
+    encoder: str | os.PathLike[str] | EncoderRequest | Encoder,
     out: str | os.PathLike[str],
     *,
     options: ExtractOptions = ExtractOptions(),
@@ -51,7 +52,7 @@ def extract(
 
     Args:
         slide: the slide file, or the URL of one.
-        encoder: from `load_encoder`.
+        encoder: from `load_encoder`; or a name or folder, whose weights are only loaded if they are needed.
         out: folder for the results.
         options: all choices.
         progress: called with (patches done, patches in all) after each batch.
@@ -65,6 +66,11 @@ def extract(
             progress(done, total)
 
     entries = keep_names([_entry(slide)], Path(out))
+    if not isinstance(encoder, Encoder):
+        request = encoder if isinstance(encoder, EncoderRequest) else EncoderRequest(encoder)
+        if (finished := resume(entries[0], request, out, options)) is not None:
+            return finished
+        encoder = request.load()
     (result,) = extract_many(entries, encoder, out, options=options, progress=tell)
     if result.error is not None:
         raise result.error

@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
+import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 SEPARATOR = "__"  # between folder and name
 _LOOKS_ESCAPED = re.compile(r"\\(?=x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
@@ -90,3 +92,20 @@ def _is_taken(name: str, path: Path, owners: Mapping[str, Path]) -> bool:
         return owner.name != path.name or owner.stat().st_size != path.stat().st_size
     except OSError:  # it has moved, or is at a URL
         return False
+
+
+def written_twice(files: Iterable[tuple[Path, dict[str, Any]]]) -> set[Path]:
+    """Files of a slide that has a newer one beside it, under another name; they are told in a warning.
+
+    Args:
+        files: features files, each with its provenance.
+    """
+    newest: dict[tuple[Path, str], Path] = {}
+    older: set[Path] = set()
+    for path, made in sorted(files, key=lambda file: (file[1].get("written", ""), file[0])):
+        before = newest.get(key := (path.parent, made["slide"].get("path", path.stem)))
+        if before is not None:
+            older.add(before)
+            warnings.warn(f"{before} is left out: {path.name} beside it is of the same slide", stacklevel=3)
+        newest[key] = path
+    return older

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seal_extract.encoders.request import EncoderRequest
-from seal_extract.errors import SlideOpenError, UsageError
+from seal_extract.errors import SlideOpenError, UsageError, how_to_install
 from seal_extract.plan import ExtractOptions
 from seal_extract.results import Progress, SlideResult
 from seal_extract.slide_list import SlideEntry
@@ -242,7 +242,7 @@ def _ray() -> Any:
     try:
         import ray
     except ImportError as exc:
-        raise UsageError('Ray is not installed; type: pip install "seal-extract[ray]"') from exc
+        raise UsageError(f"Ray is not installed; {how_to_install('ray')}") from exc
     return ray
 
 

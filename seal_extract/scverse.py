@@ -21,7 +21,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from seal_extract.errors import UsageError
+from seal_extract.errors import UsageError, how_to_install
 from seal_extract.hdf5 import DAMAGED, new_hdf5, open_hdf5
 from seal_extract.names import shown
 from seal_extract.publish import temporary, writing
@@ -53,7 +53,7 @@ class ScverseForm:
             UsageError: it is.
         """
         if self.needs is not None and find_spec(self.needs) is None:
-            raise UsageError(f'{self.needs} is not installed; type: pip install "seal-extract[scverse]"')
+            raise UsageError(f"{self.needs} is not installed; {how_to_install('scverse')}")
 
 
 # --- AnnData ----------------------------------------------------------------------------------------

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -24,6 +23,7 @@ from seal_extract.encoders.folder import plain_word
 from seal_extract.errors import OutputError
 from seal_extract.grid import PatchGrid
 from seal_extract.hdf5 import Disk, new_hdf5, open_hdf5
+from seal_extract.names import written_twice
 from seal_extract.publish import writing
 
 PROVENANCE = "seal_extract"  # at the root; "encoder" and "stamp_version" there would mislead STAMP
@@ -257,23 +257,6 @@ def scan_features(
             if not path.parent.name.startswith(NO_FEATURES):
                 damaged[path] = exc
     return found, damaged
-
-
-def written_twice(files: Iterable[tuple[Path, dict[str, Any]]]) -> set[Path]:
-    """Files of a slide that has a newer one beside it, under another name; they are told in a warning.
-
-    Args:
-        files: features files, each with its provenance.
-    """
-    newest: dict[tuple[Path, str], Path] = {}
-    older: set[Path] = set()
-    for path, made in sorted(files, key=lambda file: (file[1].get("written", ""), file[0])):
-        before = newest.get(key := (path.parent, made["slide"].get("path", path.stem)))
-        if before is not None:
-            older.add(before)
-            warnings.warn(f"{before} is left out: {path.name} beside it is of the same slide", stacklevel=3)
-        newest[key] = path
-    return older
 
 
 def find_features(path: Path, dataset: str | None = None) -> SlideFeatures | None:

@@ -3,7 +3,9 @@
 import runpy
 from pathlib import Path
 
+import h5py
 import pytest
+from cohort_fixtures import run_here
 from conftest import shared
 from PIL import Image
 
@@ -53,12 +55,30 @@ def test_clam_style_mil(place, capsys):
     assert all(e.state == "written" for e in export(place / "out3", "clam", place / "clam"))
     (place / "labels.csv").write_text("slide,label\na,1\nb,0\n")
     main = runpy.run_path(str(EXAMPLES / "05_clam_style_mil.py"))["main"]
-    last = main(str(place / "clam/features_untrained-demo"), str(place / "labels.csv"), "100")
+    saved = place / "mil.pt"
+    last = main(str(place / "clam/features_untrained-demo"), str(place / "labels.csv"), str(saved), "100")
     printed = capsys.readouterr().out.splitlines()
     first = float(printed[0].removeprefix("epoch 1: loss "))
     assert last < first / 2
     assert printed[-2].startswith("a: class 1, most attention at level-0 (")
     assert printed[-1].startswith("b: class 0, most attention at level-0 (")
+    slides, out = place / "slides/a.svs", place / "out3"
+    done = run_here(slides, "-o", out, "--encoder", place / "encoder", "--slide-level", saved)
+    assert done.returncode == 0, done.stderr
+    (path,) = out.rglob("slide_features_*/a.h5")
+    with h5py.File(path) as file:
+        x, y = file["coords"][file["attention"][0].argmax()]
+    assert printed[-2].endswith(f"({x}, {y})")
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)
+def test_without_arguments_an_example_says_how_it_is_run(path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [path.name])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    assert ended.value.code not in (0, None)
+    said = str(ended.value.code) + capsys.readouterr().err
+    assert f"examples/{path.name} " in said or "usage: " in said
 
 
 @pytest.mark.slow  # a minute or two: real sections

@@ -196,7 +196,7 @@ def test_an_h5ad_has_the_form_that_anndata_documents(run, tmp_path):
 
 @pytest.mark.parametrize("n", [50, 0])
 def test_anndata_reads_it(tmp_path, n):
-    anndata = pytest.importorskip("anndata", reason='pip install "seal-extract[scverse]"')
+    anndata = pytest.importorskip("anndata", reason='pip install ".[scverse]"')
     _, features, grid = write(tmp_path / "run", "trident", n=n, mpp=0.2485)
     (done,) = export(tmp_path / "run", "anndata", tmp_path / "out")
     data = anndata.read_h5ad(done.path)
@@ -210,7 +210,7 @@ def test_anndata_reads_it(tmp_path, n):
 
 
 def test_spatialdata_reads_patches_in_pixels_and_micrometres(run, tmp_path):
-    spatialdata = pytest.importorskip("spatialdata", reason='pip install "seal-extract[scverse]"')
+    spatialdata = pytest.importorskip("spatialdata", reason='pip install ".[scverse]"')
     write(run, "trident", n=0, name="glass")
     assert states(run, "spatialdata", tmp_path / "out") == ["written", "written", "left out"]
     data = spatialdata.read_zarr(tmp_path / "out/a.zarr")
@@ -228,7 +228,8 @@ def test_a_missing_extra_is_one_line(run, tmp_path, capsys):
     status = main(["export", str(run), "--layout", "spatialdata", "-o", str(tmp_path / "out")])
     assert status == 2
     assert capsys.readouterr().err == (
-        'seal-extract: spatialdata is not installed; type: pip install "seal-extract[scverse]"\n'
+        "seal-extract: spatialdata is not installed; type, in your clone of seal-extract: "
+        'pip install ".[scverse]"\n'
     )
 
 

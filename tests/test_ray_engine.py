@@ -23,7 +23,7 @@ def refusal(slide, encoder, tmp_path, **engine):
 def test_ray_that_is_not_installed(drawn_slides, encoder_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     words = refusal(drawn_slides[0], EncoderRequest(encoder_folder), tmp_path)
-    assert words == 'Ray is not installed; type: pip install "seal-extract[ray]"'
+    assert words == 'Ray is not installed; type, in your clone of seal-extract: pip install ".[ray]"'
 
 
 def test_a_cluster_where_nobody_answers(drawn_slides, encoder_folder, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from textwrap import dedent
 
@@ -146,6 +147,20 @@ def test_commands_print_through_one_function():
     """`say`, which lets no name of a file move the cursor; events are JSON."""
     printing = [p.name for p in (PACKAGE / "cli").glob("*.py") if re.search(r"\bprint\(", p.read_text())]
     assert sorted(printing) == ["events.py", "fail.py"]
+
+
+def test_no_text_names_an_install_that_cannot_work():
+    """The package is on no index: it and its extras are installed from a clone."""
+    root = PACKAGE.parent
+    texts = [p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".html", ".js")]
+    for path in [*texts, *root.glob("examples/*.py"), *root.glob("weights/**/*.md"), root / "README.md"]:
+        for command in re.findall(r"pip install [^\n`&;#]*", path.read_text(encoding="utf-8")):
+            assert not re.search(r"seal[-_]extract\b", command), (path.name, command)
+
+
+def test_the_version_is_the_installed_one():
+    assert seal_extract.__version__ == version("seal-extract")
+    assert "__version__" in dir(seal_extract)
 
 
 def test_reading_never_imports_torch():

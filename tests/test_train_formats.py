@@ -392,9 +392,9 @@ def test_visium_hd(tmp_path):
 @pytest.mark.parametrize(
     ("module", "kind", "install"),
     [
-        ("anndata", "anndata", r'"seal-extract\[train\]"'),
-        ("scipy.sparse", "visium", r'"seal-extract\[train\]"'),
-        ("pyarrow", "visium-hd", "pyarrow"),
+        ("anndata", "anndata", r'type, in your clone of seal-extract: pip install "\.\[train\]"'),
+        ("scipy.sparse", "visium", r'type, in your clone of seal-extract: pip install "\.\[train\]"'),
+        ("pyarrow", "visium-hd", "type: pip install pyarrow"),
     ],
 )
 def test_what_is_not_installed_is_named(module, kind, install, tmp_path, monkeypatch):
@@ -405,7 +405,7 @@ def test_what_is_not_installed_is_named(module, kind, install, tmp_path, monkeyp
         pytest.importorskip("pyarrow")
         write_visium_hd(tmp_path)
     monkeypatch.setitem(sys.modules, module, None)
-    message = f"^{module.split('.')[0]} is not installed; type: pip install {install}$"
+    message = f"^{module.split('.')[0]} is not installed; {install}$"
     refused(message, kind, tmp_path, slide=str(slide))
 
 

@@ -573,7 +573,7 @@ def test_without_the_extra_one_line_says_what_to_install(viewer_out, monkeypatch
     monkeypatch.setitem(sys.modules, missing, None)
     for name in [name for name in sys.modules if name.startswith(f"{missing}.")]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(UsageError, match=r'pip install "seal-extract\[view\]"'):
+    with pytest.raises(UsageError, match=r'pip install "\.\[view\]"'):
         make_app(gallery_of(viewer_out), 1, "token")
 
 

@@ -103,7 +103,7 @@ def _run_dry(slides: SlideList, options: ExtractOptions, debug: bool) -> int:
 def _tell_failure(error: SealExtractError, debug: bool) -> None:
     fail(f"FAILED {error}", 1)
     if debug and isinstance(error, UnexpectedError):
-        say(error.details, file=sys.stderr)
+        say(*error.details.splitlines(), error=True)
 
 
 DRY_HEAD = ("slide", "px", "µm/px", "source", "read", "patch", "level-0", "tissue", "patches")

@@ -28,3 +28,12 @@ def bundled_rows() -> dict[str, EncoderSpec]:
     from seal_extract.encoders.folder import CONFIG, read_config
 
     return {name: read_config(path / CONFIG) for name, path in bundled().items()}
+
+
+def names_with_decoder() -> list[str]:
+    """Encoders with an expression decoder that can be asked for by name."""
+    from seal_extract.encoders.folder import CONFIG, read_contents
+    from seal_extract.encoders.registry import list_encoders
+
+    published = [row.name for row in list_encoders() if row.published and row.published.decoder]
+    return published + [name for name, path in bundled().items() if read_contents(path / CONFIG).decoder]

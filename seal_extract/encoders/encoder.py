@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from seal_extract.encoders import folder
+from seal_extract.encoders.bundled import names_with_decoder
 from seal_extract.encoders.digests import sha256_of
 from seal_extract.encoders.expression import ExpressionDecoder, applied_head, as_rows
 from seal_extract.encoders.found import FoundFile, check_regular
 from seal_extract.encoders.panel import check_panel
-from seal_extract.encoders.registry import EncoderSpec, list_encoders
+from seal_extract.encoders.registry import EncoderSpec
 from seal_extract.encoders.tower import embed
 from seal_extract.encoders.transform import PatchTransform, check_patches, check_sides, fit
 from seal_extract.errors import CheckpointError, EncoderError, UsageError
@@ -294,10 +295,8 @@ class Encoder(nn.Module):
 
     def _decoder(self) -> ExpressionDecoder:
         if self.decoder is None:
-            names = [s.name for s in list_encoders() if s.published and s.published.decoder]
-            raise EncoderError(
-                f"{self.spec.name} has no expression decoder; those that have: {', '.join(names)}"
-            )
+            names = ", ".join(names_with_decoder())
+            raise EncoderError(f"{self.spec.name} has no expression decoder; those that have: {names}")
         return self.decoder
 
     def _autocast(self) -> torch.autocast:

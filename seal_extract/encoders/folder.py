@@ -173,7 +173,7 @@ def _parse(path: Path, parse: Callable[[Mapping[str, Any]], T]) -> T:
     if config.get("format_version") != VERSION:
         raise CheckpointError(
             f"{path} has format version {config.get('format_version')}, this package reads {VERSION}; "
-            "type: pip install -U seal-extract"
+            "bring your clone of seal-extract up to date and type there: pip install ."
         )
     try:
         return parse(config)

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from seal_extract.encoders import folder
-from seal_extract.encoders.bundled import bundled
+from seal_extract.encoders.bundled import bundled, names_with_decoder
 from seal_extract.encoders.checkpoint import check_tensors, read_tensors
 from seal_extract.encoders.encoder import WeightFile
 from seal_extract.encoders.expression import (
@@ -153,8 +153,8 @@ def load_decoder(
     contents = folder.read_contents(config) if own else folder.Contents(layout_of(spec).decoder)
     shape, genes = contents.decoder, contents.genes
     if shape is None:
-        names = [row.name for row in list_encoders() if row.published and row.published.decoder]
-        raise EncoderError(f"{spec.name} has no expression decoder; those that have: {', '.join(names)}")
+        names = ", ".join(names_with_decoder())
+        raise EncoderError(f"{spec.name} has no expression decoder; those that have: {names}")
     weights = WeightFile.of(file)
     tensors = read_tensors(file.path)
     if own:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from seal_extract.errors import OutputError, UsageError
+from seal_extract.errors import OutputError, UsageError, how_to_install
 from seal_extract.genes.index import Rows, unit_pieces
 from seal_extract.publish import publish, writing
 from seal_extract.store import SlideFeatures
@@ -119,5 +119,5 @@ def import_faiss() -> Any:
     try:
         import faiss
     except ImportError as exc:
-        raise UsageError('FAISS is not installed; type: pip install "seal-extract[search]"') from exc
+        raise UsageError(f"FAISS is not installed; {how_to_install('search')}") from exc
     return faiss

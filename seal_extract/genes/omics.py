@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from seal_extract.encoders.build import pick_device
-from seal_extract.encoders.bundled import bundled
+from seal_extract.encoders.bundled import bundled, names_with_decoder
 from seal_extract.encoders.checkpoint import check_tensors, looks_like, read_tensors
 from seal_extract.encoders.encoder import WeightFile
 from seal_extract.encoders.expression import as_rows
@@ -24,7 +24,7 @@ from seal_extract.encoders.hub import fetch
 from seal_extract.encoders.locate import fetch_published, is_repository
 from seal_extract.encoders.panel import check_panel
 from seal_extract.encoders.projection import empty_head, head_shapes
-from seal_extract.encoders.registry import find_spec, list_encoders
+from seal_extract.encoders.registry import find_spec
 from seal_extract.errors import CheckpointError, UsageError
 
 HIDDEN = (1024, 512)
@@ -222,8 +222,8 @@ def load_omics(
     spec = find_spec(os.fspath(name_or_path))
     layout = spec.published
     if layout is None or layout.decoder is None:
-        names = [s.name for s in list_encoders() if s.published and s.published.decoder]
-        raise UsageError(f"{spec.name} has no expression half; those that have: {', '.join(names)}")
+        names = ", ".join(names_with_decoder())
+        raise UsageError(f"{spec.name} has no expression half; those that have: {names}")
     if checkpoint is not None and revision is not None:
         raise UsageError("revision= names a revision on the Hub, checkpoint= a file here; leave one out")
     if checkpoint is not None:

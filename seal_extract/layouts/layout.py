@@ -161,7 +161,7 @@ class Layout(ABC):
 def of_grid(folder: Path, grid: str, name: str) -> Path:
     """A grid's own file, or where there is none that of an older version, which kept one for all grids."""
     own = folder / grid / name
-    return own if own.exists() else folder / name
+    return own if os.path.exists(own) else folder / name
 
 
 def _read_coords(path: Path) -> tuple[NDArray[Any], dict[str, Any] | None] | None:

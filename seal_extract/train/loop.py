@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seal_extract.errors import SealExtractError, UsageError
+from seal_extract.errors import SealExtractError, UsageError, how_to_install
 from seal_extract.publish import publish, writing
 from seal_extract.train.batches import Batches
 
@@ -274,7 +274,7 @@ def _accelerator() -> Any:
     try:
         from accelerate import Accelerator
     except ImportError as exc:
-        raise UsageError('accelerate is not installed; type: pip install "seal-extract[train]"') from exc
+        raise UsageError(f"accelerate is not installed; {how_to_install('train')}") from exc
     return Accelerator
 
 

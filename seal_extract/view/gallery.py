@@ -4,6 +4,7 @@ kept in bounded memory.
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,7 +79,7 @@ class Gallery:
             "tissue_mm2": row.tissue_mm2 if row else None,
             "case": shown(row.case_id) if row else "",
             "read_errors": row.read_errors if row else None,
-            "thumbnail": slide.overlay.exists(),
+            "thumbnail": os.path.exists(slide.overlay),  # a name may be too long to be looked for
         }
 
     def thumbnail(self, index: int) -> bytes:

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from seal_extract.errors import UsageError
+from seal_extract.errors import UsageError, how_to_install
 from seal_extract.view.markup import Markup, fill_text
 
 HERE = Path(__file__).parent
@@ -68,7 +68,7 @@ def _leaflet() -> tuple[str, str]:
     try:
         from xstatic.pkg import leaflet
     except ImportError as exc:
-        raise UsageError('the report needs Leaflet; type: pip install "seal-extract[view]"') from exc
+        raise UsageError(f"the report needs Leaflet; {how_to_install('view')}") from exc
     script, style = (
         (Path(leaflet.BASE_DIR) / name).read_text(encoding="utf-8") for name in ("leaflet.js", "leaflet.css")
     )

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from seal_extract.errors import SealExtractError, UsageError
+from seal_extract.errors import SealExtractError, UsageError, how_to_install
 from seal_extract.names import shown
 from seal_extract.view.gallery import Gallery
 from seal_extract.view.guard import Guard, prompt_protocol
@@ -268,7 +268,7 @@ def _check_installed() -> None:
         import uvicorn  # noqa: F401
         from xstatic.pkg import leaflet  # noqa: F401
     except ImportError as exc:
-        raise UsageError(f'the viewer needs {exc.name}; type: pip install "seal-extract[view]"') from exc
+        raise UsageError(f"the viewer needs {exc.name}; {how_to_install('view')}") from exc
     del starlette
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from seal_extract.errors import UsageError
+from seal_extract.errors import UsageError, how_to_install
 from seal_extract.train.sections import LATTICES
 
 MPP_TOLERANCE = 0.05  # share by which a µm/px and the pitch of the spots may differ
@@ -22,7 +22,7 @@ SUFFIXES = ("tif", "tiff", "ome.tif", "ome.tiff", "btf", "svs", "ndpi", "png", "
 PLACES = ("in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres")  # Space Ranger's
 
 
-def needed(module: str, install: str = '"seal-extract[train]"') -> Any:
+def needed(module: str, how: str = how_to_install("train")) -> Any:
     """Import what is not among the package's own dependencies.
 
     Raises:
@@ -31,7 +31,7 @@ def needed(module: str, install: str = '"seal-extract[train]"') -> Any:
     try:
         return import_module(module)
     except ImportError as exc:
-        raise UsageError(f"{module.split('.')[0]} is not installed; type: pip install {install}") from exc
+        raise UsageError(f"{module.split('.')[0]} is not installed; {how}") from exc
 
 
 def there(folder: Path, *names: str) -> Path:

@@ -223,7 +223,7 @@ def _csv_places(path: Path) -> Places:
 
 def _parquet_places(path: Path) -> Places:
     pandas = needed("pandas")
-    needed("pyarrow", "pyarrow")
+    needed("pyarrow", "type: pip install pyarrow")
     try:
         table = pandas.read_parquet(path, columns=["barcode", *PLACES], engine="pyarrow")
         table = table[table["in_tissue"] != 0]
