@@ -78,4 +78,4 @@ class Events:
 def _printable(fact: object) -> object:
     if isinstance(fact, list):
         return [_printable(one) for one in fact]
-    return shown(fact) if isinstance(fact, str) else fact
+    return "\n".join(map(shown, fact.split("\n"))) if isinstance(fact, str) else fact
