@@ -51,9 +51,9 @@ def untrained_encoder(spec: EncoderSpec = UNTRAINED, seed: int = 0) -> Encoder:
 
 
 def _random(key: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Variance preserved from layer to layer; LayerNorm scales at one."""
+    """Variance preserved from layer to layer; scales at one, or else a block would add nothing."""
     if len(shape) == 1:
-        return torch.ones(shape) if key.endswith("weight") else torch.zeros(shape)
+        return torch.ones(shape) if key.endswith(("weight", "gamma", "running_var")) else torch.zeros(shape)
     fan_in = max(1, torch.Size(shape[1:]).numel())
     weights: torch.Tensor = torch.randn(shape, generator=generator) / fan_in**0.5
     return weights

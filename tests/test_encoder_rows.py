@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from seal_extract.cli import main
+from seal_extract.demo import UNTRAINED, untrained_encoder
 from seal_extract.encoders import find_spec, list_encoders
-from seal_extract.encoders.registry import ALIASES, PRECISIONS, ROWS
+from seal_extract.encoders.registry import ALIASES, PRECISIONS, ROWS, Architecture, InputRule
 from seal_extract.encoders.tower import empty_tower, tower_shapes
 from seal_extract.encoders.transform import PatchTransform, fit
 from seal_extract.errors import UsageError
@@ -174,6 +176,22 @@ def test_no_row_takes_images_of_16_bits(name):
 def test_a_mode_that_pillow_cannot_convert(mode):
     with pytest.raises(UsageError, match=f"mode {mode}; allowed: 8 bits"):
         PatchTransform.of(find_spec("uni"))(Image.new(mode, (224, 224)))
+
+
+@pytest.mark.parametrize("name", [*BASES, "vit_tiny", "resnet"])
+def test_an_untrained_tower_tells_patches_apart(name):
+    """By the class token alone too: each block adds something. Two blocks of each row's real width."""
+    row = UNTRAINED if name == "vit_tiny" else find_spec("conch" if name == "resnet" else name)
+    kwargs = {**row.architecture.kwargs, "depth": 2}
+    row = replace(row, architecture=replace(row.architecture, kwargs=kwargs))
+    if name == "resnet":
+        own = {"architecture": Architecture("resnet18"), "pooling": "own", "input": InputRule(32)}
+        row = replace(row, **own)
+    patches = np.concatenate([noise_patches(2, 224), 255 - noise_patches(1, 224)])
+    embeddings = untrained_encoder(row).encode(as_batch(patches))
+    cls = embeddings[:, : row.dim // 2] if row.pooling == "cls+mean" else embeddings
+    apart = torch.cdist(cls, cls) / cls.norm(dim=1)
+    assert apart[~torch.eye(3, dtype=torch.bool)].min() > 0.02
 
 
 @pytest.mark.gpu
