@@ -234,6 +234,10 @@ def broken():
     raise ImportError("No module named\n'theirs'")
 
 
+def leaving():
+    raise SystemExit(3)
+
+
 TAKEN = (replace(OURS, name="conch"), OTHER)
 NONSENSE = [OURS, 7]
 BAD_NAME = replace(OURS, name="../ours")
@@ -285,6 +289,7 @@ def test_its_encoder_loads_like_any_other(install, tmp_path, monkeypatch):
             r"plugin a of unknown package \(.*:broken\): it is left out: ImportError: No module",
         ),
         ("nothing", "it is left out: AttributeError"),
+        ("leaving", "it is left out: SystemExit: 3"),
         ("MODELS", "a str in it is left out: allowed: EncoderSpec"),
         ("NONSENSE", "a int in it is left out"),
         ("PREFIX", "it is left out"),

@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seal_extract.encoders.checkpoint import is_finite
+from seal_extract.encoders.found import check_regular
 from seal_extract.encoders.layers import Place, find_places
 from seal_extract.encoders.locate import ADAPTER_CONFIG
 from seal_extract.encoders.lora import Update
+from seal_extract.encoders.patterns import matches
 from seal_extract.encoders.registry import EncoderSpec, list_encoders
 from seal_extract.encoders.tower import Shapes, empty_tower, tower_shapes
 from seal_extract.errors import CheckpointError, SealExtractError
@@ -66,28 +68,48 @@ class LoraConfig:
     alphas: Mapping[str, float] = field(default_factory=dict)
     base: str | None = None
 
-    def rank(self, layer: str) -> int:
-        """The rank of a layer."""
-        return int(_by_pattern(self.ranks, layer, self.r))
+    def numbers(self, layers: Sequence[str]) -> dict[str, LayerNumbers]:
+        """Rank and scale of each of these layers, and whether PEFT would have adapted it.
 
-    def scale(self, layer: str) -> float:
-        """What the product B A of a layer is multiplied by."""
-        alpha, rank = float(_by_pattern(self.alphas, layer, self.alpha)), self.rank(layer)
-        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+        Raises:
+            ValueError: a pattern is no regular expression, or does not come to an end.
+        """
+        ranks, alphas = list(self.ranks), list(self.alphas)
+        targets = [self.targets] if isinstance(self.targets, str) and self.targets != "all-linear" else []
+        # as PEFT looks them up: the end of the name, after a dot
+        found = matches([*(rf"(.*\.)?({p})" for p in (*ranks, *alphas)), *targets], layers)
+        numbers = {}
+        for i, layer in enumerate(layers):
+            hits = [one[i] for one in found]
+            of_rank = next((self.ranks[p] for p, hit in zip(ranks, hits, strict=False) if hit), self.r)
+            of_alpha = zip(alphas, hits[len(ranks) :], strict=False)
+            alpha = next((self.alphas[p] for p, hit in of_alpha if hit), self.alpha)
+            scale = alpha / (math.sqrt(of_rank) if self.rslora else of_rank)
+            if isinstance(self.targets, str):
+                targeted = hits[-1] if targets else True
+            else:
+                targeted = any(_ends_in(layer, name) for name in self.targets)
+            numbers[layer] = LayerNumbers(of_rank, float(scale), targeted)
+        return numbers
 
-    def targets_layer(self, layer: str) -> bool:
-        """Whether PEFT would have put an adapter on a Linear layer of this name."""
-        if isinstance(self.targets, str):
-            return self.targets == "all-linear" or re.fullmatch(self.targets, layer) is not None
-        return any(layer == name or layer.endswith(f".{name}") for name in self.targets)
+
+def _ends_in(layer: str, name: str) -> bool:
+    return layer == name or layer.endswith(f".{name}")
 
 
-def _by_pattern(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
-    """The value of the first pattern that the end of the name matches, as PEFT looks it up."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
-            return value
-    return default
+@dataclass(frozen=True)
+class LayerNumbers:
+    """What an adapter's config says of one layer.
+
+    Attributes:
+        rank: of its adapter.
+        scale: what the product B A is multiplied by.
+        targeted: whether it is among the target modules.
+    """
+
+    rank: int
+    scale: float
+    targeted: bool
 
 
 def read_adapter_config(path: Path) -> LoraConfig:
@@ -96,9 +118,10 @@ def read_adapter_config(path: Path) -> LoraConfig:
     Raises:
         CheckpointError: missing, not JSON, or not plain LoRA on Linear layers; the field is named.
     """
+    check_regular(path)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else exc
         raise CheckpointError(f"{path} cannot be read as JSON: {reason}; {_ALLOWED}") from exc
     if not isinstance(config, dict):
@@ -110,8 +133,8 @@ def read_adapter_config(path: Path) -> LoraConfig:
             )
     try:
         return _parse(path, config)
-    except (TypeError, ValueError, re.error) as exc:
-        raise CheckpointError(f"{path} does not describe an adapter: {exc}; {_ALLOWED}") from exc
+    except (TypeError, ValueError, ArithmeticError) as exc:
+        raise CheckpointError(f"{path} does not describe an adapter: {exc!s:.300}; {_ALLOWED}") from exc
 
 
 _NUMBER = (int, float)
@@ -132,8 +155,6 @@ def _parse(path: Path, config: Mapping[str, Any]) -> LoraConfig:
     targets: Any = config.get("target_modules")
     if not (isinstance(targets, str) and targets) and not _is_texts(targets):
         raise ValueError(f"target_modules is {targets!r}, neither names nor a regular expression")
-    if isinstance(targets, str):
-        re.compile(targets)
     base = config.get("base_model_name_or_path")
     return LoraConfig(
         path,
@@ -156,7 +177,6 @@ def _patterns(config: Mapping[str, Any], name: str, kind: Any) -> dict[str, Any]
     if not isinstance(patterns, dict):
         raise TypeError(f"{name} is {patterns!r}, not numbers by pattern")
     for pattern, value in patterns.items():
-        re.compile(pattern)
         _positive(f"{name} {pattern}", value, kind)
     return patterns
 
@@ -175,11 +195,13 @@ class Adapter:
         config: its numbers.
         path: its weight file.
         halves: A [r, in] and B [out, r], float32, of every adapted layer by the name that it has there.
+        scales: what each product is multiplied by.
     """
 
     config: LoraConfig
     path: Path
     halves: Mapping[str, tuple[Tensor, Tensor]]
+    scales: Mapping[str, float]
 
     @property
     def shapes(self) -> Shapes:
@@ -203,7 +225,7 @@ class Adapter:
 
     def _update(self, layer: str, place: Place) -> Update:
         a, b = self.halves[layer]
-        return Update(place.key, a, b[place.of_update], self.config.scale(layer), place.rows.start)
+        return Update(place.key, a, b[place.of_update], self.scales[layer], place.rows.start)
 
     def _fits(self, asked: EncoderSpec) -> str:
         names, seen = [], []
@@ -238,16 +260,23 @@ def read_adapter(config: LoraConfig, tensors: Mapping[str, Tensor], weights_path
         if complaint or match is None:
             raise CheckpointError(f"{weights_path}: {key} {complaint}; {_ALLOWED}")
         pairs.setdefault(match["layer"], {})[match["half"]] = tensor.float()
+    try:
+        numbers = config.numbers(list(pairs))
+    except (ValueError, ArithmeticError) as exc:
+        raise CheckpointError(
+            f"{config.path} does not describe an adapter: {exc!s:.300}; {_ALLOWED}"
+        ) from exc
     for layer, halves in pairs.items():
-        complaint = _mismatch(config, layer, halves)
+        complaint = _mismatch(numbers[layer], layer, halves)
         if complaint:
             raise CheckpointError(f"{weights_path} does not belong to its {ADAPTER_CONFIG}: {complaint}")
     for name in config.targets if isinstance(config.targets, tuple) else ():
-        if not any(layer == name or layer.endswith(f".{name}") for layer in pairs):
+        if not any(_ends_in(layer, name) for layer in pairs):
             raise CheckpointError(
                 f"{weights_path} has no weights for {name} of target_modules; fetch it again"
             )
-    return Adapter(config, weights_path, {layer: (h["A"], h["B"]) for layer, h in pairs.items()})
+    scales = {layer: one.scale for layer, one in numbers.items()}
+    return Adapter(config, weights_path, {layer: (h["A"], h["B"]) for layer, h in pairs.items()}, scales)
 
 
 def _complaint(tensor: Tensor) -> str:
@@ -258,10 +287,10 @@ def _complaint(tensor: Tensor) -> str:
     return "" if is_finite(tensor) else "holds NaN or infinite numbers; make the file again"
 
 
-def _mismatch(config: LoraConfig, layer: str, halves: Mapping[str, Tensor]) -> str:
+def _mismatch(numbers: LayerNumbers, layer: str, halves: Mapping[str, Tensor]) -> str:
     if halves.keys() != {"A", "B"}:
         return f"{layer} has no lora_{'B' if 'A' in halves else 'A'}"
-    ranks, expected = (halves["A"].shape[0], halves["B"].shape[1]), config.rank(layer)
+    ranks, expected = (halves["A"].shape[0], halves["B"].shape[1]), numbers.rank
     if ranks != (expected, expected):
         return f"{layer} has rank {' and '.join(map(str, dict.fromkeys(ranks)))}, not {expected}"
-    return "" if config.targets_layer(layer) else f"{layer} is not among its target_modules"
+    return "" if numbers.targeted else f"{layer} is not among its target_modules"

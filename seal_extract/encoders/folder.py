@@ -177,8 +177,8 @@ def _parse(path: Path, parse: Callable[[Mapping[str, Any]], T]) -> T:
         )
     try:
         return parse(config)
-    except (AttributeError, KeyError, TypeError, ValueError, UsageError) as exc:
-        missing = f"{exc} is missing" if isinstance(exc, KeyError) else exc
+    except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError, UsageError) as exc:
+        missing = f"{exc} is missing" if isinstance(exc, KeyError) else f"{exc}"[:300]
         raise CheckpointError(f"{path} does not describe an encoder: {missing}; {_ALLOWED}") from exc
 
 

@@ -49,7 +49,8 @@ def _rows_of(entry: EntryPoint) -> Iterator[EncoderSpec]:
         if callable(loaded):
             loaded = loaded()
         found = [loaded] if isinstance(loaded, EncoderSpec) else list(_iterable(loaded))
-    except Exception as exc:  # of somebody else's code: whatever it is, the other encoders stay usable
+    # of somebody else's code: whatever it is, its own exit included, the other encoders stay usable
+    except (Exception, SystemExit) as exc:
         _warn(entry, f"it is left out: {type(exc).__name__}: {' '.join(str(exc).split())[:160]}")
         return
     for row in found:

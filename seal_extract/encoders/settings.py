@@ -185,7 +185,9 @@ def _is_of_lora(where: tuple[str, ...], names: tuple[str, ...]) -> bool:
 def _numbers(path: Path, leaves: list[Leaf]) -> tuple[float, ...]:
     for where, value in leaves:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise CheckpointError(f"{path} states {'.'.join(where)} {value!r}; allowed: a number above 0")
+            raise CheckpointError(
+                f"{path} states {'.'.join(where)[:80]} {value!r:.80}; allowed: a number above 0"
+            )
     return tuple(float(value) for _, value in leaves)
 
 
@@ -205,8 +207,8 @@ def stated_input(path: Path, spec: EncoderSpec) -> InputRule:
         return spec.input  # of another tool, or another model
     kind, share = stated.get("interpolation", spec.input.filter), stated.get("crop_pct", 1.0)
     if kind not in FILTERS:
-        raise CheckpointError(f"{path} states interpolation {kind!r}; allowed: {', '.join(FILTERS)}")
+        raise CheckpointError(f"{path} states interpolation {kind!r:.80}; allowed: {', '.join(FILTERS)}")
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-        raise CheckpointError(f"{path} states crop_pct {share!r}; allowed: above 0, at most 1")
+        raise CheckpointError(f"{path} states crop_pct {share!r:.80}; allowed: above 0, at most 1")
     resize_px = math.floor(side / share)  # as timm rounds it
     return replace(spec.input, resize_px=resize_px, filter=kind, crop_px=None if resize_px == side else side)

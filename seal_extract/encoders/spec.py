@@ -106,7 +106,8 @@ class Published:
         decoder: the expression head in the file.
         settings: a file beside it that may state something of adapters or input; see `settings`.
         gated: whether the Hub hands it only to accounts that accepted the terms on its page.
-        commit: of the repository, at which its files are taken unless another revision is asked for.
+        commit: of the repository, at which its files are taken unless another revision is asked for. A row
+            that is copied for another repository has to set its own, or None.
         sha256: of the files there, by name, as far as they are known; the beginning of a hash will do.
     """
 

@@ -26,6 +26,11 @@ KWARGS = (
     *("init_values", "class_token", "no_embed_class", "reg_tokens", "pre_norm", "dynamic_img_size"),
     *("mlp_layer", "act_layer", "norm_layer"),
 )
+# more than any vision transformer has: building it would take all memory or hours
+MOST = {
+    **{"img_size": 4096, "patch_size": 512, "embed_dim": 2**14, "depth": 128, "num_heads": 256},
+    **{"mlp_ratio": 64, "reg_tokens": 256},
+}
 MLP_LAYERS = ("Mlp", "SwiGLU", "SwiGLUPacked")
 _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.randn)
 _IN_PLACE = {
@@ -129,6 +134,12 @@ def _kwargs(spec: EncoderSpec) -> dict[str, Any]:
         raise UsageError(
             f"encoder {spec.name} passes {', '.join(refused)} to timm; allowed: {', '.join(KWARGS)}"
         )
+    for name, most in MOST.items():
+        values = kwargs.get(name, 1)
+        for value in values if isinstance(values, list) and 0 < len(values) < 3 else [values]:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not (0 <= value <= most):
+                raise UsageError(f"encoder {spec.name} has {name} {values!r:.80}; allowed: at most {most}")
     if "mlp_layer" in kwargs:  # timm takes activations by name, but this one only as an object
         kwargs["mlp_layer"] = _mlp(kwargs["mlp_layer"])
     return kwargs
