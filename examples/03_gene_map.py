@@ -48,8 +48,8 @@ def main(
             found[gene] = float(np.corrcoef(predicted[:, i], pairs.expression[:, i])[0, 1])
             title = f"{gene}   r = {found[gene]:.2f} with {len(pairs)} measured spots"
             path = Path(out) / f"{section}_{gene}.png"
-            about = {"unit": "predicted log1p expression", "encoder": loaded.spec.name}
-            draw_heatmap(slide, features.grid, maps[:, i], path, title, **about)
+            unit, name = "predicted log1p expression", loaded.spec.name
+            draw_heatmap(slide, features.grid, maps[:, i], path, title, unit=unit, encoder=name)
             print(f"{section} {gene}: r = {found[gene]:.3f} over {len(pairs)} spots -> {path}")
     return found
 

@@ -12,9 +12,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from seal_extract.errors import OutputError, SealExtractError, UsageError
+from seal_extract.errors import OutputError, SealExtractError, SlideError, UsageError
 from seal_extract.layouts import LAYOUTS, layout_of_grid
 from seal_extract.names import written_twice
+from seal_extract.origin import origin_overview
 from seal_extract.scverse import SCVERSE
 from seal_extract.store import (
     EXPORTED_FROM,
@@ -42,6 +43,7 @@ class Exported:
         state: ``"written"``, ``"finished before"``, ``"failed"``, or ``"left out"``: that layout has no
             place for a slide without patches, or none that its readers see.
         error: why it failed; None otherwise.
+        note: what the file is without, such as the slide's picture.
     """
 
     source: Path
@@ -49,6 +51,7 @@ class Exported:
     patches: int
     state: Literal["written", "finished before", "left out", "failed"] = "written"
     error: SealExtractError | None = None
+    note: str = ""
 
     def __str__(self) -> str:
         if self.error is not None:
@@ -56,11 +59,16 @@ class Exported:
         if self.state == "left out":
             return f"{self.source.name}: no patches, left out"
         state = "" if self.state == "written" else f", {self.state}"
-        return f"{self.source.name}: {self.patches} patches{state} -> {self.path}"
+        return f"{self.source.name}: {self.patches} patches{state} -> {self.path}{self.note}"
 
 
 def export(
-    folder: str | os.PathLike[str], layout: str, out: str | os.PathLike[str], *, overwrite: bool = False
+    folder: str | os.PathLike[str],
+    layout: str,
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    slides: Path | None = None,
 ) -> Iterator[Exported]:
     """Write every finished features file under ``folder`` into another layout under ``out``.
 
@@ -72,6 +80,7 @@ def export(
         layout: ``"trident"``, ``"clam"``, ``"stamp"``, ``"flat"``, ``"anndata"`` or ``"spatialdata"``.
         out: folder for the results.
         overwrite: replace files that were made from something else.
+        slides: folder that holds the slides, if they have moved, for the picture in AnnData and SpatialData.
 
     Yields:
         What became of each file, as it is done; one that fails stops no other.
@@ -85,7 +94,7 @@ def export(
         SCVERSE[layout].check_installed()
     jobs, damaged = _jobs(Path(folder), layout, Path(out))
     failed = (Exported(file, file, 0, "failed", error) for file, error in damaged.items())
-    done = (_export_one(file, path, layout, Path(out), overwrite) for path, file in jobs.items())
+    done = (_export_one(file, path, layout, Path(out), overwrite, slides) for path, file in jobs.items())
     return chain(failed, done)
 
 
@@ -131,7 +140,9 @@ def _place(source: SlideFeatures, layout: str, out: Path) -> Path:
     return layout_of_grid(layout, out, source.grid).place(name, encoder, source.grid)
 
 
-def _export_one(file: Path, path: Path, layout: str, out: Path, overwrite: bool) -> Exported:
+def _export_one(
+    file: Path, path: Path, layout: str, out: Path, overwrite: bool, slides: Path | None
+) -> Exported:
     result = Exported(file, path, 0)
     try:
         source = read_features(file)
@@ -150,7 +161,12 @@ def _export_one(file: Path, path: Path, layout: str, out: Path, overwrite: bool)
                 layout_of_grid(layout, out, source.grid).complete(source.path.stem, encoder)
             return replace(result, state="finished before")
         if layout in SCVERSE:
-            SCVERSE[layout].write(replace(source, provenance=provenance), path)
+            overview = None
+            try:
+                overview = origin_overview(source, slides)
+            except SlideError as exc:  # the features are whole without it
+                result = replace(result, note=f"; without the slide's picture: {exc}")
+            SCVERSE[layout].write(replace(source, provenance=provenance), path, overview)
         else:
             _copy(source, provenance, layout, out, overwrite)
         return replace(result, state="left out") if _is_hidden(source, layout, out) else result

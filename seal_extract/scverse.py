@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import cv2
 import h5py
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +25,11 @@ from numpy.typing import NDArray
 from seal_extract.errors import UsageError, how_to_install
 from seal_extract.hdf5 import DAMAGED, new_hdf5, open_hdf5
 from seal_extract.names import shown
+from seal_extract.overview import Overview
 from seal_extract.publish import temporary, writing
 from seal_extract.store import CHUNK_BYTES, PIXELS, PROVENANCE, SlideFeatures, read_pieces
+
+LOWRES_PX = 600  # longest side of the smaller picture, as of Space Ranger's
 
 
 @dataclass(frozen=True)
@@ -34,14 +38,14 @@ class ScverseForm:
 
     Attributes:
         suffix: of its name.
-        write: ``write(features, path)``.
+        write: ``write(features, path, overview)``.
         read_provenance: what made the file, or None where this package did not.
         needs: module that has to be installed, or None.
         takes_empty: whether a slide without patches can be written.
     """
 
     suffix: str
-    write: Callable[[SlideFeatures, Path], None]
+    write: Callable[[SlideFeatures, Path, Overview | None], None]
     read_provenance: Callable[[Path], dict[str, Any] | None]
     needs: str | None = None
     takes_empty: bool = True
@@ -62,6 +66,7 @@ class ScverseForm:
 def write_h5ad(
     features: SlideFeatures,
     path: Path,
+    overview: Overview | None = None,
     variables: Sequence[str] | None = None,
     pieces: Iterable[NDArray[np.float32]] | None = None,
     *,
@@ -73,11 +78,12 @@ def write_h5ad(
     ``X`` float32 [N, D]; ``obsm["spatial"]`` float64 [N, 2], the patches' centres in level-0 pixels;
     ``obs`` ``x_l0``, ``y_l0``, their top-left corners, and what was ``observed``; ``uns`` ``mpp`` (µm/px at
     level 0), ``patch_size_l0``, ``patch_um``, ``encoder``, ``slide`` and ``seal_extract``, the provenance as
-    JSON.
+    JSON; and ``spatial``, the slide's picture with its scale factors, by which scanpy and squidpy plot.
 
     Args:
         features: of the slide.
         path: the file.
+        overview: the slide; without it there is no ``spatial``.
         variables: names of the columns of ``X``, where it is another table of the same patches, such as their
             expression; the columns of the features by default.
         pieces: its rows in order, float32 [B, D], some at a time.
@@ -106,6 +112,23 @@ def write_h5ad(
             text = isinstance(value, str)
             dataset = uns.create_dataset(key, data=value, dtype=h5py.string_dtype() if text else None)
             _tag(dataset, "string" if text else "numeric-scalar", "0.2.0")
+        if overview is not None:
+            _write_picture(_dict(_dict(uns, "spatial"), slide), features, overview)
+
+
+def _write_picture(group: h5py.Group, features: SlideFeatures, overview: Overview) -> None:
+    """The slide as scanpy and squidpy read it of Space Ranger: two pictures and their scales."""
+    height, width = overview.rgb.shape[:2]
+    shrunk = min(1.0, LOWRES_PX / max(height, width))
+    size = (max(1, round(width * shrunk)), max(1, round(height * shrunk)))
+    lowres = cv2.resize(overview.rgb, size, interpolation=cv2.INTER_AREA)
+    images, scales = _dict(group, "images"), _dict(group, "scalefactors")
+    for name, rgb in (("hires", overview.rgb), ("lowres", lowres)):
+        _tag(images.create_dataset(name, data=rgb, compression="gzip"), "array", "0.2.0")
+        scale = rgb.shape[1] / width / overview.downsample  # pixels per level-0 pixel
+        _tag(scales.create_dataset(f"tissue_{name}_scalef", data=scale), "numeric-scalar", "0.2.0")
+    diameter = float(features.grid.patch_size_l0)
+    _tag(scales.create_dataset("spot_diameter_fullres", data=diameter), "numeric-scalar", "0.2.0")
 
 
 def read_h5ad_provenance(path: Path) -> dict[str, Any] | None:
@@ -168,20 +191,21 @@ def _tag(item: h5py.Group | h5py.Dataset, kind: str, version: str) -> None:
 # --- SpatialData ------------------------------------------------------------------------------------
 
 
-def write_spatialdata(features: SlideFeatures, path: Path) -> None:
+def write_spatialdata(features: SlideFeatures, path: Path, overview: Overview | None = None) -> None:
     """Write a SpatialData store: ``shapes["patches"]``, squares in level-0 pixels, annotated by a table.
 
-    Coordinate systems: ``global``, level-0 pixels, and ``um``, micrometres. The table is `write_h5ad`'s.
+    An overview of the slide becomes ``images["slide"]``. Coordinate systems: ``global``, level-0 pixels, and
+    ``um``, micrometres. The table is `write_h5ad`'s.
 
     Raises:
         OutputError: it cannot be written.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what these libraries tell one another of their next releases
-        _write_store(features, path)
+        _write_store(features, path, overview)
 
 
-def _write_store(features: SlideFeatures, path: Path) -> None:
+def _write_store(features: SlideFeatures, path: Path, overview: Overview | None) -> None:
     from anndata import AnnData
 
     from_array: Any = import_module("dask.array").from_array  # typed in some versions only
@@ -189,7 +213,7 @@ def _write_store(features: SlideFeatures, path: Path) -> None:
     from pandas import Categorical, DataFrame
     from shapely import box
     from spatialdata import SpatialData
-    from spatialdata.models import ShapesModel, TableModel
+    from spatialdata.models import Image2DModel, ShapesModel, TableModel
     from spatialdata.transformations import Identity, Scale
 
     grid, slide, size = features.grid, shown(path.stem), features.grid.patch_size_l0
@@ -199,6 +223,18 @@ def _write_store(features: SlideFeatures, path: Path) -> None:
         GeoDataFrame(geometry=box(x, y, x + size, y + size), index=names),
         transformations={"global": Identity(), "um": Scale([facts["mpp"]] * 2, axes=("x", "y"))},
     )
+    images = {}
+    if overview is not None:
+        axes = ("x", "y")
+        images["slide"] = Image2DModel.parse(
+            np.moveaxis(overview.rgb, 2, 0),
+            dims=("c", "y", "x"),
+            c_coords=["r", "g", "b"],
+            transformations={
+                "global": Scale([overview.downsample] * 2, axes=axes),
+                "um": Scale([overview.downsample * facts["mpp"]] * 2, axes=axes),
+            },
+        )
     obs = DataFrame({"x_l0": x, "y_l0": y, "patch": names}, index=names)
     obs["region"] = Categorical(["patches"] * len(grid))
     var = DataFrame(index=[f"{facts['encoder']}_{i}" for i in range(features.dim)])
@@ -208,6 +244,7 @@ def _write_store(features: SlideFeatures, path: Path) -> None:
         table = AnnData(lazy, obs, var, uns=facts, obsm={"spatial": _centres(features)})
         table = TableModel.parse(table, region="patches", region_key="region", instance_key="patch")
         store = SpatialData(
+            images=images,
             shapes={"patches": shapes},
             tables={"table": table},
             attrs={PROVENANCE: json.dumps(features.provenance)},

@@ -2,6 +2,7 @@
 
 import json
 from importlib.util import find_spec
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from conftest import DrawnSlide
 from test_layouts import CONSUMER_OF, DIM, SIZE, files_in, grid_of, provenance_of, short_of, write
 
-from seal_extract import read_features
+from seal_extract import extract, open_slide, read_features
 from seal_extract.cli import main
 from seal_extract.errors import UsageError
 from seal_extract.export import EXPORTS, export
@@ -221,6 +222,64 @@ def test_spatialdata_reads_patches_in_pixels_and_micrometres(run, tmp_path):
     np.testing.assert_allclose(in_um.bounds.to_numpy()[:, :2], source.grid.xy_l0 * 0.2485)
     assert states(run, "spatialdata", tmp_path / "out") == ["finished before"] * 2 + ["left out"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.zarr", "b.zarr"]
+
+
+@pytest.fixture(scope="module")
+def of_a_slide(drawn_slides, tiny, tmp_path_factory):
+    """Features of a slide that is there, and the colour of each patch."""
+    features = extract(drawn_slides[2], tiny, tmp_path_factory.mktemp("of_a_slide"))
+    with open_slide(drawn_slides[2]) as slide:
+        size = (features.grid.patch_size_l0,) * 2
+        patches = [slide.read_region(tuple(xy), 0, size) for xy in features.grid.xy_l0.tolist()]
+    return features, np.array([patch.mean((0, 1)) for patch in patches])
+
+
+def seen_at(rgb, scale, features):
+    """The colour of each patch in a picture, by its pixels per level-0 pixel."""
+    xy_l0, size = features.grid.xy_l0, features.grid.patch_size_l0
+    boxes = np.round(np.hstack([xy_l0, xy_l0 + size]) * scale)
+    return np.array([rgb[y0:y1, x0:x1].mean((0, 1)) for x0, y0, x1, y1 in boxes.astype(int)])
+
+
+def test_anndata_holds_the_slide_as_scanpy_and_squidpy_look_for_it(of_a_slide, tmp_path):
+    features, colours = of_a_slide
+    (done,) = export(features.path.parent, "anndata", tmp_path)
+    with h5py.File(done.path) as file:
+        spatial = file[f"uns/spatial/{done.path.stem}"]
+        assert spatial["scalefactors/spot_diameter_fullres"][()] == features.grid.patch_size_l0
+        for name in ("hires", "lowres"):
+            scale = spatial[f"scalefactors/tissue_{name}_scalef"][()]
+            rgb = spatial[f"images/{name}"][()]
+            assert (rgb.dtype, rgb.shape[2]) == (np.uint8, 3)
+            np.testing.assert_allclose(seen_at(rgb, scale, features), colours, atol=3)
+
+
+def test_spatialdata_holds_the_slide(of_a_slide, tmp_path):
+    spatialdata = pytest.importorskip("spatialdata", reason='pip install "seal-extract[scverse]"')
+    features, colours = of_a_slide
+    (done,) = export(features.path.parent, "spatialdata", tmp_path)
+    image = spatialdata.read_zarr(done.path)["slide"]
+    axes = ("x", "y")
+    to_l0 = spatialdata.transformations.get_transformation(image, "global").to_affine_matrix(axes, axes)
+    rgb = np.moveaxis(np.asarray(image), 0, 2)
+    np.testing.assert_allclose(seen_at(rgb, 1 / to_l0[0, 0], features), colours, atol=3)
+
+
+def test_a_slide_that_has_moved_costs_its_picture_and_that_is_said(of_a_slide, tmp_path):
+    features, _ = of_a_slide
+    slide = Path(features.provenance["slide"]["path"])
+    slide.rename(tmp_path / slide.name)
+    try:
+        (done,) = export(features.path.parent, "anndata", tmp_path / "out")
+        assert (done.state, "without the slide's picture: the slide" in str(done)) == ("written", True)
+        with h5py.File(done.path) as file:
+            assert "spatial" not in file["uns"]
+        command = ["export", str(features.path.parent), "--layout", "anndata", "-o", str(tmp_path / "out")]
+        assert main([*command, "--overwrite", "--slides", str(tmp_path)]) == 0
+        with h5py.File(done.path) as file:
+            assert "spatial" in file["uns"]
+    finally:
+        (tmp_path / slide.name).rename(slide)
 
 
 @pytest.mark.skipif(find_spec("spatialdata") is not None, reason="spatialdata is installed")

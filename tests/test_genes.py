@@ -23,7 +23,7 @@ from seal_extract.genes.predict import (
     write_expression,
 )
 from seal_extract.genes.signature import Signature, read_gmt, read_signature
-from seal_extract.view.origin import open_origin
+from seal_extract.origin import open_origin
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +222,7 @@ def test_the_command_writes_every_form(finished, decoder, tmp_path):
     np.testing.assert_allclose(found, expected[:, 0], rtol=1e-5)
     with h5py.File(tmp_path / f"{stem}.h5ad") as file:
         assert [name.decode() for name in file["var/_index"][()]] == ["CD24", "A2M"]
+        assert set(file[f"uns/spatial/{stem}/images"]) == {"hires", "lowres"}
         np.testing.assert_allclose(file["X"][:, 0], expected[:, 0], rtol=1e-6)
     with Image.open(tmp_path / f"{stem}_CD24.png") as picture:
         assert len(picture.convert("RGB").getcolors(2**24)) > 50

@@ -25,9 +25,9 @@ from seal_extract.errors import OutputError, UsageError
 from seal_extract.genes.predict import moments, predict_genes, signature_scores
 from seal_extract.genes.signature import Signature
 from seal_extract.grid import PatchGrid
+from seal_extract.origin import open_origin
 from seal_extract.view import report_layers
 from seal_extract.view.heatmap import PatchRaster, colour, limits
-from seal_extract.view.origin import open_origin
 from seal_extract.view.report import is_report, report_path, write_slide_report
 
 pytest.importorskip("xstatic.pkg.leaflet")

@@ -82,6 +82,7 @@ PARTS = {
     "layouts": "results",
     "export": "results",
     "scverse": "results",
+    "origin": "results",
     "consumers": "results",
     "verify": "results",
     "plan": "results",

@@ -90,7 +90,7 @@ def run_report(args: argparse.Namespace) -> int:
 
 def _one(features: SlideFeatures, wanted: dict[str, Any], args: argparse.Namespace) -> str:
     """Write one slide's; what was written, in words."""
-    from seal_extract.view.origin import open_origin
+    from seal_extract.origin import open_origin
     from seal_extract.view.report import report_path, write_slide_report
 
     with closing(open_origin(features, args.slides)) as slide:

@@ -59,6 +59,12 @@ def export_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("-o", "--out", type=Path, required=True, help="folder for the copies")
     p.add_argument("--overwrite", action="store_true", help="replace files that were made from others")
+    p.add_argument(
+        "--slides",
+        type=Path,
+        metavar="FOLDER",
+        help="that holds the slides, if they have moved; anndata and spatialdata hold a picture of the slide",
+    )
     add_common(p)
     return p
 
@@ -68,7 +74,7 @@ def run_export(args: argparse.Namespace) -> int:
     from seal_extract.export import export
 
     failed = total = 0
-    for exported in export(args.folder, args.layout, args.out, overwrite=args.overwrite):
+    for exported in export(args.folder, args.layout, args.out, overwrite=args.overwrite, slides=args.slides):
         total += 1
         if exported.error is None:
             say(exported)

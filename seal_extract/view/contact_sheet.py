@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from seal_extract.genes.search import Found
+from seal_extract.origin import open_origin
 from seal_extract.publish import publish, writing
 from seal_extract.slide import Slide
 from seal_extract.store import SlideFeatures
@@ -23,7 +24,6 @@ from seal_extract.view.captions import (
     fitting_font,
     shortened,
 )
-from seal_extract.view.origin import open_origin
 
 SIDE_PX = 192  # of a patch in the sheet
 GAP_PX, CAPTION_PX, TITLE_PX = 12, 44, 76

@@ -256,7 +256,7 @@ class Legend:
 
 
 def legend_of(title: str, unit: str, source: str, values: Values) -> Legend:
-    """What is written below values, float [N]; ``≤`` and ``≥`` tell that some lie beyond the colours' ends."""
+    """What is written below values, float [N]; ``≤`` and ``≥`` tell that some lie beyond the ends."""
     (low, high), least, most = limits(values), float(values.min()), float(values.max())
     below, above = least < low - 1e-6, most > high + 1e-6
     ends = f"{'≤ ' if below else ''}{low:.3g}", f"{'≥ ' if above else ''}{high:.3g}"

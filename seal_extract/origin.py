@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 from seal_extract.errors import SlideOpenError
+from seal_extract.overview import Overview, read_overview
 from seal_extract.slide import Slide, open_slide
 from seal_extract.store import SlideFeatures
+
+OVERVIEW_PX = 2000  # as 10x Genomics' own pictures of a slide
 
 
 def open_origin(features: SlideFeatures, slides: Path | None = None) -> Slide:
@@ -29,6 +33,16 @@ def open_origin(features: SlideFeatures, slides: Path | None = None) -> Slide:
             f"{expected[0]} x {expected[1]}; give the folder of its own slide as --slides"
         )
     return slide
+
+
+def origin_overview(features: SlideFeatures, slides: Path | None = None) -> Overview:
+    """The slide that features were made of at low resolution, at most `OVERVIEW_PX` wide and high.
+
+    Raises:
+        SlideError: it cannot be found, opened or read.
+    """
+    with closing(open_origin(features, slides)) as slide:
+        return read_overview(slide, slide.mpp * max(slide.size_l0) / OVERVIEW_PX, holes=True)
 
 
 def find_origin(features: SlideFeatures, slides: Path | None = None) -> Path:
