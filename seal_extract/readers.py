@@ -147,6 +147,7 @@ class Reader:
     def _read_error(
         self, xy_l0: tuple[int, int], level: int, size_px: tuple[int, int], why: object
     ) -> ReadError:
+        why = " ".join(str(why).split())
         return ReadError(
             f"{self.path}: {self.reader.split()[0]} cannot read {size_px[0]} x {size_px[1]} px of level "
             f"{level} at level-0 ({xy_l0[0]}, {xy_l0[1]}): {why}; the file is damaged there: "
@@ -182,7 +183,7 @@ class OpenSlideReader(Reader):
         except OpenSlideUnsupportedFormatError as exc:
             raise SlideOpenError("OpenSlide does not know the format") from exc
         except OpenSlideError as exc:
-            raise SlideOpenError(f"OpenSlide: {exc}") from exc
+            raise SlideOpenError(f"OpenSlide: {first_line(exc)}") from exc
         with _closing_on_error(self._handle, "OpenSlide"):
             self._describe(list(self._handle.level_dimensions), list(self._handle.level_downsamples))
             properties = self._handle.properties
@@ -333,4 +334,4 @@ def _tiffslide_mpp(properties: Any) -> list[tuple[str, float, float]]:
 
 def first_line(exc: BaseException) -> str:
     """What a library's error says, in one line of bounded length."""
-    return (str(exc).splitlines() or [type(exc).__name__])[0][:200] or type(exc).__name__
+    return " ".join(str(exc).split())[:200] or type(exc).__name__

@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 import threading
 
 import numpy as np
@@ -347,6 +348,21 @@ def test_mutated_slides_end_in_pixels_or_in_one_of_our_errors(svs, tmp_path, pla
     else:
         assert region.dtype == np.uint8
         assert region.shape == (min(h, 1200), min(w, 2000), 3)
+
+
+def test_a_message_of_openslide_with_a_line_break_in_it_is_told_in_one_line(tmp_path):
+    def element(group, number, kind, value):
+        length = struct.pack("<HI", 0, len(value)) if kind == b"OB" else struct.pack("<H", len(value))
+        return struct.pack("<HH", group, number) + kind + length + value
+
+    uids = {2: b"1.2.840.10008.5.1.4.1.1.77.1.6\0\0", 3: b"1.2\0", 16: b"1.2.840.10008.1.2.1\0", 18: b"1.2\0"}
+    meta = element(2, 1, b"OB", b"\0\1") + b"".join(element(2, n, b"UI", uid) for n, uid in uids.items())
+    path = tmp_path / "a.dcm"
+    head = bytes(128) + b"DICM" + element(2, 0, b"UL", struct.pack("<I", len(meta)))
+    path.write_bytes(head + meta + element(8, 48, b"T\n", b"12"))
+    with pytest.raises(SlideOpenError, match="cannot have VR 'T '") as caught:
+        open_slide(path)
+    assert "\n" not in str(caught.value)
 
 
 # --- what is no file --------------------------------------------------------------------------
