@@ -160,11 +160,11 @@ def test_the_card_says_what_it_is_whose_and_made_from_what(seal, own):
 
 
 def test_a_licence_that_the_hub_does_not_know(tmp_path):
-    spec = replace(TINY_CONCH, licence=find_spec("seal-conch").licence)
+    spec = replace(TINY_CONCH, licence=find_spec("phikon2").licence)
     untrained_encoder(spec).save_pretrained(tmp_path / "own")
     head, body = card_of(tmp_path / "own")
     assert head["license"] == "other"
-    assert "| licence of the weights | not stated; of the base: CC-BY-NC-ND-4.0 |" in body
+    assert "| licence of the weights | Owkin non-commercial licence |" in body
 
 
 def test_nothing_of_this_machine_is_told(own, tmp_path):
@@ -184,7 +184,7 @@ def test_nothing_of_this_machine_is_told(own, tmp_path):
         ({"decoder": None}, "genes without a decoder"),
         ({"decoder": {"hidden": 6}}, "'genes' is missing"),
         ({"decoder": "big"}, "does not describe an encoder"),
-        ({"decoder": {"hidden": 6, "genes": -1}, "genes": None}, "sizes below 1"),
+        ({"decoder": {"hidden": 6, "genes": -1}, "genes": None}, "allowed: sizes of 1 to"),
         (
             {"input": {"multiple_of": 14, "resize_px": 28, "filter": "bicubic", "crop_px": 99}},
             "crop_px is 99",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 FORMAT, VERSION = "seal_extract", 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 OMICS = "omics.safetensors"  # the expression half of an encoder that was trained here
+MOST_GENES = 10**6
 ALIGNMENT = 64  # bytes, of torch's own memory on a CPU
 _DTYPES = {"torch.float32": "F32", "torch.int64": "I64"}  # all that a tower holds
 HEAD = "projection_head."  # in front of the projection head's tensors, as in the authors' files
@@ -225,8 +226,9 @@ def _contents(config: Mapping[str, Any]) -> Contents:
     decoder = None if shape is None else Decoder(int(shape["hidden"]), int(shape["genes"]))
     if decoder is None and genes is not None:
         raise ValueError("genes without a decoder")
-    if decoder is not None and min(decoder.hidden, decoder.genes) < 1:
-        raise ValueError(f"decoder is {shape}, with sizes below 1")
+    sizes = (1,) if decoder is None else (decoder.hidden, decoder.genes)
+    if not all(1 <= size <= MOST_GENES for size in sizes):
+        raise ValueError(f"decoder is {shape}; allowed: sizes of 1 to {MOST_GENES:,}")
     if decoder is not None and genes is not None:
         genes = check_panel(genes, decoder.genes, "its decoder")
     head = {str(key): tuple(map(int, size)) for key, size in (config.get("projection") or {}).items()}

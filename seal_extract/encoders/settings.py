@@ -19,7 +19,7 @@ from seal_extract.encoders.found import FoundFile
 from seal_extract.encoders.registry import ALIASES, FILTERS, ROWS, EncoderSpec, InputRule, Lora, find_spec
 from seal_extract.errors import CheckpointError
 
-MAX_BYTES, MAX_LEAVES, MAX_DEPTH = 2**20, 10_000, 12  # YAML's aliases can make a short text endless
+MAX_BYTES, MAX_LEAVES, MAX_DEPTH = 2**16, 10_000, 12  # YAML's aliases can make a short text endless
 _ENCODER = ("encoder", "backbone", "encoder_name", "model_name")
 
 
@@ -208,7 +208,7 @@ def stated_input(path: Path, spec: EncoderSpec) -> InputRule:
     kind, share = stated.get("interpolation", spec.input.filter), stated.get("crop_pct", 1.0)
     if kind not in FILTERS:
         raise CheckpointError(f"{path} states interpolation {kind!r:.80}; allowed: {', '.join(FILTERS)}")
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-        raise CheckpointError(f"{path} states crop_pct {share!r:.80}; allowed: above 0, at most 1")
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.05 < share <= 1:
+        raise CheckpointError(f"{path} states crop_pct {share!r:.80}; allowed: above 0.05, at most 1")
     resize_px = math.floor(side / share)  # as timm rounds it
     return replace(spec.input, resize_px=resize_px, filter=kind, crop_px=None if resize_px == side else side)

@@ -19,6 +19,7 @@ POOLINGS = ("cls", "cls+mean", "conch", "own")
 FILTERS = ("bilinear", "bicubic")
 MPP_BASES = ("", "stated", "magnification", "convention")
 LAYER_NAMES = ("timm", "transformers")
+MOST_PX = 2**16  # of any side or length; what is larger was not meant and would take all memory
 SAME_MPP = 0.02  # relative; what a slide's own µm/px is off from the round number it is called by
 
 
@@ -190,8 +191,8 @@ class EncoderSpec:
             "multiple_of": self.input.multiple_of,
         }
         for what, value in {**sizes, "resize_px": self.input.resize_px or 1}.items():
-            if value <= 0:
-                raise UsageError(f"{what} is {value}; allowed: above 0")
+            if not 0 < value <= MOST_PX:
+                raise UsageError(f"{what} is {value!s:.20}; allowed: above 0, at most {MOST_PX}")
         if self.input.crop_px is not None and not 0 < self.input.crop_px <= (self.input.resize_px or 0):
             raise UsageError(f"crop_px is {self.input.crop_px}; allowed: above 0, at most resize_px")
 

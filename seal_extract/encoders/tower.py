@@ -113,10 +113,19 @@ def _building(spec: EncoderSpec) -> Iterator[None]:
         yield
     except UsageError:
         raise
-    except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError, ArithmeticError) as exc:
+    except (
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        AssertionError,
+        RuntimeError,
+        ArithmeticError,
+    ) as exc:
         kind = "models of timm" if spec.pooling == "own" else "vision transformers of timm"
         raise UsageError(
-            f"encoder {spec.name} cannot be built as {spec.architecture}: {exc}; allowed: {kind}"
+            f"encoder {spec.name} cannot be built as {spec.architecture!s:.300}: {exc!s:.300}; "
+            f"allowed: {kind}"
         ) from exc
 
 
