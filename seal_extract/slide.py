@@ -16,6 +16,7 @@ from typing import Protocol
 from seal_extract.errors import ResolutionError, SlideError, SlideOpenError
 from seal_extract.hest import hest_mpp
 from seal_extract.images import ImageReader
+from seal_extract.patch_files import TABLES
 from seal_extract.readers import Array, Level, OpenSlideReader, TiffSlideReader, check_mpp
 from seal_extract.remote import address, public
 from seal_extract.tiff import TIFF_HEADS, refuse_impossible, refuse_truncated
@@ -87,6 +88,11 @@ def open_slide(
     """
     path = Path(path)
     check_path(path)
+    if path.suffix.lower() in TABLES:
+        raise SlideOpenError(
+            f"{path} is no slide; ready-cut patches are embedded with --patches, and there is no slide to "
+            "draw them on"
+        )
     refuse_impossible(path)
     check_ome(path)
     if mpp is not None:

@@ -145,6 +145,19 @@ def test_nothing_is_guessed_and_no_option_passed_over(
     assert not (tmp_path / "out").exists()
 
 
+def test_ready_cut_patches_are_no_slide_and_have_no_pictures(tmp_path, images, capsys):
+    hest = write_hest(tmp_path / "A.h5", images[:2], **HEST)
+    assert main([str(hest), "--dry-run"]) == 1
+    assert "A.h5 is no slide; ready-cut patches are embedded with --patches" in capsys.readouterr().err
+    assert embed(hest, out=tmp_path / "out", encoder="seal-tiny") == 0
+    words = ["search", str(tmp_path / "out"), "--gene", "EPCAM", "-o", str(tmp_path / "found")]
+    assert main(words) == 1  # as where a slide has moved: the table is written, the pictures are not
+    out, err = capsys.readouterr()
+    assert "A  (1000, 1500)" in out
+    assert err.count("\n") == 1
+    assert "there is no slide to draw them on" in err
+
+
 def test_bad_files_are_one_line_each(tmp_path, images):
     with h5py.File(tmp_path / "none.h5", "w") as file:
         file["features"] = np.zeros((3, 5), np.float32)

@@ -32,8 +32,10 @@ def run_patches(args: argparse.Namespace, parser: argparse.ArgumentParser) -> in
     for path in paths:
         for encoder in encoders:
             with tqdm(unit="patch", disable=True if args.quiet else None, leave=False) as bar:
+                told: list[int] = []
 
-                def show(done: int, total: int, bar: Any = bar) -> None:
+                def show(done: int, total: int, bar: Any = bar, told: list[int] = told) -> None:
+                    told.append(done)
                     bar.total = total
                     bar.update(done - bar.n)
 
@@ -57,7 +59,7 @@ def run_patches(args: argparse.Namespace, parser: argparse.ArgumentParser) -> in
                     fail(f"FAILED {exc}", 1)
                     continue
             slide, grid = made.provenance["slide"], made.grid
-            before = "" if bar.n else ", finished before"
+            before = "" if told else ", finished before"
             say(
                 f"{path.name}: {len(grid)} ready-cut patches by {encoder.spec.name}, {grid.patch_px} px at "
                 f"{grid.mpp:.4g} µm/px by {slide['mpp_source']}{before} -> {made.path}",
