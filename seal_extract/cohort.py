@@ -60,8 +60,10 @@ class ThisProcess:
         progress: Progress | None,
     ) -> Iterator[SlideResult]:
         """See `Engine.run`."""
+        from seal_extract import planner
         from seal_extract.extract import extract_many
 
+        planner.start_ahead(options)
         loaded = [e.load() if isinstance(e, EncoderRequest) else e for e in encoders]
         yield from extract_many(entries, loaded, out, options=options, progress=progress)
 

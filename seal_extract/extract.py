@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
 
+from seal_extract import planner
 from seal_extract.batches import PatchBatch, stream_ready
 from seal_extract.decode import Decoder
 from seal_extract.encoders import Encoder
@@ -241,7 +242,10 @@ class _SlidesAhead:
 
     def close(self) -> None:
         """Close what was opened and has not been read to its end."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        if any(future.running() for future in self._ahead):
+            planner.stop()
+        self._thread.shutdown(wait=True)
         ready = [f.result() for f in self._ahead if not f.cancelled() and f.exception() is None]
         for planned in (*ready, *self._reading.values()):
             if isinstance(planned, PlannedSlide):

@@ -14,13 +14,14 @@ from seal_extract.grid import read_grid
 from seal_extract.layouts import Layout, layout_of_grid, open_layout
 from seal_extract.names import SEPARATOR
 from seal_extract.plan import ExtractOptions, coords_file
+from seal_extract.planner import open_within
 from seal_extract.provenance import PIPELINE, describe_options, describe_request, first_difference
 from seal_extract.publish import writing
 from seal_extract.remote import address, look, place
 from seal_extract.slide import Slide
 from seal_extract.slide_files import content, sizes_and_times
 from seal_extract.slide_list import SlideEntry, with_names
-from seal_extract.slide_mpp import open_entry, same_mpp
+from seal_extract.slide_mpp import same_mpp
 from seal_extract.status import read_status_rows
 from seal_extract.store import SlideFeatures, find_features, read_provenance
 
@@ -82,7 +83,7 @@ def resume(
     if options.coords is not None and entry.url is not None:
         return None
     if options.coords is not None:  # the layout depends on the grid that the file gives
-        with open_entry(entry, options.slide_mpp, options.override_mpp) as opened:
+        with open_within(entry, options) as opened:
             layout = layout_for(opened, Path(out), options, entry.name)
     else:
         layout = open_layout(options.layout, Path(out), options.patch_px, options.mpp, options.overlap_px)
@@ -100,7 +101,7 @@ def resume(
         return _accept(found, request, layout, entry.name, options)
     if entry.url is not None:
         return None
-    with open_entry(entry, options.slide_mpp, options.override_mpp) as opened:
+    with open_within(entry, options) as opened:
         return find_finished(opened, identity, out, options, entry.name, entry)
 
 

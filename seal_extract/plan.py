@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Resampling = Literal["bicubic", "area"]
 COORDS_NAMES = ("{}_patches.h5", "{}.h5")
 ROI_NAMES = ("{}.geojson", "{}.json")
+MAX_TIMEOUT_S = 86_400
 NUMBERS = {int: numbers.Integral, float: numbers.Real}
 KIND_WORDS = {int: "a whole number", float: "a number", bool: "True or False", Path: "a path", str: "a name"}
 KIND_WORDS |= {type(None): "None"}
@@ -54,6 +55,8 @@ class ExtractOptions:
         overwrite: replace a file that other options made.
         stage_dir: fast folder into which the next slides are copied before they are read.
         stage_gb: gigabytes that these copies may fill.
+        plan_timeout_s: seconds in which a slide must be opened and its tissue found, or it has failed. A
+            process of its own does that, held to 6 GB of memory too (on Linux); 0: here, without limits.
         overlay: patches in the picture of a slide: a faint ``"tint"``, or an ``"outline"``, which leaves the
             colours of the stains as they are.
         layout: where the files lie and in which form: ``"trident"``, ``"clam"``, ``"stamp"``, ``"flat"``.
@@ -80,6 +83,7 @@ class ExtractOptions:
     overlay: Literal["tint", "outline"] = "tint"
     stage_dir: Path | None = None
     stage_gb: float = 50.0
+    plan_timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
@@ -94,6 +98,8 @@ class ExtractOptions:
             raise UsageError(f"--max-read-errors is {self.max_read_errors}; allowed: 0 or more")
         if not 0 < self.stage_gb < math.inf:
             raise UsageError(f"--stage-gb is {self.stage_gb:.4g}; allowed: more than 0")
+        if not 0 <= self.plan_timeout_s <= MAX_TIMEOUT_S:
+            raise UsageError(f"--plan-timeout is {self.plan_timeout_s:.4g} s; allowed: 0 to {MAX_TIMEOUT_S}")
         low, high = PLAUSIBLE_MPP
         for name in ("slide_mpp", "override_mpp"):
             value = getattr(self, name)

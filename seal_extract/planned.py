@@ -11,11 +11,11 @@ from seal_extract.decode import Decoder, open_decoder
 from seal_extract.encoders import Encoder
 from seal_extract.finished import find_finished, layout_for
 from seal_extract.layouts import Layout
-from seal_extract.plan import ExtractOptions, SlidePlan, plan_slide
+from seal_extract.plan import ExtractOptions, SlidePlan
+from seal_extract.planner import open_within, plan_within
 from seal_extract.provenance import describe, describe_request
 from seal_extract.slide_files import FileStamp, file_stamp
 from seal_extract.slide_list import SlideEntry
-from seal_extract.slide_mpp import open_entry
 from seal_extract.store import SlideFeatures, SlideLabel
 from seal_extract.view.overlay import Style, draw_overlay
 
@@ -76,14 +76,14 @@ def prepare(
     """
     options = options.for_entry(entry)
     stamp = file_stamp(entry.file)
-    slide = open_entry(entry, options.slide_mpp, options.override_mpp)
+    slide = open_within(entry, options)
     with ExitStack() as closing:
         closing.callback(slide.close)
         found = [find_finished(slide, e.identity, out, options, entry.name, entry) for e in encoders]
         finished = tuple(features for features in found if features is not None)
         if len(finished) == len(encoders):
             return finished
-        plan = plan_slide(slide, options, entry.name)
+        plan = plan_within(slide, entry, options)
         resample, fast = options.resample, options.fast_decode
         decoder = open_decoder(slide, plan.grid, encoders[0].device, filter=resample, fast=fast)
         closing.callback(decoder.close)

@@ -22,7 +22,7 @@ PIPELINE = 1  # raised whenever the same request gives other numbers than before
 # options that leave the numbers as they are
 WITHOUT_EFFECT = {
     *("max_read_errors", "batch_size", "workers", "overwrite"),
-    *("layout", "overlay", "stage_dir", "stage_gb"),
+    *("layout", "overlay", "stage_dir", "stage_gb", "plan_timeout_s"),
     *("slide_mpp", "override_mpp"),  # the µm/px that they lead to stands with the slide
 }
 LIBRARIES = (

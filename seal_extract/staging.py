@@ -20,12 +20,12 @@ from tempfile import mkdtemp
 
 from seal_extract.errors import SealExtractError, SlideOpenError, UsageError
 from seal_extract.plan import ExtractOptions
+from seal_extract.planner import open_within
 from seal_extract.publish import writing
 from seal_extract.remote import fetch, look
 from seal_extract.slide import Slide
 from seal_extract.slide_files import file_stamp
 from seal_extract.slide_list import SlideEntry
-from seal_extract.slide_mpp import open_entry
 
 IN_PLACE = (".vms", ".vmu", ".dcm")  # slides of several files whose names are inside them
 AHEAD = 4  # copied and waiting at most
@@ -197,14 +197,14 @@ def open_by_itself(entry: SlideEntry, options: ExtractOptions) -> Iterator[Slide
         UsageError: it is a URL, and there is no ``stage_dir``.
     """
     if entry.url is None or options.stage_dir is None:
-        with open_entry(entry, options.slide_mpp, options.override_mpp) as slide:
+        with open_within(entry, options) as slide:
             yield slide
         return
     with closing(Stage(options.stage_dir, int(options.stage_gb * 1e9))) as stage:
         copied = next(filter(None, stage.entries([entry])))
         stage.refuse_failed(entry)
         try:
-            with open_entry(copied, options.slide_mpp, options.override_mpp) as slide:
+            with open_within(copied, options) as slide:
                 yield slide
         except SealExtractError as exc:
             copied.blame(exc)

@@ -328,7 +328,7 @@ def test_ctrl_c_is_one_line(place, run, tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("seal_extract.tissue.find_tissue", interrupt)
+    monkeypatch.setattr("seal_extract.planned.plan_within", interrupt)
     command = (place / "slides/a.svs", "-o", tmp_path, "--encoder", place / "encoder")
     one_line(run(*command), 130, "interrupted; finished slides stay, the same command goes on after them")
 

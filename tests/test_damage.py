@@ -18,7 +18,7 @@ from seal_extract.decode.decoder import Finish
 from seal_extract.errors import ReadError, SlideError, SlideOpenError
 from seal_extract.extract import extract_many
 from seal_extract.overview import read_overview
-from seal_extract.plan import plan_slide
+from seal_extract.planner import plan_within
 from seal_extract.synthetic import write_synthetic_slide
 
 CPU = torch.device("cpu")
@@ -329,7 +329,7 @@ def test_a_slide_that_changes_while_it_is_read_fails(svs, tmp_path, monkeypatch,
         return wrapped
 
     if when == "planned":
-        monkeypatch.setattr("seal_extract.planned.plan_slide", after(plan_slide))
+        monkeypatch.setattr("seal_extract.planned.plan_within", after(plan_within))
     elif when == "decoded":
         monkeypatch.setattr(TileDecoder, "read", after(TileDecoder.read))
     else:

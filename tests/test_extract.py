@@ -177,7 +177,7 @@ def no_work(monkeypatch):
         raise AssertionError("work was done again")
 
     story = import_module("seal_extract.planned")
-    monkeypatch.setattr(story, "plan_slide", refuse)
+    monkeypatch.setattr(story, "plan_within", refuse)
     monkeypatch.setattr(story, "open_decoder", refuse)
 
 

@@ -86,6 +86,7 @@ PARTS = {
     "consumers": "results",
     "verify": "results",
     "plan": "results",
+    "planner": "results",
     "provenance": "results",
     "finished": "results",
     "results": "results",

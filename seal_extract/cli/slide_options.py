@@ -152,6 +152,15 @@ def slides_parser() -> argparse.ArgumentParser:
     cohort.add_argument(
         "--stage-gb", type=float, default=50.0, metavar="GB", help="what copies may fill (default: 50)"
     )
+    cohort.add_argument(
+        "--plan-timeout",
+        type=float,
+        default=300.0,
+        dest="plan_timeout_s",
+        metavar="SECONDS",
+        help="a slide that is not opened and its tissue not found by then has failed, as has one that takes "
+        "more than 6 GB for it (default: 300; 0: no limits)",
+    )
     cohort.add_argument("--engine", choices=["ray"], help="all GPUs of a Ray cluster, or of this machine")
     cohort.add_argument("--ray-address", metavar="ADDRESS", help="of a running cluster, or auto")
     cohort.add_argument("--ray-workers", type=int, metavar="N", help="how many (default: one per GPU)")

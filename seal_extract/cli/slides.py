@@ -84,7 +84,7 @@ def shard(text: str) -> tuple[int, int]:
 
 
 def _run_dry(slides: SlideList, options: ExtractOptions, debug: bool) -> int:
-    from seal_extract.plan import plan_slide
+    from seal_extract.planner import plan_within
     from seal_extract.staging import open_by_itself
 
     say(_row(DRY_HEAD))
@@ -92,7 +92,7 @@ def _run_dry(slides: SlideList, options: ExtractOptions, debug: bool) -> int:
     for entry in slides.entries:
         try:
             with open_by_itself(entry, options) as slide:
-                plan = plan_slide(slide, options.for_entry(entry), entry.name)
+                plan = plan_within(slide, entry, options.for_entry(entry))
                 say(_row(_dry_cells(plan)))
         except Exception as exc:
             failed += 1
