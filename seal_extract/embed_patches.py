@@ -80,7 +80,9 @@ def extract_patches(
     label = SlideLabel(name, file.size_l0, file.slide_mpp, file.barcodes)
     forward = open_forward(encoder, file.patch_px, batch_size, workers)
     try:
-        with place.write_features(label, grid, encoder.spec.name, encoder.spec.dim, provenance) as writer:
+        with place.write_features(
+            label, grid, encoder.spec.name, encoder.spec.dim, provenance, overwrite=overwrite
+        ) as writer:
             for patches in file.read(forward.batch_size):
                 batch = torch.from_numpy(np.array(patches)).permute(0, 3, 1, 2)  # uint8 [B, 3, S, S]
                 rows = forward.submit(batch.contiguous().to(encoder.device))()

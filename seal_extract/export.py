@@ -207,6 +207,8 @@ def _copy(source: SlideFeatures, provenance: dict[str, Any], layout: str, out: P
     label = SlideLabel(source.path.stem, tuple(slide["size_l0"]), slide["mpp"], source.barcodes)
     target = layout_of_grid(layout, out, source.grid)
     target.write_coords(label, source.grid, provenance, overwrite=overwrite)
-    with target.write_features(label, source.grid, encoder, source.dim, provenance) as writer:
+    with target.write_features(
+        label, source.grid, encoder, source.dim, provenance, overwrite=overwrite
+    ) as writer:
         for piece in read_pieces(source.path):
             writer.append(piece)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.errors import GeometryError
-from seal_extract.publish import publish, writing
+from seal_extract.publish import publish
 
 Mask: TypeAlias = NDArray[np.bool_]
 Ring: TypeAlias = NDArray[np.float64]  # [K, 2], (x, y), the first point not repeated
@@ -195,7 +195,7 @@ def write_patches(
         OutputError: the file cannot be written.
     """
     columns = {name: values.tolist() for name, values in measurements.items()}
-    with publish(path) as part, writing(path), part.open("w", encoding="utf-8") as file:
+    with publish(path) as part, part.open("w", encoding="utf-8") as file:
         about = "" if made_of is None else f'"{MADE_OF}": {json.dumps(made_of)}, '
         file.write(f'{{"type": "FeatureCollection", {about}"features": [')
         for row, (x, y) in enumerate(xy_l0.tolist()):

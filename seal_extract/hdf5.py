@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import h5py
 
-from seal_extract.publish import publish, writing
+from seal_extract.publish import publish
 
 DAMAGED = (OSError, RuntimeError, ValueError, KeyError)  # what h5py and json find in damaged files
 MOST_COMPRESSED = 2000  # times smaller than its values; deflate reaches 1032
@@ -93,17 +93,13 @@ class Disk(FileIO):
 
 
 @contextmanager
-def new_hdf5(path: Path) -> Iterator[tuple[h5py.File, Disk]]:
-    """A new HDF5 file that appears under its name, complete, when the block ends well.
+def new_hdf5(path: Path, keep: Callable[[Path], bool] | None = None) -> Iterator[tuple[h5py.File, Disk]]:
+    """A new HDF5 file that appears under its name, complete, when the block ends well; see `publish`.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: it cannot be written, or there is a file that will not do.
     """
-    with publish(path) as part:
-        with writing(path):
-            disk = Disk(part, "w+")
-        with disk:
-            with h5py.File(disk, "w") as file:
-                yield file, disk
-            with writing(path):
-                disk.check()
+    with publish(path, keep) as part, Disk(part, "w+") as disk:
+        with h5py.File(disk, "w") as file:
+            yield file, disk
+        disk.check()

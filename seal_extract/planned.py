@@ -27,10 +27,12 @@ class Output:
     Attributes:
         encoder: its position among the encoders of the run.
         provenance: of the features; read errors are added as they come.
+        overwrite: replace the features that are there.
     """
 
     encoder: int
     provenance: dict[str, Any]
+    overwrite: bool
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,12 @@ def prepare(
         resample, fast = options.resample, options.fast_decode
         decoder = open_decoder(slide, plan.grid, encoders[0].device, filter=resample, fast=fast)
         closing.callback(decoder.close)
+        layout = layout_for(slide, out, options, entry.name)
         outputs = tuple(
-            _output(i, encoder, plan, decoder, options, entry)
+            _output(i, encoder, plan, decoder, options, entry, layout)
             for i, (encoder, done) in enumerate(zip(encoders, found, strict=True))
             if done is None
         )
-        layout = layout_for(slide, out, options, entry.name)
         planned = PlannedSlide(entry, plan, decoder, layout, outputs, finished, stamp, options)
         layout.write_coords(planned.label, plan.grid, outputs[0].provenance, overwrite=options.overwrite)
         closing.pop_all()
@@ -106,6 +108,7 @@ def _output(
     decoder: Decoder,
     options: ExtractOptions,
     entry: SlideEntry,
+    layout: Layout,
 ) -> Output:
     request = describe_request(plan.slide, encoder.identity, options, entry.name)
     mismatch = encoder.spec.mismatch(plan.grid.patch_px, plan.grid.mpp)
@@ -115,7 +118,9 @@ def _output(
         provenance["slide"] |= {"path": entry.source, **state}
     else:
         provenance["slide"]["path"] = str(entry.path.resolve())  # not that of its copy
-    return Output(index, provenance)
+    # features that are there and not finished hold more unreadable patches than are allowed now
+    there = layout.find(entry.name, encoder.spec.name) is not None
+    return Output(index, provenance, overwrite=options.overwrite or there)
 
 
 def draw(planned: PlannedSlide) -> None:

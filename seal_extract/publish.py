@@ -1,73 +1,175 @@
-"""A file with its final name is complete: written beside it under a temporary name, then renamed."""
+"""A file with its final name is complete: written beside it under a temporary name, then renamed.
+
+While it is written, its writer holds an advisory lock on the temporary file itself, which ends with the
+process, however that ends: so what a killed run has left is told from what another is writing, also from
+another container. There are no lock files.
+"""
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import platform
 import re
+import secrets
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 
 from seal_extract.errors import OutputError
 
-HOST = re.sub(r"[^\w-]", "-", platform.node()) or "host"
-FORGOTTEN_S = 24 * 3600  # nobody writes a file for a day
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+def _kernel() -> str:
+    """What processes have in common that see each other's locks: also those in other containers."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return re.sub(r"[^\w-]", "-", platform.node()) or "host"
+
+
+KERNEL = _kernel()
+OURS = re.compile(r"\.seal-extract\.([\w-]+)\.[0-9a-f]{16}\.part")
+PATTERN = ".seal-extract.*.part"
+FORGOTTEN_S = 7 * 24 * 3600  # nobody writes for a week to a file whose lock cannot be trusted
 
 
 @contextmanager
-def publish(path: Path) -> Iterator[Path]:
+def publish(path: Path, keep: Callable[[Path], bool] | None = None) -> Iterator[Path]:
     """Yield a temporary path in the folder of ``path``, made if need be; rename it when the block ends well.
 
-    An error in the block leaves neither file behind.
+    An error in the block leaves neither file behind. What killed runs have left in the folder is deleted.
+
+    Args:
+        path: the file.
+        keep: never replace a file, but ask this whether the one that another run has put there meanwhile
+            will do. By default a file that is there is replaced.
 
     Raises:
-        OutputError: the folder or the file cannot be written.
+        OutputError: the folder or the file cannot be written, which includes any OSError in the block; or
+            there is a file that will not do.
     """
-    part = temporary(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep_once(path.parent)
+        with claimed(path.parent) as part:
+            yield part
+            _sync(part, os.O_RDWR)
+            if keep is None:
+                os.replace(part, path)
+            elif not _named(part, path) and not keep(path):
+                raise OutputError(
+                    f"{path} was written by another run meanwhile, from another request; "
+                    f"type --overwrite to replace it, or another -o"
+                )
+            with suppress(OSError):  # not every disk can
+                _sync(path.parent, os.O_RDONLY)
+
+
+@contextmanager
+def claimed(folder: Path, *, as_folder: bool = False) -> Iterator[Path]:
+    """A new file, or folder, that no other process takes or deletes; what is left of it goes at the end."""
+    while True:
+        part = folder / f".seal-extract.{KERNEL}.{secrets.token_hex(8)}.part"
+        descriptor = _create(part, as_folder)
+        if descriptor is None or (_lock(descriptor) is not False and part.exists()):
+            break
+        os.close(descriptor)  # another process sweeps it away already
     try:
         yield part
-        with writing(path):
-            with part.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(part, path)
     finally:
-        with suppress(OSError):  # where there is none
-            part.unlink()
+        if descriptor is not None:
+            os.close(descriptor)
+        _delete(part)
 
 
-def temporary(path: Path) -> Path:
-    """What a file is called while this process writes it."""
-    name = os.fsencode(path.name)  # of which a disk takes 255 bytes
-    short = path.name if len(name) < 128 else hashlib.sha256(name).hexdigest()
-    return path.with_name(f".{short}.{HOST}.{os.getpid()}.part")
+def _create(part: Path, as_folder: bool) -> int | None:
+    """What its lock is held by; None on Windows, where a file that is open could not be renamed."""
+    if as_folder:
+        part.mkdir(mode=0o700)
+        return None if fcntl is None else os.open(part, os.O_RDONLY)
+    descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    if fcntl is not None:
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def sweep(folder: Path) -> None:
     """Delete what runs that were killed have left below ``folder``; what others are writing stays."""
-    for part in folder.rglob(".*.part"):
-        *_, host, process, _ = part.name.rsplit(".", 3)
-        with suppress(OSError):
-            if is_dead(host, process) or time.time() - part.stat().st_mtime > FORGOTTEN_S:
-                part.unlink()
+    for part in folder.rglob(PATTERN):
+        _delete_if_dead(part)
 
 
-def is_dead(host: str, process: str) -> bool:
-    """Whether a process is known to have ended: one of this machine."""
-    if host != HOST or not process.isdigit() or os.name != "posix":
-        return False
+@lru_cache(maxsize=2**12)
+def _sweep_once(folder: Path) -> None:
+    for part in folder.glob(PATTERN):
+        _delete_if_dead(part)
+
+
+def _delete_if_dead(part: Path) -> None:
+    found = OURS.fullmatch(part.name)
+    if found is None:
+        return
+    with suppress(OSError):
+        descriptor = os.open(part, os.O_RDONLY if part.is_dir() else os.O_RDWR)
+        try:
+            lock = _lock(descriptor)
+            is_forgotten = time.time() - os.fstat(descriptor).st_mtime > FORGOTTEN_S
+            # a disk of several machines may keep locks to each: another's absence proves nothing
+            if lock is not False and ((lock and found[1] == KERNEL) or is_forgotten):
+                _delete(part)
+        finally:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Whether the lock was had; None where there are no locks."""
+    if fcntl is None:
+        return None
     try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         return False
-    return False
+    except OSError:
+        return None
+    return True
+
+
+def _delete(part: Path) -> None:
+    if part.is_dir():
+        shutil.rmtree(part, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            part.unlink()
+
+
+def _named(part: Path, path: Path) -> bool:
+    """Give a file its name; False if there is one of that name."""
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a disk without hard links: the moment between the next two lines is not guarded
+        if os.path.lexists(path):
+            return False
+        os.rename(part, path)
+    return True
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

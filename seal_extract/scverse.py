@@ -26,7 +26,7 @@ from seal_extract.errors import UsageError, how_to_install
 from seal_extract.hdf5 import DAMAGED, new_hdf5, open_hdf5
 from seal_extract.names import shown
 from seal_extract.overview import Overview
-from seal_extract.publish import temporary, writing
+from seal_extract.publish import claimed, writing
 from seal_extract.store import CHUNK_BYTES, PIXELS, PROVENANCE, SlideFeatures, read_pieces
 
 LOWRES_PX = 600  # longest side of the smaller picture, as of Space Ranger's
@@ -266,15 +266,12 @@ def read_store_provenance(path: Path) -> dict[str, Any] | None:
 
 def _publish_store(store: Any, path: Path) -> None:
     """A folder with its final name is complete, as a file is."""
-    part = temporary(path)
-    try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            store.write(part, overwrite=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with claimed(path.parent, as_folder=True) as part:
+            store.write(part / path.name)
             shutil.rmtree(path, ignore_errors=True)
-            os.replace(part, path)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+            os.replace(part / path.name, path)
 
 
 # --- both -------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ class StatusFile:
             OutputError: it cannot be written.
         """
         self.path = path
-        with publish(path) as part, writing(path), part.open("w", newline="", encoding="utf-8") as file:
+        with publish(path) as part, part.open("w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, COLUMNS)
             table.writeheader()
             table.writerows(map(_cells, before))

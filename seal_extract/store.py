@@ -36,6 +36,7 @@ PIECE_BYTES = 2**24  # rows copied from file to file at a time
 NO_FEATURES = ("patches", "expression_", "slide_features_")  # folders of other files of ours
 
 Describe = Callable[[h5py.File], None]
+Keep = Callable[[Path], bool]
 Found = TypeVar("Found")
 
 
@@ -154,6 +155,7 @@ def write_rows(
     dtype: type[np.floating[Any]],
     provenance: dict[str, Any],
     describe: Describe,
+    keep: Keep | None = None,
 ) -> Iterator[FeatureWriter]:
     """Open a file of rows; it appears under its name when the block ends with all rows in.
 
@@ -164,11 +166,12 @@ def write_rows(
         dtype: of the rows in the file.
         provenance: written last, as it then is.
         describe: adds coordinates and attributes to the open file.
+        keep: see `publish`.
 
     Raises:
         OutputError: it cannot be written, or not as many rows came as ``shape`` says.
     """
-    with new_hdf5(path) as (file, disk):
+    with new_hdf5(path, keep) as (file, disk):
         rows = max(1, min(shape[0], CHUNK_BYTES // max(1, np.dtype(dtype).itemsize * shape[1])))
         chunks = (rows, shape[1]) if all(shape) else None  # HDF5 has no chunks of nothing
         writer = FeatureWriter(path, file.create_dataset(dataset, shape, dtype, chunks=chunks), disk)
@@ -178,13 +181,15 @@ def write_rows(
         file.attrs[PROVENANCE] = json.dumps(provenance)
 
 
-def write_described(path: Path, provenance: dict[str, Any], describe: Describe) -> None:
-    """Write a file without rows, such as coordinates.
+def write_described(
+    path: Path, provenance: dict[str, Any], describe: Describe, keep: Keep | None = None
+) -> None:
+    """Write a file without rows, such as coordinates; for ``keep`` see `publish`.
 
     Raises:
         OutputError: it cannot be written.
     """
-    with new_hdf5(path) as (file, _):
+    with new_hdf5(path, keep) as (file, _):
         describe(file)
         file.attrs[PROVENANCE] = json.dumps(provenance)
 
@@ -325,6 +330,19 @@ def read_provenance(path: Path, dataset: str | None = None) -> dict[str, Any] | 
     """
     with reading(path), open_hdf5(path) as file:
         return _provenance(file, dataset)
+
+
+def of_same_request(provenance: dict[str, Any]) -> Keep:
+    """Whether a features file was made by the same request as ``provenance`` says."""
+
+    def keep(path: Path) -> bool:
+        try:
+            there = read_provenance(path)
+        except OutputError:
+            return False
+        return there is not None and there["request"] == json.loads(json.dumps(provenance["request"]))
+
+    return keep
 
 
 @contextmanager

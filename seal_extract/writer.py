@@ -157,7 +157,12 @@ class Writer:
             spec, planned = self._encoders[output.encoder].spec, slide.planned
             slide.writers[output.encoder] = slide.files.enter_context(
                 planned.layout.write_features(
-                    planned.label, planned.plan.grid, spec.name, spec.dim, output.provenance
+                    planned.label,
+                    planned.plan.grid,
+                    spec.name,
+                    spec.dim,
+                    output.provenance,
+                    overwrite=output.overwrite,
                 )
             )
         return slide.writers[output.encoder]

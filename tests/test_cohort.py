@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 from cohort_fixtures import add_broken, command, contents, link_cohort, run, run_here
 from PIL import Image
 
-from seal_extract import ExtractOptions, extract, open_slide, publish
+from seal_extract import ExtractOptions, extract, open_slide
 from seal_extract.cli import main
 from seal_extract.cohort import extract_cohort
 from seal_extract.demo import UNTRAINED, untrained_encoder
@@ -328,20 +327,6 @@ def test_a_killed_run_goes_on_and_equals_an_undisturbed_one(drawn_slides, encode
     extract_cohort(cohort, encoder, tmp_path / "undisturbed")
     assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
     assert not list(tmp_path.rglob("*.part"))
-
-
-def test_what_a_killed_run_left_is_swept_away_and_what_is_being_written_is_not(cohort, encoder, tmp_path):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    folder = tmp_path / "out" / "20x_224px_0px_overlap" / "features_untrained-demo"
-    folder.mkdir(parents=True)
-    left = folder / f".slide_0000.h5.{publish.HOST}.{dead.pid}.part"
-    living = folder / f".slide_0001.h5.{publish.HOST}.1.part"
-    elsewhere = folder / ".slide_0002.h5.another-node.77.part"
-    for path in (left, living, elsewhere):
-        path.touch()
-    extract_cohort(cohort, encoder, tmp_path / "out")
-    assert [path.exists() for path in (left, living, elsewhere)] == [False, True, True]
 
 
 # --- the table --------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Slides copied to a fast folder ahead of their turn: within the bound, and nothing of others is deleted."""
 
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -14,7 +15,6 @@ from cohort_fixtures import contents, link_cohort
 from seal_extract import ExtractOptions
 from seal_extract.cohort import extract_cohort
 from seal_extract.errors import OutputError, UsageError
-from seal_extract.publish import HOST
 from seal_extract.slide_list import list_slides
 from seal_extract.staging import Stage
 
@@ -132,7 +132,7 @@ time.sleep(60)
 
 
 def test_copies_lie_in_a_folder_that_nobody_can_have_made_before(drawn_slides, tmp_path):
-    for name in (f"seal_extract.{HOST}.{os.getpid()}", "seal_extract-"):
+    for name in (f"seal_extract.{platform.node()}.{os.getpid()}", "seal_extract-"):
         (tmp_path / "fast" / name / "slide_0000").mkdir(parents=True)
         (tmp_path / "fast" / name / "slide_0000" / "slide_0000.svs").write_text("another's")
     slides = link_cohort(tmp_path / "slides", drawn_slides, 1)

@@ -96,9 +96,9 @@ def _json_file(given: str | None) -> Path | None:
 
 
 def _write(file: Path, text: str) -> None:
-    from seal_extract.publish import publish, writing
+    from seal_extract.publish import publish
 
-    with publish(file) as part, writing(file):
+    with publish(file) as part:
         part.write_text(text + "\n", encoding="utf-8")
     say(f"figures -> {file}")
 

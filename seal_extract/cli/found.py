@@ -181,12 +181,12 @@ def write_genes(found: RegionGenes, out: Path) -> None:
 
 
 def _table(path: Path, head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    with publish(path) as part, writing(path), part.open("w", encoding="utf-8", newline="") as file:
+    with publish(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows(
             [cell(value) if isinstance(value, str) else value for value in row] for row in (head, *rows)
         )
 
 
 def _write_text(path: Path, text: str) -> None:
-    with publish(path) as part, writing(path):
+    with publish(path) as part:
         part.write_text(text, encoding="utf-8")

@@ -13,7 +13,7 @@ from seal_extract.encoders.found import check_regular
 from seal_extract.encoders.panel import check_panel
 from seal_extract.encoders.registry import Architecture, Decoder, EncoderSpec, InputRule
 from seal_extract.errors import CheckpointError, UsageError
-from seal_extract.publish import publish, writing
+from seal_extract.publish import publish
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -72,13 +72,13 @@ def write(
     if training is not None:
         config["training"] = dict(training)
     if omics is not None:
-        with publish(path / OMICS) as part, writing(path / OMICS):
+        with publish(path / OMICS) as part:
             write_weights(omics, part)
-    with publish(path / WEIGHTS) as part, writing(path / WEIGHTS):
+    with publish(path / WEIGHTS) as part:
         write_weights(tensors, part)
-    with publish(path / CARD) as part, writing(path / CARD):
+    with publish(path / CARD) as part:
         part.write_text(model_card(config), encoding="utf-8")
-    with publish(path / CONFIG) as part, writing(path / CONFIG):
+    with publish(path / CONFIG) as part:
         part.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

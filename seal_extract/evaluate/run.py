@@ -23,7 +23,7 @@ from seal_extract.evaluate.handmade import handmade_features
 from seal_extract.evaluate.table import Table, tables, to_csv
 from seal_extract.genes import load_omics
 from seal_extract.genes.omics import compared_behind_heads
-from seal_extract.publish import publish, writing
+from seal_extract.publish import publish
 from seal_extract.train.pairs import Pairs, make_pairs
 from seal_extract.train.sections import Section, choose_panel
 
@@ -105,7 +105,7 @@ class Evaluation:
         files = check_free(folder, overwrite)
         texts = (self.to_markdown(), to_csv(self.tables), json.dumps(self.to_json(), indent=1) + "\n")
         for file, text in zip(files, texts, strict=True):
-            with publish(file) as part, writing(file):
+            with publish(file) as part:
                 part.write_text(text, encoding="utf-8")
         return files
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from seal_extract.errors import OutputError, UsageError, how_to_install
 from seal_extract.genes.index import Rows, unit_pieces
-from seal_extract.publish import publish, writing
+from seal_extract.publish import publish
 from seal_extract.store import SlideFeatures
 
 SAMPLE_PER_CELL = 40
@@ -85,7 +85,7 @@ def write_cells(index: Any, path: Path) -> int:
     Raises:
         OutputError: it cannot be written.
     """
-    with publish(path) as part, writing(path):
+    with publish(path) as part:
         try:
             import_faiss().write_index(index, str(part))
         except RuntimeError as exc:

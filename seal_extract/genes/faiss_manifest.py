@@ -119,7 +119,7 @@ class Manifest:
         Raises:
             OutputError: it cannot be written.
         """
-        with publish(folder / MANIFEST) as part, writing(folder / MANIFEST):
+        with publish(folder / MANIFEST) as part:
             part.write_text(json.dumps(asdict(self)), encoding="utf-8")
         used = {shard_path(folder, number) for number in self.sizes} | {trained_path(folder, self.trained)}
         for pattern in OURS[:2]:

@@ -20,8 +20,8 @@ from seal_extract.grid import PatchGrid
 from seal_extract.hdf5 import Disk, open_hdf5
 from seal_extract.layouts.layout import Layout
 from seal_extract.names import shown
-from seal_extract.publish import publish, writing
-from seal_extract.store import PIXELS, SlideLabel, read_pieces, write_described
+from seal_extract.publish import publish
+from seal_extract.store import PIXELS, Keep, SlideLabel, read_pieces, write_described
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ClamLayout(Layout):
             self.coords(label.name).unlink(missing_ok=True)
 
     def _write_coords(
-        self, path: Path, label: SlideLabel, grid: PatchGrid, provenance: dict[str, Any]
+        self, path: Path, label: SlideLabel, grid: PatchGrid, provenance: dict[str, Any], keep: Keep | None
     ) -> None:
         # CLAM reads patch_size pixels of patch_level and does not rescale: `Encoder.transform_for` does
         level, read_px = grid.level, grid.read_px
@@ -88,7 +88,7 @@ class ClamLayout(Layout):
                 save_path=shown(str(path.parent)),
             )
 
-        write_described(path, provenance, describe)
+        write_described(path, provenance, describe, keep)
 
 
 def write_tensor(features: Path, path: Path) -> None:
@@ -101,7 +101,7 @@ def write_tensor(features: Path, path: Path) -> None:
     """
     import torch
 
-    with publish(path) as part, writing(path):
+    with publish(path) as part:
         with open_hdf5(features) as file:
             shape = file[PIXELS].shape
         with TemporaryFile(dir=path.parent) as raw, Disk(part, "w") as disk:

@@ -19,7 +19,7 @@ from seal_extract.grid import PatchGrid
 from seal_extract.hdf5 import DAMAGED, open_hdf5
 from seal_extract.layouts.pixels import write_pixel_coords, write_pixel_features
 from seal_extract.publish import writing
-from seal_extract.store import PIXELS, PROVENANCE, FeatureWriter, SlideLabel
+from seal_extract.store import PIXELS, PROVENANCE, FeatureWriter, Keep, SlideLabel, of_same_request
 
 OVERLAYS, CONTOURS = "overlays", "contours_geojson"  # folders, with one below for each grid
 
@@ -97,22 +97,32 @@ class Layout(ABC):
 
     @contextmanager
     def write_features(
-        self, label: SlideLabel, grid: PatchGrid, encoder: str, dim: int, provenance: dict[str, Any]
+        self,
+        label: SlideLabel,
+        grid: PatchGrid,
+        encoder: str,
+        dim: int,
+        provenance: dict[str, Any],
+        *,
+        overwrite: bool = True,
     ) -> Iterator[FeatureWriter]:
         """Open the features file of a slide; when the block ends with all rows in, it and what is derived
         from it appear. ``provenance`` is written last, as it then is.
 
         Raises:
-            OutputError: it cannot be written, or not as many rows came as the grid has.
+            OutputError: it cannot be written, or not as many rows came as the grid has; or ``overwrite`` is
+                not set, and another run has meanwhile put a file there that another request made.
         """
         path = self.place(label.name, encoder, grid)
         others = {self.features(label.name, encoder), self.empty(label.name, encoder)} - {path}
-        with self._open(path, label, grid, encoder, dim, provenance) as writer:
+        keep = None if overwrite else of_same_request(provenance)
+        with self._open(path, label, grid, encoder, dim, provenance, keep) as writer:
             yield writer
             writer.check()
-            for stale in (*self.derived(label.name, encoder), *others):  # of a file that is about to go
-                with writing(stale):
-                    stale.unlink(missing_ok=True)
+            if overwrite or self.find(label.name, encoder) is None:  # or they are another run's
+                for stale in (*self.derived(label.name, encoder), *others):  # of a file that is about to go
+                    with writing(stale):
+                        stale.unlink(missing_ok=True)
         self.complete(label.name, encoder)
 
     def _open(
@@ -123,9 +133,10 @@ class Layout(ABC):
         encoder: str,
         dim: int,
         provenance: dict[str, Any],
+        keep: Keep | None,
     ) -> AbstractContextManager[FeatureWriter]:
         """The features file, in level-0 pixels."""
-        return write_pixel_features(path, label, grid, encoder, dim, provenance)
+        return write_pixel_features(path, label, grid, encoder, dim, provenance, keep)
 
     def complete(self, slide: str, encoder: str) -> None:
         """Make those of the `derived` files that are not there."""
@@ -145,17 +156,27 @@ class Layout(ABC):
         there = _read_coords(path)
         if there is not None and _same(there, grid):
             return
+        if there is None and path.exists() and not overwrite:
+            raise OutputError(
+                f"{path} exists and holds no coordinates that can be read; "
+                f"type --overwrite to replace it, or another -o"
+            )
         if there is not None and not overwrite:
             raise OutputError(
                 f"{path} exists, with {len(there[0])} other patches than these {len(grid)}; "
                 f"type --overwrite to replace it, or another -o"
             )
-        self._write_coords(path, label, grid, provenance)
+
+        def keep(path: Path) -> bool:
+            there = _read_coords(path)
+            return there is not None and _same(there, grid)
+
+        self._write_coords(path, label, grid, provenance, None if overwrite else keep)
 
     def _write_coords(
-        self, path: Path, label: SlideLabel, grid: PatchGrid, provenance: dict[str, Any]
+        self, path: Path, label: SlideLabel, grid: PatchGrid, provenance: dict[str, Any], keep: Keep | None
     ) -> None:
-        write_pixel_coords(path, label, grid, provenance)
+        write_pixel_coords(path, label, grid, provenance, keep)
 
 
 def of_grid(folder: Path, grid: str, name: str) -> Path:

@@ -11,11 +11,17 @@ import numpy as np
 
 from seal_extract.grid import PatchGrid
 from seal_extract.names import shown
-from seal_extract.store import PIXELS, FeatureWriter, SlideLabel, write_described, write_rows
+from seal_extract.store import PIXELS, FeatureWriter, Keep, SlideLabel, write_described, write_rows
 
 
 def write_pixel_features(
-    path: Path, label: SlideLabel, grid: PatchGrid, encoder: str, dim: int, provenance: dict[str, Any]
+    path: Path,
+    label: SlideLabel,
+    grid: PatchGrid,
+    encoder: str,
+    dim: int,
+    provenance: dict[str, Any],
+    keep: Keep | None = None,
 ) -> AbstractContextManager[FeatureWriter]:
     """Open a file of ``features`` float32 [N, D] and ``coords`` int64 [N, 2]; see `write_rows`."""
 
@@ -23,16 +29,18 @@ def write_pixel_features(
         file[PIXELS].attrs.update(name=shown(label.name), savetodir=shown(str(path.parent)), encoder=encoder)
         create_coords(file, label, grid, path.parent)
 
-    return write_rows(path, PIXELS, (len(grid), dim), np.float32, provenance, describe)
+    return write_rows(path, PIXELS, (len(grid), dim), np.float32, provenance, describe, keep)
 
 
-def write_pixel_coords(path: Path, label: SlideLabel, grid: PatchGrid, provenance: dict[str, Any]) -> None:
-    """Write a file of ``coords`` int64 [N, 2].
+def write_pixel_coords(
+    path: Path, label: SlideLabel, grid: PatchGrid, provenance: dict[str, Any], keep: Keep | None = None
+) -> None:
+    """Write a file of ``coords`` int64 [N, 2]; for ``keep`` see `publish`.
 
     Raises:
         OutputError: it cannot be written.
     """
-    write_described(path, provenance, lambda file: create_coords(file, label, grid, path.parent))
+    write_described(path, provenance, lambda file: create_coords(file, label, grid, path.parent), keep)
 
 
 def create_coords(file: h5py.File, label: SlideLabel, grid: PatchGrid, folder: Path) -> None:

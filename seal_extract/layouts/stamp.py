@@ -16,7 +16,7 @@ import numpy as np
 from seal_extract.grid import PatchGrid
 from seal_extract.layouts.layout import Layout
 from seal_extract.layouts.pixels import write_padding
-from seal_extract.store import MICROMETRES, FeatureWriter, SlideLabel, write_rows
+from seal_extract.store import MICROMETRES, FeatureWriter, Keep, SlideLabel, write_rows
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class StampLayout(Layout):
         encoder: str,
         dim: int,
         provenance: dict[str, Any],
+        keep: Keep | None,
     ) -> AbstractContextManager[FeatureWriter]:
         # STAMP's heatmaps divide by the µm/px that the slide file says: so the true one, not the nominal
         def describe(file: h5py.File) -> None:
@@ -52,4 +53,4 @@ class StampLayout(Layout):
                 feat_type="tile",
             )
 
-        return write_rows(path, MICROMETRES, (len(grid), dim), np.float16, provenance, describe)
+        return write_rows(path, MICROMETRES, (len(grid), dim), np.float16, provenance, describe, keep)

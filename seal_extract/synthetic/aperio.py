@@ -24,7 +24,7 @@ import numpy as np
 import tifffile
 
 from seal_extract.errors import UsageError
-from seal_extract.publish import publish, writing
+from seal_extract.publish import publish
 from seal_extract.synthetic.anatomy import Window
 from seal_extract.synthetic.codec import Codec
 from seal_extract.synthetic.section import Section
@@ -89,7 +89,7 @@ def write_synthetic_slide(
     if workers < 1:
         raise UsageError(f"workers={workers}: give 1 or more threads, or None for one per core")
     path = Path(path)
-    with publish(path) as part, writing(path):
+    with publish(path) as part:
         Writer(layout, codec, section, f"seed {seed}").write(part, workers)
     return path
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from seal_extract.errors import SealExtractError, UsageError, how_to_install
-from seal_extract.publish import publish, writing
+from seal_extract.publish import publish
 from seal_extract.train.batches import Batches
 
 CHECKPOINT, METRICS, CURVES = "checkpoint.pt", "metrics.csv", "curves.png"
@@ -198,7 +198,7 @@ class _Run:
             "schedule": self.schedule.state_dict(),
         }
         path = self.folder / CHECKPOINT
-        with publish(path) as part, writing(path):
+        with publish(path) as part:
             torch.save(state, part)
         _write_table(self.rows, self.folder / METRICS)
         draw_curves(self.rows, self.folder / CURVES)
@@ -279,7 +279,7 @@ def _accelerator() -> Any:
 
 
 def _write_table(rows: list[Row], path: Path) -> None:
-    with publish(path) as part, writing(path), part.open("w", newline="", encoding="utf-8") as file:
+    with publish(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()
         table.writerows(rows)
@@ -297,5 +297,5 @@ def draw_curves(rows: list[Row], path: Path) -> None:
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("epoch", fontsize=9)
         axis.grid(alpha=0.25)
-    with publish(path) as part, writing(path):
+    with publish(path) as part:
         figure.savefig(part, dpi=120, format="png")

@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from seal_extract.layouts import OVERLAYS, of_grid
-from seal_extract.publish import publish, writing
+from seal_extract.publish import publish
 from seal_extract.status import FAILED, StatusRow
 from seal_extract.view.cohort_summary import share, summary, verdict
 from seal_extract.view.findings import Cohort, count, group_reasons, number
@@ -66,7 +66,7 @@ def write_report(
     """
     cohort = Cohort.of(rows)
     pictures = Pictures(cohort, out, path)
-    with publish(path) as part, writing(path), part.open("w", encoding="utf-8", newline="\n") as file:
+    with publish(path) as part, part.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(_page(cohort, pictures, out, title, seconds))
     return path
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from seal_extract.genes.search import Found
 from seal_extract.origin import open_origin
-from seal_extract.publish import publish, writing
+from seal_extract.publish import publish
 from seal_extract.slide import Slide
 from seal_extract.store import SlideFeatures
 from seal_extract.view.captions import (
@@ -79,7 +79,7 @@ def draw_contact_sheet(
         draw_text(draw, (x, y + SIDE_PX + 5), shortened(name, font, SIDE_PX), font)
         font = fitting_font(place, SIDE_PX, largest=12)
         draw_text(draw, (x, y + SIDE_PX + 24), place, font, ink=FAINT)
-    with publish(Path(path)) as part, writing(Path(path)):
+    with publish(Path(path)) as part:
         sheet.save(part, "PNG", optimize=True)
 
 

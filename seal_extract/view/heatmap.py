@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 from seal_extract.errors import GeometryError, UsageError
 from seal_extract.grid import PatchGrid
 from seal_extract.overview import read_overview
-from seal_extract.publish import publish, writing
+from seal_extract.publish import publish
 from seal_extract.readers import Array
 from seal_extract.slide import Slide
 from seal_extract.view.captions import (
@@ -161,7 +161,7 @@ def draw_heatmap(
     about = PngInfo()
     if made_of is not None:
         about.add_text(MADE_OF, json.dumps(made_of), zip=True)
-    with publish(path) as part, writing(path):
+    with publish(path) as part:
         picture.save(part, "PNG", optimize=True, pnginfo=about)
     return low, high
 

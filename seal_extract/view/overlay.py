@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from seal_extract.grid import PatchGrid
 from seal_extract.overview import Overview, read_overview
-from seal_extract.publish import publish, writing
+from seal_extract.publish import publish
 from seal_extract.readers import Array
 from seal_extract.slide import Slide
 from seal_extract.tissue import TissueMask
@@ -66,7 +66,7 @@ def draw_overlay(
             _draw_tissue(canvas, mask, scale)
         picture = _with_caption(canvas, _caption(slide, mask, grid), slide.mpp / scale)
         thumbnail = make_thumbnail(Image.fromarray(canvas))
-        with publish(file) as part, writing(file):
+        with publish(file) as part:
             picture.save(part, "JPEG", quality=88, exif=exif_of(thumbnail))
 
 

@@ -22,7 +22,7 @@ from seal_extract.errors import OutputError, UsageError
 from seal_extract.layouts import CONTOURS, of_grid
 from seal_extract.names import shown
 from seal_extract.overview import Overview, read_overview
-from seal_extract.publish import publish, writing
+from seal_extract.publish import publish
 from seal_extract.slide import Slide
 from seal_extract.store import SlideFeatures
 from seal_extract.view.captions import FOR_TRYING
@@ -110,7 +110,7 @@ def write_slide_report(
         notes=_lines(layers.notes + _notes(features, overview)),
         footer=_footer(features),
     )
-    with publish(path) as part, writing(path):
+    with publish(path) as part:
         part.write_text(html, encoding="utf-8", newline="\n")
     return path
 
