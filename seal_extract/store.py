@@ -332,19 +332,6 @@ def read_provenance(path: Path, dataset: str | None = None) -> dict[str, Any] | 
         return _provenance(file, dataset)
 
 
-def of_same_request(provenance: dict[str, Any]) -> Keep:
-    """Whether a features file was made by the same request as ``provenance`` says."""
-
-    def keep(path: Path) -> bool:
-        try:
-            there = read_provenance(path)
-        except OutputError:
-            return False
-        return there is not None and there["request"] == json.loads(json.dumps(provenance["request"]))
-
-    return keep
-
-
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Translate what goes wrong while ``path``, a features file, is read.

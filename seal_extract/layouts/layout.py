@@ -19,7 +19,7 @@ from seal_extract.grid import PatchGrid
 from seal_extract.hdf5 import DAMAGED, open_hdf5
 from seal_extract.layouts.pixels import write_pixel_coords, write_pixel_features
 from seal_extract.publish import writing
-from seal_extract.store import PIXELS, PROVENANCE, FeatureWriter, Keep, SlideLabel, of_same_request
+from seal_extract.store import PIXELS, PROVENANCE, FeatureWriter, Keep, SlideLabel, read_provenance
 
 OVERLAYS, CONTOURS = "overlays", "contours_geojson"  # folders, with one below for each grid
 
@@ -115,7 +115,7 @@ class Layout(ABC):
         """
         path = self.place(label.name, encoder, grid)
         others = {self.features(label.name, encoder), self.empty(label.name, encoder)} - {path}
-        keep = None if overwrite else of_same_request(provenance)
+        keep = None if overwrite else _of_same_request(provenance)
         with self._open(path, label, grid, encoder, dim, provenance, keep) as writer:
             yield writer
             writer.check()
@@ -183,6 +183,19 @@ def of_grid(folder: Path, grid: str, name: str) -> Path:
     """A grid's own file, or where there is none that of an older version, which kept one for all grids."""
     own = folder / grid / name
     return own if os.path.exists(own) else folder / name
+
+
+def _of_same_request(provenance: dict[str, Any]) -> Keep:
+    """Whether a features file was made by the same request as ``provenance`` says."""
+
+    def keep(path: Path) -> bool:
+        try:
+            there = read_provenance(path)
+        except OutputError:
+            return False
+        return there is not None and there["request"] == json.loads(json.dumps(provenance["request"]))
+
+    return keep
 
 
 def _read_coords(path: Path) -> tuple[NDArray[Any], dict[str, Any] | None] | None:
