@@ -310,11 +310,9 @@ def sample_rows(path: Path, most: int) -> NDArray[np.float32]:
     """
     with _open_rows(path) as rows, reading(path):
         runs = min(8, most)
-        if len(rows) <= most:
-            sample: NDArray[np.float32] = rows[()].astype(np.float32, copy=False)
-            return sample
-        starts = np.linspace(0, len(rows) - most // runs, runs).astype(int)
-        pieces = [rows[start : start + most // runs] for start in starts.tolist()]
+        starts = np.linspace(0, len(rows) - most // runs, runs).astype(int).tolist()
+        whole = len(rows) <= most
+        pieces = [rows[()]] if whole else [rows[start : start + most // runs] for start in starts]
     return np.concatenate(pieces).astype(np.float32, copy=False)
 
 
@@ -359,7 +357,9 @@ def _provenance(file: h5py.File, dataset: str | None) -> dict[str, Any] | None:
     provenance = json.loads(text) if isinstance(text, str) else {}
     if "grid" not in provenance:  # a slide-level file has none of its own
         return None
-    plain_word(provenance.get("features", provenance)["encoder"]["name"])  # becomes a part of file names
+    source = provenance.get("features", provenance)
+    plain_word(source["encoder"]["name"])  # becomes a part of file names
+    dict(source["slide"])
     return dict(provenance)
 
 

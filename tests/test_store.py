@@ -33,7 +33,7 @@ def grid_of(n, patch_size_l0=512):
 
 
 def provenance_of(grid):
-    return {"grid": grid_fields(grid), "encoder": {"name": "tiny"}, "request": {}}
+    return {"grid": grid_fields(grid), "encoder": {"name": "tiny"}, "slide": {"mpp": 0.25}, "request": {}}
 
 
 def write(path, grid, features=None):
