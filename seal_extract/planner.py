@@ -133,7 +133,7 @@ class _Planner:
                 if not self._is_ready:
                     self._is_ready = pickle.load(process.stdout)
                 timer.start()
-                pickle.dump((entry, options, plans), process.stdin)
+                pickle.dump((os.getcwd(), entry, options, plans), process.stdin)
                 process.stdin.flush()
                 answer = pickle.load(process.stdout)
             except (OSError, EOFError, pickle.UnpicklingError):
@@ -190,19 +190,20 @@ def serve() -> None:
 
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing that a library prints gets among the answers
-    requests: queue.SimpleQueue[tuple[SlideEntry, ExtractOptions, bool]] = queue.SimpleQueue()
+    requests: queue.SimpleQueue[tuple[str, SlideEntry, ExtractOptions, bool]] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(sys.stdin.buffer, requests), daemon=True).start()
     _limit_memory()
     pickle.dump(True, answers)
     answers.flush()
     opened: tuple[Any, Slide] | None = None
     while True:
-        entry, options, plans = requests.get()
+        folder, entry, options, plans = requests.get()
         if hasattr(signal, "alarm"):
             signal.alarm(int(options.plan_timeout_s) + GRACE_S)
         answer: Any = None
         try:
-            which = entry, options, file_stamp(entry.file)
+            os.chdir(folder)  # the other process may have gone elsewhere since
+            which = folder, entry, options, file_stamp(entry.file)
             if opened is None or opened[0] != which:
                 if opened is not None:
                     opened[1].close()
