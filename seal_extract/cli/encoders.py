@@ -33,8 +33,8 @@ def run_table(args: argparse.Namespace) -> int:
     rows = [(*head, "weights", "licence of the weights")]
     for s in list_encoders():
         layout = s.published
-        cached = layout is not None and is_cached(s.source, layout.files, layout.commit)
-        facts = (s.name, str(s.dim), s.trained_at, BASES.get(s.mpp_basis, ""), s.precision, _yes(cached))
+        here = layout is not None and bool(s.source) and is_cached(s.source, layout.files, layout.commit)
+        facts = (s.name, str(s.dim), s.trained_at, BASES.get(s.mpp_basis, ""), s.precision, _yes(here))
         rows.append((*facts, _yes(layout is not None and layout.gated), _pin(layout), s.page, s.licence))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:

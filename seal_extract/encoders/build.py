@@ -169,11 +169,14 @@ class _Reader:
         self._hashes: list[Future[WeightFile]] = []
 
     def __call__(self, file: FoundFile) -> Tensors:
-        if file.held and file.pins:
-            WeightFile.of(file)  # remembered: what is pinned is checked before anything of it is read
+        first = bool(file.held and file.pins)  # what is pinned is checked before anything of it is read
+        if first:
+            self.note(file)
+            self._hashes[-1].result()
         tensors = read_tensors(file.path)
         _read_ahead(file.path)
-        self.note(file)
+        if not first:
+            self.note(file)
         if file.settings is not None:
             self.note(FoundFile(file.settings, file.source, file.revision))
         return tensors

@@ -120,7 +120,7 @@ def fetch_published(
         except HubError:
             raise exc from exc.__cause__
     except MissingOnHubError as exc:
-        if revision is not None or layout.commit is None:
+        if revision is not None or str(layout.commit) not in str(exc):
             raise
         raise MissingOnHubError(f"{exc}, or type --revision main") from exc
     pin = layout.sha256.get(file.path.name)
