@@ -1,6 +1,7 @@
 """Predicted expression: the decoder alone, signatures, files beside the features, the command."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,11 +10,14 @@ import h5py
 import numpy as np
 import pytest
 from cohort_fixtures import run_here as run
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from seal_extract import extract, load_encoder
 from seal_extract.errors import EncoderError, OutputError, SlideOpenError, UsageError
 from seal_extract.genes.decoder import decoder_of, load_decoder
+from seal_extract.genes.panel import read_panel
 from seal_extract.genes.predict import (
     expression_path,
     find_expression,
@@ -22,6 +26,7 @@ from seal_extract.genes.predict import (
     signature_scores,
     write_expression,
 )
+from seal_extract.genes.search import read_profile
 from seal_extract.genes.signature import Signature, read_gmt, read_signature
 from seal_extract.origin import open_origin
 
@@ -103,6 +108,46 @@ def test_signatures_as_they_are_typed(tmp_path):
 def test_lists_that_are_no_signature_are_refused(text):
     with pytest.raises(UsageError, match=r"allowed: FILE\.gmt:NAME|finite weights"):
         read_signature(text)
+
+
+NAMES = st.text(st.characters(codec="utf-8"), max_size=6)
+LINES = st.lists(
+    st.lists(NAMES | st.sampled_from(["CD24", "1", "", '"', "\0", "\x1b[2J"]), max_size=5), max_size=5
+)
+
+
+@given(
+    data=st.binary(max_size=60)
+    | st.builds(
+        lambda lines, mark: "\n".join(map(mark.join, lines)).encode(), LINES, st.sampled_from("\t,;:")
+    )
+)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_a_gene_list_holds_is_read_or_refused_in_one_line(data, tmp_path):
+    """And what was read can be written as names in HDF5 and JSON."""
+    path = tmp_path / "x.gmt"
+    path.write_bytes(data)
+    typed = data.decode("utf-8", "surrogateescape")
+    for read in (read_gmt, read_panel, read_profile, lambda _: read_signature(typed)):
+        try:
+            found = read(path)
+        except UsageError as exc:
+            assert len(str(exc).splitlines()) == 1
+            continue
+        if read is read_profile:
+            assert 0 < sum(found.values()) < np.inf
+        if read in (read_gmt, read_panel):
+            with h5py.File(tmp_path / "x.h5", "w") as file:
+                file.create_dataset("names", data=np.array(list(found), object), dtype=h5py.string_dtype())
+                assert file["names"].asstr()[()].tolist() == list(found)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes are POSIX's")
+@pytest.mark.parametrize("read", [read_gmt, read_panel, read_profile])
+def test_a_pipe_is_refused(read, tmp_path):
+    os.mkfifo(tmp_path / "pipe.gmt")
+    with pytest.raises(UsageError, match="it is no regular file; give"):
+        read(tmp_path / "pipe.gmt")
 
 
 def test_a_gmt_that_names_no_known_gene_is_refused(decoder):

@@ -49,6 +49,7 @@ def write(out, layout, n=50, name="a", mpp=0.25, encoder="tiny", seed=1):
     features = np.random.default_rng(seed).standard_normal((n, DIM)).astype(np.float32)
     place, label = layout_of_grid(layout, out, grid), SlideLabel(name, SIZE, mpp)
     provenance = provenance_of(grid, mpp, encoder)
+    provenance["slide"]["path"] = f"{name}.svs"
     place.write_coords(label, grid, provenance)
     with place.write_features(label, grid, encoder, DIM, provenance) as writer:
         for start in range(0, n, 16):

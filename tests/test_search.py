@@ -171,7 +171,18 @@ def test_a_profile_is_embedded_as_a_spot_of_training_is(tmp_path):
         embed_profile(omics, {omics.genes[0]: 3.0})
 
 
-@pytest.mark.parametrize("text", ["A,1\nA,2\n", "A,1\nB,-1\n", "A,1\nB\n", "A,0\n", "gene,count\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A,1e308\nB,1e308\n",
+        f"A,{'1' * 200_000}\n",
+        "A,1\nA,2\n",
+        "A,1\nB,-1\n",
+        "A,1\nB\n",
+        "A,0\n",
+        "gene,count\n",
+    ],
+)
 def test_profiles_that_are_none_are_refused(tmp_path, text):
     (tmp_path / "p.csv").write_text(text)
     with pytest.raises(UsageError, match="give a gene and its count"):

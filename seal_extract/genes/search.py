@@ -21,6 +21,7 @@ from seal_extract.encoders.encoder import Encoder
 from seal_extract.errors import UsageError
 from seal_extract.genes.decoder import GeneDecoder
 from seal_extract.genes.omics import OmicsEncoder
+from seal_extract.genes.panel import read_text
 from seal_extract.genes.predict import predict_genes, signature_scores
 from seal_extract.genes.signature import Signature
 from seal_extract.grid import MPP_TOLERANCE
@@ -107,21 +108,23 @@ def read_profile(path: Path) -> dict[str, float]:
     Raises:
         UsageError: it cannot be read, or a line is no such pair.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise UsageError(f"cannot read {path}; give a table of genes and counts, as CSV or TSV") from exc
+    text = read_text(path, str(path), "a table of genes and counts, as CSV or TSV")
     counts: dict[str, float] = {}
-    rows = csv.reader(text.splitlines(), delimiter="\t" if "\t" in text else ",")
-    for number, row in enumerate(rows, 1):
-        if not row or (number == 1 and not _is_count(row[-1])):
-            continue  # its head
-        gene = row[0].strip()
-        if len(row) != 2 or not gene or gene in counts or not _is_count(row[1]):
-            raise UsageError(f"line {number} of {path} is {row}; give a gene and its count, each gene once")
-        counts[gene] = float(row[1])
-    if not sum(counts.values()) > 0:
-        raise UsageError(f"{path} holds no counts; give a gene and its count in each line")
+    rows = enumerate(csv.reader(text.splitlines(), delimiter="\t" if "\t" in text else ","), 1)
+    try:
+        for number, row in rows:
+            if not row or (number == 1 and not _is_count(row[-1])):
+                continue  # its head
+            gene = row[0].strip()
+            if len(row) != 2 or not gene or gene in counts or not _is_count(row[1]):
+                raise UsageError(
+                    f"line {number} of {path} is {row}; give a gene and its count, each gene once"
+                )
+            counts[gene] = float(row[1])
+    except csv.Error as exc:
+        raise UsageError(f"{path} is no table ({exc}); give a gene and its count in each line") from exc
+    if not 0 < sum(counts.values()) < float("inf"):
+        raise UsageError(f"{path} holds no counts, or too large ones; give a gene and its count in each line")
     return counts
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from seal_extract.errors import UsageError
 from seal_extract.genes.decoder import GeneDecoder
+from seal_extract.genes.panel import is_plain, read_text
 
 MOST_MISSING = 20  # genes that a line names
 
@@ -39,6 +40,9 @@ class Signature:
         if not self.weights or bad:
             what = f"the weight {self.weights[bad[0]]:g} for {bad[0]}" if bad else "no gene"
             raise UsageError(f"the signature {self.name} has {what}; give genes with finite weights but 0")
+        unprintable = next((name for name in (self.name, *self.weights) if not is_plain(name)), None)
+        if unprintable is not None:
+            raise UsageError(f"{unprintable!r} is no name of a gene or signature; give names in plain text")
 
     def __repr__(self) -> str:
         return f"Signature({self.name}: {len(self.weights)} genes)"
@@ -139,11 +143,7 @@ def read_gmt(path: str | Path) -> dict[str, Signature]:
     Raises:
         UsageError: missing, not text, empty, or with a line that is no set.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"cannot read {path}: {reason}; give a GMT file, such as MSigDB's") from exc
+    lines = read_text(path, str(path), "a GMT file, such as MSigDB's").splitlines()
     sets: dict[str, Signature] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
