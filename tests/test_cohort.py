@@ -273,8 +273,10 @@ def test_a_defect_that_one_slide_meets_is_told_with_its_traceback_and_stops_no_o
 ):
     from seal_extract.view.overlay import draw_overlay
 
-    def defect(slide, *args):
-        return {}["brought to light"] if slide.path.stem == "slide_0001" else draw_overlay(slide, *args)
+    def defect(slide, *rest, **how):
+        if slide.path.stem == "slide_0001":
+            raise KeyError("brought to light")
+        draw_overlay(slide, *rest, **how)
 
     monkeypatch.setattr("seal_extract.planned.draw_overlay", defect)
     log = tmp_path / "log.jsonl"
