@@ -52,11 +52,14 @@ def from_cell(text: str) -> str:
     return _ESCAPED.sub(char, text[1:] if text[:1] == "'" and _FORMULA.match(text) else text)
 
 
-def choose_names(paths: Sequence[Path], given: Mapping[Path, str] | None = None) -> list[str]:
+def choose_names(
+    paths: Sequence[Path], names: Sequence[str] | None = None, given: Mapping[Path, str] | None = None
+) -> list[str]:
     """Stems; names with suffix where one folder has two of a stem; folders in front where that clashes.
 
     Args:
         paths: of the slides, resolved.
+        names: that they have in a longer list; they stay but where they clash with those given before.
         given: names that slides have got before, by their paths. They keep them, and no other slide gets
             one: a slide that has moved, so that its old path is gone, counts as the same.
     """
@@ -64,23 +67,27 @@ def choose_names(paths: Sequence[Path], given: Mapping[Path, str] | None = None)
     owners = {name: path for path, name in given.items()}
     stems = Counter(path.with_suffix("") for path in {*paths, *given})
     tails = [path.name if stems[path.with_suffix("")] > 1 else path.stem for path in paths]
-    names = [given.get(path, tail) for path, tail in zip(paths, tails, strict=True)]
+    kept = {
+        given[path]: path for path in reversed(paths) if path in given
+    }  # of a slide and its copy the first
+    fixed = {path: name for name, path in kept.items()}
+    names = [fixed.get(path, name) for path, name in zip(paths, names or tails, strict=True)]
     depth = 0
     while True:
         counts = Counter(names)
         clashing = [
             i
             for i, path in enumerate(paths)
-            if path not in given and (counts[names[i]] > 1 or _is_taken(names[i], path, owners))
+            if path not in fixed and (counts[names[i]] > 1 or _is_taken(names[i], path, owners))
         ]
         if not clashing:
             return names
-        depth += 1
         for i in clashing:
             folders = [part for part in paths[i].parent.parts if part != paths[i].anchor]
             if depth > len(folders):  # a__b/c and a/b__c
                 tails[i] = hashlib.sha256(str(paths[i]).encode(errors="surrogateescape")).hexdigest()[:8]
-            names[i] = SEPARATOR.join([*folders[-depth:], tails[i]])
+            names[i] = SEPARATOR.join([*folders[max(0, len(folders) - depth) :], tails[i]])
+        depth += 1
 
 
 def _is_taken(name: str, path: Path, owners: Mapping[str, Path]) -> bool:
@@ -100,10 +107,13 @@ def written_twice(files: Iterable[tuple[Path, dict[str, Any]]]) -> set[Path]:
     Args:
         files: features files, each with its provenance.
     """
-    newest: dict[tuple[Path, str], Path] = {}
+    newest: dict[tuple[Path, Path], Path] = {}
     older: set[Path] = set()
     for path, made in sorted(files, key=lambda file: (file[1].get("written", ""), file[0])):
-        before = newest.get(key := (path.parent, made["slide"].get("path", path.stem)))
+        slide = Path(made["slide"].get("path", ""))
+        if not slide.name or not path.stem.endswith((slide.stem, slide.name)):  # as `choose_names` gives none
+            continue
+        before = newest.get(key := (path.parent, slide))
         if before is not None:
             older.add(before)
             warnings.warn(f"{before} is left out: {path.name} beside it is of the same slide", stacklevel=3)

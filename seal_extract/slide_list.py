@@ -336,5 +336,6 @@ def _refuse_twice(entries: Sequence[SlideEntry]) -> None:
 
 def with_names(entries: Sequence[SlideEntry], given: Mapping[Path, str] | None = None) -> list[SlideEntry]:
     """The slides under names of their own; see `choose_names`."""
-    names = choose_names([entry.resolved().path for entry in entries], given)
+    names = [entry.name for entry in entries] if given is not None else None
+    names = choose_names([entry.resolved().path for entry in entries], names, given)
     return [replace(entry, name=name) for entry, name in zip(entries, names, strict=True)]

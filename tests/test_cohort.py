@@ -121,6 +121,16 @@ def test_a_slide_keeps_its_name_in_whatever_company(drawn_slides, encoder, tmp_p
     assert set(read_status(out / "status.csv")) == set(expected)
 
 
+def test_shards_call_slides_as_the_whole_list_does(drawn_slides, encoder, tmp_path):
+    slides = list_slides([plant(tmp_path / "slides", drawn_slides, "a/s.svs", "b/s.svs", "b/t.svs")])
+    for _ in range(2):
+        for index in (1, 2, 3):
+            extract_cohort(
+                slides.shard(index, 3), encoder, tmp_path / "out", status_name=f"status_{index}.csv"
+            )
+        assert set(named(tmp_path / "out")) == {"a__s", "b__s", "t"}
+
+
 def test_a_slide_that_has_moved_keeps_its_name(drawn_slides, encoder, tmp_path):
     plant(tmp_path / "a", drawn_slides, "s.svs")
     extract_cohort(tmp_path / "a", encoder, tmp_path / "out")

@@ -6,6 +6,7 @@ import pytest
 from conftest import shared
 
 from seal_extract.errors import UsageError
+from seal_extract.names import choose_names
 from seal_extract.slide_list import SlideEntry, list_slides
 
 
@@ -90,6 +91,14 @@ def test_folders_whose_names_read_alike_together_are_kept_apart(tree):
     folder = tree("a__b/c.svs", "a/b__c.svs", "d/c.svs", "d/b__c.svs")
     found = [entry.name for entry in list_slides([folder]).entries]
     assert len(set(found)) == 4
+
+
+def test_a_slide_and_its_copy_that_once_had_one_name_get_two(tree):
+    folder = tree("a/s.svs", "b/s.svs")
+    paths = [folder / "a/s.svs", folder / "b/s.svs"]
+    given = dict.fromkeys(paths, "s")
+    assert choose_names(paths, ["a__s", "b__s"], given) == ["s", "b__s"]
+    assert choose_names(paths[1:], ["s"], given) == ["s"]
 
 
 def test_a_slide_given_twice_is_refused(tree):

@@ -8,6 +8,7 @@ import threading
 import time
 from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from cohort_fixtures import contents, link_cohort
@@ -124,6 +125,7 @@ def test_what_a_killed_run_has_staged_is_swept_away(tmp_path):
 STAGE_AND_WAIT = """
 import sys, time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from seal_extract.staging import Stage
 stage = Stage(Path(sys.argv[1]), 10**6)
 print(*Path(sys.argv[1]).glob("seal_extract-*"), flush=True)
@@ -147,11 +149,16 @@ def test_copies_lie_in_a_folder_that_nobody_can_have_made_before(drawn_slides, t
             assert (own.stat().st_mode & 0o777, own.stat().st_uid) == (0o700, os.geteuid())
 
 
+@pytest.fixture
+def open_to_all():
+    """A folder that every user can reach, as those of pytest are not."""
+    with TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can be two users")
-def test_a_folder_in_which_others_could_exchange_copies_is_refused(tmp_path):
-    tmp_path.chmod(0o755)
-    for parent in tmp_path.parents[:-2]:
-        parent.chmod(0o755)
+def test_a_folder_in_which_others_could_exchange_copies_is_refused(open_to_all):
     for name, owner, mode, said in (
         ("another's", 1, 0o755, "belongs to another user"),
         ("open", 65534, 0o777, "may be written to by all users"),
@@ -159,7 +166,7 @@ def test_a_folder_in_which_others_could_exchange_copies_is_refused(tmp_path):
         ("of root", 0, 0o1777, "made"),
         ("own", 65534, 0o755, "made"),
     ):
-        folder = tmp_path / name
+        folder = open_to_all / name
         folder.mkdir()
         os.chown(folder, owner, owner)
         folder.chmod(mode)
@@ -170,6 +177,7 @@ def test_a_folder_in_which_others_could_exchange_copies_is_refused(tmp_path):
 STAGE_AS_NOBODY = """
 import os, sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from seal_extract.staging import Stage
 os.setegid(65534), os.seteuid(65534)
 try:
