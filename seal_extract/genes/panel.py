@@ -50,6 +50,7 @@ def read_text(path: str | os.PathLike[str], what: str, give: str) -> str:
             raise ValueError(f"it has {status.st_size / 1e6:.0f} MB; allowed: {MOST_BYTES / 1e6:.0f}")
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as exc:
-        reason = "it is not UTF-8 text" if isinstance(exc, UnicodeDecodeError) else exc
-        reason = exc.strerror if isinstance(exc, OSError) else reason
+        reason = str(exc.strerror if isinstance(exc, OSError) else exc)
+        if isinstance(exc, UnicodeDecodeError):
+            reason = "it is not UTF-8 text"
         raise UsageError(f"cannot read {what}: {reason}; give {give}") from exc
