@@ -86,7 +86,7 @@ class SlideFeatures:
     @cached_property
     def barcodes(self) -> tuple[str, ...] | None:
         """The name of each patch, as ready-cut ones have it; None for patches of a grid."""
-        with h5py.File(self.path, "r") as file:
+        with reading(self.path), open_hdf5(self.path) as file:
             return tuple(file[BARCODE].asstr()[()].tolist()) if BARCODE in file else None
 
     @cached_property
