@@ -34,6 +34,7 @@ SMOOTH_INK = 0.15  # fine texture / optical density: ink below, even over tissue
 SMOOTH_LIKE_STAIN = 0.1  # the same for inks whose colour is not far from eosin's or haematoxylin's
 STRONG_INK = 0.15  # optical density where a stroke is sure, and ...
 FAINT_INK = 0.08  # ... where it fades out
+FAINT_BLUE = 0.04  # both for the green and blue inks farthest from any stain
 STAINED = 0.1  # optical density of smooth tissue (colloid, mucin)
 GREY = 0.03  # optical density from which on a lack of colour can be told
 DARKEST_GLASS = 0.25  # optical density of bare glass under a dim or coloured lamp
@@ -193,9 +194,10 @@ def _ink(density: Floats, roughness: Floats) -> tuple[Mask, Mask]:
     black_over_tissue = (low > 0.3) & (high - low < 0.45 * high)
     green_or_blue = red - blue > 0.75 * green
     foreign = (roughness < SMOOTH_INK) & (greyish | black_over_tissue | green_or_blue)
+    faint = (roughness < SMOOTH_INK) & (red - blue > green) & (high > FAINT_BLUE)
 
     reddish, bluish = blue > 0.65 * green, red > 1.15 * green
     smooth = roughness < SMOOTH_LIKE_STAIN
     sure: Mask = foreign | (smooth & ((reddish & (red < 0.13 * green)) | bluish))
     fading: Mask = foreign | (smooth & ((reddish & (red < 0.25 * green)) | bluish))
-    return sure & (high > STRONG_INK), fading & (high > FAINT_INK)
+    return faint | (sure & (high > STRONG_INK)), faint | (fading & (high > FAINT_INK))

@@ -269,7 +269,10 @@ def test_two_encoders_share_the_coordinates(tmp_path, layout):
 def test_other_coordinates_of_a_slide_are_not_replaced_without_overwrite(tmp_path):
     place, _, _ = write(tmp_path, "clam", n=50)
     label, other = SlideLabel("a", SIZE, 0.25), grid_of(20)
-    with pytest.raises(OutputError, match=r"exists, with 50 other patches than these 20; type --overwrite"):
+    with pytest.raises(
+        OutputError,
+        match=r"exists, with 50 other patches than these 20; type --coords .* to take those, --overwrite",
+    ):
         place.write_coords(label, other, provenance_of(other))
     assert len(clam_extracts_from(place.coords("a"))) == 50
     place.write_coords(label, other, provenance_of(other), overwrite=True)

@@ -169,6 +169,15 @@ def test_pen_is_dropped_and_the_tissue_beside_it_kept(ink, blur_um):
     assert_tissue(found(od), piece)
 
 
+@pytest.mark.parametrize("width_um", [60, 400])
+@pytest.mark.parametrize("strength", [0.1, 0.15, 0.25])
+def test_a_faint_blue_stroke_is_dropped_and_the_tissue_beside_it_kept(strength, width_um):
+    piece = blob()
+    uneven = stroke(width_um, blur_um=8) * (1 + 0.15 * noise(3, 2)[..., None])
+    od = CLEAR_GLASS + piece[..., None] * section() + strength * uneven * np.array(INKS["blue"])
+    assert_tissue(found(od), piece)
+
+
 def test_pen_over_fat_is_dropped():
     over = stroke(start=(500, 0), end=(500, SIDE))
     mask = found(CLEAR_GLASS + fat() + over * np.array(INKS["red"]))

@@ -164,7 +164,7 @@ class Layout(ABC):
         if there is not None and not overwrite:
             raise OutputError(
                 f"{path} exists, with {len(there[0])} other patches than these {len(grid)}; "
-                f"type --overwrite to replace it, or another -o"
+                f"type --coords {path.parent} to take those, --overwrite to replace them, or another -o"
             )
 
         def keep(path: Path) -> bool:
