@@ -33,6 +33,7 @@ from seal_extract.errors import (
     SlideOpenError,
     UnsupportedSlideError,
 )
+from seal_extract.tiff import tiles_longer_than_the_file
 from seal_extract.tiff_pixels import (
     ome_mpp,
     refuse_alpha,
@@ -190,6 +191,7 @@ class OpenSlideReader(Reader):
             self.bounds_l0 = self._bounds()
             refuse_other_pixels(path, self.sizes_px)
             refuse_alpha(path, self.sizes_px)
+            self._too_long = tiles_longer_than_the_file(path)  # none, as a rule
             power = properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER)
             hint = f" (only that its objective was {power}x, which is no measure)" if power else ""
             self._set_mpp(mpp, _openslide_mpp(properties), hint)
@@ -205,6 +207,8 @@ class OpenSlideReader(Reader):
 
     def read_region(self, xy_l0: tuple[int, int], level: int, size_px: tuple[int, int]) -> Array:
         """See `Slide.read_region`."""
+        if self._too_long:
+            self._refuse_too_long(xy_l0, level, size_px)
         handle = self._handle
         rgba: Image.Image | Exception | None = None
         with contextlib.suppress(OpenSlideError):
@@ -215,6 +219,12 @@ class OpenSlideReader(Reader):
         if isinstance(rgba, Exception):
             raise self._read_error(xy_l0, level, size_px, rgba) from rgba.with_traceback(None)
         return np.asarray(rgba.convert("RGB"))  # transparent becomes black, as in the field's other tools
+
+    def _refuse_too_long(self, xy_l0: tuple[int, int], level: int, size_px: tuple[int, int]) -> None:
+        begin = np.array(xy_l0) / self.levels[level].downsample
+        tiles = self._too_long.get(self.levels[level].size_px, np.empty((0, 4), np.int64))
+        if ((tiles[:, :2] < begin + size_px) & (tiles[:, 2:] > begin)).all(1).any():
+            raise self._read_error(xy_l0, level, size_px, "a tile claims more bytes than the file has")
 
     def _read_afresh(
         self, failed: Any, xy_l0: tuple[int, int], level: int, size_px: tuple[int, int]

@@ -260,6 +260,24 @@ def counted(directory: Directory, *tables: int) -> int:
     return min(directory[tag].count if tag in directory else 0 for tag in tables)
 
 
+def tiles_longer_than_the_file(path: Path) -> dict[tuple[int, int], NDArray[np.int64]]:
+    """Tiles that claim more bytes than there are: OpenSlide ends the process where it cannot have the memory.
+
+    Returns:
+        By the (width, height) of their directory, int64 [K, 4] of (left, top, right, bottom) in its pixels.
+    """
+    tiff = read_tiff(path)
+    found = {}
+    for directory in tiff.directories:
+        too_long = np.flatnonzero(tiff.values(directory.get(TILE_BYTE_COUNTS)) > tiff.bytes)
+        if len(too_long):
+            w, h = directory.number(TILE_WIDTH), directory.number(TILE_LENGTH)
+            across = -(-directory.size_px[0] // w)
+            left, top = too_long % across * w, too_long // across * h
+            found[directory.size_px] = np.stack([left, top, left + w, top + h], 1)
+    return found
+
+
 def refuse_truncated(path: Path) -> None:
     """Refuse a TIFF that ends before its directories or tiles do: tiffslide would give what is left of it.
 

@@ -11,11 +11,13 @@ import pytest
 import tifffile
 from bombs import write_tiffs
 from conftest import shared
+from slide_helpers import Damage
 
 from seal_extract import open_slide
 from seal_extract.errors import ResolutionError, SlideOpenError, UnsupportedSlideError
 from seal_extract.slide_list import SlideEntry
 from seal_extract.slide_mpp import open_entry
+from seal_extract.synthetic import write_synthetic_slide
 
 NOISE = np.random.default_rng(0).integers(90, 256, (200, 300, 4), dtype=np.uint8)
 RGB = NOISE[..., :3]
@@ -58,6 +60,18 @@ def test_four_damaged_bytes_of_a_real_slide_do_not_hang(tmp_path):
     assert "lead in a circle" in line
     with pytest.raises(SlideOpenError, match="lead in a circle"):
         open_slide(path)
+
+
+def test_a_tile_that_claims_4_gb_is_refused_without_asking_for_them(tmp_path):
+    """Without the memory OpenSlide ends the process."""
+    svs = write_synthetic_slide(tmp_path / "a.svs", (600, 500), mpp=0.5, downsamples=(1,))
+    path = Damage(svs, tmp_path / "b.svs").set("TileByteCounts", 0, 2**32 - 1).write()
+    (line,) = lines_about([path])
+    assert "level-0 (0, 0): a tile claims more bytes than the file has" in line
+    with open_slide(path) as slide, open_slide(svs) as whole:
+        np.testing.assert_array_equal(
+            slide.read_region((300, 256), 0, (200, 200)), whole.read_region((300, 256), 0, (200, 200))
+        )
 
 
 # --- pixels -----------------------------------------------------------------------------------
