@@ -71,7 +71,7 @@ class StatusRow:
         entry = result.entry
         where: dict[str, Any] = {"slide": entry.source, "name": entry.name, "case_id": entry.case_id or ""}
         if result.error is not None:
-            reason = " ".join(str(result.error).split())
+            reason = " ".join(str(result.error).split())[:MOST_WORDS]
             return cls(**where, status=FAILED, grid=grid, seconds=round(result.seconds, 2), reason=reason)
         first = result.features[0]
         slide, tissue = first.provenance["slide"], first.provenance["tissue"]
@@ -99,6 +99,8 @@ def _share(value: float | None) -> float | None:
     return None if value is None else round(value, 4)
 
 
+MOST_WORDS = 4_000  # characters of a reason
+csv.field_size_limit(2**31 - 1)  # a table with a longer field than 131,072 bytes would be read as none
 COLUMNS = tuple(field.name for field in fields(StatusRow))
 
 

@@ -414,6 +414,29 @@ def test_the_one_picture_of_an_older_version_is_shown_and_its_row_taken_up(cohor
     assert len(read_status_rows(out / "status.csv")) == 5
 
 
+def test_a_table_with_a_field_of_any_length_is_read(tmp_path):
+    table = StatusFile(tmp_path / "status.csv", [StatusRow("a.svs", "a", "done", patches=1)])
+    table.add(StatusRow("b.svs", "b", "failed", reason="x" * 200_000))
+    assert sorted(read_status(table.path)) == ["a", "b"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a disk that is always full")
+def test_a_full_log_or_output_or_one_of_ascii_stops_no_run(cohort, encoder_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    words = (cohort, "--encoder", encoder_folder, "-q")
+    ascii_ = run(*words, "-o", tmp_path / "a", "--log-json", "/dev/full")
+    assert (ascii_.returncode, ascii_.stderr.count("\n")) == (0, 1)
+    assert "--log-json can no longer be written (No space left on device); the run goes on" in ascii_.stderr
+    assert r"\xb5m/px by openslide" in ascii_.stdout
+    with open("/dev/full", "w") as full:
+        lost = subprocess.run(
+            command(*words, "-o", tmp_path / "b"), stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert (lost.returncode, lost.stderr.count("\n")) == (0, 1)
+    assert "standard output can no longer be written" in lost.stderr
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
 # --- tables of slides -------------------------------------------------------------------------
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from seal_extract.cli.fail import fail
 from seal_extract.errors import OutputError, SealExtractError, UnexpectedError
 from seal_extract.names import shown
 
@@ -44,7 +45,13 @@ class Events:
         if self._file is not None:
             now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
             said = {"time": now, "event": event, **{key: _printable(fact) for key, fact in facts.items()}}
-            print(json.dumps(said), file=self._file, flush=True)
+            try:
+                print(json.dumps(said), file=self._file, flush=True)
+            except OSError as exc:  # a disk that is full ends no run
+                self._file = None
+                with suppress(OSError):
+                    self._closing.close()
+                fail(f"--log-json can no longer be written ({exc.strerror}); the run goes on without it", 1)
 
     def tell_result(self, result: SlideResult) -> None:
         """What became of a slide."""

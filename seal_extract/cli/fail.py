@@ -1,5 +1,6 @@
 """What is said on the terminal, where no name of a file or slide may move the cursor."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -8,8 +9,18 @@ from seal_extract.names import shown
 
 def say(*lines: object, error: bool = False) -> None:
     """Print lines on standard output, or standard error, at once; see `shown`."""
+    stream = sys.stderr if error else sys.stdout
     for line in lines:
-        print(shown(str(line)), file=sys.stderr if error else sys.stdout, flush=True)
+        encoding = stream.encoding or "utf-8"  # ASCII, for some terminals and logs
+        text = shown(str(line)).encode(encoding, "backslashreplace").decode(encoding)
+        try:
+            print(text, file=stream, flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError as exc:  # a disk that is full ends no run
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            if not error:
+                fail(f"standard output can no longer be written ({exc.strerror}); the run goes on", 1)
 
 
 def passing_line(quiet: bool) -> Callable[[str], None]:
