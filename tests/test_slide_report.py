@@ -665,3 +665,16 @@ def test_a_large_slide_stays_small_enough_to_mail(tmp_path, drawn_slides, featur
     )
     assert size < 15e6
     assert page.console() == []
+
+
+def test_damaged_slides_are_named_and_the_others_have_their_page(drawn_slides, tiny, tmp_path):
+    paths = [extract(slide, tiny, tmp_path / "run").path for slide in drawn_slides]
+    with h5py.File(paths[0], "a") as file:
+        file["features"][0, 0] = np.nan
+    paths[1].write_bytes(paths[1].read_bytes()[:5000])
+    done = run("report", tmp_path / "run", "--no-genes", "-o", tmp_path / "pages")
+    assert done.returncode == 1
+    assert f"{paths[0]} holds NaN or infinity" in done.stderr
+    assert f"{paths[1]} cannot be read" in done.stderr
+    assert "2 of 3 slides failed" in done.stderr
+    assert [page.name for page in (tmp_path / "pages").iterdir()] == [f"{paths[2].stem}.html"]

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seal_extract.cli.fail import fail, say
-from seal_extract.cli.genes import add_decoder, add_slides, decoder_for, finished_features, one_file_each
+from seal_extract.cli.genes import (
+    add_decoder,
+    add_slides,
+    decoder_for,
+    finished_features,
+    one_file_each,
+    sound_features,
+)
 from seal_extract.cli.options import Parser, add_common
 from seal_extract.errors import EncoderError, SealExtractError, UsageError
 
@@ -62,6 +69,7 @@ def run_report(args: argparse.Namespace) -> int:
     slides, damaged = finished_features(args.features, args.encoder)
     check_one_encoder(slides)
     one_file_each(slides, lambda slide: report_path(slide, args.out))
+    slides, damaged = sound_features(slides, damaged)
     decoder = _decoder(args, slides)
     genes = [g.strip() for g in args.genes.split(",") if g.strip()] if args.genes else None
     signatures = [read_signature(text) for text in args.signature]
