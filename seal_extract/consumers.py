@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import h5py
 import numpy as np
@@ -196,6 +197,9 @@ def check_tensor(seen: Seen) -> None:
         return
     seen.rows, seen.dim = tensor.shape
     _count(seen, (tensor.numpy(),), recorded=0)
+    with ZipFile(seen.path) as archive:  # torch.load looks at no checksum
+        if archive.testzip() is not None:
+            seen.short("its values are not those that were written: damaged on the disk; export it again")
     if not seen.rows:
         seen.short("no patches; a bag without rows cannot be trained on: leave the slide out")
 
@@ -263,6 +267,7 @@ def _coords(seen: Seen, file: h5py.File, kind: Any = np.integer) -> h5py.Dataset
     if coords.ndim != 2 or coords.shape[1] != 2 or not np.issubdtype(coords.dtype, kind):
         seen.short(f"'coords' is {coords.dtype} {list(coords.shape)}; taken: {wanted}")
         return None
+    coords[()]  # raises where a checksum is wrong
     if seen.rows is not None and len(coords) != seen.rows:
         seen.short(f"{len(coords)} coordinates for {seen.rows} rows of features; they must be as many")
     return coords

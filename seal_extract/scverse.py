@@ -143,7 +143,7 @@ def read_h5ad_provenance(path: Path) -> dict[str, Any] | None:
 def _write_rows(file: h5py.File, shape: tuple[int, int], pieces: Iterable[NDArray[np.float32]]) -> None:
     n, dim = shape
     chunks = (max(1, min(n, CHUNK_BYTES // (4 * dim))), dim) if n and dim else None
-    rows, done = file.create_dataset("X", shape, np.float32, chunks=chunks), 0
+    rows, done = file.create_dataset("X", shape, np.float32, chunks=chunks, fletcher32=chunks is not None), 0
     for piece in pieces:
         rows[done : done + len(piece)] = piece
         done += len(piece)

@@ -30,11 +30,10 @@ PROVENANCE = "seal_extract"  # at the root; "encoder" and "stamp_version" there 
 EXPORTED_FROM = "exported_from"  # in the provenance of a copy in another layout
 PIXELS, MICROMETRES = "features", "feats"  # datasets of rows; STAMP's has coords in µm
 BARCODE = "barcode"  # dataset of the patches' names, where they have some
-CHUNK_BYTES = 2**20  # a chunk of features is some hundred rows, never one
+CHUNK_BYTES = 2**18  # a chunk of features is some hundred rows, never one; it has one checksum
 PIECE_BYTES = 2**24  # rows copied from file to file at a time
 
 NO_FEATURES = ("patches", "expression_", "slide_features_")  # folders of other files of ours
-
 Describe = Callable[[h5py.File], None]
 Keep = Callable[[Path], bool]
 Found = TypeVar("Found")
@@ -174,7 +173,8 @@ def write_rows(
     with new_hdf5(path, keep) as (file, disk):
         rows = max(1, min(shape[0], CHUNK_BYTES // max(1, np.dtype(dtype).itemsize * shape[1])))
         chunks = (rows, shape[1]) if all(shape) else None  # HDF5 has no chunks of nothing
-        writer = FeatureWriter(path, file.create_dataset(dataset, shape, dtype, chunks=chunks), disk)
+        checked = file.create_dataset(dataset, shape, dtype, chunks=chunks, fletcher32=chunks is not None)
+        writer = FeatureWriter(path, checked, disk)
         describe(file)
         yield writer
         writer.check()

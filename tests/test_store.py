@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from seal_extract.errors import GeometryError, OutputError
+from seal_extract.genes.feature_rows import RowPlaces
 from seal_extract.grid import PatchGrid, read_grid
+from seal_extract.layouts import layout_of_grid
 from seal_extract.layouts.pixels import write_pixel_features
 from seal_extract.store import (
     SlideLabel,
@@ -133,6 +135,36 @@ def test_a_folder_of_damaged_features_alone_says_so(tmp_path):
     (tmp_path / "a.h5").write_bytes(b"short")
     with pytest.raises(OutputError, match=r"holds no features file of seal_extract \(.*a\.h5 cannot be read"):
         list_features(tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["trident", "clam", "stamp", "flat"])
+@pytest.mark.parametrize("dataset", ["rows", "coords"])
+def test_values_that_changed_on_the_disk_are_one_line_to_every_reader(tmp_path, layout, dataset):
+    grid, place = grid_of(50), layout_of_grid(layout, tmp_path, grid_of(50))
+    rows = np.random.default_rng(1).standard_normal((50, DIM)).astype(np.float32)
+    with place.write_features(SLIDE, grid, "tiny", DIM, provenance_of(grid)) as writer:
+        writer.append(rows)
+    path = place.features("drawn", "tiny")
+    good, places = read_features(path), RowPlaces.of(path)
+    with h5py.File(path) as file:
+        at = file[place.dataset if dataset == "rows" else "coords"].id.get_chunk_info(0).byte_offset + 40
+    state = (path.stat().st_size, path.stat().st_mtime_ns)
+    same = places.read(good, np.array([7, 49]), state)
+    np.testing.assert_array_equal(same, rows[[7, 49]].astype(places.dtype))
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+    folder = tmp_path if layout == "clam" else path.parent
+    (finding,) = (f for f in verify(folder, VERIFIED[layout]) if f.path == path)
+    assert "cannot be read to its end" in finding.problem
+    with pytest.raises(OutputError, match=r"cannot be read .*; encode that slide again"):
+        read_features(path).features.sum()
+    if dataset == "rows":
+        with pytest.raises(OutputError, match=r"damaged at row 7; encode that slide again"):
+            places.read(good, np.array([7]), (path.stat().st_size, path.stat().st_mtime_ns))
+
+
+VERIFIED = {"trident": "patho-bench", "clam": "clam", "stamp": "stamp", "flat": "patho-bench"}
 
 
 # --- hostile files ----------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from io import RawIOBase
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,14 @@ class RowPlaces:
         dim: columns.
         chunk_rows: rows in a chunk.
         chunks: byte at which each begins; none where rows can only be had through HDF5.
+        checked: a checksum follows each chunk.
     """
 
     dtype: str
     dim: int
     chunk_rows: int
     chunks: tuple[int, ...] = ()
+    checked: bool = False
 
     @classmethod
     def of(cls, path: Path) -> RowPlaces:
@@ -49,12 +51,13 @@ class RowPlaces:
             with open_hdf5(path) as file:
                 rows = _rows(file)
                 (count, dim), dtype, chunk = rows.shape, rows.dtype.str, rows.chunks
-                plain = rows.id.get_create_plist().get_nfilters() == 0 and not rows.external
+                plist, checked = rows.id.get_create_plist(), rows.fletcher32
+                plain = plist.get_nfilters() == int(checked)
                 if not (plain and chunk and chunk[1] == dim and dtype in LAYABLE):
                     return cls(dtype, dim, 1)
                 infos = [rows.id.get_chunk_info_by_coord((row, 0)) for row in range(0, count, chunk[0])]
                 places = tuple(info.byte_offset for info in infos)
-                return cls(dtype, dim, chunk[0], () if None in places else places)
+                return cls(dtype, dim, chunk[0], () if None in places else places, checked)
         except DAMAGED as exc:
             raise OutputError(f"{path} cannot be read ({exc}); encode that slide again") from exc
 
@@ -69,7 +72,7 @@ class RowPlaces:
             state: size in bytes and time in ns that the file had when it was looked up.
 
         Raises:
-            OutputError: it has another by now.
+            OutputError: it has another by now, or a row is not what was written.
         """
         try:
             with slide.path.open("rb", buffering=0) as file:
@@ -89,11 +92,27 @@ class RowPlaces:
                 "it up to date"
             ) from exc
 
-    def _row(self, file: RawIOBase, row: int) -> NDArray[Any]:
+    def _row(self, file: FileIO, row: int) -> NDArray[Any]:
         width = self.dim * np.dtype(self.dtype).itemsize
-        start = self.chunks[row // self.chunk_rows] + row % self.chunk_rows * width
+        start, within = self.chunks[row // self.chunk_rows], row % self.chunk_rows * width
+        if not self.checked:
+            file.seek(start + within)
+            return np.frombuffer(file.read(width) or b"", self.dtype, self.dim)
         file.seek(start)
-        return np.frombuffer(file.read(width) or b"", self.dtype, self.dim)
+        chunk = file.read(self.chunk_rows * width + 4) or b""
+        if not _is_whole(chunk):
+            raise OutputError(
+                f"{file.name} is damaged at row {row}; encode that slide again with --overwrite"
+            )
+        return np.frombuffer(chunk, self.dtype, self.dim, within)
+
+
+def _is_whole(chunk: bytes) -> bool:
+    """Whether the last four bytes are the checksum of the others: HDF5's fletcher32, modulo 65535."""
+    words = np.frombuffer(chunk[:-4], ">u2").astype(np.int64)
+    said = int.from_bytes(chunk[-4:], "little")
+    first, second = int(words.sum()), int((words * np.arange(len(words), 0, -1)).sum())
+    return len(chunk) > 4 and (first - (said & 0xFFFF)) % 65535 == 0 and (second - (said >> 16)) % 65535 == 0
 
 
 def _rows(file: h5py.File) -> h5py.Dataset:

@@ -15,7 +15,7 @@ from seal_extract.errors import OutputError, UsageError
 from seal_extract.genes.contents import EXPRESSION, Contents, source_provenance, to_write
 from seal_extract.genes.decoder import GeneDecoder
 from seal_extract.genes.signature import FittedSignature, Signature
-from seal_extract.hdf5 import DAMAGED, open_hdf5
+from seal_extract.hdf5 import DAMAGED, checked, open_hdf5
 from seal_extract.store import SlideFeatures, read_pieces, read_provenance, write_rows
 
 GENES = "genes"  # the dataset of their names
@@ -112,7 +112,8 @@ def write_expression(
             names = np.array([s.name for s in contents.signatures], object)
             file.create_dataset(SIGNATURE_NAMES, data=names, dtype=h5py.string_dtype())
             scores = [score(features, decoder, s) for s in contents.signatures]
-            file.create_dataset(SIGNATURES, data=np.stack(scores, axis=1))
+            columns = np.stack(scores, axis=1)
+            file.create_dataset(SIGNATURES, data=columns, **checked(columns))
         file.attrs["unit"] = provenance["unit"]
 
     shape = (len(features.grid), len(contents.genes))

@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 
 from seal_extract.grid import PatchGrid
-from seal_extract.hdf5 import Disk, open_hdf5
+from seal_extract.hdf5 import Disk, checked, open_hdf5
 from seal_extract.layouts.layout import Layout
 from seal_extract.names import shown
 from seal_extract.publish import publish
@@ -76,7 +76,7 @@ class ClamLayout(Layout):
 
         def describe(file: h5py.File) -> None:
             label.add_barcodes(file)
-            file.create_dataset("coords", data=grid.xy_l0).attrs.update(
+            file.create_dataset("coords", data=grid.xy_l0, **checked(grid.xy_l0)).attrs.update(
                 patch_size=read_px,
                 patch_level=level,
                 target_patch_size=grid.patch_px,

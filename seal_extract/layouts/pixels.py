@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 
 from seal_extract.grid import PatchGrid
+from seal_extract.hdf5 import checked
 from seal_extract.names import shown
 from seal_extract.store import PIXELS, FeatureWriter, Keep, SlideLabel, write_described, write_rows
 
@@ -47,7 +48,7 @@ def create_coords(file: h5py.File, label: SlideLabel, grid: PatchGrid, folder: P
     """``coords`` int64 [N, 2] with the nine attributes, and ``padding`` where there is some."""
     label.add_barcodes(file)
     write_padding(file, grid)
-    coords = file.create_dataset("coords", data=grid.xy_l0)
+    coords = file.create_dataset("coords", data=grid.xy_l0, **checked(grid.xy_l0))
     coords.attrs.update(
         patch_size=grid.patch_px,
         patch_size_level0=grid.patch_size_l0,

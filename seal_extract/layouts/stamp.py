@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 
 from seal_extract.grid import PatchGrid
+from seal_extract.hdf5 import checked
 from seal_extract.layouts.layout import Layout
 from seal_extract.layouts.pixels import write_padding
 from seal_extract.store import MICROMETRES, FeatureWriter, Keep, SlideLabel, write_rows
@@ -43,7 +44,8 @@ class StampLayout(Layout):
         # STAMP's heatmaps divide by the µm/px that the slide file says: so the true one, not the nominal
         def describe(file: h5py.File) -> None:
             label.add_barcodes(file)
-            file.create_dataset("coords", data=(grid.xy_l0 * label.mpp).astype(np.float32))
+            coords_um = (grid.xy_l0 * label.mpp).astype(np.float32)
+            file.create_dataset("coords", data=coords_um, **checked(coords_um))
             write_padding(file, grid)
             file.attrs.update(
                 extractor=encoder,

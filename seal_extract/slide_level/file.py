@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from seal_extract.errors import OutputError, UsageError
 from seal_extract.grid import PatchGrid
-from seal_extract.hdf5 import DAMAGED, open_hdf5
+from seal_extract.hdf5 import DAMAGED, checked, open_hdf5
 from seal_extract.layouts.pixels import create_coords
 from seal_extract.provenance import first_difference
 from seal_extract.slide_level.pooling import Pooled, Pooling, Rows, check_width
@@ -203,12 +203,12 @@ def _write(path: Path, features: SlideFeatures, pooled: Pooled, provenance: dict
     label = SlideLabel(features.path.stem, tuple(slide["size_l0"]), slide["mpp"])
 
     def describe(file: h5py.File) -> None:
-        file.create_dataset(PIXELS, data=pooled.features).attrs.update(
+        file.create_dataset(PIXELS, data=pooled.features, **checked(pooled.features)).attrs.update(
             name=label.name, savetodir=str(path.parent)
         )
         create_coords(file, label, features.grid, path.parent)
         if pooled.attention is not None:
-            file.create_dataset(ATTENTION, data=pooled.attention)
-            file.create_dataset(SCORES, data=pooled.scores)
+            file.create_dataset(ATTENTION, data=pooled.attention, fletcher32=True)
+            file.create_dataset(SCORES, data=pooled.scores, fletcher32=True)
 
     write_described(path, provenance, describe)
