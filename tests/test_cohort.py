@@ -262,7 +262,7 @@ BAD = {
     "patch of 10,000,000": (coordinates_with("patch_size_level0", 10**7), "10000000 level-0 px wide, and"),
     "encoder's patch": (coordinates_with("patch_size", 10**6), "patch_size is 1000000 px; allowed: up to"),
     "level": (coordinates_with("patch_size_level0", np.inf), "patch_size_level0 is 'inf'; allowed"),
-    "400 digits": (outline_with("1" * 400), "slide_0001"),
+    "400 digits": (outline_with("1" * 400), "a ring is not a list"),
     "0 µm/px": (resolution_of("0"), "table gives 0 µm/px, which cannot be true"),
     "NaN µm/px": (resolution_of("nan"), "table gives nan µm/px, which cannot be true"),
 }
