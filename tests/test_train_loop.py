@@ -323,3 +323,19 @@ def test_check_reads_the_options_and_no_more(study, capsys):
     assert main(["train", "--check", str(write_config(study))]) == 0
     assert "batch_size=12" in capsys.readouterr().out
     assert not (study / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("batch_size = -4", "batch_size is -4; allowed: 1 or more"),
+        ("[loop]\nlr = nan", "lr is nan; it has to be a number"),
+        ("[omics]\nkl = inf", "kl is inf; it has to be a number"),
+    ],
+)
+def test_numbers_that_no_training_can_have_are_refused(tmp_path, line, words):
+    (tmp_path / "config.toml").write_text(
+        f'name = "ours"\nencoder = "conch"\nout = "ours"\ndata = {{sections = []}}\n{line}\n'
+    )
+    with pytest.raises(UsageError, match=words):
+        read_config(tmp_path / "config.toml")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -109,6 +110,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UsageError(f"method is {self.method!r}; allowed: {', '.join(METHODS)}")
+        if self.batch_size < 1:
+            raise UsageError(f"batch_size is {self.batch_size}; allowed: 1 or more")
         if self.projection not in KINDS:
             raise UsageError(f"projection is {self.projection!r}; allowed: {', '.join(KINDS)}")
 
@@ -158,6 +161,8 @@ def _record(kind: type[T], values: Any, where: str) -> T:
 def _value(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _record(hint, value, where)  # type: ignore[arg-type]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{where} is {value}; it has to be a number")
     options = [h for h in get_args(hint) if h is not NoneType]
     if getattr(hint, "__origin__", None) is tuple:
         if not isinstance(value, list):
