@@ -58,7 +58,11 @@ def files_for(folder: str | os.PathLike[str], consumer: str) -> dict[Path, Check
         raise UsageError(f"{folder} is no folder; give the one that {consumer} would read")
     files = CONSUMERS[consumer](folder)
     if not files:
-        raise UsageError(f"{folder} holds nothing that {consumer} reads: looked for {LOOKED_FOR[consumer]}")
+        layout = LAYOUT_FOR.get(consumer, consumer)
+        raise UsageError(
+            f"{folder} holds nothing that {consumer} reads: looked for {LOOKED_FOR[consumer]}; "
+            f"a finished run becomes that by: seal-extract export {folder} --layout {layout} -o {layout}"
+        )
     return files
 
 
@@ -67,8 +71,12 @@ def files_for(folder: str | os.PathLike[str], consumer: str) -> dict[Path, Check
 
 def _trident_files(folder: Path) -> dict[Path, Check]:
     coords = [p for p in _below(folder, "*_patches.h5") if p.parent.name == "patches"]
-    features = [p for p in _below(folder, "*.h5") if p.parent.name.startswith("features_")]
+    features = _trident_features(folder)
     return dict.fromkeys(coords, in_hdf5(trident_coords)) | dict.fromkeys(features, in_hdf5(trident_features))
+
+
+def _trident_features(folder: Path) -> list[Path]:
+    return [p for p in _below(folder, "*.h5") if p.parent.name.startswith("features_")]
 
 
 def _clam_files(folder: Path) -> dict[Path, Check]:
@@ -87,7 +95,8 @@ def _stamp_files(folder: Path) -> dict[Path, Check]:
 
 
 def _bench_files(folder: Path) -> dict[Path, Check]:
-    return dict.fromkeys(sorted(folder.glob("*.h5")), in_hdf5(patho_bench))
+    files = sorted(folder.glob("*.h5")) or _trident_features(folder)
+    return dict.fromkeys(files, in_hdf5(patho_bench))
 
 
 def _mil_files(folder: Path) -> dict[Path, Check]:
@@ -106,10 +115,11 @@ CONSUMERS: dict[str, Callable[[Path], dict[Path, Check]]] = {
     "stamp": _stamp_files,
     "mil-lab": _mil_files,
 }
+LAYOUT_FOR = {"patho-bench": "trident", "mil-lab": "flat"}  # the others are called as their layouts
 LOOKED_FOR = {
     "clam": "h5_files/*.h5, pt_files/*.pt and patches/*.h5",
     "trident": "patches/*_patches.h5 and features_*/*.h5",
-    "patho-bench": "*.h5 in the folder itself, such as TRIDENT's features_NAME",
+    "patho-bench": "*.h5 in the folder itself, or in features_NAME below",
     "stamp": "*.h5 in the folder or one below",
     "mil-lab": "*.h5 and *.pt in the folder itself",
 }

@@ -18,6 +18,9 @@ from seal_extract.verify import CONSUMERS, LOOKED_FOR, verify
 LAYOUT_FOR = {consumer: layout for layout, consumer in CONSUMER_OF.items()} | {"mil-lab": "flat"}
 
 
+SERVES = {c: c for c in CONSUMERS} | {"patho-bench": "trident", "mil-lab": "flat"}
+
+
 def lines(folder, consumer, *, warnings=True):
     """(file, problem) of each finding."""
     found = verify(folder, consumer)
@@ -305,7 +308,9 @@ def test_a_foreign_folder_exits_with_2_and_says_what_was_looked_for(tmp_path, co
     (tmp_path / "slide.svs").write_text("no features")
     assert main(["verify", str(tmp_path), "--for", consumer]) == 2
     assert capsys.readouterr().err == (
-        f"seal-extract: {tmp_path} holds nothing that {consumer} reads: looked for {LOOKED_FOR[consumer]}\n"
+        f"seal-extract: {tmp_path} holds nothing that {consumer} reads: looked for {LOOKED_FOR[consumer]}; "
+        f"a finished run becomes that by: seal-extract export {tmp_path} --layout {SERVES[consumer]} "
+        f"-o {SERVES[consumer]}\n"
     )
 
 
@@ -314,3 +319,8 @@ def test_unknown_consumers_and_folders_are_refused(tmp_path):
         verify(tmp_path, "clem")
     with pytest.raises(UsageError, match="no is no folder; give the one that clam would read"):
         verify(tmp_path / "no", "clam")
+
+
+def test_patho_bench_s_files_are_found_in_a_default_run(tmp_path):
+    place, _, _ = write(tmp_path, "trident")
+    assert verify(tmp_path, "patho-bench") == verify(place.features("a", "tiny").parent, "patho-bench") == ()
