@@ -510,7 +510,10 @@ def test_a_slide_that_has_moved_costs_the_sheet_only(drawn_slides, tiny, tmp_pat
         (["--gene", "CD24", "-k", "0"], "allowed: 1 or more"),
         (["--patch", "slide_0000:999999,0"], "no patch of slide_0000 holds"),
         (["--image", "x.png"], "give its µm/px as --image-mpp"),
-        (["--profile", "none.csv"], "cannot read none.csv; give a table of genes and counts"),
+        (
+            ["--profile", "none.csv"],
+            "cannot read none.csv: No such file or directory; give a table of genes and counts",
+        ),
         (["--region", "slide_0000"], "type SLIDE:FILE.geojson"),
         (["--gene", "CD24", "--per-slide", "0"], "allowed: 1 or more"),
         (["--gene", "CD24", "--index", "use"], "--index use is of patch, image, profile; leave it out"),
