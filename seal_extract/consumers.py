@@ -111,12 +111,30 @@ def trident_features(seen: Seen, file: h5py.File) -> None:
 
 
 def patho_bench(seen: Seen, file: h5py.File, *, empty_is_short: bool = True) -> None:
-    """Features with their coordinates, as Patho-Bench fuses them."""
+    """Features with their coordinates, as Patho-Bench fuses them, or a slide's embedding."""
+    if _is_pooled(seen, file):
+        return _patho_bench_pooled(seen, file)
     _rows(seen, file, "features", np.float32, empty_is_short=empty_is_short)
     coords = _coords(seen, file)
     if coords is not None:
         _sizes(seen, coords, ("patch_size_level0",))
         _level0(seen, coords)
+
+
+def _is_pooled(seen: Seen, file: h5py.File) -> bool:
+    """Whether it is a file of a whole slide: ours, or in a folder that has TRIDENT's name for those."""
+    return "pooling" in _provenance(file) or seen.path.parent.name.startswith("slide_features_")
+
+
+def _patho_bench_pooled(seen: Seen, file: h5py.File) -> None:
+    """One row for the slide: what Patho-Bench reads from ``pooled_embeddings_dir``."""
+    rows = file.get("features")
+    if isinstance(rows, h5py.Dataset) and (rows.ndim != 2 or len(rows) != 1):
+        return seen.short(
+            f"'features' is {rows.dtype} {list(rows.shape)}; Patho-Bench takes float32 [1, D] of a whole "
+            f"slide: if an older version wrote the file, delete it and type the same --slide-level again"
+        )
+    _rows(seen, file, "features", np.float32)
 
 
 def clam_features(seen: Seen, file: h5py.File) -> None:
@@ -158,6 +176,8 @@ def _clam_resize(seen: Seen, coords: h5py.Dataset, ours: dict[str, Any] | None) 
 
 def mil_lab(seen: Seen, file: h5py.File) -> None:
     """A bag float32 [M, D], as MIL-Lab's models take it."""
+    if _is_pooled(seen, file):
+        seen.short("is the embedding of a whole slide; MIL-Lab takes those of its patches")
     _rows(seen, file, "features", np.float32)
 
 

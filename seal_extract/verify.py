@@ -95,7 +95,8 @@ def _stamp_files(folder: Path) -> dict[Path, Check]:
 
 
 def _bench_files(folder: Path) -> dict[Path, Check]:
-    files = sorted(folder.glob("*.h5")) or _trident_features(folder)
+    below = (p for p in _below(folder, "*.h5") if p.parent.name.startswith(("features_", "slide_features_")))
+    files = sorted(folder.glob("*.h5")) or list(below)
     return dict.fromkeys(files, in_hdf5(patho_bench))
 
 
@@ -119,7 +120,7 @@ LAYOUT_FOR = {"patho-bench": "trident", "mil-lab": "flat"}  # the others are cal
 LOOKED_FOR = {
     "clam": "h5_files/*.h5, pt_files/*.pt and patches/*.h5",
     "trident": "patches/*_patches.h5 and features_*/*.h5",
-    "patho-bench": "*.h5 in the folder itself, or in features_NAME below",
+    "patho-bench": "*.h5 in the folder itself, or in features_NAME and slide_features_NAME below",
     "stamp": "*.h5 in the folder or one below",
     "mil-lab": "*.h5 and *.pt in the folder itself",
 }

@@ -1,4 +1,4 @@
-"""Attention models whose layers have the published names; their forward passes say what pooling must give."""
+"""MIL models whose layers have the published names; their forward passes say what pooling must give."""
 
 import torch
 from torch import nn
@@ -53,6 +53,29 @@ class Clam(nn.Module):
         scores = self.attention_net[-1](hidden).T
         return (scores.softmax(1) @ hidden).squeeze(0), scores
 
+    def probabilities(self, embedding):
+        if isinstance(self.classifiers, nn.Linear):
+            return self.classifiers(embedding).softmax(0)
+        each = zip(self.classifiers, embedding, strict=True)
+        return torch.cat([classifier(row) for classifier, row in each]).softmax(0)
+
+
+class Mil(nn.Module):
+    """CLAM's MIL_fc of two classes, MIL_fc_mc of more."""
+
+    def __init__(self, dim=DIM, classes=2):
+        super().__init__()
+        self.fc = mlp(nn.Linear(dim, 512), nn.ReLU(), nn.Dropout(0.25))
+        setattr(self, "classifier" if classes == 2 else "classifiers", nn.Linear(512, classes))
+
+    def pooled(self, x):
+        """The embedding, the probability by which patches compete, and those of the winner."""
+        hidden = self.fc(x)
+        each = (self.classifier if hasattr(self, "classifier") else self.classifiers)(hidden).softmax(1)
+        by = each[:, 1] if each.shape[1] == 2 else each.amax(1)
+        top = int(by.argmax())
+        return hidden[top], by, each[top]
+
 
 class AmLab(nn.Module):
     """Ilse et al.: ``score`` is what the last layer is called, which differs between versions."""
@@ -79,6 +102,12 @@ class AmLab(nn.Module):
         else:
             scores = self.attention(hidden).T
         return (scores.softmax(1) @ hidden).squeeze(0), scores
+
+    def probabilities(self, embedding):
+        if embedding.ndim > 1:
+            return None  # the published code cannot run this one
+        positive = self.classifier(embedding)
+        return torch.cat([1 - positive, positive])
 
 
 class Heads(nn.Module):
@@ -127,6 +156,9 @@ class PathoBench(nn.Module):
         embedding, scores = model["image_pooler"](model["pre_attention_layers"](x))
         return model["post_attention_layers"](embedding), scores
 
+    def probabilities(self, embedding):
+        return self.classification_head(embedding).softmax(0)
+
 
 class MilLab(nn.Module):
     """MIL-Lab's ABMIL: two layers on the features, heads one after the other."""
@@ -143,6 +175,9 @@ class MilLab(nn.Module):
         hidden = self.patch_embed(x)
         scores = self.global_attn(hidden).T
         return (scores.softmax(1) @ hidden).flatten(), scores
+
+    def probabilities(self, embedding):
+        return self.classifier(embedding).softmax(0)
 
 
 DROP = (nn.Dropout(0.25),)

@@ -69,6 +69,10 @@ def test_attention_equals_the_model_on_the_whole_bag(tmp_path, kind, n):
     np.testing.assert_allclose(got.scores, scores, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(got.attention, scores.softmax(1), rtol=1e-5, atol=1e-9)
     np.testing.assert_allclose(got.attention.sum(1, dtype=np.float64), 1, atol=1e-6)
+    probabilities = model.probabilities(want)
+    assert (got.probabilities is None) == (probabilities is None)
+    if probabilities is not None:
+        np.testing.assert_allclose(got.probabilities, probabilities.detach(), rtol=1e-5, atol=1e-7)
 
 
 def test_each_class_of_clam_mb_has_an_embedding_and_an_attention_of_its_own(tmp_path):
@@ -131,13 +135,13 @@ def test_float16_features_of_stamp_are_pooled(tmp_path):
 # --- the file -----------------------------------------------------------------------------------------
 
 
-def test_the_file_is_as_trident_writes_slide_features(tmp_path):
+def test_the_file_holds_one_row_with_coordinates_and_attention_beside(tmp_path):
     features = write_features(tmp_path, rows_of(30))
     pooling = open_pooling(save(model_of("CLAM_SB small"), tmp_path / "m.pt"))
     made = pool_slide(features, pooling, tmp_path / "s.h5")
     with h5py.File(made.path) as file, h5py.File(features.path) as patches:
-        assert file["features"].shape == (512,)
-        assert set(file["features"].attrs) == {"name", "savetodir"}
+        assert file["features"].shape == (1, 512)
+        assert set(file["features"].attrs) == {"name", "savetodir", "rows"}
         np.testing.assert_array_equal(file["coords"], patches["coords"])
         assert {**file["coords"].attrs}.keys() == {**patches["coords"].attrs}.keys()
         assert file["attention"].shape == file["attention_scores"].shape == (1, 30)
@@ -344,8 +348,8 @@ def test_every_slide_gets_a_file_for_each_pooling(run, drawn_slides, encoder_fol
     status, out, err = run(*command)
     assert (status, err) == (0, [])
     told = [line for line in out if "slide level" in line]
-    assert [line.split(" -> ")[0] for line in told] == [
-        f"{i}.svs: slide level by {how}" for i in range(3) for how in ("mean, 192", "tumour, 3 x 512")
+    assert [line.split(" probabilities ")[0].split(" -> ")[0] for line in told] == [
+        f"{i}.svs: slide level by {how}" for i in range(3) for how in ("mean, 192", "tumour, 3 x 512, class")
     ]
     for path in files_of(tmp_path, "tumour"):
         made, patches = (
@@ -356,6 +360,8 @@ def test_every_slide_gets_a_file_for_each_pooling(run, drawn_slides, encoder_fol
         with torch.inference_mode():
             want, _ = model.pooled(torch.from_numpy(patches.features))
         np.testing.assert_allclose(made.features, want, atol=1e-6)
+        percents = " ".join(f"{p:.3g}" for p in made.probabilities)
+        assert any(f"class probabilities {percents} -> {path}" in line for line in told)
     assert len(files_of(tmp_path, "tumour")) == len(files_of(tmp_path, "mean")) == 3
 
 

@@ -69,8 +69,17 @@ class SlideLevels:
         if not len(features.grid):
             return f"no patches to pool{_without(path, self._options.overwrite)}"
         made = pool_slide(features, pooling, path, overwrite=self._options.overwrite)
-        shape = " x ".join(map(str, made.features.shape))
-        return f"{shape}{', finished before' if made.finished_before else ''} -> {path}"
+        told = " x ".join(map(str, made.features.shape))
+        if made.probabilities is not None:
+            told += f", class probabilities {' '.join(f'{p:.3g}' for p in made.probabilities)}"
+        if made.finished_before:
+            told += ", finished before"
+            if made.is_older:
+                told += (
+                    " by an older version (no class probabilities, and Patho-Bench cannot read it): delete "
+                    "the file and type the same command to have it written anew, which encodes nothing"
+                )
+        return f"{told} -> {path}"
 
 
 def _split(asked: Sequence[str]) -> Iterator[str]:

@@ -136,8 +136,8 @@ def slides_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="mean|FILE[,...]",
-        help="also pool each slide's patches into one embedding: mean, or the attention of a CLAM or ABMIL "
-        "checkpoint, trained on features of that encoder",
+        help="also pool each slide's patches into one embedding: mean, or a CLAM (also its mil) or ABMIL "
+        "checkpoint, trained on features of that encoder; attention and class probabilities lie beside",
     )
 
     cohort = p.add_argument_group("many slides")

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -25,7 +26,12 @@ from seal_extract.slide_level.pooling import Pooled, Rows
 PIECE = 4096  # patches in one matrix product; their hidden features take some megabytes
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": functional.relu, "gelu": functional.gelu}
 
-RowsAre = Literal["class", "branch", "head"]
+DESCRIPTIONS = {
+    "probabilities": "by the model's classifier: softmax over the classes, or sigmoid where it has one "
+    "output; of a model that was trained on survival they are no probabilities of classes"
+}
+
+RowsAre = Literal["class", "branch", "head", "instance"]
 
 
 class Linear(NamedTuple):
@@ -55,40 +61,74 @@ class Gate(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AttentionPooling:
-    """The attention of a trained model, without its classifiers.
-
-    Computed on the CPU in float32, summed in float64.
+class TrainedModel:
+    """What is common to all that a checkpoint holds.
 
     Attributes:
         path: the checkpoint.
-        kind: ``"CLAM_SB"``, ``"CLAM_MB"`` or ``"ABMIL"``.
+        kind: ``"CLAM_SB"``, ``"CLAM_MB"``, ``"ABMIL"``, ``"MIL_fc"`` or ``"MIL_fc_mc"``.
         layout: whose names its layers have.
         sha256: of the file.
-        embed: layers from features [D] to hidden features [E], an activation after each; may be none.
-        activation: of those layers, and of ``after``.
-        gates: attention networks; their rows of scores follow each other.
         rows_are: what a row of the attention belongs to: a class or branch, which gets an embedding of its
-            own, or a head, of which the slide has several in one embedding.
-        condense: from all heads' sums to one embedding, where there are several.
-        after: one more layer on the embedding.
+            own, a head, of which the slide has several in one embedding, or the instance (patch) that was
+            selected.
     """
 
     path: Path
     kind: str
     layout: str
     sha256: str
-    embed: tuple[Linear, ...]
-    activation: str
-    gates: tuple[Gate, ...]
     rows_are: RowsAre
-    condense: Linear | None = None
-    after: Linear | None = None
 
     @property
     def name(self) -> str:
         """That of the file, without suffix."""
         return self.path.stem
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Pooling.identity`."""
+        return {"kind": self.kind, "sha256": self.sha256}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """See `Pooling.facts`."""
+        return {"checkpoint": str(self.path.resolve()), "layout": self.layout, "rows_are": self.rows_are}
+
+    def check_finite(self, found: Tensor) -> None:
+        """Refuse what the network says of patches where it is no number.
+
+        Raises:
+            CheckpointError: it is NaN or infinite.
+        """
+        if not bool(torch.isfinite(found).all()):
+            raise CheckpointError(
+                f"{self.path} gives scores that are not finite; was it trained on features of this encoder?"
+            )
+
+
+@dataclass(frozen=True)
+class AttentionPooling(TrainedModel):
+    """The attention of a trained model, and its classifier of slides where it has one of a known form.
+
+    Computed on the CPU in float32, summed in float64.
+
+    Attributes:
+        embed: layers from features [D] to hidden features [E], an activation after each; may be none.
+        activation: of those layers, and of ``after``.
+        gates: attention networks; their rows of scores follow each other.
+        condense: from all heads' sums to one embedding, where there are several.
+        after: one more layer on the embedding.
+        classifier: one layer on the embedding, or one for each class on the class's own embedding. The class
+            probabilities are the softmax of what they give; a single output is the logit of class 1.
+    """
+
+    embed: tuple[Linear, ...]
+    activation: str
+    gates: tuple[Gate, ...]
+    condense: Linear | None = None
+    after: Linear | None = None
+    classifier: tuple[Linear, ...] = ()
 
     @property
     def dim(self) -> int:
@@ -100,16 +140,6 @@ class AttentionPooling:
     def hidden_dim(self) -> int:
         """Width of what is summed."""
         return int(self.gates[0].tanh.weight.shape[1])
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """See `Pooling.identity`."""
-        return {"kind": self.kind, "sha256": self.sha256}
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """See `Pooling.facts`."""
-        return {"checkpoint": str(self.path.resolve()), "layout": self.layout, "rows_are": self.rows_are}
 
     def __repr__(self) -> str:
         rows = sum(len(gate.score.bias) for gate in self.gates)
@@ -130,14 +160,10 @@ class AttentionPooling:
         total = torch.zeros((rows, self.hidden_dim), dtype=torch.float64)
         scores, start = torch.empty((rows, count)), 0  # in one piece: small ones would hold the heap open
         with torch.inference_mode():
-            for patches in _small(pieces):
+            for patches in small(pieces):
                 hidden = self._hidden(patches)  # float32 [n, E]
                 found = torch.cat([gate(hidden) for gate in self.gates], 1).T  # [C, n]
-                if not bool(torch.isfinite(found).all()):
-                    raise CheckpointError(
-                        f"{self.path} gives attention scores that are not finite; was it trained on features "
-                        f"of this encoder?"
-                    )
+                self.check_finite(found)
                 scores[:, start : start + len(patches)] = found
                 start += len(patches)
                 now = torch.maximum(highest, found.double().amax(1, keepdim=True))
@@ -149,7 +175,10 @@ class AttentionPooling:
             for row in range(rows):  # one at a time, in float64
                 attention[row] = (scores[row].double() - highest[row]).exp() / weight[row]
             features = self._embedding(total / weight)
-        return Pooled(features.float().numpy(), scores.numpy(), attention.numpy())
+            probabilities = self._probabilities(features)
+        return Pooled(
+            features.float().numpy(), scores.numpy(), attention.numpy(), probabilities, DESCRIPTIONS
+        )
 
     def _hidden(self, patches: Tensor) -> Tensor:
         """float32 [n, D] -> [n, E]."""
@@ -167,8 +196,18 @@ class AttentionPooling:
             sums = ACTIVATIONS[self.activation](self.after(sums))
         return sums
 
+    def _probabilities(self, features: Tensor) -> NDArray[np.float32] | None:
+        if not self.classifier:
+            return None
+        rows = features.reshape(len(self.classifier), -1)
+        logits = torch.cat([layer(row) for layer, row in zip(self.classifier, rows, strict=True)])
+        if len(logits) == 1:
+            logits = torch.cat([torch.zeros_like(logits), logits])
+        return logits.softmax(0).float().numpy()
 
-def _small(pieces: Iterable[Rows]) -> Iterator[Tensor]:
+
+def small(pieces: Iterable[Rows]) -> Iterator[Tensor]:
+    """Float32 [n, D], with ``n`` at most ``PIECE``."""
     for piece in pieces:
         for start in range(0, len(piece), PIECE):
             yield torch.from_numpy(np.ascontiguousarray(piece[start : start + PIECE], np.float32))

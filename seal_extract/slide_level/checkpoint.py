@@ -1,4 +1,4 @@
-"""The checkpoint of a CLAM or ABMIL model -> its attention, every key accounted for.
+"""The checkpoint of a CLAM or ABMIL model -> how it pools, every key accounted for.
 
 layout   layers on features [D]              attention networks
 CLAM     attention_net.0                     attention_net.{2|3}.attention_{a.0,b.0,c}
@@ -10,7 +10,12 @@ MIL-Lab  patch_embed.{0,3,...}               global_attn.attention_{a.0,b.0,c}
 Networks without gate are ``attention_net.{2|3}.module.{0,2|3}``, ``attention.{0,2}``, those without
 ``gating_layers``, and ``global_attn.module.{0,3}``. TRIDENT's is what Patho-Bench trains, as
 ``slide_encoder.model...``; its layers around the attention are GELU, all others' ReLU. Sizes are the
-shapes' own: CLAM's small and big, and any other. Keys of classifiers are known and read past.
+shapes' own: CLAM's small and big, and any other. CLAM's ``mil`` has ``fc.0`` on the features and no attention
+network: see `top_instance`.
+
+The classifier of slides is read where its form is known: a layer ``classifier`` (MIL-Lab, AMLab),
+``classifiers`` (CLAM), ``classification_head`` (Patho-Bench), ``classifiers.{class}`` of CLAM_MB, or AMLab's
+``classifier.0`` under a sigmoid. Classifiers of another form, and those of patches, are read past.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from seal_extract.encoders.checkpoint import check_tensors, read_tensors
 from seal_extract.encoders.digests import sha256_of
 from seal_extract.errors import CheckpointError
 from seal_extract.slide_level.attention import AttentionPooling, Gate, Linear, RowsAre
+from seal_extract.slide_level.top_instance import TopInstance
 
 WRAPPERS = ("slide_encoder.", "model.")  # Patho-Bench, TRIDENT, Hugging Face, Lightning
 SHOWN = 3
@@ -56,8 +62,8 @@ class Names:
     after: str | None = None
 
 
-def read_attention(path: Path) -> AttentionPooling:
-    """Read the attention of a model; nothing is unpickled, and its classifiers are read past.
+def read_model(path: Path) -> AttentionPooling | TopInstance:
+    """Read a model; nothing is unpickled.
 
     Args:
         path: ``.pt``, ``.pth`` or ``.safetensors``: a state dict, or a dict that holds one as ``state_dict``.
@@ -70,11 +76,11 @@ def read_attention(path: Path) -> AttentionPooling:
     if names is None:
         shown = ", ".join(sorted(tensors)[:SHOWN])
         raise CheckpointError(
-            f"{path} is no attention model that is known ({len(tensors)} keys: {shown}, ...); "
-            f"allowed: CLAM_SB, CLAM_MB and ABMIL as CLAM, AMLab, TRIDENT, Patho-Bench and MIL-Lab save them"
+            f"{path} is no attention model that is known ({len(tensors)} keys: {shown}, ...); allowed: "
+            f"CLAM_SB, CLAM_MB, CLAM's mil, and ABMIL as AMLab, TRIDENT, Patho-Bench and MIL-Lab save it"
         )
-    needed = _shapes(tensors, names)
-    check_tensors(tensors, needed, names.beside, path, f"an attention model in {names.layout}'s layout")
+    needed, classifier = _shapes(tensors, names)
+    check_tensors(tensors, needed, names.beside, path, f"a model in {names.layout}'s layout")
     layers = {key[: -len(".weight")] for key in needed if key.endswith(".weight")}
     linear = {
         name: Linear(tensors[f"{name}.weight"].clone(), tensors[f"{name}.bias"].clone()) for name in layers
@@ -83,17 +89,22 @@ def read_attention(path: Path) -> AttentionPooling:
         Gate(linear[tanh], linear[sigmoid] if sigmoid else None, linear[score])
         for tanh, sigmoid, score in names.gates
     )
+    kind, sha256 = _kind(tensors, names, gates), sha256_of(path)[0]
+    embed, heads = ([linear[name] for name in layers] for layers in (names.embed, classifier))
+    if names.rows_are == "instance":
+        return TopInstance(path, kind, names.layout, sha256, names.rows_are, embed[0], heads[0])
     return AttentionPooling(
         path,
-        _kind(tensors, names, gates),
+        kind,
         names.layout,
-        sha256_of(path)[0],
-        tuple(linear[name] for name in names.embed),
+        sha256,
+        names.rows_are,
+        tuple(embed),
         names.activation,
         gates,
-        names.rows_are,
         linear[names.condense] if names.condense else None,
         linear[names.after] if names.after else None,
+        tuple(heads),
     )
 
 
@@ -115,7 +126,7 @@ def _bare(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 def _recognise(keys: Collection[str]) -> Names | None:
-    found = (layout(keys) for layout in (_clam, _trident, _mil_lab, _amlab))
+    found = (layout(keys) for layout in (_clam, _trident, _mil_lab, _amlab, _mil))
     return next((names for names in found if names is not None), None)
 
 
@@ -181,12 +192,20 @@ def _amlab(keys: Collection[str]) -> Names | None:
     return None
 
 
+def _mil(keys: Collection[str]) -> Names | None:
+    if not _any(keys, "fc.0.") or not (_any(keys, "classifier.") or _any(keys, "classifiers.")):
+        return None
+    return Names("CLAM", ("fc.0",), (), (), "instance")
+
+
 def _any(keys: Collection[str], prefix: str) -> bool:
     return any(key.startswith(prefix) for key in keys)
 
 
 def _kind(tensors: Mapping[str, Tensor], names: Names, gates: tuple[Gate, ...]) -> str:
     """CLAM_MB has an attention per class; CLAM_SB differs from ABMIL by the classifiers of its instances."""
+    if names.rows_are == "instance":
+        return "MIL_fc_mc" if _any(tensors, "classifiers.") else "MIL_fc"
     if names.layout == "CLAM":
         return "CLAM_MB" if len(gates[0].score.bias) > 1 else "CLAM_SB"
     return "CLAM_SB" if _any(tensors, "instance_classifiers.") else "ABMIL"
@@ -195,8 +214,10 @@ def _kind(tensors: Mapping[str, Tensor], names: Names, gates: tuple[Gate, ...]) 
 # --- shapes -----------------------------------------------------------------------------------------
 
 
-def _shapes(tensors: Mapping[str, Tensor], names: Names) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that pooling needs, sizes being those of the outputs themselves."""
+def _shapes(
+    tensors: Mapping[str, Tensor], names: Names
+) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
+    """Name and shape of every tensor needed, sizes being those of the outputs; the classifier's layers."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def add(name: str, inputs: int | None, outputs: int | None = None) -> int:
@@ -208,7 +229,7 @@ def _shapes(tensors: Mapping[str, Tensor], names: Names) -> dict[str, tuple[int,
         shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (outputs, inputs), (outputs,)
         return outputs
 
-    width = None  # of the features, known from the first layer alone
+    rows, width = 0, None  # of the features, known from the first layer alone
     for layer in names.embed:
         width = add(layer, width)
     for tanh, sigmoid, score in names.gates:
@@ -216,9 +237,32 @@ def _shapes(tensors: Mapping[str, Tensor], names: Names) -> dict[str, tuple[int,
         width = width if width is not None else shapes[f"{tanh}.weight"][1]
         if sigmoid is not None:
             add(sigmoid, width, inner)
-        add(score, inner, 1 if names.condense or names.after else None)
+        rows += add(score, inner, 1 if names.condense or names.after else None)
     if names.condense is not None:
         add(names.condense, len(names.gates) * (width or 0), width)
+    elif names.rows_are == "head":
+        width = rows * (width or 0)
     if names.after is not None:
-        add(names.after, width)
-    return shapes
+        width = add(names.after, width)
+    classifier = _classifier(tensors, names, rows)
+    for layer in classifier:
+        outputs = add(layer, width, 1 if len(classifier) > 1 else None)
+        if names.rows_are == "instance":  # CLAM's mil has one class for two classes, one for more
+            add(layer, width, 2 if layer == "classifier" else max(3, outputs))
+    return shapes, classifier
+
+
+def _classifier(tensors: Mapping[str, Tensor], names: Names, rows: int) -> tuple[str, ...]:
+    """The layers of the classifier of slides; none where there is none, or its form is not known."""
+    if names.rows_are == "instance":
+        return ("classifiers" if _any(tensors, "classifiers.") else "classifier",)
+    pattern = r"((?:classifiers?|classification_head)(?:\.\d+)?)\.(?:weight|bias)"
+    found = {m[1]: len(value) for key, value in tensors.items() if (m := re.fullmatch(pattern, key))}
+    if names.rows_are == "class" and rows > 1:
+        each = tuple(f"classifiers.{c}" for c in range(rows))
+        return each if found.keys() == {*each} else ()
+    if len(found) != 1 or (names.rows_are == "branch" and rows > 1):
+        return ()
+    ((layer, outputs),) = found.items()
+    sigmoid = names.layout == "AMLab" and layer == "classifier.0" and outputs == 1
+    return (layer,) if sigmoid or ("." not in layer and outputs > 1) else ()

@@ -1,10 +1,14 @@
-"""The file of a slide's embedding, as TRIDENT writes it, with the attention beside.
+"""The file of a slide's embedding, as Patho-Bench reads it (``pooled_embeddings_dir``), with more beside.
 
-    features    float32 [D'], or [C, D'] where each class has its own
-    coords      int64 [N, 2], level-0 pixels, attributes as beside patch features
-    attention   float32 [C, N], softmax over the patches; attention_scores, the same before it
+    features       float32 [1, D']; where each of C classes has its own, [1, C D'], class after class, and the
+                   attribute ``rows`` is C
+    coords         int64 [N, 2], level-0 pixels, attributes as beside patch features
+    attention      float32 [C, N], softmax over the patches; attention_scores, the same before it
+    probabilities  float32 [K], of each class, where the model has a classifier
 
 A patch that could not be read has features of zeros: it is left out, its attention is 0 and its score NaN.
+CLAM's ``mil`` selects one patch instead: see `top_instance`; the dataset's attribute ``description`` says so.
+Files of earlier versions have features [D'] or [C, D'] and no probabilities; they are read, and kept.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +42,7 @@ from seal_extract.store import (
 )
 
 SLIDE_LEVEL = 1  # raised whenever the same request gives other numbers than before
-SCORES, ATTENTION = "attention_scores", "attention"
+SCORES, ATTENTION, PROBABILITIES = "attention_scores", "attention", "probabilities"
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,10 @@ class SlideLevel:
     @cached_property
     def features(self) -> NDArray[np.float32]:
         """float32 [D'], or [C, D'] where each class has its own attention."""
-        return self._read(PIXELS)  # type: ignore[return-value]
+        with open_hdf5(self.path) as file:
+            values: NDArray[np.float32] = file[PIXELS][()]
+            rows = file[PIXELS].attrs.get("rows", 1)
+        return values if len(values) > 1 else values.reshape((rows, -1) if rows > 1 else -1)
 
     @cached_property
     def attention(self) -> NDArray[np.float32] | None:
@@ -71,6 +78,17 @@ class SlideLevel:
     def scores(self) -> NDArray[np.float32] | None:
         """float32 [C, N]: the attention before the softmax; NaN of patches left out. None of a mean."""
         return self._read(SCORES)
+
+    @cached_property
+    def probabilities(self) -> NDArray[np.float32] | None:
+        """float32 [K]: of each class. None of a mean, of a model without classifier, and in older files."""
+        return self._read(PROBABILITIES)
+
+    @cached_property
+    def is_older(self) -> bool:
+        """Whether a version wrote it that knew neither probabilities nor what Patho-Bench reads."""
+        with open_hdf5(self.path) as file:
+            return file[PIXELS].ndim == 1 or len(file[PIXELS]) > 1
 
     def _read(self, dataset: str) -> NDArray[np.float32] | None:
         with open_hdf5(self.path) as file:
@@ -182,7 +200,7 @@ def _pool(features: SlideFeatures, pooling: Pooling, left_out: NDArray[np.int64]
     scores = np.full((len(pooled.scores), len(features.grid)), np.nan, np.float32)
     attention = np.zeros_like(scores)
     scores[:, read], attention[:, read] = pooled.scores, pooled.attention
-    return Pooled(pooled.features, scores, attention)
+    return replace(pooled, scores=scores, attention=attention)
 
 
 def _pieces(features: SlideFeatures, left_out: NDArray[np.int64]) -> Iterator[Rows]:
@@ -203,12 +221,16 @@ def _write(path: Path, features: SlideFeatures, pooled: Pooled, provenance: dict
     label = SlideLabel(features.path.stem, tuple(slide["size_l0"]), slide["mpp"])
 
     def describe(file: h5py.File) -> None:
-        file.create_dataset(PIXELS, data=pooled.features, **checked(pooled.features)).attrs.update(
-            name=label.name, savetodir=str(path.parent)
+        row, rows = pooled.features.reshape(1, -1), pooled.features.size // pooled.features.shape[-1]
+        file.create_dataset(PIXELS, data=row, **checked(row)).attrs.update(
+            name=label.name, savetodir=str(path.parent), rows=rows
         )
         create_coords(file, label, features.grid, path.parent)
-        if pooled.attention is not None:
-            file.create_dataset(ATTENTION, data=pooled.attention, fletcher32=True)
-            file.create_dataset(SCORES, data=pooled.scores, fletcher32=True)
+        beside = {ATTENTION: pooled.attention, SCORES: pooled.scores, PROBABILITIES: pooled.probabilities}
+        for name, values in beside.items():
+            if values is not None:
+                file.create_dataset(name, data=values, fletcher32=True)
+        for name in file.keys() & pooled.descriptions:
+            file[name].attrs["description"] = pooled.descriptions[name]
 
     write_described(path, provenance, describe)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,11 +24,15 @@ class Pooled:
         features: float32 [D'], or [C, D'] where each class has its own attention.
         scores: float32 [C, N], what the attention network said of each patch; None without attention.
         attention: float32 [C, N], their softmax over the patches: each row sums to 1.
+        probabilities: float32 [K], of each class by the model's classifier; None without one.
+        descriptions: dataset of the file -> a sentence about it, where its name does not say enough.
     """
 
     features: NDArray[np.float32]
     scores: NDArray[np.float32] | None = None
     attention: NDArray[np.float32] | None = None
+    probabilities: NDArray[np.float32] | None = None
+    descriptions: Mapping[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         rows = "" if self.attention is None else f", attention {list(self.attention.shape)}"
@@ -87,7 +91,7 @@ class MeanPooling:
 
 
 def open_pooling(asked: str | Path) -> Pooling:
-    """The mean, or the attention that a checkpoint holds.
+    """The mean, or the pooling that a checkpoint holds.
 
     Args:
         asked: ``"mean"``, or the file of a CLAM or ABMIL model; see `checkpoint` for the layouts known.
@@ -102,13 +106,13 @@ def open_pooling(asked: str | Path) -> Pooling:
     if not path.exists():
         raise UsageError(
             f"--slide-level {asked} is no file; allowed: {MEAN}, or the checkpoint (.pt, .pth, .safetensors) "
-            f"of a CLAM or ABMIL model"
+            f"of a CLAM (also its mil) or ABMIL model"
         )
     if path.stem == MEAN:
         raise UsageError(f"--slide-level {asked} would be filed as the {MEAN}; rename the file")
-    from seal_extract.slide_level.checkpoint import read_attention
+    from seal_extract.slide_level.checkpoint import read_model
 
-    return read_attention(path)
+    return read_model(path)
 
 
 def check_width(pooling: Pooling, dim: int, of: str) -> None:
