@@ -281,7 +281,7 @@ def test_a_model_of_images_or_of_something_else_is_refused(tmp_path):
     state = model_of("ABMIL gated").state_dict()
     refused(state | {"feature_extractor_part1.0.weight": torch.zeros(20, 1, 5, 5)}, tmp_path, "1 unexpected")
     refused(
-        {"head.weight": torch.zeros(2)}, tmp_path, "no attention model that is known .1 keys: head.weight"
+        {"head.weight": torch.zeros(2)}, tmp_path, "no slide-level model that is known .1 keys: head.weight"
     )
     refused(state | {"classifier": nn.Linear(2, 2)}, tmp_path, "could run code, so nothing was loaded")
 
@@ -406,7 +406,7 @@ def test_a_checkpoint_is_checked_before_any_slide_is_read(run, drawn_slides, enc
     twin = save(model_of("CLAM_SB small", dim=192), tmp_path / "twin" / "narrow.pt")
     for asked, status, message in (
         (narrow, 2, "narrow takes features of 24 columns, those of untrained-demo have 192"),
-        (other, 1, "no attention model that is known"),
+        (other, 1, "no slide-level model that is known"),
         ("max", 2, "max is no file"),
         (f"{twin},{twin.parent / 'copy.pt'}", 2, "is no file"),
         (f"mean,{twin},{twin.rename(tmp_path / 'x.pt')}", 2, "is no file"),

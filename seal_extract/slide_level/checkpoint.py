@@ -76,7 +76,7 @@ def read_model(path: Path) -> AttentionPooling | TopInstance:
     if names is None:
         shown = ", ".join(sorted(tensors)[:SHOWN])
         raise CheckpointError(
-            f"{path} is no attention model that is known ({len(tensors)} keys: {shown}, ...); allowed: "
+            f"{path} is no slide-level model that is known ({len(tensors)} keys: {shown}, ...); allowed: "
             f"CLAM_SB, CLAM_MB, CLAM's mil, and ABMIL as AMLab, TRIDENT, Patho-Bench and MIL-Lab save it"
         )
     needed, classifier = _shapes(tensors, names)
@@ -229,7 +229,7 @@ def _shapes(
         shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (outputs, inputs), (outputs,)
         return outputs
 
-    rows, width = 0, None  # of the features, known from the first layer alone
+    rows, width = 0, None  # the width of the features is known from the first layer alone
     for layer in names.embed:
         width = add(layer, width)
     for tanh, sigmoid, score in names.gates:
@@ -257,7 +257,9 @@ def _classifier(tensors: Mapping[str, Tensor], names: Names, rows: int) -> tuple
     if names.rows_are == "instance":
         return ("classifiers" if _any(tensors, "classifiers.") else "classifier",)
     pattern = r"((?:classifiers?|classification_head)(?:\.\d+)?)\.(?:weight|bias)"
-    found = {m[1]: len(value) for key, value in tensors.items() if (m := re.fullmatch(pattern, key))}
+    found = {
+        m[1]: value.shape[:1].numel() for key, value in tensors.items() if (m := re.fullmatch(pattern, key))
+    }
     if names.rows_are == "class" and rows > 1:
         each = tuple(f"classifiers.{c}" for c in range(rows))
         return each if found.keys() == {*each} else ()
