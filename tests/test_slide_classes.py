@@ -68,7 +68,7 @@ def test_a_classifier_that_does_not_fit_is_refused_and_one_of_another_form_is_pa
     with pytest.raises(CheckpointError, match=r"classifiers.weight \[3, 500\], not \[3, 512\]"):
         open_pooling(tmp_path / "m.pt")
     torch.save(state | {"classifiers.weight": torch.tensor(1.0)}, tmp_path / "m.pt")
-    with pytest.raises(CheckpointError, match=r"1 unexpected|of another shape|missing"):
+    with pytest.raises(CheckpointError, match=r"classifiers.weight \[\], not \[3, 512\]"):
         open_pooling(tmp_path / "m.pt")
     state = model_of("ABMIL").state_dict()
     state |= {"classifier.2.weight": torch.zeros(2, 1), "classifier.2.bias": torch.zeros(2)}
