@@ -197,8 +197,15 @@ def local_hub(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     monkeypatch.setenv("HF_HOME", str(home))
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between retries
-    huggingface_hub.close_session()
+    _close_session()
     with serve() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
         yield hub
-    huggingface_hub.close_session()
+    _close_session()
+
+
+def _close_session() -> None:
+    """Have the next request use a new connection; the function has another name before huggingface_hub 1."""
+    before_1 = getattr(huggingface_hub.utils, "reset_sessions", None)
+    (getattr(huggingface_hub, "close_session", None) or before_1)()

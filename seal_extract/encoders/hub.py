@@ -43,7 +43,7 @@ from seal_extract.errors import (
     UsageError,
 )
 
-# the root of all that the HTTP client raises: httpx.HTTPError for huggingface_hub 1, httpx2.HTTPError for 2
+# what the HTTP client raises: httpx.HTTPError for huggingface_hub 1, httpx2.HTTPError for 2; before 1 an OSError
 _TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 _TRUE = {"1", "ON", "YES", "TRUE"}
 
@@ -212,6 +212,9 @@ def _not_cached(
     cause = exc.__cause__
     if isinstance(cause, (HfHubHTTPError, FileMetadataError)):
         return translate(cause, repo_id, filenames, revision)
+    answer = getattr(cause, "response", None)
+    if answer is not None:  # huggingface_hub before 1 leaves what it gave up retrying as the HTTP client raised it
+        return _in_trouble(answer.status_code, repo_id)
     at = f" --revision {revision}" if revision else ""
     if cause is None or isinstance(cause, OfflineModeIsEnabled):
         return NetworkError(
@@ -248,6 +251,10 @@ def _refused(exc: HfHubHTTPError, repo_id: str, page: str) -> HubError:
             f"the token may not read {repo_id}: {_one_line(exc.server_message or exc)}; allow it to read "
             "gated repositories at https://huggingface.co/settings/tokens"
         )
+    return _in_trouble(status, repo_id)
+
+
+def _in_trouble(status: int, repo_id: str) -> HubError:
     return NetworkError(
         f"the Hub answered {status} for {repo_id}; try again later, or use --offline with a cached copy"
     )

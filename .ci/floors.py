@@ -1,0 +1,14 @@
+"""Print the lowest versions that pyproject.toml allows, as constraints for pip: h5py>=3.11 gives h5py==3.11.*."""
+
+import re
+from pathlib import Path
+
+try:
+    import tomllib
+except ImportError:
+    import tomli as tomllib
+
+project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+wanted = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+floors = {m[1]: m[2] for line in wanted if (m := re.match(r"([\w.-]+)>=([\d.]+)", line))}
+print("\n".join(f"{name}=={version}.*" for name, version in sorted(floors.items())))
