@@ -22,7 +22,10 @@ A message is one line: what came, what is allowed, what to type instead. Errors 
 underneath are translated where they appear and stay reachable as ``__cause__``.
 """
 
+import errno
 import traceback
+
+NAME_TOO_LONG = "the name is too long for that disk; rename the slide or choose another -o"
 
 
 def how_to_install(extra: str) -> str:
@@ -113,6 +116,8 @@ def as_ours(error: Exception, slide: str) -> SealExtractError:
     if isinstance(error, SealExtractError):
         return error
     why = " ".join(str(error).split())[:300]
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # of its results: the slide is there
+        return OutputError(f"{slide}: {NAME_TOO_LONG}; nothing half-written was left")
     if isinstance(error, OSError):  # the slide's own: what is written is translated where it is written
         return SlideOpenError(f"{slide} can no longer be read: {error.strerror or why}; check its disk")
     if isinstance(error, MemoryError):

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
-from seal_extract.errors import OutputError
+from seal_extract.errors import NAME_TOO_LONG, OutputError
 
 try:
     import fcntl
@@ -195,7 +195,7 @@ _ADVICE = {
     errno.EROFS: "that disk is read-only; choose another -o",
     errno.ENOTDIR: "a part of the path is a file; choose another -o",
     errno.EEXIST: "a part of the path is a file; choose another -o",
-    errno.ENAMETOOLONG: "the name is too long for that disk; rename the slide or choose another -o",
+    errno.ENAMETOOLONG: NAME_TOO_LONG,
 }
 
 

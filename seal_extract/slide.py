@@ -125,9 +125,11 @@ def open_with_another_reader(slide: Slide) -> Slide | None:
     Tiffslide decodes what is left of damaged JPEG and keeps silent, so it is not asked for JPEG.
     """
     for reader in READERS:
-        if isinstance(slide, reader) or (reader is TiffSlideReader and has_jpeg_tiles(slide.path)):
+        if isinstance(slide, reader):
             continue
         with contextlib.suppress(SlideError, OSError):
+            if reader is TiffSlideReader and has_jpeg_tiles(slide.path):
+                continue
             other: Slide = reader(slide.path, slide.mpp)
             if [level.size_px for level in other.levels] == [level.size_px for level in slide.levels]:
                 return other

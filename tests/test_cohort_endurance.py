@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cohort_fixtures import add_broken, command, contents, link_cohort, run
+from conftest import shared
 from test_cohort import killed_at_random
+from test_fuzz import metadata_places, mutated
 
 from seal_extract import extract, load_encoder
 from seal_extract.cohort import extract_cohort
@@ -42,6 +44,21 @@ def test_memory_after_200_slides_is_that_after_20(drawn_slides, encoder, tmp_pat
     print(f"\nresident after slide 20: {memory[19]:.0f} MB, after slide 200: {memory[199]:.0f} MB")
     assert memory[199] <= 1.05 * memory[19]
     assert len(os.listdir("/proc/self/fd")) <= files_before
+
+
+def test_memory_after_400_damaged_slides_is_that_after_200(encoder, tmp_path):
+    source = shared("data", "wsi", "CMU-1-Small-Region.svs")
+    places, memory, done = metadata_places(source), [], 0
+    for seed in range(400):
+        (tmp_path / f"{seed:03}.svs").write_bytes(mutated(source.read_bytes(), places, 10_000 + seed))
+    for result in extract_many(list_slides([tmp_path / "*.svs"]).entries, encoder, tmp_path / "out"):
+        done += result.error is None
+        gc.collect()
+        memory.append(resident_mb())
+    early, late = max(memory[:200]), max(memory[200:])
+    print(f"\n{done} of 400 done; resident at most {early:.0f} MB until slide 200, {late:.0f} MB after it")
+    assert 0 < done < 200
+    assert late <= 1.05 * early
 
 
 def test_20_kills_lose_nothing(drawn_slides, encoder_folder, encoder, tmp_path):

@@ -346,7 +346,10 @@ def test_no_such_folder(tmp_path):
     ("change", "words"),
     [
         ({"format": "timm"}, "config of another tool"),
-        ({"format_version": 2}, "format version 2, this package reads 1; type: pip install -U"),
+        (
+            {"format_version": 2},
+            "format version 2, this package reads 1; bring your clone of seal-extract up to date",
+        ),
         ({"dim": None}, "does not describe an encoder"),
         ({"name": "../../etc"}, "not a plain word"),
         ({"name": 7}, "name is 7, not a text"),

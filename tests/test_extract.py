@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from importlib import import_module
 
 import h5py
@@ -223,10 +224,13 @@ def test_a_file_of_other_weights_is_not_taken_for_done(finished, svs, tmp_path, 
         extract(svs, other, finished[1])
 
 
-def test_another_slide_of_the_same_name_is_not_taken_for_done(finished, encoder, tmp_path, no_work):
+def test_another_slide_of_the_same_name_gets_a_name_and_features_of_its_own(finished, encoder, tmp_path):
+    first, out = finished[0].path, shutil.copytree(finished[1], tmp_path / "out")
     other = write_synthetic_slide(tmp_path / "small.svs", (3000, 2000), mpp=0.25, seed=3)
-    with pytest.raises(OutputError, match=r"made of .*small\.svs \(a slide with other content\)"):
-        extract(other, encoder, finished[1])
+    made = extract(other, encoder, out)
+    assert made.path.name == f"{tmp_path.name}__small.h5"
+    assert made.provenance["slide"]["path"] == str(other.resolve())
+    assert (out / first.relative_to(finished[1])).read_bytes() == first.read_bytes()
 
 
 def test_a_file_of_another_tool_is_not_touched_without_overwrite(svs, encoder, tmp_path):

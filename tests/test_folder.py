@@ -16,6 +16,7 @@ from encoder_fixtures import (
     add_tiny_rows,
     as_batch,
     local_hub,
+    needs_hub_1,
     noise_patches,
     save,
     seal_file,
@@ -230,6 +231,7 @@ def hub(tmp_path, monkeypatch):
         yield hub
 
 
+@needs_hub_1
 def test_to_the_hub_and_back(seal, hub):
     seal.genes = PANEL
     page = seal.push_to_hub("lab/ours")
@@ -244,6 +246,7 @@ def test_to_the_hub_and_back(seal, hub):
     assert again.weights[0].revision == repo.commit
 
 
+@needs_hub_1
 def test_to_a_repository_that_is_there(seal, hub):
     hub.repos["lab/ours"] = Repo({"NOTES.md": b"mine", "config.json": b"{}"})
     seal.push_to_hub("lab/ours", private=False, commit_message="Again")

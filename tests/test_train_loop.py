@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from encoder_fixtures import local_hub
+from encoder_fixtures import local_hub, needs_hub_1
 from hub_server import GOOD_TOKEN
 from PIL import Image
 from train_fixtures import GENES, TINY, pairs, tiny_encoder
@@ -262,6 +262,7 @@ def test_its_results_extract_as_any_encoder_s(study):
         assert file["features"].shape[1] == 32
 
 
+@needs_hub_1
 def test_to_the_hub_and_back_with_both_halves(study, tmp_path, monkeypatch):
     trained = run(read_config(write_config(study)))
     with local_hub(tmp_path / "hf", monkeypatch) as hub:

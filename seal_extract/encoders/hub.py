@@ -213,7 +213,9 @@ def _not_cached(
     if isinstance(cause, (HfHubHTTPError, FileMetadataError)):
         return translate(cause, repo_id, filenames, revision)
     answer = getattr(cause, "response", None)
-    if answer is not None:  # huggingface_hub before 1 leaves what it gave up retrying as the HTTP client raised it
+    if (
+        answer is not None
+    ):  # huggingface_hub before 1 leaves what it gave up retrying as the HTTP client raised it
         return _in_trouble(answer.status_code, repo_id)
     at = f" --revision {revision}" if revision else ""
     if cause is None or isinstance(cause, OfflineModeIsEnabled):

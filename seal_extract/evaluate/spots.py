@@ -21,7 +21,7 @@ from seal_extract.encoders.bundled import bundled
 from seal_extract.errors import OutputError, UsageError
 from seal_extract.evaluate.run import embed, training_of
 from seal_extract.genes.omics import OmicsEncoder, compared_behind_heads
-from seal_extract.publish import publish
+from seal_extract.hdf5 import new_hdf5
 from seal_extract.train.formats.matching import needed
 from seal_extract.train.pairs import make_pairs
 from seal_extract.train.sections import Section
@@ -185,5 +185,5 @@ def _write(
             obsm={"spatial": section.xy_l0, **obsm},
             uns=uns,
         )
-        with publish(path) as part:
-            data.write_h5ad(part)
+        with new_hdf5(path) as (file, _):
+            anndata.io.write_elem(file, "/", data)
