@@ -348,7 +348,7 @@ def test_no_such_folder(tmp_path):
         ({"format": "timm"}, "config of another tool"),
         (
             {"format_version": 2},
-            "format version 2, this package reads 1; bring your clone of seal-extract up to date",
+            "format version 2, this package reads 1; bring your clone",
         ),
         ({"dim": None}, "does not describe an encoder"),
         ({"name": "../../etc"}, "not a plain word"),

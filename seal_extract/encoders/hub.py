@@ -43,7 +43,7 @@ from seal_extract.errors import (
     UsageError,
 )
 
-# what the HTTP client raises: httpx.HTTPError for huggingface_hub 1, httpx2.HTTPError for 2; before 1 an OSError
+# what the HTTP client raises: httpx.HTTPError for huggingface_hub 1, httpx2.HTTPError for 2, before an OSError
 _TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 _TRUE = {"1", "ON", "YES", "TRUE"}
 
