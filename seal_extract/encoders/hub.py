@@ -43,7 +43,7 @@ from seal_extract.errors import (
     UsageError,
 )
 
-# what the HTTP client raises: httpx.HTTPError for huggingface_hub 1, httpx2.HTTPError for 2, before an OSError
+# what the HTTP client raises: httpx.HTTPError for huggingface_hub 1, httpx2.HTTPError for 2; before: OSError
 _TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 _TRUE = {"1", "ON", "YES", "TRUE"}
 
@@ -213,9 +213,7 @@ def _not_cached(
     if isinstance(cause, (HfHubHTTPError, FileMetadataError)):
         return translate(cause, repo_id, filenames, revision)
     answer = getattr(cause, "response", None)
-    if (
-        answer is not None
-    ):  # huggingface_hub before 1 leaves what it gave up retrying as the HTTP client raised it
+    if answer is not None:  # before version 1, what was retried in vain comes as the HTTP client raised it
         return _in_trouble(answer.status_code, repo_id)
     at = f" --revision {revision}" if revision else ""
     if cause is None or isinstance(cause, OfflineModeIsEnabled):
