@@ -10,13 +10,17 @@ CC BY 4.0). Beside the encoder stays its base, before alignment, as ``NAME-base`
 import argparse
 from pathlib import Path
 
-from seal_extract.train.config import DataOptions, OmicsOptions, TrainConfig
+from seal_extract.train.config import (
+    DataOptions,
+    LoopOptions,
+    LoraOptions,
+    OmicsOptions,
+    SealOptions,
+    TrainConfig,
+)
 from seal_extract.train.formats import load_sections
-from seal_extract.train.loop import LoopOptions
-from seal_extract.train.lora import LoraOptions
 from seal_extract.train.pretrain import pretrain
 from seal_extract.train.run import run
-from seal_extract.train.seal import SealOptions
 
 SECTIONS = ("C2", "C3", "C4", "C5")
 CARD = Path(__file__).parents[1] / "weights" / "seal-tiny.md"  # data, figures, limits

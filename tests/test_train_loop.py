@@ -2,6 +2,9 @@
 
 import csv
 import dataclasses
+import re
+import subprocess
+import sys
 
 import h5py
 import numpy as np
@@ -16,11 +19,10 @@ from seal_extract import load_encoder, load_omics
 from seal_extract.cli import main
 from seal_extract.errors import OutputError, UsageError
 from seal_extract.train.batches import Batches
-from seal_extract.train.config import read_config
-from seal_extract.train.loop import CHECKPOINT, LoopOptions, TrainingError, train
-from seal_extract.train.lora import LoraOptions
+from seal_extract.train.config import LoopOptions, LoraOptions, SealOptions, read_config
+from seal_extract.train.loop import CHECKPOINT, TrainingError, train
 from seal_extract.train.run import new_omics, run
-from seal_extract.train.seal import OmicsModel, SealModel, SealOptions
+from seal_extract.train.seal import OmicsModel, SealModel
 
 SD = torch.ones(GENES)
 OPTIONS = LoopOptions(epochs=4, lr=1e-3, seed=5)
@@ -292,7 +294,7 @@ def test_a_finished_encoder_is_not_overwritten(study):
         ("epochs = 3", "epochs = 0", "epochs and accumulate of 1 or more"),
         ('name = "ours"', "", "name missing"),
         ('method = "seal"', 'method = "magic"', "method is 'magic'; allowed: seal"),
-        ('names = ["A1", "B1"]', 'names = ["A1", "Z9"]', "has no counts/Z9.tsv"),
+        ('names = ["A1", "B1"]', 'names = ["A1", "B1", "Z9"]', "has no counts/Z9.tsv"),
         ('kind = "st-tables"', 'kind = "tables"', "kind of sections is 'tables'; allowed"),
         ('validation = ["B1"]', 'validation = ["B7"]', "names B7, which is none of the sections A1, B1"),
         ('validation = ["B1"]', 'validation = ["A1", "B1"]', "leave some to train on"),
@@ -326,12 +328,60 @@ def test_check_reads_the_options_and_no_more(study, capsys):
     assert not (study / "out").exists()
 
 
+@pytest.mark.parametrize("check", [["--check"], []])
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('encoder = "{place}/base"', 'encoder = "konch"', "no encoder 'konch'; did you mean conch"),
+        (
+            'encoder = "{place}/base"',
+            'encoder = "{place}/bass"',
+            "no folder .*bass; give one with",
+        ),
+        ('method = "seal"', 'checkpoint = "gone.bin"', "checkpoint gone.bin does not exist; give the weight"),
+        (
+            'folder = "{place}/study"',
+            'folder = "nowhere"',
+            "no folder nowhere for sections of kind",
+        ),
+        ('validation = ["B1"]', 'validation = ["B7"]', "names B7, which is none of the sections A1, B1"),
+        ("genes = 10", 'panel = "no.txt"', "cannot read the gene panel no.txt"),
+        ('names = ["A1", "B1"]', 'names = ["A1", "A1"]', "one stands twice; name each once"),
+    ],
+)
+def test_what_a_training_is_made_of_is_looked_for_before_it_is_read(study, capsys, check, old, new, words):
+    for table in study.glob("study/counts/*"):  # reading sections would say this first
+        table.write_text("broken")
+    change = tuple(text.replace("{place}", str(study)) for text in (old, new))
+    status = main(["train", *check, str(write_config(study, change=change))])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert status in (1, 2)
+    assert re.search(words, line)
+
+
+def test_check_does_not_wait_for_torch(study):
+    program = (
+        "import sys; from seal_extract.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    )
+    config = str(write_config(study))
+    subprocess.run([sys.executable, "-c", program, "train", "--check", config], check=True)
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
         ("batch_size = -4", "batch_size is -4; allowed: 1 or more"),
         ("[loop]\nlr = nan", "lr is nan; it has to be a number"),
         ("[omics]\nkl = inf", "kl is inf; it has to be a number"),
+        ("[loop]\nweight_decay = -1", "weight_decay -1.0, seed 42; allowed: 0 or more"),
+        ("[loop]\nseed = 99999999999999999", "allowed: 0 or more, 0 to 2..46 - 1"),
+        ("[seal]\ndecoder_hidden = -1", "decoder_hidden -1, stain 0.05; allowed: 0 to 65536"),
+        ("[seal]\nlora = {r = 9999999}", "r of 1 to 65536"),
+        ("[multiscale]\nstain = -1", "stain is -1.0; allowed: 0 or more"),
+        ("[omics]\nhidden = [8, 9999999]", "two widths of 1 to 65536"),
+        ("[loop]\nlr = 1" + "0" * 400, "lr is a number of 1329 bits; allowed: less than"),
+        ("card = " + "[" * 5000, "is not TOML"),
+        ('card = "\\u0000"', "leave the .u0000 out"),
     ],
 )
 def test_numbers_that_no_training_can_have_are_refused(tmp_path, line, words):

@@ -11,10 +11,11 @@ from seal_extract.encoders.registry import find_spec
 from seal_extract.encoders.tower import embed
 from seal_extract.errors import UsageError
 from seal_extract.train.batches import Batches, TrainBatch
-from seal_extract.train.lora import LoraOptions, add_adapters, merge_adapters
-from seal_extract.train.multiscale import MultiScaleModel, MultiScaleOptions, first_of_each, mean_of
+from seal_extract.train.config import BASELINES, LoraOptions, MultiScaleOptions, SealOptions
+from seal_extract.train.lora import add_adapters, merge_adapters
+from seal_extract.train.multiscale import MultiScaleModel, first_of_each, mean_of
 from seal_extract.train.run import as_expression_decoder, new_omics
-from seal_extract.train.seal import BASELINES, OmicsModel, SealModel, SealOptions, embed_patches
+from seal_extract.train.seal import OmicsModel, SealModel, embed_patches
 
 SD = torch.ones(GENES)
 LORA = LoraOptions(dropout=0.0)

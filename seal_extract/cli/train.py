@@ -18,17 +18,20 @@ def train_parser() -> argparse.ArgumentParser:
     )
     p.set_defaults(handler=run_train)
     p.add_argument("config", type=Path, metavar="CONFIG.toml", help="all options; the README has one")
-    p.add_argument("--check", action="store_true", help="only read and check the options")
+    p.add_argument(
+        "--check", action="store_true", help="only check the options, and that encoder and folders exist"
+    )
     add_common(p)
     return p
 
 
 def run_train(args: argparse.Namespace) -> int:
     """Train and write; 2 for options that cannot be meant."""
-    from seal_extract.train.config import read_config
+    from seal_extract.train.config import check, read_config
 
     config = read_config(args.config)
     if args.check:
+        check(config)
         say(config)
         return 0
     from seal_extract.train.run import run

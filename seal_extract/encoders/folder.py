@@ -26,6 +26,7 @@ OMICS = "omics.safetensors"  # the expression half of an encoder that was traine
 MOST_GENES = 10**6
 ALIGNMENT = 64  # bytes, of torch's own memory on a CPU
 _DTYPES = {"torch.float32": "F32", "torch.int64": "I64"}  # all that a tower holds
+HEAD_KINDS = ("none", "linear", "mlp")  # of projection heads
 HEAD = "projection_head."  # in front of the projection head's tensors, as in the authors' files
 DECODER = "expression_decoder."  # in front of its tensors in the weight file; the tower's have nothing there
 

@@ -12,11 +12,10 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from seal_extract.encoders.folder import HEAD
+from seal_extract.encoders.folder import HEAD, HEAD_KINDS
 from seal_extract.encoders.tower import Shapes
 from seal_extract.errors import UsageError
 
-KINDS = ("none", "linear", "mlp")
 MOST_MODULES = 64  # of a perceptron, activations included
 _KEY = re.compile(r"(?:(?P<place>\d{1,3})\.)?(?P<leaf>weight|bias)")
 
@@ -70,13 +69,13 @@ def filled_head(tensors: Mapping[str, Tensor], dim: int) -> nn.Module | None:
 
 
 def new_head(kind: str, dim: int) -> nn.Module | None:
-    """A head with new weights, of one of `KINDS`, from and to ``dim`` numbers.
+    """A head with new weights, of one of `HEAD_KINDS`, from and to ``dim`` numbers.
 
     Raises:
         UsageError: there is no such kind.
     """
-    if kind not in KINDS:
-        raise UsageError(f"projection is {kind!r}; allowed: {', '.join(KINDS)}")
+    if kind not in HEAD_KINDS:
+        raise UsageError(f"projection is {kind!r}; allowed: {', '.join(HEAD_KINDS)}")
     if kind == "mlp":
         return nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
     return nn.Linear(dim, dim) if kind == "linear" else None

@@ -11,7 +11,7 @@ import csv
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from seal_extract.errors import SealExtractError, UsageError, how_to_install
 from seal_extract.publish import publish
 from seal_extract.train.batches import Batches
+from seal_extract.train.config import LoopOptions
 
 CHECKPOINT, METRICS, CURVES = "checkpoint.pt", "metrics.csv", "curves.png"
 State = dict[str, Tensor]
@@ -30,41 +31,6 @@ Row = dict[str, float]
 
 class TrainingError(SealExtractError):
     """A loss that is no number any more; the last good checkpoint stays."""
-
-
-@dataclass(frozen=True)
-class LoopOptions:
-    """How a model is trained; the defaults are SEAL's.
-
-    Attributes:
-        epochs: at most.
-        lr: highest learning rate.
-        weight_decay: of AdamW.
-        warmup: share of all steps in which the rate rises.
-        accumulate: batches of one step.
-        precision: ``"no"`` (float32), ``"bf16"`` or ``"fp16"``.
-        clip: longest gradient.
-        patience: epochs without a better validation loss before it stops; 0 never stops.
-        seed: of everything that is drawn.
-    """
-
-    epochs: int = 10
-    lr: float = 1e-4
-    weight_decay: float = 0.2
-    warmup: float = 0.05
-    accumulate: int = 1
-    precision: str = "no"
-    clip: float = 1.0
-    patience: int = 0
-    seed: int = 42
-
-    def __post_init__(self) -> None:
-        if min(self.epochs, self.accumulate) < 1 or min(self.lr, self.clip) <= 0:
-            raise UsageError(f"{self}; allowed: epochs and accumulate of 1 or more, lr and clip above 0")
-        if self.precision not in ("no", "bf16", "fp16"):
-            raise UsageError(f"precision is {self.precision!r}; allowed: no (float32), bf16, fp16")
-        if not 0 <= self.warmup < 1 or self.patience < 0:
-            raise UsageError(f"warmup {self.warmup}, patience {self.patience}; allowed: 0 to 1, 0 or more")
 
 
 def train(

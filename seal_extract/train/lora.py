@@ -6,37 +6,16 @@ Source: Hu et al., arXiv 2106.09685.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from seal_extract.encoders.lora import Update, merge
 from seal_extract.errors import UsageError
+from seal_extract.train.config import LoraOptions
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 _BLOCK = re.compile(r"(.*\bblocks)\.(\d+)\.")
-
-
-@dataclass(frozen=True)
-class LoraOptions:
-    """Which layers are adapted, and how.
-
-    Attributes:
-        blocks: the last so many blocks of the tower.
-        r: rank.
-        alpha: numerator of the scale alpha / r.
-        dropout: of the adapter's input, while training.
-    """
-
-    blocks: int = 1
-    r: int = 8
-    alpha: float = 8.0
-    dropout: float = 0.15
-
-    def __post_init__(self) -> None:
-        if self.blocks < 1 or self.r < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
-            raise UsageError(f"{self}; allowed: blocks and r of 1 or more, alpha above 0, dropout 0 to 1")
 
 
 class LoraLinear(nn.Module):

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TEMPERATURE = 0.05
+from seal_extract.train.config import TEMPERATURE
+
 CORRELATION_WEIGHT = 0.05
 MSE_WEIGHT = 5.0
 EXPRESSION_SCALE = 0.1

@@ -6,46 +6,16 @@ by region, and each patch is drawn to its parent region.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor, nn
 
 from seal_extract.encoders.encoder import Encoder
 from seal_extract.errors import UsageError
 from seal_extract.train.batches import TrainBatch
-from seal_extract.train.lora import LoraOptions, add_adapters
-from seal_extract.train.losses import TEMPERATURE, info_nce, to_parent
+from seal_extract.train.config import MultiScaleOptions
+from seal_extract.train.lora import add_adapters
+from seal_extract.train.losses import info_nce, to_parent
 from seal_extract.train.seal import Losses, OmicsModel, add_heads, behind_heads, embed_patches
-
-
-@dataclass(frozen=True)
-class MultiScaleOptions:
-    """Weights of the three scales.
-
-    Attributes:
-        patch: of the contrast between a patch and its spot.
-        region: of that between a region and its spots.
-        hierarchy: of the pull from each patch to its region.
-        temperature: of both contrasts.
-        lora: adapters in the image encoder.
-        stain: sd of the colour variation.
-    """
-
-    patch: float = 1.0
-    region: float = 1.0
-    hierarchy: float = 0.5
-    temperature: float = TEMPERATURE
-    lora: LoraOptions = field(default_factory=LoraOptions)
-    stain: float = 0.05
-
-    def __post_init__(self) -> None:
-        weights = (self.patch, self.region, self.hierarchy)
-        if min(weights) < 0 or not sum(weights[:2]) or self.temperature <= 0:
-            raise UsageError(
-                f"weights are {weights}, temperature {self.temperature}; allowed: weights of 0 or more, "
-                "patch or region above 0, and a temperature above 0"
-            )
 
 
 class MultiScaleModel(nn.Module):

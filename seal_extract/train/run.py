@@ -16,11 +16,11 @@ from seal_extract.encoders import Encoder, folder, load_encoder
 from seal_extract.encoders.expression import ExpressionDecoder
 from seal_extract.encoders.registry import Decoder
 from seal_extract.encoders.upload import upload
-from seal_extract.errors import OutputError, UsageError
+from seal_extract.errors import OutputError
 from seal_extract.genes.omics import OmicsEncoder
 from seal_extract.genes.panel import read_panel
 from seal_extract.train.batches import Batches
-from seal_extract.train.config import TrainConfig
+from seal_extract.train.config import TrainConfig, check
 from seal_extract.train.formats import load_sections
 from seal_extract.train.loop import Row, train
 from seal_extract.train.lora import merge_adapters
@@ -94,7 +94,10 @@ def run(
     out = Path(config.out)
     if (out / folder.CONFIG).exists():
         raise OutputError(f"{out} holds a finished encoder; choose another out, or delete it")
-    training, validation = _split(sections or load_sections(config.data.sections), config)
+    check(config, [s.name for s in sections] if sections else None)
+    sections = sections or load_sections(config.data.sections)
+    training = [s for s in sections if s.name not in config.data.validation]
+    validation = [s for s in sections if s.name in config.data.validation]
     panel = read_panel(config.data.panel) if config.data.panel else choose_panel(training, config.data.genes)
     pairs = _pairs(training, panel, config)
     held_out = _pairs(validation, panel, config) if validation else None
@@ -135,21 +138,6 @@ def new_omics(dim: int, genes: int, hidden: tuple[int, ...]) -> OmicsEncoder:
     for name, parameter in omics.flows.named_parameters():
         nn.init.normal_(parameter, std=0.01) if not name.endswith("b") else nn.init.zeros_(parameter)
     return omics
-
-
-def _split(sections: list[Section], config: TrainConfig) -> tuple[list[Section], list[Section]]:
-    names = [s.name for s in sections]
-    unknown = [name for name in config.data.validation if name not in names]
-    if unknown:
-        raise UsageError(f"validation names {unknown[0]}, which is none of the sections {', '.join(names)}")
-    training = [s for s in sections if s.name not in config.data.validation]
-    if not training:
-        raise UsageError("every section is for validation; leave some to train on")
-    if config.loop.patience and len(training) == len(sections):
-        raise UsageError(
-            "patience needs a validation section; name one in [data] validation, or leave it out"
-        )
-    return training, [s for s in sections if s.name in config.data.validation]
 
 
 def _pairs(sections: list[Section], panel: tuple[str, ...], config: TrainConfig) -> Pairs:

@@ -6,8 +6,6 @@ the image decoder and the expression encoder together. With terms left out it is
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor, nn
 
@@ -20,49 +18,11 @@ from seal_extract.errors import UsageError
 from seal_extract.genes.omics import OmicsEncoder
 from seal_extract.train.augment import stained, turned
 from seal_extract.train.batches import TrainBatch
-from seal_extract.train.lora import LoraOptions, add_adapters
-from seal_extract.train.losses import TEMPERATURE, expression_loss, flow_kl, info_nce
+from seal_extract.train.config import SealOptions
+from seal_extract.train.lora import add_adapters
+from seal_extract.train.losses import expression_loss, flow_kl, info_nce
 
 Losses = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class SealOptions:
-    """What stage 2 trains, and towards what; the defaults are SEAL's.
-
-    Attributes:
-        alignment: weight of the contrast between image and expression.
-        reconstruction: weight of the expression that the expression encoder gives back.
-        prediction: weight of the expression predicted from the image.
-        temperature: of the contrast.
-        decoder_hidden: width of the image decoder; 0 for a single Linear layer.
-        lora: adapters in the image encoder; None leaves it as it is.
-        stain: sd of the colour variation.
-    """
-
-    alignment: float = 1.0
-    reconstruction: float = 1.0
-    prediction: float = 1.0
-    temperature: float = TEMPERATURE
-    decoder_hidden: int = 512
-    lora: LoraOptions | None = field(default_factory=LoraOptions)
-    stain: float = 0.05
-
-    def __post_init__(self) -> None:
-        weights = (self.alignment, self.reconstruction, self.prediction)
-        if min(weights) < 0 or not sum(weights) or self.temperature <= 0:
-            raise UsageError(
-                f"weights are {weights}, temperature {self.temperature}; allowed: weights of 0 or more, one "
-                "of them above, and a temperature above 0"
-            )
-
-
-BASELINES = {
-    "seal": SealOptions(),
-    "clip": SealOptions(reconstruction=0, prediction=0),  # alignment alone
-    "regression": SealOptions(alignment=0, reconstruction=0),  # after ST-Net: expression from the image alone
-    "probe": SealOptions(alignment=0, reconstruction=0, lora=None, decoder_hidden=0),  # a frozen encoder
-}
 
 
 class OmicsModel(nn.Module):

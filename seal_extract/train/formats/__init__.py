@@ -41,10 +41,30 @@ def load_sections(sources: Sequence[Mapping[str, Any]]) -> list[Section]:
     """Sections of a configuration: each source has ``kind``, ``folder``, ``names``, options of its reader.
 
     Raises:
-        UsageError: an unknown kind or option, a section twice; and what the readers raise.
+        UsageError: as `checked_sources`, the same spots twice; and what the readers raise.
     """
-    sections: list[Section] = []
+    sections = [
+        READERS[kind](folder, name, **options) for kind, folder, name, options in checked_sources(sources)
+    ]
+    for one, other in combinations(sections, 2):
+        if one.slide == other.slide and np.array_equal(one.xy_l0, other.xy_l0):
+            raise UsageError(
+                f"{one.name} and {other.name} are the same spots of {one.slide.name}; "
+                "give each its own folder"
+            )
+    return sections
+
+
+def checked_sources(sources: Sequence[Mapping[str, Any]]) -> list[tuple[str, Path, str, dict[str, Any]]]:
+    """Kind, folder, name and options of each section that a configuration names, before any is read.
+
+    Raises:
+        UsageError: an unknown kind or option, a folder that does not exist, a section twice, or none.
+    """
+    found: list[tuple[str, Path, str, dict[str, Any]]] = []
     for source in sources:
+        if not isinstance(source, Mapping):
+            raise UsageError(f"sections are {source!r}; each has to be a table with kind, folder and names")
         options = dict(source)
         kind, names = options.pop("kind", None), options.pop("names", None)
         folder = options.pop("folder", None)
@@ -57,19 +77,16 @@ def load_sections(sources: Sequence[Mapping[str, Any]]) -> list[Section]:
         ):
             raise UsageError(f'sections of kind {kind} need folder = "..." and names = ["..."]')
         _check_options(kind, options)
-        sections += [READERS[kind](Path(folder).expanduser(), name, **options) for name in names]
-    names_all = [s.name for s in sections]
+        place = Path(folder).expanduser()
+        if not place.is_dir():
+            raise UsageError(f"there is no folder {folder} for sections of kind {kind}; give one that exists")
+        found += [(kind, place, name, options) for name in names]
+    names_all = [name for _, _, name, _ in found]
     if len(set(names_all)) < len(names_all):
         raise UsageError(f"sections {', '.join(names_all)}: one stands twice; name each once")
-    if not sections:
+    if not found:
         raise UsageError("no sections are named")
-    for one, other in combinations(sections, 2):
-        if one.slide == other.slide and np.array_equal(one.xy_l0, other.xy_l0):
-            raise UsageError(
-                f"{one.name} and {other.name} are the same spots of {one.slide.name}; "
-                "give each its own folder"
-            )
-    return sections
+    return found
 
 
 def find_sections(
