@@ -7,6 +7,7 @@ Names are what results are called. Slides of one name in different folders get t
 from __future__ import annotations
 
 import csv
+import errno
 import glob
 import os
 from collections import Counter
@@ -289,6 +290,9 @@ def _in_table(table: Path, slide_folder: Path | str | None) -> list[SlideEntry]:
         cells = {key: (value or "").strip() for key, value in row.items() if isinstance(value, str)}
         if not cells.get(column):
             raise UsageError(f"{table} line {line}: no {column}; fill it in or delete the line")
+        for key in (column, "roi"):
+            if not _can_be(remote.address(cells.get(key, "")), table):
+                raise UsageError(f"{table} line {line}: {key} is {cells[key][:80]!r}; give a path")
         entry = SlideEntry.of(_locate(cells[column], table, slide_folder))
         found.append(_from_cells(entry, cells, table, line))
     if not found:
@@ -316,6 +320,17 @@ def _locate(text: str, table: Path, slide_folder: Path | str | None) -> Path | s
         return f"{slide_folder.rstrip('/')}/{text}"
     candidates = [*([slide_folder / text] if slide_folder else []), _beside(table, text), Path(text)]
     return next((path for path in candidates if path.exists()), candidates[0])
+
+
+def _can_be(where: Path | str, table: Path) -> bool:
+    """Whether a file could be called so, without NUL and not too long, whether or not there is one."""
+    try:
+        os.lstat(table if isinstance(where, str) else table.parent / where)
+    except ValueError:
+        return False
+    except OSError as exc:
+        return exc.errno != errno.ENAMETOOLONG
+    return True
 
 
 def _beside(table: Path, text: str) -> Path:

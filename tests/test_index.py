@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+from functools import reduce
 from importlib import import_module
+from operator import getitem
 
 import h5py
 import numpy as np
@@ -330,6 +332,45 @@ def test_folders_that_are_not_its_own_are_left_alone(tissue, faiss_index, tmp_pa
         manifest.write_text(broken)
         with pytest.raises(OutputError, match="holds no index of seal_extract, or a damaged one; remove it"):
             faiss_index.open_index(slides, tmp_path / "own")
+
+
+JSON = st.sampled_from([None, True, -1, 0, 1, 1.5, 10**30, float("nan"), float("inf"), "", "x", "1", [], {}])
+JSON |= st.sampled_from([[1], ["x"], [[1]], {"a": 1}, [10**30], [None], "<f8", "[" * 5000])
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Two slides, the folder of their index, and what its manifest says."""
+    faiss, folder = pytest.importorskip("seal_extract.genes.faiss_index"), tmp_path_factory.mktemp("built")
+    rows = np.random.default_rng(0).normal(size=(2, 50, DIM))
+    slides = [features_file(folder / f"s{i}.h5", rows[i]) for i in range(2)]
+    faiss.build(slides, folder / "index")
+    return slides, folder / "index", json.loads((folder / "index" / MANIFEST).read_text())
+
+
+def places_in(value, at=()):
+    """The keys that lead to each value of a JSON."""
+    yield at
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield from places_in(value[key], (*at, key))
+
+
+@given(data=st.data(), other=JSON)
+@settings(max_examples=200, deadline=None)
+def test_whatever_a_manifest_says_is_searched_or_refused_in_one_line(built, data, other):
+    from seal_extract.genes.faiss_index import open_index
+
+    slides, folder, listed = built
+    *first, last = data.draw(st.sampled_from([at for at in places_in(listed) if at]))
+    changed = json.loads(json.dumps(listed))
+    reduce(getitem, first, changed)[last] = other
+    (folder / MANIFEST).write_text(other if other == "[" * 5000 else json.dumps(changed))
+    try:
+        found = open_index(slides, folder).search(slides[1].features[0], 5)
+    except (OutputError, UsageError) as exc:
+        assert len(str(exc).splitlines()) == 1
+    else:
+        assert [(f.slide.path.stem, f.row) for f in found[:1]] == [("s1", 0)]
 
 
 def test_a_features_file_that_goes_while_the_index_is_open_is_told(tissue, faiss_index, tmp_path):

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 from conftest import shared
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from seal_extract.errors import UsageError
 from seal_extract.names import choose_names
@@ -168,6 +170,27 @@ def test_a_table_that_is_no_text_or_not_there_is_one_line(tmp_path):
         list_slides([tmp_path / "x.csv"])
     with pytest.raises(UsageError, match="cannot read"):
         list_slides([tmp_path / "y.csv"])
+
+
+CELLS = st.sampled_from(["a.svs", "b.svs", "", "0.5", "nan", "1e999", "\0", "x" * 300, "https://h/a.svs"])
+CELLS |= st.sampled_from(['"', "x" * 140_000, "/" + "y/" * 3000, "://", "s3://[", "\r"]) | st.text(max_size=4)
+
+
+@given(
+    rows=st.lists(st.lists(CELLS, min_size=1, max_size=5), max_size=4),
+    tail=st.binary(max_size=3),
+    head=st.sampled_from(["slide,mpp,case_id,roi", "wsi,roi", "slide,slide"]),
+)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_a_table_holds_is_a_list_or_refused_in_one_line(tmp_path, rows, tail, head):
+    text = "\n".join([head, *map(",".join, rows)])
+    (tmp_path / "t.csv").write_bytes(text.encode("utf-8", "surrogatepass") + tail)
+    try:
+        names = [entry.name for entry in list_slides([tmp_path / "t.csv"]).entries]
+    except UsageError as exc:
+        assert len(str(exc).splitlines()) == 1
+    else:
+        assert 0 < len(set(names)) == len(names)
 
 
 def test_sources_without_slides_are_refused(tmp_path):

@@ -1,11 +1,16 @@
 """Each format of others' files becomes a section; what is missing or contradicts is refused in one line."""
 
+import gzip
+import re
+import shutil
 import sys
 
 import h5py
 import numpy as np
 import pytest
 from conftest import shared
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.sparse import csr_matrix, issparse
 from section_files import (
     GENES,
@@ -442,3 +447,49 @@ def test_several_sources(tmp_path):
         ]
     )
     assert [s.name for s in sections] == ["A1", "TENX1"]
+
+
+WORDS = [*b'x " { } \n \t \0 \xff'.split(b" "), b"", b"-1", b"nan", b"1e300", b"1e400", b"1000000000"]
+WORDS += [b"9" * 400, b"x" * 140_000, b"[" * 5000, b"null", b"true"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A section of each kind that is kept in text: its file, and how it is read."""
+    root = tmp_path_factory.mktemp("text")
+    write_st_tables(root, "A1")
+    with gzip.open(root / "counts/A1.tsv.gz") as file:
+        (root / "counts/B1.tsv").write_bytes(file.read())
+    for part in ("spots/{}_selection.tsv", "images/{}.jpg"):
+        shutil.copy(root / part.format("A1"), root / part.format("B1"))
+    write_visium(root / "V1")
+    draw(root / "V1/full.png", (100, 100))
+    write_hest(root, "H1", meta={"pixel_size_um_estimated": 0.5, "patient": "P", "st_technology": "Visium"})
+    return {
+        root / "counts/A1.tsv.gz": ("st-tables", "A1", {}),
+        root / "counts/B1.tsv": ("st-tables", "B1", {}),
+        root / "spots/B1_selection.tsv": ("st-tables", "B1", {}),
+        root / "V1/spatial/tissue_positions.csv": ("visium", "V1", {"slide": str(root / "V1/full.png")}),
+        root / "metadata/H1.json": ("hest", "H1", {}),
+    }
+
+
+@given(data=st.data())
+@settings(max_examples=250, deadline=None)
+@pytest.mark.filterwarnings("ignore:.*are left out, :UserWarning", "ignore:.*share a row:UserWarning")
+def test_whatever_tables_of_a_section_hold_is_read_or_refused_in_one_line(folders, data):
+    path = data.draw(st.sampled_from(list(folders)))
+    kind, name, options = folders[path]
+    whole = path.read_bytes()
+    pieces = re.split(rb"([\s,:\"]+)", whole) if path.suffix != ".gz" else [bytes([b]) for b in whole]
+    for _ in range(data.draw(st.integers(1, 3))):
+        word = data.draw(st.sampled_from(WORDS) | st.binary(max_size=3))
+        pieces[data.draw(st.integers(0, len(pieces) - 1))] = word
+    path.write_bytes(b"".join(pieces))
+    try:
+        (section,) = load(kind, path.parents[1], [name], **options)
+        assert section.neighbours().shape[0] == len(section)
+    except UsageError as exc:
+        assert len(str(exc).splitlines()) == 1
+    finally:
+        path.write_bytes(whole)

@@ -5,6 +5,8 @@ import dataclasses
 import re
 import subprocess
 import sys
+from contextlib import redirect_stderr
+from io import StringIO
 
 import h5py
 import numpy as np
@@ -12,6 +14,8 @@ import pytest
 import torch
 from encoder_fixtures import local_hub, needs_hub_1
 from hub_server import GOOD_TOKEN
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from train_fixtures import GENES, TINY, pairs, tiny_encoder
 
@@ -390,3 +394,23 @@ def test_numbers_that_no_training_can_have_are_refused(tmp_path, line, words):
     )
     with pytest.raises(UsageError, match=words):
         read_config(tmp_path / "config.toml")
+
+
+WORDS = ["-1", "0", "2.5", "1e400", "nan", "true", "[]", "[[1]]", "[{}]", "{}", "{a=1}", "1979-05-27"]
+WORDS += ['""', '"x"', '"\\u0000"', '["\\u0000"]']
+WORDS += ["1" + "0" * 400, "1" + "0" * 5000, "[" * 5000, f'"{"x" * 300}"']
+SETTINGS = [line.partition(" = ")[0] for line in CONFIG.splitlines() if " = " in line]
+
+
+@given(name=st.sampled_from(SETTINGS), value=st.sampled_from(WORDS), tail=st.binary(max_size=5))
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_a_training_file_holds_is_taken_or_refused_in_one_line(tmp_path, name, value, tail):
+    (tmp_path / "study").mkdir(exist_ok=True)
+    lines = CONFIG.format(place=tmp_path, method="seal").splitlines()
+    lines = [f"{name} = {value}" if line.startswith(f"{name} = ") else line for line in lines]
+    (tmp_path / "config.toml").write_bytes("\n".join(lines).encode() + tail)
+    told = StringIO()
+    with redirect_stderr(told):
+        status = main(["train", "--check", str(tmp_path / "config.toml")])
+    assert "--debug shows where" not in told.getvalue()
+    assert len(told.getvalue().splitlines()) == (status != 0)

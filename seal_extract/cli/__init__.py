@@ -7,6 +7,7 @@ not wait for torch.
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -58,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as exc:
         if args.debug:
             raise
+        if isinstance(exc, OSError) and exc.errno == errno.ENAMETOOLONG:
+            return fail(f"{str(exc.filename)[:80]}... is too long for a path; check what was typed", 2)
         return fail(f"unexpected {type(exc).__name__}: {_one_line(exc)}; --debug shows where", 1)
     return status
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from seal_extract.errors import OutputError
-from seal_extract.genes.feature_rows import RowPlaces
+from seal_extract.genes.feature_rows import LAYABLE, RowPlaces
 from seal_extract.publish import publish, writing
 from seal_extract.store import SlideFeatures
 
@@ -81,6 +82,8 @@ class Manifest:
         object.__setattr__(self, "shards", sizes)
         if {entry.shard for entry in self.entries} != set(sizes):
             raise ValueError("entries and shards do not agree")
+        if not all(type(n) is int for n in (self.trained, self.trained_bytes, self.trained_rows, self.next)):
+            raise ValueError("a number is none")
 
     @property
     def sizes(self) -> dict[int, int]:
@@ -171,7 +174,11 @@ def read_manifest(folder: Path, encoder: str) -> Manifest | None:
         listed = json.loads(path.read_text(encoding="utf-8"))
         entries = tuple(_entry(**entry) for entry in listed.pop("entries"))
         manifest = Manifest(**listed, entries=entries)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        for shard in manifest.sizes:
+            *starts, _ = accumulate((entry.rows for entry in manifest.of(shard)), initial=0)
+            if [entry.start for entry in manifest.of(shard)] != starts:
+                raise ValueError("rows do not follow one another")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as exc:
         raise OutputError(f"{folder} holds no index of seal_extract, or a damaged one; remove it") from exc
     if manifest.encoder != encoder:
         raise OutputError(f"{folder} is the index of another encoder or of other weights; remove it")
@@ -179,7 +186,19 @@ def read_manifest(folder: Path, encoder: str) -> Manifest | None:
 
 
 def _entry(*, places: dict[str, Any], **rest: Any) -> Entry:
-    return Entry(places=RowPlaces(**places | {"chunks": tuple(places["chunks"])}), **rest)
+    """A slide as it was written down.
+
+    Raises:
+        TypeError, ValueError, KeyError: it was written by something else.
+    """
+    rows = RowPlaces(**places | {"chunks": tuple(places["chunks"])})
+    entry = Entry(places=rows, **rest)
+    counts = [*entry.state, entry.rows, rows.dim, entry.shard, entry.start, rows.chunk_rows - 1, *rows.chunks]
+    if not all(type(n) is int and 0 <= n < 2**62 for n in counts) or not isinstance(entry.path, str):
+        raise ValueError("a number or path is none")
+    if rows.chunks and (rows.dtype not in LAYABLE or len(rows.chunks) * rows.chunk_rows < entry.rows):
+        raise ValueError("rows lie in no chunk")
+    return entry
 
 
 def shard_path(folder: Path, number: int) -> Path:

@@ -281,7 +281,7 @@ def read_config(path: Path) -> TrainConfig:
     except (ValueError, RecursionError) as exc:  # also of bytes that are no UTF-8, of numbers without end
         raise UsageError(f"{path} is not TOML: {exc}") from exc
     method = values.get("method", "seal")
-    if method in BASELINES and method != "seal":
+    if method in tuple(BASELINES) and method != "seal":
         if "seal" in values:
             raise UsageError(f"{path}: method {method!r} fixes what [seal] sets; leave [seal] out")
         return dataclasses.replace(_record(TrainConfig, values, str(path)), seal=BASELINES[method])

@@ -127,10 +127,11 @@ class Section:
         steps = LATTICES[self.lattice] if self.array_rc is not None else ()
         if not steps or self.array_rc is None:
             return np.empty((len(self), 0), np.int64)
-        place = self.array_rc - self.array_rc.min(0) + 2  # a margin of two, as far as a step goes
-        table = np.full(place.max(0) + 3, -1, np.int64)
-        table[tuple(place.T)] = np.arange(len(self))
-        return np.stack([table[tuple((place + step).T)] for step in steps], axis=1)
+        key = self.array_rc @ np.array([2**32, 1])  # readers hold rows and columns below 2**30
+        order = np.argsort(key, kind="stable")
+        wanted = key[:, None] + np.array(steps) @ np.array([2**32, 1])
+        found = order[np.searchsorted(key[order], wanted, side="right") - 1]
+        return np.where(key[found] == wanted, found, -1)
 
     def take(self, rows: NDArray[np.int64]) -> Section:
         """Some of the spots."""

@@ -175,7 +175,7 @@ def array_places(name: str, data: Any) -> NDArray[np.int64] | None:
         places = np.asarray(data.obs[["array_row", "array_col"]], np.float64)
     except (TypeError, ValueError) as exc:
         raise UsageError(f"{name}: array_row and array_col are no numbers: {exc}") from exc
-    return places.round().astype(np.int64) if np.isfinite(places).all() else None
+    return checked_places(name, places).round().astype(np.int64) if np.isfinite(places).all() else None
 
 
 def _rows(counts: Any) -> Any:

@@ -17,6 +17,7 @@ from seal_extract.errors import UsageError, how_to_install
 from seal_extract.train.sections import LATTICES
 
 MPP_TOLERANCE = 0.05  # share by which a µm/px and the pitch of the spots may differ
+MOST_PLACE = 2**30  # of a spot: a slide has at most some 2**20 pixels a side
 SHRUNK = ("tissue_hires_image", "tissue_lowres_image", "detected_tissue_image", "aligned_fiducials")
 SUFFIXES = ("tif", "tiff", "ome.tif", "ome.tiff", "btf", "svs", "ndpi", "png", "jpg", "jpeg")
 PLACES = ("in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres")  # Space Ranger's
@@ -178,19 +179,19 @@ def held_to_pitch(name: str, mpp: float | None, by_pitch: float | None, source: 
 
 
 def checked_places(name: str, xy_l0: Any) -> NDArray[np.float64]:
-    """Centres as float64 [N, 2].
+    """Centres, or rows and columns on the array, as float64 [N, 2].
 
     Raises:
-        UsageError: another shape, or a place that is no number.
+        UsageError: another shape, a place that is no number, or one that no slide or array has.
     """
     try:
         centres: NDArray[np.float64] = np.asarray(xy_l0, np.float64)
     except (TypeError, ValueError) as exc:
         raise UsageError(f"{name}: places of spots are no numbers: {exc}") from exc
-    if centres.ndim != 2 or centres.shape[1] != 2 or not np.isfinite(centres).all():
-        wrong = int((~np.isfinite(centres)).sum())
+    wrong = int((~(np.abs(centres) < MOST_PLACE)).sum())  # NaN is not
+    if centres.ndim != 2 or centres.shape[1] != 2 or wrong:
         raise UsageError(
-            f"{name}: places of spots are {list(centres.shape)}, {wrong} of them no numbers; they "
-            "have to be N x 2, x and y in pixels of the slide"
+            f"{name}: places of spots are {list(centres.shape)}, {wrong} of them no numbers below "
+            f"{MOST_PLACE}; they have to be N x 2, x and y in pixels of the slide"
         )
     return centres

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import gzip
+import zlib
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.errors import UsageError
-from seal_extract.train.formats.matching import held_to_pitch, matched, mpp_by_pitch, there
+from seal_extract.train.formats.matching import checked_places, held_to_pitch, matched, mpp_by_pitch, there
 from seal_extract.train.sections import Section
 
 ST_PITCH_UM = 200.0  # between spots of the first Spatial Transcriptomics arrays
@@ -46,8 +47,8 @@ def read_st_tables(
     slide = there(folder, *(f"images/{name}.{suffix}" for suffix in ("jpg", "jpeg", "png", "tif", "svs")))
     rows = matched(name, barcodes, places)
     kept = [barcodes[i] for i in rows]
-    xy_l0 = np.array([places[b][2:] for b in kept], np.float64).reshape(-1, 2)
-    array_rc = np.array([places[b][1::-1] for b in kept], np.float64).round().astype(np.int64)
+    xy_l0 = checked_places(name, [places[b][2:] for b in kept])
+    array_rc = checked_places(name, [places[b][1::-1] for b in kept]).round().astype(np.int64)
     by_pitch = mpp_by_pitch(array_rc, "square", ST_PITCH_UM, xy_l0)
     return Section(
         name=name,
@@ -69,14 +70,17 @@ def _table(path: Path) -> tuple[list[str], tuple[str, ...], NDArray[np.float32]]
     """Row names, column names and numbers of a tab-separated table."""
     names, rows = [], []
     try:
-        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
+        with (
+            gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file,
+            np.errstate(over="ignore"),  # infinity is refused with the other counts
+        ):
             header = file.readline().rstrip("\n").split("\t")
             for line in file:
                 name, _, rest = line.partition("\t")
                 names.append(name)
                 rows.append(np.array(rest.split("\t"), np.float32))
         counts = np.stack(rows) if rows else np.empty((0, len(header) - 1), np.float32)
-    except (OSError, EOFError, UnicodeDecodeError, ValueError) as exc:
+    except (OSError, EOFError, ValueError, zlib.error) as exc:
         raise UsageError(
             f"{path} is no table of counts: {exc}; it needs a row per spot, tabs between"
         ) from exc
@@ -95,5 +99,5 @@ def _places(path: Path) -> dict[str, tuple[float, float, float, float]]:
             )
             for r in lines
         }
-    except (OSError, KeyError, TypeError, ValueError) as exc:
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as exc:
         raise UsageError(f"{path} is no table of spots ({exc}); it needs x, y, pixel_x, pixel_y") from exc
