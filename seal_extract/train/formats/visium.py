@@ -169,10 +169,7 @@ def _section(
     kept = [barcodes[i] for i in rows]
     where = np.array([places[b] for b in kept], np.float64)  # [N, 4]
     array_rc = checked_places(name, where[:, :2]).astype(np.int64)
-    array_rc, xy_l0 = (
-        checked_places(name, where[:, :2]).astype(np.int64),
-        checked_places(name, where[:, :1:-1]),
-    )
+    xy_l0 = checked_places(name, where[:, :1:-1])
     by_pitch = mpp_by_pitch(array_rc, lattice, pitch_um, xy_l0)
     return Section(
         name=name,
