@@ -12,6 +12,7 @@ import pytest
 from conftest import shared
 from PIL import Image
 
+from seal_extract import read_features
 from seal_extract.cli import main
 from seal_extract.demo import write_untrained_encoder
 from seal_extract.encoders import list_encoders
@@ -150,6 +151,31 @@ def test_words_that_cannot_be_parsed_exit_with_2(place, run, words):
     status, out, err = run(place / "slides/a.svs", *words)
     assert (status, out) == (2, [])
     assert err[-1].startswith("seal-extract: error:")
+
+
+def test_precision_has_one_name_and_takes_the_short_one(place, run, tmp_path):
+    words = (place / "slides/a.svs", "-o", tmp_path, "--encoder", place / "encoder", "--precision")
+    assert run(*words, "bf16")[0] == 0
+    (features,) = map(read_features, tmp_path.rglob("features_*/a.h5"))
+    assert features.provenance["encoder"]["precision"] == "bfloat16"
+    _, out, _ = run(*words, "bfloat16")
+    assert "finished before" in out[0]
+    _, _, err = run(*words, "int4")
+    assert err[-1].endswith("precision is 'int4'; allowed: float32, bfloat16, float16")
+
+
+@pytest.mark.parametrize("command", ["", "bench", "evaluate", "spots"])
+def test_every_command_with_a_precision_takes_both_names(run, command):
+    _, out, _ = run(*command.split(), "--help")
+    text = "\n".join(out)
+    assert "--precision {float32,bfloat16,float16}" in text
+    assert not re.search("fp32|bf16|fp16", text)
+    slide = [] if command in ("bench", "") else ["no"]
+    needed = {"evaluate": ["--encoder", "x", "--sections", "no"], "": ["no.svs"]}.get(command, slide)
+    for name in ("fp16", "float16"):
+        _, _, err = run(*command.split(), *needed, "--precision", name, "--device", "tpu")
+        assert err
+        assert "precision" not in err[-1]
 
 
 def test_an_empty_folder_exits_with_2(place, run, tmp_path):

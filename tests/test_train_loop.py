@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from encoder_fixtures import local_hub, needs_hub_1
 from hub_server import GOOD_TOKEN
 from hypothesis import HealthCheck, given, settings
@@ -131,6 +132,39 @@ def test_a_resume_with_other_options_is_refused_and_changes_nothing(tmp_path):
     (tmp_path / CHECKPOINT).write_text("not a checkpoint")
     with pytest.raises(UsageError, match="no checkpoint of this package"):
         train(model(), batches, None, tmp_path, OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("short", "full"), [("no", "float32"), ("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")]
+)
+def test_precision_has_short_names_in_a_config_too(study, capsys, short, full):
+    line = ("[loop]", f'[loop]\nprecision = "{short}"')
+    assert main(["train", "--check", str(write_config(study, line=line))]) == 0
+    assert f"precision='{full}'" in capsys.readouterr().out
+    assert (
+        main(["train", "--check", str(write_config(study, line=("[loop]", '[loop]\nprecision = "x"')))]) == 2
+    )
+    assert "precision is 'x'; allowed: float32, bfloat16, float16" in capsys.readouterr().err
+
+
+@pytest.fixture
+def new_process():
+    """Accelerate keeps the first precision of a process; before and after there is none."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize(("short", "full"), [("no", "float32"), ("bf16", "bfloat16")])
+def test_a_checkpoint_of_an_older_version_names_the_precision_short(tmp_path, short, full, new_process):
+    batches = Batches(pairs(16), 8)
+    options = dataclasses.replace(OPTIONS, epochs=1, precision=full)
+    train(model(), batches, None, tmp_path, options)
+    saved = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    assert f'"precision": "{full}"' in saved["identity"]
+    saved["identity"] = saved["identity"].replace(f'"precision": "{full}"', f'"precision": "{short}"')
+    torch.save(saved, tmp_path / CHECKPOINT)
+    assert len(train(model(), batches, None, tmp_path, options)) == 1
 
 
 def test_fewer_pairs_than_a_batch_are_refused():

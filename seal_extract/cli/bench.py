@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from seal_extract.cli.fail import passing_line, say
-from seal_extract.cli.options import Parser, add_common, add_slide_mpp, mpp
+from seal_extract.cli.options import Parser, add_common, add_precision, add_slide_mpp, mpp
 from seal_extract.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def bench_parser() -> argparse.ArgumentParser:
     p.add_argument("slides", nargs="*", type=Path, metavar="SLIDE")
     p.add_argument("--encoder", metavar="NAME", help="a name from `seal-extract encoders`, or a folder")
     p.add_argument("--checkpoint", type=Path, metavar="FILE", help="a local official weight file (.pth)")
-    p.add_argument("--precision", choices=["float32", "bfloat16", "float16"])
+    add_precision(p)
     p.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     p.add_argument("--offline", action="store_true", help="never ask the network")
     p.add_argument("--mpp", type=mpp, default=0.5, metavar="UM", help="µm/px, or 20x (default: 0.5)")

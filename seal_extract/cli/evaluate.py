@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from seal_extract.cli.fail import passing_line, say
-from seal_extract.cli.options import Parser, add_common, mpp
+from seal_extract.cli.options import Parser, add_common, add_precision, mpp
 
 if TYPE_CHECKING:
     from seal_extract.encoders.request import EncoderRequest
@@ -48,7 +48,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
         "--batch-size", type=int, default=64, metavar="N", help="patches per forward (default: 64)"
     )
     p.add_argument("--seeds", type=int, default=10, metavar="N", help="orders of permuted rows (default: 10)")
-    p.add_argument("--precision", choices=["float32", "bfloat16", "float16"])
+    add_precision(p)
     p.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     p.add_argument("--offline", action="store_true", help="never ask the network")
     add_common(p)

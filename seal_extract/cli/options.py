@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
+from seal_extract.errors import UsageError
 from seal_extract.names import shown
 
 
@@ -27,6 +28,25 @@ def add_common(p: argparse.ArgumentParser) -> None:
     p.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
     p.add_argument("--debug", action="store_true", help="show the traceback of an error")
     p.add_argument("--version", action="version", version=_version())
+
+
+def add_precision(p: argparse._ActionsContainer) -> None:
+    """What the encoder computes in; short names are taken too."""
+    p.add_argument(
+        "--precision",
+        type=_precision,
+        metavar="{float32,bfloat16,float16}",
+        help="what the encoder computes in (default: as `seal-extract encoders` says, float32 on a CPU)",
+    )
+
+
+def _precision(text: str) -> str | None:
+    from seal_extract.encoders.spec import check_precision
+
+    try:
+        return check_precision(text)
+    except UsageError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from exc
 
 
 def add_slide_mpp(p: argparse._ActionsContainer) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from seal_extract.cli import slides
-from seal_extract.cli.options import Parser, add_common, add_logs, add_slide_mpp, mpp
+from seal_extract.cli.options import Parser, add_common, add_logs, add_precision, add_slide_mpp, mpp
 
 COMMANDS = """\
 commands:
@@ -63,7 +63,7 @@ def slides_parser() -> argparse.ArgumentParser:
     encoder.add_argument(
         "--revision", help="branch, tag or commit on the Hub; main: as it is now (default: the pinned commit)"
     )
-    encoder.add_argument("--precision", choices=["float32", "bfloat16", "float16"])
+    add_precision(encoder)
     encoder.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     encoder.add_argument("--offline", action="store_true", help="never ask the network")
 

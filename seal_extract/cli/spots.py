@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from seal_extract.cli.fail import fail, say
-from seal_extract.cli.options import Parser, add_common, mpp
+from seal_extract.cli.options import Parser, add_common, add_precision, mpp
 from seal_extract.errors import CheckpointError, SealExtractError, UsageError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def spots_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--batch-size", type=int, default=64, metavar="N", help="patches per forward (default: 64)"
     )
-    p.add_argument("--precision", choices=["float32", "bfloat16", "float16"])
+    add_precision(p)
     p.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     p.add_argument("--offline", action="store_true", help="never ask the network")
     p.add_argument("--overwrite", action="store_true", help="replace files that were made of something else")

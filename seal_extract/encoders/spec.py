@@ -178,7 +178,7 @@ class EncoderSpec:
     mpp_basis: str = ""
 
     def __post_init__(self) -> None:
-        _allow("precision", self.precision, PRECISIONS)
+        object.__setattr__(self, "precision", check_precision(self.precision))
         _allow("pooling", self.pooling, POOLINGS)
         _allow("filter", self.input.filter, FILTERS)
         _allow("mpp_basis", self.mpp_basis, MPP_BASES)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from seal_extract.encoders.folder import HEAD_KINDS
 from seal_extract.encoders.locate import is_name, is_repository, is_timm, locate, named_spec
+from seal_extract.encoders.spec import check_precision
 from seal_extract.errors import UsageError
 from seal_extract.genes.panel import read_panel
 from seal_extract.grid import MAX_PATCH_PX
@@ -28,6 +29,15 @@ else:
 TEMPERATURE = 0.05  # of SEAL's contrast
 WIDEST = 2**16  # layer that is trained
 T = TypeVar("T")
+
+
+def full_precision(name: str) -> str | None:
+    """The full name of a precision; what accelerate calls ``no`` is float32.
+
+    Raises:
+        UsageError: there is no such precision.
+    """
+    return check_precision("float32" if name == "no" else name)
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,7 @@ class LoopOptions:
         weight_decay: of AdamW.
         warmup: share of all steps in which the rate rises.
         accumulate: batches of one step.
-        precision: ``"no"`` (float32), ``"bf16"`` or ``"fp16"``.
+        precision: ``"float32"``, ``"bfloat16"`` or ``"float16"``, which the loss is computed in.
         clip: longest gradient.
         patience: epochs without a better validation loss before it stops; 0 never stops.
         seed: of everything that is drawn.
@@ -106,7 +116,7 @@ class LoopOptions:
     weight_decay: float = 0.2
     warmup: float = 0.05
     accumulate: int = 1
-    precision: str = "no"
+    precision: str = "float32"
     clip: float = 1.0
     patience: int = 0
     seed: int = 42
@@ -114,8 +124,7 @@ class LoopOptions:
     def __post_init__(self) -> None:
         if min(self.epochs, self.accumulate) < 1 or min(self.lr, self.clip) <= 0:
             raise UsageError(f"{self}; allowed: epochs and accumulate of 1 or more, lr and clip above 0")
-        if self.precision not in ("no", "bf16", "fp16"):
-            raise UsageError(f"precision is {self.precision!r}; allowed: no (float32), bf16, fp16")
+        object.__setattr__(self, "precision", full_precision(self.precision))
         if not 0 <= self.warmup < 1 or self.patience < 0:
             raise UsageError(f"warmup {self.warmup}, patience {self.patience}; allowed: 0 to 1, 0 or more")
         if self.weight_decay < 0 or not 0 <= self.seed < 2**46:

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from seal_extract.errors import SealExtractError, UsageError, how_to_install
 from seal_extract.publish import publish
 from seal_extract.train.batches import Batches
-from seal_extract.train.config import LoopOptions
+from seal_extract.train.config import LoopOptions, full_precision
 
+MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # as accelerate calls them
 CHECKPOINT, METRICS, CURVES = "checkpoint.pt", "metrics.csv", "curves.png"
 State = dict[str, Tensor]
 Row = dict[str, float]
@@ -83,7 +84,7 @@ class _Run:
     ) -> None:
         Accelerator = _accelerator()
         self.accelerator = Accelerator(
-            mixed_precision=options.precision, gradient_accumulation_steps=options.accumulate
+            mixed_precision=MIXED[options.precision], gradient_accumulation_steps=options.accumulate
         )
         self.batches, self.options, self.folder = batches, options, folder
         self.identity = json.loads(json.dumps(identity))
@@ -112,7 +113,8 @@ class _Run:
                 if not loss.isfinite():
                     raise TrainingError(
                         f"the loss of epoch {number + 1}, batch {i + 1} is {loss.item()}; {CHECKPOINT} "
-                        f'of epoch {number} stays in {self.folder}; type a lower lr, or precision = "no"'
+                        f"of epoch {number} stays in {self.folder}; type a lower lr, or "
+                        'precision = "float32"'
                     )
                 a.backward(loss)
                 if a.sync_gradients:
@@ -179,6 +181,9 @@ class _Run:
             before = json.loads(state["identity"])
         except Exception as exc:
             raise UsageError(f"{path} is no checkpoint of this package; choose another folder") from exc
+        for loop in (before, before.get("config", {}).get("loop", {})):
+            if "precision" in loop:  # an older version wrote the short name
+                loop["precision"] = full_precision(loop["precision"])
         for name in self.identity.keys() | before.keys():
             if self.identity.get(name) != before.get(name):
                 raise UsageError(
