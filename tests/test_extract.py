@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+from dataclasses import fields
 from importlib import import_module
+from math import inf, nan
 
 import h5py
 import numpy as np
@@ -101,6 +103,16 @@ def test_rows_do_not_depend_on_batch_size_or_threads(finished, svs, encoder, tmp
     np.testing.assert_array_equal(again.features, result.features)
 
 
+def test_an_encoder_may_be_given_by_name(svs, tmp_path):
+    result = extract(svs, "seal-tiny", tmp_path)
+    assert result.path.parent.name == "features_seal-tiny"
+    assert result.features.shape == (len(result.grid), 32)
+    written = result.path.stat().st_mtime_ns
+    assert extract(svs, "seal-tiny", tmp_path).path.stat().st_mtime_ns == written
+    with pytest.raises(UsageError, match="seal-tinny"):
+        extract(svs, "seal-tinny", tmp_path)
+
+
 def test_progress_counts_patches(svs, encoder, tmp_path):
     calls = []
     result = extract(
@@ -165,6 +177,45 @@ def test_given_files_that_are_not_there_are_named(svs, encoder, tmp_path):
             extract(svs, encoder, tmp_path, options=ExtractOptions(**{option: tmp_path}))
     with pytest.raises(UsageError, match="--roi and --coords both"):
         ExtractOptions(roi=tmp_path, coords=tmp_path)
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(ExtractOptions)])
+def test_an_option_of_another_kind_is_refused(name):
+    option = f"--{name.replace('_', '-')}"
+    for value in (object(), [], b"2"):
+        with pytest.raises(UsageError, match=rf"{option} is .*; allowed: ") as refused:
+            ExtractOptions(**{name: value})
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("patch_px", (-1, 0, 224.5, "224", True, None)),
+        ("mpp", (nan, inf, 0, -0.5, "20x", None)),
+        ("overlap_px", (-1, 1.5, 224, None)),
+        ("min_tissue", (2, -0.1, nan, None)),
+        ("mpp_tolerance", (-0.1, nan, inf, None)),
+        ("slide_mpp", (nan, inf, 0, -0.25, 1e4)),
+        ("override_mpp", (nan, inf, 0, -0.25, 1e4)),
+        ("edges", ("cut", None)),
+        ("resample", ("nearest", None)),
+        ("overlay", ("filled", None)),
+        ("layout", ("tridnet", None)),
+        ("max_read_errors", (-1, 0.5, None)),
+        ("batch_size", (0, -8, 0.5)),
+        ("workers", (0, -1, 1.5)),
+        ("stage_gb", (0, -1, nan, inf, None)),
+        ("plan_timeout_s", (-1, nan, inf, None)),
+        ("allow_upsampling", (1, "no", None)),
+        ("fast_decode", (1, "no", None)),
+        ("overwrite", (1, "no", None)),
+    ],
+)
+def test_an_option_out_of_range_is_refused(name, values):
+    for value in values:
+        with pytest.raises(UsageError, match="allowed: "):
+            ExtractOptions(**{name: value})
 
 
 # --- resuming ---------------------------------------------------------------------------------
