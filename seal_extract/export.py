@@ -14,11 +14,10 @@ from typing import Any, Literal
 
 from seal_extract.errors import OutputError, SealExtractError, SlideError, UsageError
 from seal_extract.layouts import LAYOUTS, layout_of_grid
-from seal_extract.names import written_twice
+from seal_extract.names import EXPORTED_FROM, is_export, shareable, written_twice
 from seal_extract.origin import origin_overview
 from seal_extract.scverse import SCVERSE
 from seal_extract.store import (
-    EXPORTED_FROM,
     MICROMETRES,
     SlideFeatures,
     SlideLabel,
@@ -73,7 +72,8 @@ def export(
     """Write every finished features file under ``folder`` into another layout under ``out``.
 
     Values are the same, float32, and float16 rounded from it in STAMP's layout. Provenance is kept, with the
-    source's path and layout added under ``exported_from``. Pictures and contours are not copied.
+    source's path in ``folder`` added under ``exported_from``; of slide and weights it has the names alone, so
+    that no folder of this machine is given away. Pictures and contours are not copied.
 
     Args:
         folder: of a finished run, or a part of it such as one encoder's.
@@ -94,7 +94,10 @@ def export(
         SCVERSE[layout].check_installed()
     jobs, damaged = _jobs(Path(folder), layout, Path(out))
     failed = (Exported(file, file, 0, "failed", error) for file, error in damaged.items())
-    done = (_export_one(file, path, layout, Path(out), overwrite, slides) for path, file in jobs.items())
+    done = (
+        _export_one(file, path, Path(folder), layout, Path(out), overwrite, slides)
+        for path, file in jobs.items()
+    )
     return chain(failed, done)
 
 
@@ -114,7 +117,7 @@ def _jobs(folder: Path, layout: str, out: Path) -> tuple[dict[Path, Path], dict[
     found, damaged = scan_features(folder, job)
     for file in written_twice((file, provenance) for file, (_, provenance) in found.items()):
         del found[file]
-    exports = {file for file, (_, provenance) in found.items() if EXPORTED_FROM in provenance}
+    exports = {file for file, (_, provenance) in found.items() if is_export(provenance)}
     for file, (path, _) in found.items():
         other = jobs.get(path, file)
         if path.resolve() == file.resolve() or (other != file and file in exports):
@@ -141,7 +144,7 @@ def _place(source: SlideFeatures, layout: str, out: Path) -> Path:
 
 
 def _export_one(
-    file: Path, path: Path, layout: str, out: Path, overwrite: bool, slides: Path | None
+    file: Path, path: Path, folder: Path, layout: str, out: Path, overwrite: bool, slides: Path | None
 ) -> Exported:
     result = Exported(file, path, 0)
     try:
@@ -154,7 +157,7 @@ def _export_one(
             )
         if layout in SCVERSE and not len(source.grid) and not SCVERSE[layout].takes_empty:
             return replace(result, state="left out")
-        provenance = source.provenance | {EXPORTED_FROM: str(source.path.resolve())}
+        provenance = shareable(source.provenance) | {EXPORTED_FROM: str(file.relative_to(folder))}
         if not overwrite and _is_done(path, layout, provenance):
             if layout in LAYOUTS:
                 encoder = provenance["encoder"]["name"]
@@ -199,7 +202,8 @@ def _is_done(path: Path, layout: str, provenance: dict[str, Any]) -> bool:
 
 
 def _without_origin(provenance: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in provenance.items() if key != EXPORTED_FROM}
+    kept = {key: value for key, value in provenance.items() if key != EXPORTED_FROM}
+    return shareable(kept)  # an older version exported paths
 
 
 def _copy(source: SlideFeatures, provenance: dict[str, Any], layout: str, out: Path, overwrite: bool) -> None:

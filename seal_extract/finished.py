@@ -120,8 +120,9 @@ def keep_names(entries: Sequence[SlideEntry], out: Path) -> tuple[SlideEntry, ..
             provenance = None
             with suppress(OutputError):  # a damaged one says nothing
                 provenance = read_provenance(file)
-            if provenance is not None:
-                given.setdefault(_resolved(provenance["slide"].get("path", "")), file.stem)
+            path = provenance["slide"].get("path", "") if provenance is not None else ""
+            if "/" in path:  # an export names the file alone
+                given.setdefault(_resolved(path), file.stem)
     return tuple(with_names(entries, given))
 
 
@@ -199,7 +200,8 @@ def _is_same_file(entry: SlideEntry, provenance: dict[str, Any]) -> bool:
         size, version = _remote_state(entry)
         return (size, version) == (before["bytes"], slide.get("version"))
     try:
-        if str(entry.path.resolve()) == slide["path"]:
+        there = entry.path.resolve()
+        if slide["path"] in (str(there), there.name):  # an export names the file alone
             stat = entry.path.stat()
             if "stamp" not in slide:
                 return (stat.st_size, stat.st_mtime_ns) == (before["bytes"], slide["mtime_ns"])

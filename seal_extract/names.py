@@ -8,6 +8,7 @@ table goes through `shown` or `cell`.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import unicodedata
 import warnings
@@ -19,6 +20,8 @@ from typing import Any
 SEPARATOR = "__"  # between folder and name
 _LOOKS_ESCAPED = re.compile(r"\\(?=x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
 _ESCAPED = re.compile(r"\\(?:x([0-9a-f]{2})|u([0-9a-f]{4})|U([0-9a-f]{8}))")
+EXPORTED_FROM = "exported_from"  # in the provenance of a copy in another layout
+_ABSOLUTE = re.compile(r"(?<![\w.:/~<])/(?=[^\s/])(?:[^\s/:;,'\"()]+/)*")  # up to the last name of a path
 _FORMULA = re.compile(r"'*[=+\-@]")  # to a spreadsheet, unless an apostrophe says that it is text
 
 
@@ -50,6 +53,52 @@ def from_cell(text: str) -> str:
         return chr(code + 0xDC00 if escaped[1] and code >= 0x80 else code)
 
     return _ESCAPED.sub(char, text[1:] if text[:1] == "'" and _FORMULA.match(text) else text)
+
+
+def without_folders(text: str, *folders: str | Path) -> str:
+    """Text that may be given away: of each absolute path in it the last name alone.
+
+    Args:
+        text: a message, for example.
+        folders: that it may name, or folders beside them; they are found although they have spaces in them.
+    """
+    for folder in folders:
+        text = text.replace(f"{folder}/", "")
+        for above in Path(folder).parents:
+            if above.is_absolute() and above.name:
+                text = text.replace(f"{above}/", "")
+    return _ABSOLUTE.sub("", text)
+
+
+def shareable(provenance: dict[str, Any]) -> dict[str, Any]:
+    """The provenance of features as it may be given away: files by their names, no folder of this machine.
+
+    The request, which tells whether a file was made by the same one, names no folder and stays as it is.
+    """
+    path = str(provenance["slide"].get("path", ""))
+    folder = path.rpartition("/")[0]
+
+    def named(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: one if key == "request" else named(one) for key, one in value.items()}
+        if isinstance(value, list):
+            return [named(one) for one in value]
+        if isinstance(value, str) and (value == path or value.startswith("/")):
+            return Path(value).name
+        return without_folders(value, folder) if isinstance(value, str) else value
+
+    return {key: one if key == "request" else named(one) for key, one in provenance.items()}
+
+
+def is_export(provenance: dict[str, Any]) -> bool:
+    """Whether features are a copy in another layout."""
+    return EXPORTED_FROM in provenance
+
+
+def origin_of(path: Path, provenance: dict[str, Any]) -> str:
+    """What a features file and its exports have in common: slide, grid and encoder, as text."""
+    slide = provenance.get("request", {}).get("slide")
+    return json.dumps([path.stem, provenance["encoder"]["name"], provenance["grid"], slide], sort_keys=True)
 
 
 def choose_names(
@@ -111,7 +160,9 @@ def written_twice(files: Iterable[tuple[Path, dict[str, Any]]]) -> set[Path]:
     older: set[Path] = set()
     for path, made in sorted(files, key=lambda file: (file[1].get("written", ""), file[0])):
         slide = Path(made["slide"].get("path", ""))
-        if not slide.name or not path.stem.endswith((slide.stem, slide.name)):  # as `choose_names` gives none
+        if slide.name == str(slide):  # an export does not say where its slide lies
+            continue
+        if not path.stem.endswith((slide.stem, slide.name)):  # as `choose_names` gives none
             continue
         before = newest.get(key := (path.parent, slide))
         if before is not None:

@@ -53,11 +53,10 @@ def find_origin(features: SlideFeatures, slides: Path | None = None) -> Path:
     """
     known = Path(features.provenance["slide"]["path"])
     if slides is None:
-        if known.exists():
+        if known.is_absolute() and known.exists():
             return known
-        raise SlideOpenError(
-            f"the slide {known} is no longer there; give the folder that holds it as --slides"
-        )
+        why = "is no longer there" if known.is_absolute() else "lies somewhere that an export does not say"
+        raise SlideOpenError(f"the slide {known} {why}; give the folder that holds it as --slides")
     found = [slides] if slides.name == known.name else sorted(slides.rglob(known.name))
     if len(found) != 1 or not found[0].exists():
         what = f"{len(found)} files" if len(found) > 1 else "no file"

@@ -112,6 +112,8 @@ def describe(
     return {
         "request": request,
         "slide": {
+            # Absolute, so that the slide is found wherever the results are moved to, and told from another of
+            # its name. `names.shareable` takes the folders out of all that is made to be given away.
             "path": str(slide.path.resolve()),
             "mtime_ns": slide.path.stat().st_mtime_ns,
             "stamp": sizes_and_times(slide.path),

@@ -23,11 +23,10 @@ from seal_extract.encoders.folder import plain_word
 from seal_extract.errors import OutputError
 from seal_extract.grid import PatchGrid
 from seal_extract.hdf5 import Disk, new_hdf5, open_hdf5
-from seal_extract.names import written_twice
+from seal_extract.names import is_export, origin_of, written_twice
 from seal_extract.publish import writing
 
 PROVENANCE = "seal_extract"  # at the root; "encoder" and "stamp_version" there would mislead STAMP
-EXPORTED_FROM = "exported_from"  # in the provenance of a copy in another layout
 PIXELS, MICROMETRES = "features", "feats"  # datasets of rows; STAMP's has coords in µm
 BARCODE = "barcode"  # dataset of the patches' names, where they have some
 CHUNK_BYTES = 2**18  # a chunk of features is some hundred rows, never one; it has one checksum
@@ -224,12 +223,13 @@ def list_features(folder: Path) -> tuple[list[SlideFeatures], dict[Path, OutputE
     listed, damaged = scan_features(folder, find_features)
     for path in written_twice((path, features.provenance) for path, features in listed.items()):
         del listed[path]
+    ours: dict[Path | str, SlideFeatures] = {}
     found = {path.resolve(): features for path, features in listed.items()}
-    ours: dict[Path, SlideFeatures] = {}
+    originals = {origin_of(path, f.provenance) for path, f in found.items() if not is_export(f.provenance)}
     for path, features in found.items():
-        source = Path(features.provenance.get(EXPORTED_FROM, path))
-        if source == path or (source not in found and source not in ours):
-            ours[source] = features
+        exported, origin = is_export(features.provenance), origin_of(path, features.provenance)
+        if not (exported and origin in originals):
+            ours.setdefault(origin if exported else path, features)
     if not ours:
         why = f" ({next(iter(damaged.values()))})" if damaged else ""
         raise OutputError(

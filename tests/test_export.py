@@ -1,6 +1,8 @@
 """A finished run in another layout: the same values, recognised again, nothing overwritten."""
 
 import json
+import os
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -8,18 +10,20 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from cohort_fixtures import run_here
 from conftest import DrawnSlide
 from test_layouts import CONSUMER_OF, DIM, SIZE, files_in, grid_of, provenance_of, short_of, write
 
 from seal_extract import extract, open_slide, read_features
 from seal_extract.cli import main
+from seal_extract.encoders.bundled import bundled
 from seal_extract.errors import UsageError
 from seal_extract.export import EXPORTS, export
 from seal_extract.finished import find_finished
 from seal_extract.layouts import LAYOUTS, layout_of_grid
 from seal_extract.plan import ExtractOptions
 from seal_extract.provenance import describe_request
-from seal_extract.store import SlideLabel, read_provenance
+from seal_extract.store import SlideLabel, list_features, read_provenance
 
 FLOAT32 = [name for name in LAYOUTS if name != "stamp"]
 
@@ -48,7 +52,7 @@ def test_any_layout_becomes_any_other_with_the_same_values(tmp_path, source, to)
     np.testing.assert_array_equal(back.grid.xy_l0, grid.xy_l0)
     assert short_of(tmp_path / "out", CONSUMER_OF[to]) == []
     origin = back.provenance.pop("exported_from")
-    assert origin == str(place.features("a", "tiny").resolve())
+    assert tmp_path / "run" / origin == place.features("a", "tiny")
     assert back.provenance == read_provenance(place.features("a", "tiny"))
 
 
@@ -174,6 +178,76 @@ def test_an_extraction_takes_an_export_for_done(tmp_path):
         assert states(tmp_path / "run", layout, tmp_path / layout) in (["written"], ["finished before"])
         found = find_finished(slide, identity, tmp_path / layout, options)
         assert len(found.grid) == 20, layout
+
+
+# --- what is given away -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def private(drawn_slides, tmp_path_factory):
+    """A finished run, one slide of it failed, in a folder whose name is nobody's business."""
+    home = tmp_path_factory.mktemp("private") / "ward 7 of Jane Doe"
+    shutil.copytree(Path(str(bundled()["seal-tiny"])), home / "encoder")
+    (home / "slides").mkdir()
+    for slide in drawn_slides[:2]:
+        shutil.copy(slide, home / "slides")
+    (home / "slides/bad.svs").write_text("a note")
+    assert run_here(home / "slides", "-o", home / "out", "--encoder", home / "encoder").returncode == 1
+    return home
+
+
+def telling(folder):
+    """The files below a folder that say where they were made."""
+    parts = (b"Jane Doe", os.fsencode(Path.home()) + b"/", os.fsencode(folder.parent))
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    assert files
+    return [p for p in files if any(part in p.read_bytes() for part in parts)]
+
+
+@pytest.mark.parametrize("layout", EXPORTS)
+def test_an_export_names_no_folder_of_the_machine(private, tmp_path, layout):
+    if layout == "spatialdata":
+        pytest.importorskip("spatialdata", reason='pip install ".[scverse]"')
+    out, words = tmp_path / "out", ("export", private / "out", "--layout", layout, "-o", tmp_path / "out")
+    assert run_here(*words).returncode == 0
+    assert telling(out) == []
+    assert run_here(*words).stdout.count("finished before") == 2
+
+
+def test_tables_of_genes_and_the_page_name_no_folder_of_the_machine(private, tmp_path):
+    words = ("genes", private / "out", "--genes", "EPCAM", "--write", "h5,h5ad,geojson,png")
+    assert run_here(*words, "-o", tmp_path / "genes").returncode == 0
+    assert telling(tmp_path / "genes") == []
+    assert run_here(*words, "-o", tmp_path / "genes").returncode == 0  # they are known again
+    page = (private / "out/report.html").read_text(encoding="utf-8")
+    assert "bad.svs" in page
+    assert "Jane Doe" not in page
+    assert telling(private / "out/20x_224px_0px_overlap/patches") == []
+
+
+def test_an_export_serves_the_other_commands(private, tmp_path, monkeypatch):
+    assert run_here("export", private / "out", "--layout", "trident", "-o", tmp_path).returncode == 0
+    again = run_here(private / "slides", "-o", tmp_path, "--encoder", private / "encoder")
+    assert again.stdout.count("finished before") == 2, again
+    monkeypatch.chdir(private / "slides")  # a file of that name here is not taken for the slide
+    told = run_here("report", tmp_path, "--no-genes")
+    assert told.returncode == 1
+    assert "the slide 0.svs lies somewhere that an export does not say; give the folder" in told.stderr
+    assert run_here("report", tmp_path, "--no-genes", "--slides", private / "slides").returncode == 0
+
+
+def test_an_export_of_an_older_version_counts_beside_its_original_and_without(run, tmp_path):
+    assert states(run, "flat", run) == ["written", "written"]
+    for name in "ab":
+        with h5py.File(run / f"{name}.h5", "a") as file:
+            (original,) = run.rglob(f"features_tiny/{name}.h5")
+            made = read_provenance(original) | {"exported_from": str(original.resolve())}
+            made["slide"]["path"] = f"/home/jane/{name}.svs"
+            file.attrs["seal_extract"] = json.dumps(made)
+    assert [f.path.parent.name for f in list_features(run)[0]] == ["features_tiny"] * 2
+    assert states(run, "flat", run) == ["finished before", "finished before"]
+    run.rename(tmp_path / "moved")
+    assert [f.path.parent.name for f in list_features(tmp_path / "moved")[0]] == ["features_tiny"] * 2
 
 
 # --- scverse ----------------------------------------------------------------------------------

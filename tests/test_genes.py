@@ -226,6 +226,7 @@ def test_a_file_without_columns_and_signatures_counts_as_finished(finished, deco
         provenance = json.loads(file.attrs["seal_extract"])
         for entry in ("source", "genes", "columns", "signatures"):
             del provenance[entry]
+        provenance["features"] = finished[0].provenance  # with the slide's folder
         file.attrs["seal_extract"] = json.dumps(provenance)
     before = path.stat().st_mtime_ns
     write_expression(finished[0], decoder, path, [3])

@@ -61,7 +61,7 @@ def _write_h5ad(
     slide: SlideFeatures, decoder: GeneDecoder, asked: Contents, path: Path, args: argparse.Namespace
 ) -> str:
     """Write the table with a picture of the slide; why there is none, in words."""
-    from seal_extract.genes.contents import Contents, source_provenance, to_write
+    from seal_extract.genes.contents import Contents, file_provenance, to_write
     from seal_extract.genes.predict import predicted, score
     from seal_extract.origin import origin_overview
     from seal_extract.scverse import read_h5ad_provenance, write_h5ad
@@ -82,7 +82,7 @@ def _write_h5ad(
         contents.genes,
         predicted(slide, decoder, contents.columns),
         observed={s.name: score(slide, decoder, s) for s in contents.signatures},
-        provenance=source_provenance(slide, decoder) | contents.entries(),
+        provenance=file_provenance(slide, decoder, contents),
     )
     return problem
 

@@ -12,6 +12,7 @@ from typing import Any
 from seal_extract.errors import OutputError, UsageError
 from seal_extract.genes.decoder import GeneDecoder, column_names
 from seal_extract.genes.signature import FittedSignature
+from seal_extract.names import shareable
 from seal_extract.store import SlideFeatures
 
 EXPRESSION = "expression"  # the kind of such a file, and its dataset
@@ -139,6 +140,12 @@ def source_provenance(features: SlideFeatures, decoder: GeneDecoder) -> dict[str
         "grid": features.provenance["grid"],
         "features": features.provenance,
     }
+
+
+def file_provenance(features: SlideFeatures, decoder: GeneDecoder, contents: Contents) -> dict[str, Any]:
+    """What a table of expression says of itself; it may be given away."""
+    source = source_provenance(features, decoder)
+    return source | {"features": shareable(features.provenance)} | contents.entries()
 
 
 def source_of(provenance: dict[str, Any]) -> str:

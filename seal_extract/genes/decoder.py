@@ -181,7 +181,7 @@ def whereabouts(provenance: dict[str, Any]) -> str:
     if made_by["name"] in {row.name for row in list_encoders()} | set(bundled()):
         return str(made_by["name"])
     source = made_by["weights"][0]["source"] if made_by["weights"] else ""
-    if not source:
+    if "/" not in source:  # of a folder an export says the name alone
         raise UsageError(f"nothing says where the encoder {made_by['name']} is; give its folder as --encoder")
     return str(source)
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.errors import OutputError, UsageError
-from seal_extract.genes.contents import EXPRESSION, Contents, source_provenance, to_write
+from seal_extract.genes.contents import EXPRESSION, Contents, file_provenance, to_write
 from seal_extract.genes.decoder import GeneDecoder
 from seal_extract.genes.signature import FittedSignature, Signature
 from seal_extract.hdf5 import DAMAGED, checked, open_hdf5
@@ -102,7 +102,7 @@ def write_expression(
     if contents is None:
         assert found is not None
         return found
-    provenance = source_provenance(features, decoder) | contents.entries()
+    provenance = file_provenance(features, decoder, contents)
 
     def describe(file: h5py.File) -> None:
         with open_hdf5(features.path) as source:

@@ -19,6 +19,7 @@ import numpy as np
 from seal_extract.grid import PatchGrid
 from seal_extract.hdf5 import Disk, checked, open_hdf5
 from seal_extract.layouts.layout import Layout
+from seal_extract.layouts.pixels import HERE
 from seal_extract.names import shown
 from seal_extract.publish import publish
 from seal_extract.store import PIXELS, Keep, SlideLabel, read_pieces, write_described
@@ -85,7 +86,7 @@ class ClamLayout(Layout):
                 downsampled_level_dim=size,
                 level_dim=size,
                 name=shown(label.name),
-                save_path=shown(str(path.parent)),
+                save_path=HERE,
             )
 
         write_described(path, provenance, describe, keep)

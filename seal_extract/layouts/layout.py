@@ -18,6 +18,7 @@ from seal_extract.errors import OutputError
 from seal_extract.grid import PatchGrid
 from seal_extract.hdf5 import DAMAGED, open_hdf5
 from seal_extract.layouts.pixels import write_pixel_coords, write_pixel_features
+from seal_extract.names import shareable
 from seal_extract.publish import writing
 from seal_extract.store import PIXELS, PROVENANCE, FeatureWriter, Keep, SlideLabel, read_provenance
 
@@ -171,7 +172,7 @@ class Layout(ABC):
             there = _read_coords(path)
             return there is not None and _same(there, grid)
 
-        self._write_coords(path, label, grid, provenance, None if overwrite else keep)
+        self._write_coords(path, label, grid, shareable(provenance), None if overwrite else keep)
 
     def _write_coords(
         self, path: Path, label: SlideLabel, grid: PatchGrid, provenance: dict[str, Any], keep: Keep | None

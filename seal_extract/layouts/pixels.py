@@ -14,6 +14,8 @@ from seal_extract.hdf5 import checked
 from seal_extract.names import shown
 from seal_extract.store import PIXELS, FeatureWriter, Keep, SlideLabel, write_described, write_rows
 
+HERE = "."  # the file's own folder: tools want one named, and no path of this machine is told
+
 
 def write_pixel_features(
     path: Path,
@@ -27,8 +29,8 @@ def write_pixel_features(
     """Open a file of ``features`` float32 [N, D] and ``coords`` int64 [N, 2]; see `write_rows`."""
 
     def describe(file: h5py.File) -> None:
-        file[PIXELS].attrs.update(name=shown(label.name), savetodir=shown(str(path.parent)), encoder=encoder)
-        create_coords(file, label, grid, path.parent)
+        file[PIXELS].attrs.update(name=shown(label.name), savetodir=HERE, encoder=encoder)
+        create_coords(file, label, grid)
 
     return write_rows(path, PIXELS, (len(grid), dim), np.float32, provenance, describe, keep)
 
@@ -41,10 +43,10 @@ def write_pixel_coords(
     Raises:
         OutputError: it cannot be written.
     """
-    write_described(path, provenance, lambda file: create_coords(file, label, grid, path.parent), keep)
+    write_described(path, provenance, lambda file: create_coords(file, label, grid), keep)
 
 
-def create_coords(file: h5py.File, label: SlideLabel, grid: PatchGrid, folder: Path) -> None:
+def create_coords(file: h5py.File, label: SlideLabel, grid: PatchGrid) -> None:
     """``coords`` int64 [N, 2] with the nine attributes, and ``padding`` where there is some."""
     label.add_barcodes(file)
     write_padding(file, grid)
@@ -56,7 +58,7 @@ def create_coords(file: h5py.File, label: SlideLabel, grid: PatchGrid, folder: P
         target_magnification=_magnification(grid.mpp),
         overlap=grid.overlap_px,
         name=shown(label.name),
-        savetodir=shown(str(folder)),
+        savetodir=HERE,
         level0_width=label.size_l0[0],
         level0_height=label.size_l0[1],
     )

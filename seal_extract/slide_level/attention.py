@@ -93,7 +93,7 @@ class TrainedModel:
     @property
     def facts(self) -> dict[str, Any]:
         """See `Pooling.facts`."""
-        return {"checkpoint": str(self.path.resolve()), "layout": self.layout, "rows_are": self.rows_are}
+        return {"checkpoint": self.path.name, "layout": self.layout, "rows_are": self.rows_are}
 
     def check_finite(self, found: Tensor) -> None:
         """Refuse what the network says of patches where it is no number.

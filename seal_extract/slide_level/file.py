@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 from seal_extract.errors import OutputError, UsageError
 from seal_extract.grid import PatchGrid
 from seal_extract.hdf5 import DAMAGED, checked, open_hdf5
-from seal_extract.layouts.pixels import create_coords
+from seal_extract.layouts.pixels import HERE, create_coords
+from seal_extract.names import shareable
 from seal_extract.provenance import first_difference
 from seal_extract.slide_level.pooling import Pooled, Pooling, Rows, check_width
 from seal_extract.store import (
@@ -137,7 +138,7 @@ def pool_slide(
         "request": request,
         "pooling": {"name": pooling.name, **pooling.identity, **pooling.facts},
         "left_out": unreadable,  # rows of patches that could not be read
-        "patch_features": {"path": str(features.path.resolve()), "provenance": features.provenance},
+        "patch_features": {"path": features.path.name, "provenance": shareable(features.provenance)},
         "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     _write(path, features, pooled, provenance)
@@ -223,9 +224,9 @@ def _write(path: Path, features: SlideFeatures, pooled: Pooled, provenance: dict
     def describe(file: h5py.File) -> None:
         row, rows = pooled.features.reshape(1, -1), pooled.features.size // pooled.features.shape[-1]
         file.create_dataset(PIXELS, data=row, **checked(row)).attrs.update(
-            name=label.name, savetodir=str(path.parent), rows=rows
+            name=label.name, savetodir=HERE, rows=rows
         )
-        create_coords(file, label, features.grid, path.parent)
+        create_coords(file, label, features.grid)
         beside = {ATTENTION: pooled.attention, SCORES: pooled.scores, PROBABILITIES: pooled.probabilities}
         for name, values in beside.items():
             if values is not None:

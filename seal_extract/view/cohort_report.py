@@ -10,12 +10,14 @@ import base64
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import quote
 
 from seal_extract.layouts import OVERLAYS, of_grid
+from seal_extract.names import without_folders
 from seal_extract.publish import publish
 from seal_extract.status import FAILED, StatusRow
 from seal_extract.view.cohort_summary import share, summary, verdict
@@ -64,7 +66,7 @@ def write_report(
     Raises:
         OutputError: it cannot be written.
     """
-    cohort = Cohort.of(rows)
+    cohort = Cohort.of([_shareable(row, out) for row in rows])
     pictures = Pictures(cohort, out, path)
     with publish(path) as part, part.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(_page(cohort, pictures, out, title, seconds))
@@ -104,9 +106,16 @@ def _page(cohort: Cohort, pictures: Pictures, out: Path, title: str, seconds: fl
         "end",
         when=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         version=version("seal-extract"),
-        out=out.resolve(),
+        out=out.resolve().name,
         script=Markup(script),
     )
+
+
+def _shareable(row: StatusRow, out: Path) -> StatusRow:
+    """What may be mailed: files by their names, no folder of this machine."""
+    places = (" ".join(row.slide.split()).rpartition("/")[0], out, out.resolve())
+    reason, warning = (without_folders(text, *places) for text in (row.reason, row.warning))
+    return replace(row, slide=Path(row.slide).name, reason=reason, warning=warning)
 
 
 # --- slides -------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ class ShownSlide:
         """Why the slide cannot be shown, in a line; None where it can."""
         if self.features is None or self.slide is None:
             return (self.status and self.status.reason) or "it has no features"
-        if not self.slide.exists():
+        if not (self.slide.is_absolute() and self.slide.exists()):
             return (
                 f"{self.slide} is not there any more; start again with --slides FOLDER, the folder "
                 f"that holds {self.slide.name} now"
@@ -170,7 +170,7 @@ def _by_name(folder: str | os.PathLike[str] | None) -> dict[str, Path] | None:
         return None
     if not Path(folder).is_dir():
         raise UsageError(f"--slides is {folder}, which is no folder; give the one that holds the slides now")
-    return {path.name: path for path in sorted(Path(folder).rglob("*"), reverse=True)}
+    return {path.name: path for path in sorted(Path(folder).resolve().rglob("*"), reverse=True)}
 
 
 def _shown(
