@@ -89,6 +89,7 @@ class _Planner:
         if self._is_hopeless:
             return False
         if self._process is None or self._starter != os.getpid() or self._process.poll() is not None:
+            self.kill()
             try:
                 self._process = subprocess.Popen(
                     [sys.executable, "-c", COMMAND, *sys.path],

@@ -8,7 +8,7 @@ import re
 import h5py
 import pytest
 from cohort_fixtures import run_here
-from starlette.testclient import TestClient
+from viewer_fixtures import serving
 
 from seal_extract.names import cell, from_cell, shown
 from seal_extract.status import read_status
@@ -119,10 +119,8 @@ def test_every_command_shows_odd_names(odd, tmp_path):
 def test_the_viewer_lists_odd_names(odd):
     from seal_extract.view.gallery import Gallery
     from seal_extract.view.gene_maps import GeneMaps
-    from seal_extract.view.viewer import make_app
 
     gallery = Gallery(Collection.find(odd[0] / "out"), GeneMaps(lambda: None))
-    client = TestClient(make_app(gallery, 80, "token"), base_url="http://127.0.0.1")
-    assert {slide["name"] for slide in client.get("/api/slides?token=token").json()["slides"]} >= set(
-        ODD.values()
-    )
+    with serving(gallery) as client:
+        _, listed = client.json("/api/slides")
+    assert {slide["name"] for slide in listed["slides"]} >= set(ODD.values())
