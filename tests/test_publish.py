@@ -148,12 +148,12 @@ def test_another_grid_of_a_run_at_once_is_not_replaced(tmp_path, monkeypatch):
 
     def meanwhile(*args):
         monkeypatch.setattr(pixels, "create_coords", describe)
-        place.write_coords(SLIDE, grid_of(5), {})
+        place.write_coords(SLIDE, grid_of(5), {"slide": {}})
         describe(*args)
 
     monkeypatch.setattr(pixels, "create_coords", meanwhile)
     with pytest.raises(OutputError, match="by another run meanwhile"):
-        place.write_coords(SLIDE, grid_of(9), {})
+        place.write_coords(SLIDE, grid_of(9), {"slide": {}})
     with h5py.File(place.coords("drawn")) as file:
         assert len(file["coords"]) == 5
 
