@@ -118,6 +118,11 @@ def grid_name(patch_px: int, mpp: float, overlap_px: int) -> str:
     return f"{10 / mpp:g}x_{patch_px}px_{overlap_px}px_overlap"
 
 
+def mpp_of_name(name: str) -> float:
+    """The µm/px in a `grid_name`."""
+    return 10 / float(name.partition("x")[0])
+
+
 def make_grid(
     slide: Slide,
     mask: TissueMask,

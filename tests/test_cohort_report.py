@@ -96,6 +96,13 @@ def page(tmp_path, rows, **kwargs):
 # --- the page -----------------------------------------------------------------------------------------
 
 
+def test_enlarged_patches_are_told(tmp_path):
+    rows = [replace(row, mpp=0.5, grid="20x_224px_0px_overlap") for row in homogeneous(40)]
+    assert "Enlarged" not in page(tmp_path, rows).text
+    rows[3] = replace(rows[3], mpp=0.687)
+    assert "Enlarged 1.4 times: the slide has 0.687 µm/px, asked are 0.5" in page(tmp_path, rows).text
+
+
 def test_the_verdict_is_a_sentence(tmp_path):
     rows = homogeneous(40)
     assert "All 40 slides done; none looks unusual." in page(tmp_path, rows).text

@@ -203,7 +203,7 @@ def embed(
             events.tell("interrupted")
             raise
         events.tell("end", done=len(report.done), failed=len(report.failed), seconds=round(report.seconds, 1))
-    return max(_close(report, args), levels.status())
+    return max(_close(report, args, _title(requests, options)), levels.status())
 
 
 def _engine(args: argparse.Namespace) -> Engine | None:
@@ -220,7 +220,15 @@ def _status_name(shard: tuple[int, int] | None) -> str:
     return "status.csv" if shard is None else f"status_{shard[0]}_of_{shard[1]}.csv"
 
 
-def _close(report: CohortReport, args: argparse.Namespace) -> int:
+def _title(encoders: Sequence[EncoderRequest], options: ExtractOptions) -> str:
+    """What the cohort's page is about."""
+    names = ", ".join(encoder.spec.name for encoder in encoders)
+    if options.coords is not None:
+        return f"Cohort report: {names}"
+    return f"Cohort report: {names}, patches of {options.patch_px} px at {options.mpp:g} µm/px"
+
+
+def _close(report: CohortReport, args: argparse.Namespace, title: str) -> int:
     slides = len(report.done) + len(report.failed)
     if slides > 1:
         from seal_extract.view.cohort_report import write_report
@@ -228,7 +236,7 @@ def _close(report: CohortReport, args: argparse.Namespace) -> int:
         page = report.status.with_suffix(".html").with_name(
             report.status.stem.replace("status", "report") + ".html"
         )
-        write_report(report.rows, args.out, page, seconds=report.seconds)
+        write_report(report.rows, args.out, page, title=title, seconds=report.seconds)
         say(f"{len(report.done)} of {slides} slides done, {report.seconds:.0f} s: {report.status}, {page}")
     return _status(len(report.failed), slides)
 

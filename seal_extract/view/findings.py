@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from seal_extract.grid import MPP_TOLERANCE, mpp_of_name
 from seal_extract.status import DONE, FAILED, IGNORED, StatusRow
 
 ENOUGH = 8  # slides, to call one of them unusual
@@ -145,6 +146,11 @@ def _in_itself(row: StatusRow) -> Iterator[tuple[float, str]]:
         yield math.inf, f"No patches, with {tissue} tissue found"
     if row.warning:
         yield 1000, f"µm/px contradicted: {row.warning}"
+    if row.grid and row.mpp and row.mpp > (1 + MPP_TOLERANCE) * (asked := mpp_of_name(row.grid)):
+        yield (
+            500,
+            f"Enlarged {row.mpp / asked:.2g} times: the slide has {row.mpp:.3g} µm/px, asked are {asked:g}",
+        )
     if row.read_errors:
         share = row.read_errors / max(row.patches or 0, row.read_errors)
         of = f"of {row.patches:,} patches" if row.patches else "patches"
