@@ -79,7 +79,7 @@ def claimed(folder: Path, *, as_folder: bool = False) -> Iterator[Path]:
     while True:
         part = folder / f".seal-extract.{KERNEL}.{secrets.token_hex(8)}.part"
         descriptor = _create(part, as_folder)
-        if descriptor is None or (_lock(descriptor) is not False and part.exists()):
+        if descriptor is None or (try_lock(descriptor) is not False and part.exists()):
             break
         os.close(descriptor)  # another process sweeps it away already
     try:
@@ -121,7 +121,7 @@ def _delete_if_dead(part: Path) -> None:
     with suppress(OSError):
         descriptor = os.open(part, os.O_RDONLY if part.is_dir() else os.O_RDWR)
         try:
-            lock = _lock(descriptor)
+            lock = try_lock(descriptor)
             is_forgotten = time.time() - os.fstat(descriptor).st_mtime > FORGOTTEN_S
             # a disk of several machines may keep locks to each: another's absence proves nothing
             if lock is not False and ((lock and found[1] == KERNEL) or is_forgotten):
@@ -130,8 +130,8 @@ def _delete_if_dead(part: Path) -> None:
             os.close(descriptor)
 
 
-def _lock(descriptor: int) -> bool | None:
-    """Whether the lock was had; None where there are no locks."""
+def try_lock(descriptor: int) -> bool | None:
+    """Take the lock of an open file or folder: whether it was had; None where there are no locks."""
     if fcntl is None:
         return None
     try:

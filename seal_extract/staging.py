@@ -21,7 +21,7 @@ from tempfile import mkdtemp
 from seal_extract.errors import SealExtractError, SlideOpenError, UsageError
 from seal_extract.plan import ExtractOptions
 from seal_extract.planner import open_within
-from seal_extract.publish import writing
+from seal_extract.publish import try_lock, writing
 from seal_extract.remote import fetch, look
 from seal_extract.slide import Slide
 from seal_extract.slide_files import file_stamp
@@ -255,12 +255,8 @@ def _locked(folder: Path) -> int | None:
     """A lock on a folder, held as long as this process lives; None where another process has it."""
     if os.name != "posix":
         return None
-    from fcntl import LOCK_EX, LOCK_NB, flock
-
     lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        flock(lock, LOCK_EX | LOCK_NB)
-    except OSError:
-        os.close(lock)
-        return None
-    return lock
+    if try_lock(lock):
+        return lock
+    os.close(lock)
+    return None
