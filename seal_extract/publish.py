@@ -2,7 +2,8 @@
 
 While it is written, its writer holds an advisory lock on the temporary file itself, which ends with the
 process, however that ends: so what a killed run has left is told from what another is writing, also from
-another container. There are no lock files.
+another container. There are no lock files. The lock is a shared one: the file has its final name a moment
+before its writer lets go, and HDF5 takes a shared lock of its own on what it reads.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def claimed(folder: Path, *, as_folder: bool = False) -> Iterator[Path]:
     while True:
         part = folder / f".seal-extract.{KERNEL}.{secrets.token_hex(8)}.part"
         descriptor = _create(part, as_folder)
-        if descriptor is None or (try_lock(descriptor) is not False and part.exists()):
+        if descriptor is None or (try_lock(descriptor, shared=True) is not False and part.exists()):
             break
         os.close(descriptor)  # another process sweeps it away already
     try:
@@ -130,12 +131,12 @@ def _delete_if_dead(part: Path) -> None:
             os.close(descriptor)
 
 
-def try_lock(descriptor: int) -> bool | None:
+def try_lock(descriptor: int, *, shared: bool = False) -> bool | None:
     """Take the lock of an open file or folder: whether it was had; None where there are no locks."""
     if fcntl is None:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:

@@ -18,6 +18,7 @@ from test_store import SLIDE, grid_of, provenance_of, write
 from seal_extract import publish
 from seal_extract.cohort import extract_cohort
 from seal_extract.errors import OutputError
+from seal_extract.hdf5 import new_hdf5
 from seal_extract.layouts import layout_of_grid
 from seal_extract.publish import sweep
 from seal_extract.store import read_features
@@ -156,6 +157,21 @@ def test_another_grid_of_a_run_at_once_is_not_replaced(tmp_path, monkeypatch):
         place.write_coords(SLIDE, grid_of(9), {"slide": {}})
     with h5py.File(place.coords("drawn")) as file:
         assert len(file["coords"]) == 5
+
+
+def test_a_file_can_be_read_before_its_writer_lets_go_of_it(tmp_path, monkeypatch):
+    give_name, read = publish._named, []
+
+    def meanwhile(part, path):
+        given = give_name(part, path)
+        with h5py.File(path) as file:
+            read.append(sorted(file))
+        return given
+
+    monkeypatch.setattr(publish, "_named", meanwhile)
+    with new_hdf5(tmp_path / "a.h5", keep=lambda path: True) as (file, _):
+        file["coords"] = [1]
+    assert read == [["coords"]]
 
 
 CONTAINER = ["unshare", "--pid", "--fork", "--mount-proc", "--uts"]

@@ -154,10 +154,11 @@ class Layout(ABC):
         path = self.coords(label.name)
         if path is None:
             return
-        there = _read_coords(path)
+        exists = path.exists()  # asked first: another run may put it there meanwhile
+        there = _read_coords(path) if exists else None
         if there is not None and _same(there, grid):
             return
-        if there is None and path.exists() and not overwrite:
+        if there is None and exists and not overwrite:
             raise OutputError(
                 f"{path} exists and holds no coordinates that can be read; "
                 f"type --overwrite to replace it, or another -o"
