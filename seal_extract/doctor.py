@@ -82,7 +82,7 @@ def _readers() -> tuple[State, str]:
     import openslide
     import tiffslide  # noqa: F401  imported to see that it can be
 
-    from seal_extract.readers import openslide_danger
+    from seal_extract.slides.readers import openslide_danger
 
     if danger := openslide_danger():
         return "FAILS", danger
@@ -180,12 +180,12 @@ def _encoder(request: EncoderRequest) -> Iterator[Finding]:
 def _slide(path: Path, slide_mpp: float | None, override_mpp: float | None) -> tuple[State, str]:
     from dataclasses import replace
 
-    from seal_extract.batches import stream_batches
-    from seal_extract.decode import open_decoder
     from seal_extract.demo import untrained_encoder
-    from seal_extract.plan import ExtractOptions, plan_slide
-    from seal_extract.slide_list import SlideEntry
-    from seal_extract.slide_mpp import open_entry
+    from seal_extract.patches.decode import open_decoder
+    from seal_extract.patches.stream import stream_batches
+    from seal_extract.run.options import ExtractOptions, plan_slide
+    from seal_extract.slides.listing import SlideEntry
+    from seal_extract.slides.mpp import open_entry
 
     with open_entry(SlideEntry.of(path), slide_mpp, override_mpp) as slide:
         plan = plan_slide(slide, ExtractOptions(allow_upsampling=True))

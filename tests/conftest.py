@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from seal_extract.readers import Level
+from seal_extract.slides.readers import Level
 
 pytest_plugins = ("cohort_fixtures", "viewer_fixtures")
 
@@ -23,6 +26,13 @@ def shared(*parts: str) -> Path:
     if not path.exists():
         pytest.skip(f"../shared/{'/'.join(parts)} is not there")
     return path
+
+
+def run_file(file: str, *words: object, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a test file as a program of its own, with the import path of this process."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-X", "faulthandler", file, *map(str, words)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 @pytest.fixture(autouse=True)

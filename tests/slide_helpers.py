@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from seal_extract.decode import Decoder
 from seal_extract.demo import UNTRAINED
 from seal_extract.encoders.encoder import Encoder
-from seal_extract.grid import PatchGrid, level_to_read
-from seal_extract.slide import Slide
+from seal_extract.patches.decode import Decoder
+from seal_extract.patches.grid import PatchGrid, level_to_read
+from seal_extract.slides.slide import Slide
 
 PRIME = 1_000_003
 KINDS = {

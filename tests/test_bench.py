@@ -16,8 +16,8 @@ from seal_extract.bench.whole import WholeRun
 from seal_extract.cli import main
 from seal_extract.demo import untrained_encoder
 from seal_extract.errors import UsageError
-from seal_extract.plan import ExtractOptions
-from seal_extract.slide import open_slide
+from seal_extract.run.options import ExtractOptions
+from seal_extract.slides.slide import open_slide
 from seal_extract.synthetic import write_synthetic_slide
 
 ALL_STAGES = {"read", "decode", "resample", "reading", "forward", "write", "whole"}

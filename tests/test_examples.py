@@ -11,7 +11,7 @@ from PIL import Image
 
 from seal_extract import extract, load_encoder, load_omics
 from seal_extract.demo import write_untrained_encoder
-from seal_extract.export import export
+from seal_extract.features.export import export
 from seal_extract.synthetic import write_synthetic_slide
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

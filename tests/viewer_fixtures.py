@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
-from seal_extract.plan import ExtractOptions
+from seal_extract.run.options import ExtractOptions
 
 SLIDES = 3  # finished ones; a fourth fails
 WAIT_S = 60  # for the page

@@ -14,7 +14,6 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from seal_extract.batches import available_cores
 from seal_extract.bench.measure import forget_peak, peak_mb, resident_mb
 from seal_extract.bench.reading import measure_reading
 from seal_extract.bench.report import BenchReport
@@ -22,7 +21,8 @@ from seal_extract.bench.sample import take_sample
 from seal_extract.bench.whole import measure_encoding
 from seal_extract.encoders import Encoder
 from seal_extract.errors import UsageError
-from seal_extract.plan import ExtractOptions
+from seal_extract.patches.stream import available_cores
+from seal_extract.run.options import ExtractOptions
 from seal_extract.synthetic import write_synthetic_slide
 
 __all__ = ["BenchOptions", "BenchReport", "bench"]

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from seal_extract.batches import stream_batches
 from seal_extract.bench.measure import Timing, each, reading_threads, timed, wait_for
 from seal_extract.bench.sample import Sample
 from seal_extract.encoders import Encoder
-from seal_extract.forward import CPU_ROWS, Forward, Pending
-from seal_extract.writer import BATCHES_AHEAD
+from seal_extract.patches.stream import stream_batches
+from seal_extract.run.forward import CPU_ROWS, Forward, Pending
+from seal_extract.run.writer import BATCHES_AHEAD
 
 HELD_BYTES = 512 * 2**20  # of patches; encoded again and again where more are asked for
 MATRIX = {"cuda": (8192, 20), "cpu": (1024, 12)}  # side of the square matrices, products a measurement

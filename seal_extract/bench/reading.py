@@ -12,12 +12,12 @@ import openslide
 from PIL import Image
 from torch import Tensor
 
-from seal_extract.batches import stream_batches
 from seal_extract.bench.measure import Ratio, Stage, Timing, each, reading_threads, take_turns, timed
 from seal_extract.bench.sample import Sample
-from seal_extract.decode import TileDecoder
-from seal_extract.decode.tiled import TiledLevel, open_level
 from seal_extract.errors import UsageError
+from seal_extract.patches.decode import TileDecoder
+from seal_extract.patches.stream import stream_batches
+from seal_extract.patches.tiled import TiledLevel, open_level
 
 HELD_BYTES = 64 * 2**20  # of decoded regions that are resampled again and again
 OURS, CLASSIC, ONE_THREAD = "reading", "OpenSlide + PIL", "reading by one thread"

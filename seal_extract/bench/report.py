@@ -19,8 +19,8 @@ from seal_extract.bench.reading import Reading, Versus
 from seal_extract.bench.sample import Sample
 from seal_extract.bench.whole import Encoding
 from seal_extract.encoders import Encoder
-from seal_extract.plan import ExtractOptions
-from seal_extract.provenance import LIBRARIES
+from seal_extract.run.options import ExtractOptions
+from seal_extract.run.provenance import LIBRARIES
 
 OWN = ("read", "decode", "resample", "forward", "write")  # stages that no other is made of
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from seal_extract.batches import JOB_BYTES, ROWS_PER_JOB
-from seal_extract.decode import Decoder, Finish, RegionDecoder, TileDecoder, open_decoder
-from seal_extract.decode.tiled import Unsuitable
 from seal_extract.errors import GeometryError
-from seal_extract.grid import PatchGrid
-from seal_extract.plan import ExtractOptions, plan_slide
-from seal_extract.slide import Slide
-from seal_extract.slide_list import SlideEntry
-from seal_extract.slide_mpp import open_entry
+from seal_extract.patches.decode import Decoder, Finish, RegionDecoder, TileDecoder, open_decoder
+from seal_extract.patches.grid import PatchGrid
+from seal_extract.patches.stream import JOB_BYTES, ROWS_PER_JOB
+from seal_extract.patches.tiled import Unsuitable
+from seal_extract.run.options import ExtractOptions, plan_slide
+from seal_extract.slides.listing import SlideEntry
+from seal_extract.slides.mpp import open_entry
+from seal_extract.slides.slide import Slide
 
 
 @dataclass(frozen=True)

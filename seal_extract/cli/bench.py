@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     file = _json_file(args.json)
     from seal_extract.bench import BenchOptions, bench
     from seal_extract.encoders.build import pick_device
-    from seal_extract.plan import ExtractOptions
+    from seal_extract.run.options import ExtractOptions
 
     choices = {f.name: getattr(args, f.name) for f in fields(ExtractOptions) if hasattr(args, f.name)}
     options = BenchOptions(args.patches, args.repeats, args.against == "openslide", args.size_px)

@@ -160,10 +160,10 @@ def run_demo(args: argparse.Namespace) -> int:
     """Make what the demo needs and run on it as on any slide."""
     from seal_extract.demo import write_demo_slide, write_untrained_encoder
     from seal_extract.encoders.request import EncoderRequest
-    from seal_extract.grid import grid_name
-    from seal_extract.layouts import open_layout
-    from seal_extract.plan import ExtractOptions
-    from seal_extract.slide_list import list_slides
+    from seal_extract.features.layouts import open_layout
+    from seal_extract.patches.grid import grid_name
+    from seal_extract.run.options import ExtractOptions
+    from seal_extract.slides.listing import list_slides
 
     say(f"encoder  {args.out / 'encoder'} (random weights: for trying, never for science)")
     encoder = write_untrained_encoder(args.out / "encoder")

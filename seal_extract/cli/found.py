@@ -17,9 +17,9 @@ from seal_extract.names import cell
 from seal_extract.publish import publish, writing
 
 if TYPE_CHECKING:
+    from seal_extract.features.store import SlideFeatures
     from seal_extract.genes.region import RegionGenes
     from seal_extract.genes.search import Found
-    from seal_extract.store import SlideFeatures
 
 QUERIES = ("gene", "signature", "profile", "patch", "image", "region")
 QUERY = "query.json"
@@ -90,7 +90,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _is_ours(tiles: Path) -> bool:
-    from seal_extract.geojson import read_made_of
+    from seal_extract.tissue.geojson import read_made_of
 
     return (read_made_of(tiles) or {}).get("kind") == "search"
 
@@ -145,7 +145,7 @@ def _write_tiles(found: Sequence[Found], names: dict[Path, str], out: Path) -> N
     """Tiles of each slide for QuPath."""
     import numpy as np
 
-    from seal_extract.geojson import write_patches
+    from seal_extract.tissue.geojson import write_patches
 
     by_slide: dict[Path, list[Found]] = {}
     for one in found:

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from seal_extract.features.store import SlideFeatures
     from seal_extract.genes.contents import Contents
     from seal_extract.genes.decoder import GeneDecoder
-    from seal_extract.store import SlideFeatures
 
 FORMS = ("h5", "h5ad", "geojson", "png")
 
@@ -61,10 +61,10 @@ def _write_h5ad(
     slide: SlideFeatures, decoder: GeneDecoder, asked: Contents, path: Path, args: argparse.Namespace
 ) -> str:
     """Write the table with a picture of the slide; why there is none, in words."""
+    from seal_extract.features.origin import origin_overview
+    from seal_extract.features.scverse import read_h5ad_provenance, write_h5ad
     from seal_extract.genes.contents import Contents, file_provenance, to_write
     from seal_extract.genes.predict import predicted, score
-    from seal_extract.origin import origin_overview
-    from seal_extract.scverse import read_h5ad_provenance, write_h5ad
 
     held = Contents.read(read_h5ad_provenance(path), decoder)
     contents = to_write(path, held, asked, overwrite=args.overwrite)
@@ -91,7 +91,7 @@ def _write_tiles(
     slide: SlideFeatures, decoder: GeneDecoder, asked: Contents, path: Path, overwrite: bool
 ) -> None:
     from seal_extract.genes.contents import Contents, to_write
-    from seal_extract.geojson import read_made_of, write_patches
+    from seal_extract.tissue.geojson import read_made_of, write_patches
 
     held = Contents.read(read_made_of(path), decoder)
     contents = to_write(path, held, asked, overwrite=overwrite)
@@ -115,8 +115,8 @@ def _draw(
     slide: SlideFeatures, decoder: GeneDecoder, asked: Contents, stem: Path, args: argparse.Namespace
 ) -> list[Path]:
     """A heat map of each: ``SLIDE_GENE.png``."""
+    from seal_extract.features.origin import open_origin
     from seal_extract.genes.contents import LOG1P, Contents, to_write
-    from seal_extract.origin import open_origin
     from seal_extract.view.heatmap import draw_heatmap, read_made_of
 
     wanted = {}

@@ -14,8 +14,8 @@ from seal_extract.cli.options import Parser, add_common
 from seal_extract.errors import OutputError, SealExtractError, UsageError
 
 if TYPE_CHECKING:
+    from seal_extract.features.store import SlideFeatures
     from seal_extract.genes.decoder import GeneDecoder
-    from seal_extract.store import SlideFeatures
 
 
 def genes_parser() -> argparse.ArgumentParser:
@@ -137,7 +137,7 @@ def finished_features(
         UsageError: none is given, or they are of several encoders.
         OutputError: none can be read.
     """
-    from seal_extract.store import list_features, read_features
+    from seal_extract.features.store import list_features, read_features
 
     if not paths:
         raise UsageError("type the -o of a finished run, or features files")

@@ -23,7 +23,7 @@ def run_patches(args: argparse.Namespace, parser: argparse.ArgumentParser) -> in
     from tqdm import tqdm
 
     from seal_extract.cli.slides import requests
-    from seal_extract.embed_patches import extract_patches
+    from seal_extract.run.patch_images import extract_patches
 
     _refuse_options(args, parser)
     paths = _inputs(args.slides)
@@ -79,7 +79,7 @@ def _refuse_options(args: argparse.Namespace, parser: argparse.ArgumentParser) -
 
 def _inputs(given: list[str]) -> list[Path]:
     """Files and folders; a folder of HDF5 or NPZ files stands for all of them."""
-    from seal_extract.patch_files import TABLES
+    from seal_extract.slides.patch_files import TABLES
 
     paths: list[Path] = []
     for path in map(Path, given):

@@ -21,8 +21,8 @@ from seal_extract.cli.options import Parser, add_common
 from seal_extract.errors import EncoderError, SealExtractError, UsageError
 
 if TYPE_CHECKING:
+    from seal_extract.features.store import SlideFeatures
     from seal_extract.genes.decoder import GeneDecoder
-    from seal_extract.store import SlideFeatures
 
 
 def report_parser() -> argparse.ArgumentParser:
@@ -98,7 +98,7 @@ def run_report(args: argparse.Namespace) -> int:
 
 def _one(features: SlideFeatures, wanted: dict[str, Any], args: argparse.Namespace) -> str:
     """Write one slide's; what was written, in words."""
-    from seal_extract.origin import open_origin
+    from seal_extract.features.origin import open_origin
     from seal_extract.view.report import report_path, write_slide_report
 
     with closing(open_origin(features, args.slides)) as slide:

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from seal_extract.features.store import SlideFeatures
     from seal_extract.genes.index import Index, Rows
     from seal_extract.genes.search import Found
-    from seal_extract.store import SlideFeatures
 
 BY_LIKENESS = ("patch", "image", "profile")  # queries that an index answers
 
@@ -252,7 +252,7 @@ def _region(text: str) -> tuple[str, Path]:
 
 def _genes_of_region(slide: SlideFeatures, args: argparse.Namespace) -> None:
     from seal_extract.genes.region import areas_mm2, patches_inside, region_genes
-    from seal_extract.geojson import read_polygons
+    from seal_extract.tissue.geojson import read_polygons
     from seal_extract.view.gallery import read_outline
     from seal_extract.view.report import outline_path
 

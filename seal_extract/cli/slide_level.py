@@ -11,10 +11,10 @@ from seal_extract.errors import OutputError, SealExtractError, UsageError
 
 if TYPE_CHECKING:
     from seal_extract.encoders.request import EncoderRequest
-    from seal_extract.plan import ExtractOptions
-    from seal_extract.results import SlideResult
-    from seal_extract.slide_level import Pooling
-    from seal_extract.store import SlideFeatures
+    from seal_extract.features.store import SlideFeatures
+    from seal_extract.pooling import Pooling
+    from seal_extract.run.options import ExtractOptions
+    from seal_extract.run.results import SlideResult
 
 
 class SlideLevels:
@@ -36,7 +36,7 @@ class SlideLevels:
         if len(set(names)) < len(names):
             raise UsageError(f"--slide-level has files of one name ({', '.join(names)}); rename one of them")
         if self._poolings:
-            from seal_extract.slide_level.pooling import check_width
+            from seal_extract.pooling.pooling import check_width
 
             for pooling in self._poolings:
                 for encoder in encoders:
@@ -61,8 +61,8 @@ class SlideLevels:
         return 0
 
     def _write(self, features: SlideFeatures, name: str, pooling: Pooling) -> str:
-        from seal_extract.layouts import layout_of_grid
-        from seal_extract.slide_level import pool_slide
+        from seal_extract.features.layouts import layout_of_grid
+        from seal_extract.pooling import pool_slide
 
         layout = layout_of_grid(self._options.layout, self._out, features.grid)
         path = layout.slide_level(name, f"{pooling.name}-{features.provenance['encoder']['name']}")
@@ -88,7 +88,7 @@ def _split(asked: Sequence[str]) -> Iterator[str]:
 
 
 def _open(name: str) -> Pooling:
-    from seal_extract.slide_level import open_pooling
+    from seal_extract.pooling import open_pooling
 
     return open_pooling(name)
 

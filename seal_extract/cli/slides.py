@@ -16,12 +16,12 @@ from seal_extract.errors import SealExtractError, UnexpectedError, UsageError
 from seal_extract.names import shown
 
 if TYPE_CHECKING:
-    from seal_extract.cohort import CohortReport, Engine
     from seal_extract.encoders.request import EncoderRequest
-    from seal_extract.plan import ExtractOptions, SlidePlan
-    from seal_extract.results import SlideResult
-    from seal_extract.slide_list import SlideList
-    from seal_extract.store import SlideFeatures
+    from seal_extract.features.store import SlideFeatures
+    from seal_extract.run.cohort import CohortReport, Engine
+    from seal_extract.run.options import ExtractOptions, SlidePlan
+    from seal_extract.run.results import SlideResult
+    from seal_extract.slides.listing import SlideList
 
 
 WHAT_DEFAULT_IS = (
@@ -32,7 +32,7 @@ WHAT_DEFAULT_IS = (
 
 def run(args: argparse.Namespace) -> int:
     """Embed slides, or only say what would be read of them."""
-    from seal_extract.slide_list import list_slides
+    from seal_extract.slides.listing import list_slides
 
     if args.patches:
         from seal_extract.cli.patches import run_patches
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 def _options(args: argparse.Namespace) -> ExtractOptions:
     from dataclasses import fields
 
-    from seal_extract.plan import ExtractOptions
+    from seal_extract.run.options import ExtractOptions
 
     given = {f.name: getattr(args, f.name) for f in fields(ExtractOptions)}
     return ExtractOptions(**{name: value for name, value in given.items() if value is not None})
@@ -84,8 +84,8 @@ def shard(text: str) -> tuple[int, int]:
 
 
 def _run_dry(slides: SlideList, options: ExtractOptions, debug: bool) -> int:
-    from seal_extract.planner import plan_within
-    from seal_extract.staging import open_by_itself
+    from seal_extract.run.planner import plan_within
+    from seal_extract.run.staging import open_by_itself
 
     say(_row(DRY_HEAD))
     failed = 0
@@ -166,7 +166,7 @@ def embed(
 ) -> int:
     """Embed slides, one line for each; a table for all, and a page where there are several."""
     from seal_extract.cli.slide_level import SlideLevels
-    from seal_extract.cohort import extract_cohort
+    from seal_extract.run.cohort import extract_cohort
 
     levels = SlideLevels(args.slide_level, requests, args.out, options)
 
@@ -211,7 +211,7 @@ def _engine(args: argparse.Namespace) -> Engine | None:
         if args.ray_address or args.ray_workers or args.ray_cores:
             raise UsageError("--ray-address, --ray-workers and --ray-cores are of Ray; type --engine ray")
         return None
-    from seal_extract.ray_engine import RayEngine
+    from seal_extract.run.ray_engine import RayEngine
 
     return RayEngine(args.ray_address, args.ray_workers, args.ray_cores)
 

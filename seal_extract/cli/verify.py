@@ -30,7 +30,7 @@ def verify_parser() -> argparse.ArgumentParser:
 
 def run_verify(args: argparse.Namespace) -> int:
     """One line per file and problem; 1 if anything falls short, 2 where there is nothing to look at."""
-    from seal_extract.verify import files_for, verify
+    from seal_extract.features.verify import files_for, verify
 
     files, consumer = files_for(args.folder, args.consumer), args.consumer
     findings = verify(args.folder, consumer)
@@ -71,7 +71,7 @@ def export_parser() -> argparse.ArgumentParser:
 
 def run_export(args: argparse.Namespace) -> int:
     """One line per features file; 1 if any could not be exported."""
-    from seal_extract.export import export
+    from seal_extract.features.export import export
 
     failed = total = 0
     for exported in export(args.folder, args.layout, args.out, overwrite=args.overwrite, slides=args.slides):

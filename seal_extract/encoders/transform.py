@@ -11,7 +11,7 @@ from torch import Tensor
 
 from seal_extract.encoders.registry import EncoderSpec, InputRule
 from seal_extract.errors import UsageError
-from seal_extract.resample import resample, resize_region
+from seal_extract.patches.resample import resample, resize_region
 
 _PREMULTIPLIED = ("La", "RGBa")  # Pillow makes no RGB of the one, and darkens where the other is transparent
 

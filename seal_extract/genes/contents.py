@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from seal_extract.errors import OutputError, UsageError
+from seal_extract.features.store import SlideFeatures
 from seal_extract.genes.decoder import GeneDecoder, column_names
 from seal_extract.genes.signature import FittedSignature
 from seal_extract.names import shareable
-from seal_extract.store import SlideFeatures
 
 EXPRESSION = "expression"  # the kind of such a file, and its dataset
 LOG1P = "predicted log1p expression"

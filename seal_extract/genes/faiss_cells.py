@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from seal_extract.errors import OutputError, UsageError, how_to_install
+from seal_extract.features.store import SlideFeatures
 from seal_extract.genes.index import Rows, unit_pieces
 from seal_extract.publish import publish
-from seal_extract.store import SlideFeatures
 
 SAMPLE_PER_CELL = 40
 CELLS = (16, 4096)

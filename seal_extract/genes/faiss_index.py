@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.errors import OutputError, UsageError
+from seal_extract.features.store import SlideFeatures
 from seal_extract.genes.faiss_cells import import_faiss, read_cells
 from seal_extract.genes.faiss_manifest import Changes, Entry, Manifest, read_manifest, shard_path
 from seal_extract.genes.faiss_update import bring_up_to_date, with_patches
@@ -34,7 +35,6 @@ from seal_extract.genes.index import (
     unit,
 )
 from seal_extract.genes.search import Found
-from seal_extract.store import SlideFeatures
 
 PROBES = 48  # cells looked into, of each shard
 WHOLE_ROWS = 100_000  # an index of no more is looked at whole, in some 20 ms

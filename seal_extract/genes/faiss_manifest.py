@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from seal_extract.errors import OutputError
+from seal_extract.features.store import SlideFeatures
 from seal_extract.genes.feature_rows import LAYABLE, RowPlaces
 from seal_extract.publish import publish, writing
-from seal_extract.store import SlideFeatures
 
 MANIFEST = "slides.json"
 OURS = ("shard_*.faiss", "trained_*.faiss", ".*.part")

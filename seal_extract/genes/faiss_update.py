@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from seal_extract.errors import OutputError, UsageError
+from seal_extract.features.store import SlideFeatures
 from seal_extract.genes.faiss_cells import cells_for, read_cells, train, write_cells
 from seal_extract.genes.faiss_manifest import (
     Changes,
@@ -23,7 +24,6 @@ from seal_extract.genes.faiss_manifest import (
 from seal_extract.genes.feature_rows import RowPlaces
 from seal_extract.genes.index import unit_pieces
 from seal_extract.publish import sweep, writing
-from seal_extract.store import SlideFeatures
 
 SHARD_BYTES = 2**29  # of rows in a file: so much memory is taken while one is made
 ID_BYTES = 8  # kept with each row

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.errors import OutputError, UsageError
+from seal_extract.features.store import SlideFeatures, read_pieces
 from seal_extract.genes.search import Found
-from seal_extract.store import SlideFeatures, read_pieces
 
 METRICS = ("cosine", "inner product")
 QUERIES = 256  # scored at a time: as many columns of scores as a piece has of features

@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.errors import OutputError, UsageError
+from seal_extract.features.store import SlideFeatures, read_pieces, read_provenance, write_rows
 from seal_extract.genes.contents import EXPRESSION, Contents, file_provenance, to_write
 from seal_extract.genes.decoder import GeneDecoder
 from seal_extract.genes.signature import FittedSignature, Signature
 from seal_extract.hdf5 import DAMAGED, checked, open_hdf5
-from seal_extract.store import SlideFeatures, read_pieces, read_provenance, write_rows
 
 GENES = "genes"  # the dataset of their names
 SIGNATURES, SIGNATURE_NAMES = "signatures", "signature_names"

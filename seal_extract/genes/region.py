@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 
 from seal_extract.errors import UsageError
+from seal_extract.features.store import SlideFeatures
 from seal_extract.genes.decoder import GeneDecoder, column_names
 from seal_extract.genes.predict import predicted
-from seal_extract.geojson import Polygon, fill_polygons, inside_polygons
-from seal_extract.grid import PatchGrid
-from seal_extract.store import SlideFeatures
+from seal_extract.patches.grid import PatchGrid
+from seal_extract.tissue.geojson import Polygon, fill_polygons, inside_polygons
 
 PERMUTATIONS = 999
 CELLS = 2048  # a side, of the raster that areas are counted on

@@ -19,13 +19,13 @@ from PIL import Image
 
 from seal_extract.encoders.encoder import Encoder
 from seal_extract.errors import UsageError
+from seal_extract.features.store import SlideFeatures
 from seal_extract.genes.decoder import GeneDecoder
 from seal_extract.genes.omics import OmicsEncoder
 from seal_extract.genes.panel import read_text
 from seal_extract.genes.predict import predict_genes, signature_scores
 from seal_extract.genes.signature import Signature
-from seal_extract.grid import MPP_TOLERANCE
-from seal_extract.store import SlideFeatures
+from seal_extract.patches.grid import MPP_TOLERANCE
 
 TARGET_SUM = 10_000.0  # counts of a profile after scaling, as of a spot in training
 LEAST_KNOWN = 0.5  # share of the panel that a profile must name

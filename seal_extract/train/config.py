@@ -17,8 +17,8 @@ from seal_extract.encoders.locate import is_name, is_repository, is_timm, locate
 from seal_extract.encoders.spec import check_precision
 from seal_extract.errors import UsageError
 from seal_extract.genes.panel import read_panel
-from seal_extract.grid import MAX_PATCH_PX
-from seal_extract.readers import PLAUSIBLE_MPP
+from seal_extract.patches.grid import MAX_PATCH_PX
+from seal_extract.slides.readers import PLAUSIBLE_MPP
 from seal_extract.train.formats import checked_sources
 
 if sys.version_info >= (3, 11):

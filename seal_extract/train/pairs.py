@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from seal_extract.batches import stream_batches
-from seal_extract.decode import open_decoder
 from seal_extract.errors import UsageError
-from seal_extract.grid import PatchGrid, level_to_read
-from seal_extract.patch_files import SAME_MPP, open_patches
-from seal_extract.slide import Slide, open_slide
+from seal_extract.patches.decode import open_decoder
+from seal_extract.patches.grid import PatchGrid, level_to_read
+from seal_extract.patches.stream import stream_batches
+from seal_extract.slides.patch_files import SAME_MPP, open_patches
+from seal_extract.slides.slide import Slide, open_slide
 from seal_extract.train.sections import Expression, Section
 
 READ = 64  # patches at a time

@@ -20,8 +20,8 @@ from seal_extract.encoders import Encoder, EncoderSpec
 from seal_extract.encoders.conch import ConchTower
 from seal_extract.encoders.registry import Architecture, InputRule
 from seal_extract.encoders.tower import empty_tower, fill, tower_shapes
-from seal_extract.slide import open_slide
-from seal_extract.tissue import find_tissue
+from seal_extract.slides.slide import open_slide
+from seal_extract.tissue.mask import find_tissue
 from seal_extract.train.augment import stained, turned
 from seal_extract.train.losses import info_nce
 from seal_extract.train.sections import Section

@@ -16,14 +16,14 @@ from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import quote
 
-from seal_extract.layouts import OVERLAYS, of_grid
+from seal_extract.features.layouts import OVERLAYS, of_grid
 from seal_extract.names import without_folders
 from seal_extract.publish import publish
-from seal_extract.status import FAILED, StatusRow
+from seal_extract.run.status import FAILED, StatusRow
+from seal_extract.slides.thumbnail import read_thumbnail
 from seal_extract.view.cohort_summary import share, summary, verdict
 from seal_extract.view.findings import Cohort, count, group_reasons, number
 from seal_extract.view.markup import Markup, fill, fills, parts
-from seal_extract.view.thumbnail import read_thumbnail
 
 MOST_PICTURES = 2000  # of a page
 LONG_LIST = 12  # failures of one kind that are shown without a click

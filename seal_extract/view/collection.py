@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from seal_extract.errors import OutputError, SlideOpenError, UsageError
-from seal_extract.grid import grid_name
-from seal_extract.layouts import CONTOURS, OVERLAYS, of_grid
+from seal_extract.features.layouts import CONTOURS, OVERLAYS, of_grid
+from seal_extract.features.origin import open_origin
+from seal_extract.features.store import SlideFeatures, read_features, read_provenance, scan_features
 from seal_extract.names import written_twice
-from seal_extract.origin import open_origin
-from seal_extract.slide import Slide
-from seal_extract.status import DONE, IGNORED, StatusRow, read_status_rows
-from seal_extract.store import SlideFeatures, read_features, read_provenance, scan_features
+from seal_extract.patches.grid import grid_name
+from seal_extract.run.status import DONE, IGNORED, StatusRow, read_status_rows
+from seal_extract.slides.slide import Slide
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from seal_extract.features.origin import open_origin
+from seal_extract.features.store import SlideFeatures
 from seal_extract.genes.search import Found
-from seal_extract.origin import open_origin
 from seal_extract.publish import publish
-from seal_extract.slide import Slide
-from seal_extract.store import SlideFeatures
-from seal_extract.view.captions import (
+from seal_extract.slides.captions import (
     FAINT,
     caption_font,
     draw_scale_bar,
@@ -24,6 +23,7 @@ from seal_extract.view.captions import (
     fitting_font,
     shortened,
 )
+from seal_extract.slides.slide import Slide
 
 SIDE_PX = 192  # of a patch in the sheet
 GAP_PX, CAPTION_PX, TITLE_PX = 12, 44, 76

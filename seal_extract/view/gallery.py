@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.errors import SealExtractError, UsageError
-from seal_extract.geojson import Polygon, read_polygons
-from seal_extract.grid import PatchGrid
+from seal_extract.features.store import SlideFeatures, sample_rows
 from seal_extract.names import shown
-from seal_extract.store import SlideFeatures, sample_rows
+from seal_extract.patches.grid import PatchGrid
+from seal_extract.slides.thumbnail import read_thumbnail
+from seal_extract.tissue.geojson import Polygon, read_polygons
 from seal_extract.view.cache import BoundedCache
 from seal_extract.view.collection import Collection, ShownSlide
 from seal_extract.view.colours import CLUSTERS, Components
@@ -32,7 +33,6 @@ from seal_extract.view.layers import (
     scale_layer,
 )
 from seal_extract.view.neighbours import alike_in_others, alike_in_slide
-from seal_extract.view.thumbnail import read_thumbnail
 from seal_extract.view.tiles import SlideTiles, jpeg, png
 
 if TYPE_CHECKING:

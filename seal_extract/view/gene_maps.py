@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.errors import SealExtractError, UsageError
-from seal_extract.store import SlideFeatures
+from seal_extract.features.store import SlideFeatures
 
 if TYPE_CHECKING:
     from seal_extract.genes.decoder import GeneDecoder

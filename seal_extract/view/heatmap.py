@@ -18,12 +18,9 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from seal_extract.errors import GeometryError, UsageError
-from seal_extract.grid import PatchGrid
-from seal_extract.overview import read_overview
+from seal_extract.patches.grid import PatchGrid
 from seal_extract.publish import publish
-from seal_extract.readers import Array
-from seal_extract.slide import Slide
-from seal_extract.view.captions import (
+from seal_extract.slides.captions import (
     FAINT,
     INK,
     caption_font,
@@ -33,6 +30,9 @@ from seal_extract.view.captions import (
     fitting_font,
     shortened,
 )
+from seal_extract.slides.overview import read_overview
+from seal_extract.slides.readers import Array
+from seal_extract.slides.slide import Slide
 
 FINER = 8  # cells a patch is wide where patches do not lie on one grid
 MOST_CELLS = 2**26  # of a raster; an overview of a 100,000 px slide in 224 px patches has 200,000

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from seal_extract.errors import OutputError, UsageError
-from seal_extract.store import SlideFeatures
+from seal_extract.features.store import SlideFeatures
 
 if TYPE_CHECKING:
     from seal_extract.genes.index import Index

@@ -19,13 +19,13 @@ import cv2
 import numpy as np
 
 from seal_extract.errors import OutputError, UsageError
-from seal_extract.layouts import CONTOURS, of_grid
+from seal_extract.features.layouts import CONTOURS, of_grid
+from seal_extract.features.store import SlideFeatures
 from seal_extract.names import shown
-from seal_extract.overview import Overview, read_overview
 from seal_extract.publish import publish
-from seal_extract.slide import Slide
-from seal_extract.store import SlideFeatures
-from seal_extract.view.captions import FOR_TRYING
+from seal_extract.slides.captions import FOR_TRYING
+from seal_extract.slides.overview import Overview, read_overview
+from seal_extract.slides.slide import Slide
 from seal_extract.view.gallery import tissue_rings
 from seal_extract.view.layers import find_attention
 from seal_extract.view.markup import Markup, fill_text

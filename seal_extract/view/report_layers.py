@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from seal_extract.errors import UsageError
+from seal_extract.features.store import SlideFeatures, sample_rows
 from seal_extract.genes.predict import moments, predict_genes
-from seal_extract.store import SlideFeatures, sample_rows
 from seal_extract.view.colours import Components, cluster_colours
 from seal_extract.view.gene_maps import UNIT, GeneMaps
 from seal_extract.view.heatmap import PatchRaster, colour

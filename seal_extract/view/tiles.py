@@ -14,9 +14,9 @@ import cv2
 import numpy as np
 
 from seal_extract.errors import UsageError
-from seal_extract.overview import Overview, read_overview
-from seal_extract.readers import Array
-from seal_extract.slide import Slide, coarsest_level
+from seal_extract.slides.overview import Overview, read_overview
+from seal_extract.slides.readers import Array
+from seal_extract.slides.slide import Slide, coarsest_level
 
 TILE_PX = 256
 JPEG_QUALITY = 85

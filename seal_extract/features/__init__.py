@@ -1,0 +1,1 @@
+"""Feature files: HDF5, the layouts that other tools read, checks and exports."""

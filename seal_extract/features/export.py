@@ -1,0 +1,218 @@
+"""A finished run into another layout, without encoding again: the same values, copied piece by piece.
+
+A file that the same features were exported to before is recognised; any other is left alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+from seal_extract.errors import OutputError, SealExtractError, SlideError, UsageError
+from seal_extract.features.layouts import LAYOUTS, layout_of_grid
+from seal_extract.features.origin import origin_overview
+from seal_extract.features.scverse import SCVERSE
+from seal_extract.features.store import (
+    MICROMETRES,
+    SlideFeatures,
+    SlideLabel,
+    find_features,
+    read_features,
+    read_pieces,
+    read_provenance,
+    scan_features,
+)
+from seal_extract.names import EXPORTED_FROM, is_export, shareable, written_twice
+
+EXPORTS = (*LAYOUTS, *SCVERSE)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What became of one features file.
+
+    Attributes:
+        source: the file of the finished run.
+        path: where its features now lie.
+        patches: how many.
+        state: ``"written"``, ``"finished before"``, ``"failed"``, or ``"left out"``: that layout has no
+            place for a slide without patches, or none that its readers see.
+        error: why it failed; None otherwise.
+        note: what the file is without, such as the slide's picture.
+    """
+
+    source: Path
+    path: Path
+    patches: int
+    state: Literal["written", "finished before", "left out", "failed"] = "written"
+    error: SealExtractError | None = None
+    note: str = ""
+
+    def __str__(self) -> str:
+        if self.error is not None:
+            return f"FAILED {self.error}"
+        if self.state == "left out":
+            return f"{self.source.name}: no patches, left out"
+        state = "" if self.state == "written" else f", {self.state}"
+        return f"{self.source.name}: {self.patches} patches{state} -> {self.path}{self.note}"
+
+
+def export(
+    folder: str | os.PathLike[str],
+    layout: str,
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    slides: Path | None = None,
+) -> Iterator[Exported]:
+    """Write every finished features file under ``folder`` into another layout under ``out``.
+
+    Values are the same, float32, and float16 rounded from it in STAMP's layout. Provenance is kept, with the
+    source's path in ``folder`` added under ``exported_from``; of slide and weights it has the names alone, so
+    that no folder of this machine is given away. Pictures and contours are not copied.
+
+    Args:
+        folder: of a finished run, or a part of it such as one encoder's.
+        layout: ``"trident"``, ``"clam"``, ``"stamp"``, ``"flat"``, ``"anndata"`` or ``"spatialdata"``.
+        out: folder for the results.
+        overwrite: replace files that were made from something else.
+        slides: folder that holds the slides, if they have moved, for the picture in AnnData and SpatialData.
+
+    Yields:
+        What became of each file, as it is done; one that fails stops no other.
+
+    Raises:
+        UsageError: no such layout, nothing finished in ``folder``, or two files that would get one name.
+    """
+    if layout not in EXPORTS:
+        raise UsageError(f"--layout is {layout!r}; allowed: {', '.join(EXPORTS)}")
+    if layout in SCVERSE:
+        SCVERSE[layout].check_installed()
+    jobs, damaged = _jobs(Path(folder), layout, Path(out))
+    failed = (Exported(file, file, 0, "failed", error) for file, error in damaged.items())
+    done = (
+        _export_one(file, path, Path(folder), layout, Path(out), overwrite, slides)
+        for path, file in jobs.items()
+    )
+    return chain(failed, done)
+
+
+def _jobs(folder: Path, layout: str, out: Path) -> tuple[dict[Path, Path], dict[Path, OutputError]]:
+    """The file that each source becomes, with the source; and the sources that are damaged.
+
+    A run exported into its own folder is met again there: the original goes before its exports.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is no folder; give the -o of a finished run")
+
+    def job(file: Path) -> tuple[Path, dict[str, Any]] | None:
+        features = find_features(file)
+        return None if features is None else (_place(features, layout, out), features.provenance)
+
+    jobs: dict[Path, Path] = {}
+    found, damaged = scan_features(folder, job)
+    for file in written_twice((file, provenance) for file, (_, provenance) in found.items()):
+        del found[file]
+    exports = {file for file, (_, provenance) in found.items() if is_export(provenance)}
+    for file, (path, _) in found.items():
+        other = jobs.get(path, file)
+        if path.resolve() == file.resolve() or (other != file and file in exports):
+            continue
+        if other != file and other not in exports:
+            raise UsageError(
+                f"{other} and {file} would both become {path}; "
+                f"give the folder of one of them in place of {folder}, and each its own -o"
+            )
+        jobs[path] = file
+    if not jobs and not damaged:
+        raise UsageError(
+            f"{folder} holds no finished features file of seal_extract that is not in this layout already "
+            f"(looked for *.h5 in it and below); give the -o of a finished run"
+        )
+    return jobs, damaged
+
+
+def _place(source: SlideFeatures, layout: str, out: Path) -> Path:
+    name, encoder = source.path.stem, source.provenance["encoder"]["name"]
+    if layout in SCVERSE:
+        return out / f"{name}{SCVERSE[layout].suffix}"
+    return layout_of_grid(layout, out, source.grid).place(name, encoder, source.grid)
+
+
+def _export_one(
+    file: Path, path: Path, folder: Path, layout: str, out: Path, overwrite: bool, slides: Path | None
+) -> Exported:
+    result = Exported(file, path, 0)
+    try:
+        source = read_features(file)
+        result = replace(result, patches=len(source.grid))
+        if layout != "stamp" and find_features(file, MICROMETRES) is not None:
+            raise OutputError(
+                f"{source.path} holds float16 (STAMP's layout), and {layout} promises float32; "
+                f"export from a float32 layout, or encode again"
+            )
+        if layout in SCVERSE and not len(source.grid) and not SCVERSE[layout].takes_empty:
+            return replace(result, state="left out")
+        provenance = shareable(source.provenance) | {EXPORTED_FROM: str(file.relative_to(folder))}
+        if not overwrite and _is_done(path, layout, provenance):
+            if layout in LAYOUTS:
+                encoder = provenance["encoder"]["name"]
+                layout_of_grid(layout, out, source.grid).complete(source.path.stem, encoder)
+            return replace(result, state="finished before")
+        if layout in SCVERSE:
+            overview = None
+            try:
+                overview = origin_overview(source, slides)
+            except SlideError as exc:  # the features are whole without it
+                result = replace(result, note=f"; without the slide's picture: {exc}")
+            SCVERSE[layout].write(replace(source, provenance=provenance), path, overview)
+        else:
+            _copy(source, provenance, layout, out, overwrite)
+        return replace(result, state="left out") if _is_hidden(source, layout, out) else result
+    except SealExtractError as exc:
+        return replace(result, state="failed", error=exc)
+
+
+def _is_hidden(source: SlideFeatures, layout: str, out: Path) -> bool:
+    """Whether its file lies where the layout's readers do not look."""
+    if layout in SCVERSE:
+        return False
+    name, encoder = source.path.stem, source.provenance["encoder"]["name"]
+    return _place(source, layout, out) != layout_of_grid(layout, out, source.grid).features(name, encoder)
+
+
+def _is_done(path: Path, layout: str, provenance: dict[str, Any]) -> bool:
+    """Whether an earlier export, or the same run, left these features there.
+
+    Raises:
+        OutputError: something else lies there.
+    """
+    if not path.exists():
+        return False
+    read = SCVERSE[layout].read_provenance if layout in SCVERSE else read_provenance
+    there = read(path)
+    if there is None or _without_origin(there) != _without_origin(provenance):
+        what = "is not ours" if there is None else "was made from other features"
+        raise OutputError(f"{path} exists and {what}; type --overwrite to replace it, or another -o")
+    return True
+
+
+def _without_origin(provenance: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in provenance.items() if key != EXPORTED_FROM}
+    return shareable(kept)  # an older version exported paths
+
+
+def _copy(source: SlideFeatures, provenance: dict[str, Any], layout: str, out: Path, overwrite: bool) -> None:
+    slide, encoder = provenance["slide"], provenance["encoder"]["name"]
+    label = SlideLabel(source.path.stem, tuple(slide["size_l0"]), slide["mpp"], source.barcodes)
+    target = layout_of_grid(layout, out, source.grid)
+    target.write_coords(label, source.grid, provenance, overwrite=overwrite)
+    with target.write_features(
+        label, source.grid, encoder, source.dim, provenance, overwrite=overwrite
+    ) as writer:
+        for piece in read_pieces(source.path):
+            writer.append(piece)

@@ -1,0 +1,380 @@
+"""The HDF5 files: rows streamed in, published when complete, read back whatever layout they lie in.
+
+`seal_extract.features.layouts` decides where a file lies and what stands in it beside the rows. The root
+attribute ``seal_extract`` holds, as JSON, how the file was made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from seal_extract.encoders.folder import plain_word
+from seal_extract.errors import OutputError
+from seal_extract.hdf5 import Disk, new_hdf5, open_hdf5
+from seal_extract.names import is_export, origin_of, written_twice
+from seal_extract.patches.grid import PatchGrid
+from seal_extract.publish import writing
+
+PROVENANCE = "seal_extract"  # at the root; "encoder" and "stamp_version" there would mislead STAMP
+PIXELS, MICROMETRES = "features", "feats"  # datasets of rows; STAMP's has coords in µm
+BARCODE = "barcode"  # dataset of the patches' names, where they have some
+CHUNK_BYTES = 2**18  # a chunk of features is some hundred rows, never one; it has one checksum
+PIECE_BYTES = 2**24  # rows copied from file to file at a time
+
+NO_FEATURES = ("patches", "expression_", "slide_features_")  # folders of other files of ours
+Describe = Callable[[h5py.File], None]
+Keep = Callable[[Path], bool]
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class SlideLabel:
+    """What files say of a slide.
+
+    Attributes:
+        name: of its files, without suffix.
+        size_l0: (width, height) in level-0 pixels.
+        mpp: its true µm/px at level 0.
+        barcodes: one per patch, where patches have names; they go into every file beside the rows.
+    """
+
+    name: str
+    size_l0: tuple[int, int]
+    mpp: float
+    barcodes: tuple[str, ...] | None = None
+
+    def add_barcodes(self, file: h5py.File) -> None:
+        """Write ``barcode``, UTF-8 [N], where there are any."""
+        if self.barcodes is not None:
+            file.create_dataset(BARCODE, data=list(self.barcodes), dtype=h5py.string_dtype())
+
+
+@dataclass(frozen=True)
+class SlideFeatures:
+    """The embeddings of one slide, in the file that holds them.
+
+    Attributes:
+        path: the HDF5 file.
+        grid: where the patches lie.
+        provenance: what made them: slide, µm/px and its source, reader, encoder, weights, options, versions.
+    """
+
+    path: Path
+    grid: PatchGrid
+    provenance: dict[str, Any]
+
+    @cached_property
+    def features(self) -> NDArray[np.float32]:
+        """float32 [N, D], read from the file at the first use."""
+        with _open_rows(self.path) as rows, reading(self.path):
+            features: NDArray[np.float32] = rows[()].astype(np.float32, copy=False)
+        return features
+
+    @cached_property
+    def barcodes(self) -> tuple[str, ...] | None:
+        """The name of each patch, as ready-cut ones have it; None for patches of a grid."""
+        with reading(self.path), open_hdf5(self.path) as file:
+            return tuple(file[BARCODE].asstr()[()].tolist()) if BARCODE in file else None
+
+    @cached_property
+    def dim(self) -> int:
+        """Columns of the features."""
+        with _open_rows(self.path) as rows:
+            return int(rows.shape[1])
+
+    def __repr__(self) -> str:
+        name = self.provenance["encoder"]["name"]
+        return f"SlideFeatures({self.path.name}: {len(self.grid)} patches, {name}, {self.grid.mpp:.4g} µm/px)"
+
+
+class FeatureWriter:
+    """Takes rows of features in grid order; made by `write_rows`."""
+
+    def __init__(self, path: Path, dataset: h5py.Dataset, disk: Disk) -> None:
+        self.path = path
+        self.rows = 0
+        self._dataset, self._disk = dataset, disk
+
+    def append(self, features: NDArray[np.float32]) -> None:
+        """Write the next rows: float32 [B, D].
+
+        Raises:
+            OutputError: rows of another width, more than expected, or beyond what the file's type can hold.
+        """
+        expected = (min(len(features), len(self._dataset) - self.rows), self._dataset.shape[1])
+        if features.shape != expected:
+            raise OutputError(
+                f"{self.path}: row {self.rows} on is {list(features.shape)}, the file takes "
+                f"{list(expected)}; nothing was kept"
+            )
+        with writing(self.path):
+            self._dataset[self.rows : self.rows + len(features)] = self._fitting(features)
+            self._disk.check()
+        self.rows += len(features)
+
+    def check(self) -> None:
+        """Raise if rows are missing.
+
+        Raises:
+            OutputError: not as many came as the file is to have.
+        """
+        if self.rows != len(self._dataset):
+            raise OutputError(
+                f"{self.path}: {self.rows} rows came for {len(self._dataset)} patches; nothing was kept"
+            )
+
+    def _fitting(self, features: NDArray[np.float32]) -> NDArray[Any]:
+        dtype = self._dataset.dtype
+        largest = float(np.abs(features).max(initial=0))
+        if dtype == np.float16 and largest > float(np.finfo(np.float16).max):
+            raise OutputError(
+                f"{self.path}: a feature of {largest:.4g} does not fit float16, which holds up to 65504; "
+                "choose another --layout, all of which are float32"
+            )
+        return features.astype(dtype, copy=False)
+
+
+@contextmanager
+def write_rows(
+    path: Path,
+    dataset: str,
+    shape: tuple[int, int],
+    dtype: type[np.floating[Any]],
+    provenance: dict[str, Any],
+    describe: Describe,
+    keep: Keep | None = None,
+) -> Iterator[FeatureWriter]:
+    """Open a file of rows; it appears under its name when the block ends with all rows in.
+
+    Args:
+        path: its final name.
+        dataset: name of the rows.
+        shape: (N, D).
+        dtype: of the rows in the file.
+        provenance: written last, as it then is.
+        describe: adds coordinates and attributes to the open file.
+        keep: see `publish`.
+
+    Raises:
+        OutputError: it cannot be written, or not as many rows came as ``shape`` says.
+    """
+    with new_hdf5(path, keep) as (file, disk):
+        rows = max(1, min(shape[0], CHUNK_BYTES // max(1, np.dtype(dtype).itemsize * shape[1])))
+        chunks = (rows, shape[1]) if all(shape) else None  # HDF5 has no chunks of nothing
+        checked = file.create_dataset(dataset, shape, dtype, chunks=chunks, fletcher32=chunks is not None)
+        writer = FeatureWriter(path, checked, disk)
+        describe(file)
+        yield writer
+        writer.check()
+        file.attrs[PROVENANCE] = json.dumps(provenance)
+
+
+def write_described(
+    path: Path, provenance: dict[str, Any], describe: Describe, keep: Keep | None = None
+) -> None:
+    """Write a file without rows, such as coordinates; for ``keep`` see `publish`.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with new_hdf5(path, keep) as (file, _):
+        describe(file)
+        file.attrs[PROVENANCE] = json.dumps(provenance)
+
+
+def read_features(path: str | os.PathLike[str]) -> SlideFeatures:
+    """Open a features file that this package wrote, in whichever layout; the grid is in level-0 pixels.
+
+    Raises:
+        OutputError: it does not exist, was not written by this package, or is damaged.
+    """
+    path = Path(path)
+    features = find_features(path) if path.exists() else None
+    if features is None:
+        raise OutputError(
+            f"{path} is no features file of seal_extract; give OUT/20x_.../features_NAME/SLIDE.h5"
+        )
+    return features
+
+
+def list_features(folder: Path) -> tuple[list[SlideFeatures], dict[Path, OutputError]]:
+    """All features of a finished run, in the order of their paths; of a file and its exports only one.
+
+    Args:
+        folder: the ``-o`` of the run, or a part of it.
+
+    Returns:
+        Those that can be read, and for each file that is damaged the error, which names the file.
+
+    Raises:
+        OutputError: none can be read.
+    """
+    listed, damaged = scan_features(folder, find_features)
+    for path in written_twice((path, features.provenance) for path, features in listed.items()):
+        del listed[path]
+    ours: dict[Path | str, SlideFeatures] = {}
+    found = {path.resolve(): features for path, features in listed.items()}
+    originals = {origin_of(path, f.provenance) for path, f in found.items() if not is_export(f.provenance)}
+    for path, features in found.items():
+        exported, origin = is_export(features.provenance), origin_of(path, features.provenance)
+        if not (exported and origin in originals):
+            ours.setdefault(origin if exported else path, features)
+    if not ours:
+        why = f" ({next(iter(damaged.values()))})" if damaged else ""
+        raise OutputError(
+            f"{folder} holds no features file of seal_extract{why}; give the -o of a finished run"
+        )
+    return list(ours.values()), damaged
+
+
+def scan_features(
+    folder: Path, read: Callable[[Path], Found | None]
+) -> tuple[dict[Path, Found], dict[Path, OutputError]]:
+    """What ``read`` finds in each features file below a folder, in the order of their paths.
+
+    Files that are not ours, and our files of coordinates, expression and whole slides, are passed over.
+
+    Args:
+        folder: the ``-o`` of a run, or a part of it.
+        read: `find_features`, or `read_provenance` where coordinates are not needed.
+
+    Returns:
+        What was found, by path, and for each file that is damaged the error, which names the file.
+    """
+    found: dict[Path, Found] = {}
+    damaged: dict[Path, OutputError] = {}
+    for path in sorted(folder.rglob("*.h5")):
+        try:
+            if (one := read(path)) is not None:
+                found[path] = one
+        except OutputError as exc:
+            if not path.parent.name.startswith(NO_FEATURES):
+                damaged[path] = exc
+    return found, damaged
+
+
+def find_features(path: Path, dataset: str | None = None) -> SlideFeatures | None:
+    """`read_features`, or None where this package did not write the file; it is opened once.
+
+    Args:
+        path: the file.
+        dataset: what its rows must be called; by default any of the layouts' names.
+
+    Raises:
+        OutputError: the file is damaged.
+    """
+    with reading(path), open_hdf5(path) as file:
+        provenance = _provenance(file, dataset)
+        if provenance is None:
+            return None
+        coords = file["coords"][()]
+        if MICROMETRES in file:  # float32 keeps a tenth of a pixel over any slide
+            coords = np.rint(coords.astype(np.float64) / provenance["slide"]["mpp"]).astype(np.int64)
+        grid = PatchGrid(coords, **provenance["grid"])
+        rows = _rows(file)
+        if rows.ndim != 2 or len(rows) != len(grid):
+            raise ValueError(f"{list(rows.shape)} features for {len(grid)} patches")
+    return SlideFeatures(path, grid, provenance)
+
+
+def read_pieces(path: Path) -> Iterator[NDArray[Any]]:
+    """The rows of a features file, some thousand at a time, as it has them: float32 or float16 [B, D].
+
+    Raises:
+        OutputError: the file is damaged.
+    """
+    with _open_rows(path) as rows:
+        step = max(1, PIECE_BYTES // max(1, rows.shape[1] * rows.dtype.itemsize))
+        for start in range(0, len(rows), step):
+            with reading(path):
+                piece = rows[start : start + step]
+            yield piece
+
+
+def sample_rows(path: Path, most: int) -> NDArray[np.float32]:
+    """At most ``most`` rows of a features file, in runs from all over it: float32 [M, D].
+
+    Raises:
+        OutputError: the file is damaged.
+    """
+    with _open_rows(path) as rows, reading(path):
+        runs = min(8, most)
+        starts = np.linspace(0, len(rows) - most // runs, runs).astype(int).tolist()
+        whole = len(rows) <= most
+        pieces = [rows[()]] if whole else [rows[start : start + most // runs] for start in starts]
+    return np.concatenate(pieces).astype(np.float32, copy=False)
+
+
+def read_provenance(path: Path, dataset: str | None = None) -> dict[str, Any] | None:
+    """What made the features file, or None where this package did not.
+
+    Args:
+        path: the file.
+        dataset: what its rows must be called; by default any of the layouts' names.
+
+    Raises:
+        OutputError: the file is damaged.
+    """
+    with reading(path), open_hdf5(path) as file:
+        return _provenance(file, dataset)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Translate what goes wrong while ``path``, a features file, is read.
+
+    Raises:
+        OutputError: in place of whatever the bytes of the file lead h5py, json and numpy to.
+    """
+    try:
+        yield
+    except OutputError:
+        raise
+    except Exception as exc:
+        why = (str(exc).splitlines() or [type(exc).__name__])[0]
+        raise OutputError(f"{path} cannot be read ({why}); encode that slide again with --overwrite") from exc
+
+
+def _provenance(file: h5py.File, dataset: str | None) -> dict[str, Any] | None:
+    """See `read_provenance`.
+
+    Raises:
+        ValueError: it holds a name that could lead to a file elsewhere, or lacks what all our files have.
+    """
+    there = any(name in file for name in ([dataset] if dataset else (PIXELS, MICROMETRES)))
+    text = file.attrs.get(PROVENANCE) if there else None
+    provenance = json.loads(text) if isinstance(text, str) else {}
+    if "grid" not in provenance:  # a slide-level file has none of its own
+        return None
+    source = provenance.get("features", provenance)
+    plain_word(source["encoder"]["name"])  # becomes a part of file names
+    dict(source["slide"])
+    return dict(provenance)
+
+
+def grid_fields(grid: PatchGrid) -> dict[str, Any]:
+    """All of a grid but its coordinates, as provenance keeps it."""
+    return {f.name: getattr(grid, f.name) for f in fields(grid) if f.name != "xy_l0"}
+
+
+@contextmanager
+def _open_rows(path: Path) -> Iterator[h5py.Dataset]:
+    with ExitStack() as closing:
+        with reading(path):
+            rows = _rows(closing.enter_context(open_hdf5(path)))
+        yield rows
+
+
+def _rows(file: h5py.File) -> h5py.Dataset:
+    return file[PIXELS if PIXELS in file else MICROMETRES]

@@ -1,0 +1,180 @@
+"""A folder of features held to what a consumer reads: TRIDENT, Patho-Bench, CLAM, STAMP, MIL-Lab."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from seal_extract.encoders.registry import list_encoders
+from seal_extract.errors import UsageError
+from seal_extract.features.consumers import (
+    Check,
+    Finding,
+    Seen,
+    check_tensor,
+    clam_coords,
+    clam_features,
+    in_hdf5,
+    look,
+    mil_lab,
+    patho_bench,
+    stamp,
+    trident_coords,
+    trident_features,
+)
+
+
+def verify(folder: str | os.PathLike[str], consumer: str) -> tuple[Finding, ...]:
+    """All that falls short, or is worth a warning, of what the reader of ``consumer`` takes.
+
+    Args:
+        folder: the folder that one would give to that tool.
+        consumer: ``"trident"``, ``"patho-bench"``, ``"clam"``, ``"stamp"`` or ``"mil-lab"``.
+
+    Raises:
+        UsageError: no such consumer, or no file in the folder that it would read.
+    """
+    files = files_for(folder, consumer)
+    seen = [look(path, check) for path, check in files.items()]
+    if consumer == "clam":
+        seen += [*_unpaired(files, seen), *_resized(seen)]
+    return tuple(f for s in [*seen, *_compare(seen, consumer)] for f in s.findings)
+
+
+def files_for(folder: str | os.PathLike[str], consumer: str) -> dict[Path, Check]:
+    """The files that ``consumer`` would read, each with its check.
+
+    Raises:
+        UsageError: see `verify`.
+    """
+    folder = Path(folder)
+    if folder.name in ("", ".."):  # names of folders are looked at
+        folder = folder.resolve()
+    if consumer not in CONSUMERS:
+        raise UsageError(f"--for is {consumer!r}; allowed: {', '.join(CONSUMERS)}")
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is no folder; give the one that {consumer} would read")
+    files = CONSUMERS[consumer](folder)
+    if not files:
+        layout = LAYOUT_FOR.get(consumer, consumer)
+        raise UsageError(
+            f"{folder} holds nothing that {consumer} reads: looked for {LOOKED_FOR[consumer]}; "
+            f"a finished run becomes that by: seal-extract export {folder} --layout {layout} -o {layout}"
+        )
+    return files
+
+
+# --- which files ------------------------------------------------------------------------------------
+
+
+def _trident_files(folder: Path) -> dict[Path, Check]:
+    coords = [p for p in _below(folder, "*_patches.h5") if p.parent.name == "patches"]
+    features = _trident_features(folder)
+    return dict.fromkeys(coords, in_hdf5(trident_coords)) | dict.fromkeys(features, in_hdf5(trident_features))
+
+
+def _trident_features(folder: Path) -> list[Path]:
+    return [p for p in _below(folder, "*.h5") if p.parent.name.startswith("features_")]
+
+
+def _clam_files(folder: Path) -> dict[Path, Check]:
+    places = {"h5_files": in_hdf5(clam_features), "patches": in_hdf5(clam_coords), "pt_files": check_tensor}
+    files = [*_below(folder, "*.h5"), *_below(folder, "*.pt")]
+    return {
+        p: places[p.parent.name]
+        for p in files
+        if p.parent.name in places and not p.name.endswith("_patches.h5")
+    }
+
+
+def _stamp_files(folder: Path) -> dict[Path, Check]:
+    below = (p for p in folder.glob("*/*.h5") if not p.parent.name.startswith("slide_features_"))
+    return dict.fromkeys(sorted(folder.glob("*.h5")) or sorted(below), in_hdf5(stamp))
+
+
+def _bench_files(folder: Path) -> dict[Path, Check]:
+    below = (p for p in _below(folder, "*.h5") if p.parent.name.startswith(("features_", "slide_features_")))
+    files = sorted(folder.glob("*.h5")) or list(below)
+    return dict.fromkeys(files, in_hdf5(patho_bench))
+
+
+def _mil_files(folder: Path) -> dict[Path, Check]:
+    tensors: dict[Path, Check] = dict.fromkeys(sorted(folder.glob("*.pt")), check_tensor)
+    return dict.fromkeys(sorted(folder.glob("*.h5")), in_hdf5(mil_lab)) | tensors
+
+
+def _below(folder: Path, pattern: str) -> list[Path]:
+    return sorted(folder.rglob(pattern))
+
+
+CONSUMERS: dict[str, Callable[[Path], dict[Path, Check]]] = {
+    "clam": _clam_files,
+    "trident": _trident_files,
+    "patho-bench": _bench_files,
+    "stamp": _stamp_files,
+    "mil-lab": _mil_files,
+}
+LAYOUT_FOR = {"patho-bench": "trident", "mil-lab": "flat"}  # the others are called as their layouts
+LOOKED_FOR = {
+    "clam": "h5_files/*.h5, pt_files/*.pt and patches/*.h5",
+    "trident": "patches/*_patches.h5 and features_*/*.h5",
+    "patho-bench": "*.h5 in the folder itself, or in features_NAME and slide_features_NAME below",
+    "stamp": "*.h5 in the folder or one below",
+    "mil-lab": "*.h5 and *.pt in the folder itself",
+}
+
+
+# --- between files ----------------------------------------------------------------------------------
+
+
+def _compare(seen: Sequence[Seen], consumer: str) -> Iterator[Seen]:
+    """Files that differ from most of those that go together with them."""
+    for folder in dict.fromkeys(s.path.parent for s in seen):
+        together = [s for s in seen if s.path.parent == folder]
+        for one, usual in _unlike(together, lambda s: s.dim):
+            found = Seen(one.path)
+            found.short(f"features of {one.dim} columns, most files have {usual}; one model takes one width")
+            yield found
+        if consumer in ("trident", "patho-bench"):
+            for one, usual in _unlike(together, lambda s: s.patch_size_l0):
+                found = Seen(one.path)
+                found.warn(
+                    f"patch_size_level0 is {one.patch_size_l0}, most files have {usual}; "
+                    f"Patho-Bench fuses slides of one patient only if it is the same"
+                )
+                yield found
+
+
+def _unlike(seen: Sequence[Seen], of: Callable[[Seen], int | None]) -> Iterator[tuple[Seen, int]]:
+    counts = Counter(value for s in seen if (value := of(s)) is not None)
+    if len(counts) > 1:
+        usual = counts.most_common(1)[0][0]
+        yield from ((s, usual) for s in seen if of(s) not in (None, usual))
+
+
+def _unpaired(files: Iterable[Path], seen: Sequence[Seen]) -> Iterator[Seen]:
+    """CLAM trains on ``pt_files``: one for every file in ``h5_files``, with as many rows."""
+    rows = {s.path: s.rows for s in seen}
+    for path in [p for p in files if p.parent.name == "h5_files"]:
+        tensor = path.parent.parent / "pt_files" / f"{path.stem}.pt"
+        found = Seen(tensor)
+        if tensor not in rows:
+            found.short(f"missing, though {path.parent.name}/{path.name} is there; CLAM trains on it")
+        elif None not in (rows[tensor], rows[path]) and rows[tensor] != rows[path]:
+            found.short(f"{rows[tensor]} rows, but {path.parent.name}/{path.name} has {rows[path]}")
+        yield found
+
+
+def _resized(seen: Sequence[Seen]) -> Iterator[Seen]:
+    """Coordinates at which CLAM sees another scale unless its transform resizes, once per folder."""
+    own_size = ", ".join(spec.name for spec in list_encoders() if spec.input.resize_px is None)
+    for (folder, said), files in Counter((s.path.parent, s.clam_resize) for s in seen).items():
+        if said is not None:
+            found = Seen(folder)
+            found.warn(
+                f"in {files} files {said}. Otherwise encoders that do not resize ({own_size}) see a wrong "
+                f"scale in silence, and the others another filter"
+            )
+            yield found

@@ -1,0 +1,235 @@
+"""A slide's level as its file keeps it: compressed tiles at their offsets.
+
+The reader stays the judge of geometry: a level counts only where the TIFF's directory has the size that the
+reader gives it, where its coordinates are whole numbers, and where tiles decoded here are the reader's own
+pixels, each of them, on a sample of this very file.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+
+from seal_extract.errors import ReadError, SlideError
+from seal_extract.patches.codecs import Codec, Jpeg2000Codec, JpegCodec, TileError
+from seal_extract.slides.readers import Array
+from seal_extract.slides.slide import Slide
+from seal_extract.slides.tiff import TIFF_HEADS
+
+PROBES = 4  # tiles compared with the reader's pixels
+MERGE_GAP = 2**14  # bytes between two tiles that are read over rather than skipped
+MERGE_BYTES = 2**22  # of one read
+
+
+class Unsuitable(Exception):
+    """Why a level is left to the slide's reader."""
+
+
+class TiledLevel:
+    """One level of a tiled TIFF, opened for reading by any number of threads.
+
+    Attributes:
+        size_px: (width, height) of the level, as the reader has it.
+        tile_px: (width, height) of a tile.
+        across: tiles in a row.
+        codec: decodes one of them; `probe` finds out which of its candidates.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        size_px: tuple[int, int],
+        tile_px: tuple[int, int],
+        offsets: NDArray[np.int64],
+        counts: NDArray[np.int64],
+        candidates: tuple[Codec, ...],
+    ) -> None:
+        self.path, self.size_px, self.tile_px = path, size_px, tile_px
+        self.candidates, self.codec = candidates, candidates[0]
+        self.across = -(-size_px[0] // tile_px[0])
+        self._offsets, self._counts = offsets, counts
+        self._lock = threading.Lock()
+        self._file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self.close = weakref.finalize(self, os.close, self._file)
+        self._bytes = os.fstat(self._file).st_size
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    @property
+    def tile_shape(self) -> tuple[int, int, int]:
+        """Of a decoded tile: (height, width, channels)."""
+        return (self.tile_px[1], self.tile_px[0], self.codec.channels)
+
+    def read(self, tiles: list[int]) -> Iterator[tuple[int, bytes]]:
+        """The compressed tiles, each with its number, in the order of the file; neighbours in one read.
+
+        A tile that the file does not hold, or not whole, comes as no bytes.
+        """
+        ordered = sorted(tiles, key=self._offsets.__getitem__)
+        runs: list[list[int]] = []
+        end = start = 0
+        for tile in ordered:
+            first, last = self._span(tile)
+            if not runs or not end <= first <= end + MERGE_GAP or last - start > MERGE_BYTES:
+                runs.append([])
+                start = first
+            runs[-1].append(tile)
+            end = last
+        for run in runs:
+            start, end = self._span(run[0])[0], self._span(run[-1])[1]
+            piece = self._read_at(start, end - start) if end > start else b""
+            for tile in run:
+                first, last = self._span(tile)
+                data = piece[first - start : last - start]
+                yield tile, data if len(data) == last - first else b""
+
+    def is_left_out(self, tile: int) -> bool:
+        """Whether the file says by a zero offset that there is nothing, as it may of glass."""
+        return not (self._offsets[tile] or self._counts[tile])
+
+    def _span(self, tile: int) -> tuple[int, int]:
+        """First byte of a tile and the one after its last; nothing where the table cannot be true."""
+        first, count = int(self._offsets[tile]), int(self._counts[tile])
+        largest = 4 * 3 * self.tile_px[0] * self.tile_px[1] + 2**16
+        if first <= 0 or not 0 < count <= largest or first + count > self._bytes:
+            return first, first
+        return first, first + count
+
+    def _read_at(self, offset: int, count: int) -> bytes:
+        try:
+            if hasattr(os, "pread"):
+                return os.pread(self._file, count, offset)
+            with self._lock:  # Windows
+                os.lseek(self._file, offset, os.SEEK_SET)
+                return os.read(self._file, count)
+        except OSError:  # a bad sector, a share that went away: told as tiles that are not there
+            return b""
+
+    def largest(self, tiles: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Those of ``tiles`` whose data are at least as long as half of them: tissue rather than glass."""
+        counts = self._counts[tiles]
+        return tiles[counts >= np.median(counts)] if len(tiles) else tiles
+
+
+def open_level(slide: Slide, level: int) -> TiledLevel:
+    """Find the directory of a level in the slide's file.
+
+    Raises:
+        Unsuitable: the level is not made of tiles that this package decodes.
+    """
+    try:
+        with slide.path.open("rb") as file:
+            if file.read(4) not in TIFF_HEADS:
+                raise Unsuitable("no TIFF")
+        with tifffile.TiffFile(slide.path) as tif:
+            if tif.is_ndpi:
+                raise Unsuitable("NDPI")
+            page = _page_of(tif, slide.levels[level].size_px)
+            return _level_of(slide.path, page, slide.levels[level].size_px)
+    except Unsuitable:
+        raise
+    except Exception as exc:  # tifffile raises errors of every kind over damaged directories
+        raise Unsuitable(f"its directories are damaged ({type(exc).__name__})") from exc
+
+
+def _page_of(tif: tifffile.TiffFile, size_px: tuple[int, int]) -> Any:
+    pages = [page for top in tif.pages for page in (top, *(getattr(top, "pages", None) or ()))]
+    for page in pages:
+        if page.is_tiled and (page.imagewidth, page.imagelength) == size_px:
+            return page
+    raise Unsuitable("no tiled directory of the level's size")
+
+
+def _level_of(path: Path, page: Any, size_px: tuple[int, int]) -> TiledLevel:
+    channels = (page.samplesperpixel, page.bitspersample, page.planarconfig, page.imagedepth)
+    if channels != (3, 8, tifffile.PLANARCONFIG.CONTIG, 1) or page.sampleformat != 1:
+        raise Unsuitable("not three interleaved 8-bit channels")
+    tile_px = (page.tilewidth, page.tilelength)
+    if not 16 <= min(tile_px) <= max(tile_px) <= 4096:
+        raise Unsuitable(f"tiles of {tile_px[0]} x {tile_px[1]} px")
+    tiles = -(-size_px[0] // tile_px[0]) * -(-size_px[1] // tile_px[1])
+    offsets, counts = (np.asarray(v, np.int64) for v in (page.dataoffsets, page.databytecounts))
+    if not len(offsets) == len(counts) == tiles:
+        raise Unsuitable(f"a table of {len(offsets)} tiles for {tiles}")
+    return TiledLevel(path, size_px, tile_px, offsets, counts, _codecs_of(page))
+
+
+def _codecs_of(page: Any) -> tuple[Codec, ...]:
+    """What the tags say first; writers such as Bio-Formats tag whole JPEGs in YCbCr as RGB."""
+    photometric, compression = page.photometric, page.compression
+    rgb, ycbcr = (photometric == p for p in (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR))
+    if compression == tifffile.COMPRESSION.JPEG and (rgb or ycbcr):
+        tables = bytes(page.jpegtables or b"")
+        return (JpegCodec(tables, bool(ycbcr)), JpegCodec(tables, None))
+    if compression == tifffile.COMPRESSION.APERIO_JP2000_YCBC and (rgb or ycbcr):  # the tag says RGB
+        return (Jpeg2000Codec(ycbcr=True),)
+    jpeg2000 = (tifffile.COMPRESSION.APERIO_JP2000_RGB, tifffile.COMPRESSION.JPEG2000)
+    if compression in jpeg2000 and rgb:
+        return (Jpeg2000Codec(),)
+    raise Unsuitable(f"{compression.name} in {photometric.name}")
+
+
+def probe(slide: Slide, level: int, tiled: TiledLevel, tiles: NDArray[np.int64]) -> None:
+    """Find the codec that gives the reader's pixels, each of them, on a sample of ``tiles``.
+
+    The sample is the same for the same tiles.
+
+    Raises:
+        Unsuitable: each candidate gives another pixel, or no tile could be compared.
+    """
+    large = tiled.largest(tiles)
+    order = np.random.default_rng(0).permutation(len(large))[: 4 * PROBES]
+    refusal = Unsuitable("no tile could be compared with the reader's pixels")
+    for codec in tiled.candidates:
+        tiled.codec = codec
+        try:
+            compared = _compare(slide, level, tiled, large[order].tolist())
+        except Unsuitable as exc:
+            refusal = exc
+            continue
+        if compared or not len(tiles):
+            return
+    raise refusal
+
+
+def _compare(slide: Slide, level: int, tiled: TiledLevel, tiles: list[int]) -> int:
+    """How many tiles are the reader's; damaged ones say nothing of the others and are passed over."""
+    compared = 0
+    for tile, data in tiled.read(tiles):
+        ours = np.empty(tiled.tile_shape, np.uint8)
+        try:
+            tiled.codec.decode(data, ours)
+            theirs = read_tile(slide, level, tiled, tile)
+        except (TileError, SlideError):
+            continue
+        if not np.array_equal(ours[: theirs.shape[0], : theirs.shape[1], :3], theirs):
+            raise Unsuitable(f"its {tiled.codec.name} decode to other pixels than {slide.reader}'s")
+        compared += 1
+        if compared == PROBES:
+            break
+    return compared
+
+
+def read_tile(slide: Slide, level: int, tiled: TiledLevel, tile: int) -> Array:
+    """The part of a tile inside the level, through the slide's reader: uint8 [h, w, 3]."""
+    (width, height), (w, h) = tiled.size_px, tiled.tile_px
+    x, y = tile % tiled.across * w, tile // tiled.across * h
+    downsample = slide.levels[level].downsample
+    xy_l0 = (round(x * downsample), round(y * downsample))
+    side = (min(w, width - x), min(h, height - y))
+    region = slide.read_region(xy_l0, level, side)
+    if region.shape != (side[1], side[0], 3):
+        raise ReadError(
+            f"{slide.path}: {slide.reader} gave {region.shape[1]} x {region.shape[0]} px instead of "
+            f"{side[0]} x {side[1]} at level-0 {xy_l0}; the file is damaged there"
+        )
+    return region

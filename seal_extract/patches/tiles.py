@@ -1,0 +1,247 @@
+"""Patches out of compressed tiles, each tile decoded once although neighbouring patches share it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from seal_extract.errors import ReadError
+from seal_extract.patches.codecs import REDUCTIONS, TileError, copy_rgb, shrink
+from seal_extract.patches.decoder import Decoded, Finish
+from seal_extract.patches.grid import PatchGrid
+from seal_extract.patches.shared_tiles import Pixels, SharedTiles, Users
+from seal_extract.patches.tiled import Unsuitable, open_level, probe, read_tile
+from seal_extract.slides.readers import Array
+from seal_extract.slides.slide import Slide
+
+
+class TileDecoder:
+    """Reads grid rows out of compressed tiles.
+
+    Attributes:
+        grid: rows to read.
+        name: of this way to decode.
+        side_px: of what `read` gives.
+    """
+
+    def __init__(self, slide: Slide, grid: PatchGrid, finish: Finish, fast: bool = False) -> None:
+        """Open the level's tiles and compare a sample with the reader's pixels.
+
+        Args:
+            slide: stays the way to read tiles that cannot be decoded here.
+            grid: rows to read.
+            finish: how regions become patches.
+            fast: decode JPEG at reduced scale where patches shrink by a multiple of 2.
+
+        Raises:
+            Unsuitable: these patches are better read through the slide's reader.
+        """
+        self.grid, self._slide, self._finish = grid, slide, finish
+        self._xy_px = _on_level(slide, grid)
+        self._tiled = open_level(slide, grid.level)
+        outside = (self._xy_px < 0) | (self._xy_px + grid.read_px > self._tiled.size_px)
+        self._partly_outside = bool(outside.any() or grid.padding.any())
+        self._first, self._last = self._tiles_of_rows()
+        uses = self._count_uses()
+        probe(slide, grid.level, self._tiled, np.flatnonzero(uses))
+        self._reduction, self._by_codec = self._plan_reduction(fast)
+        self._region_px = grid.read_px // self._reduction
+        height, width, channels = self._tiled.tile_shape
+        self._tile_shape = (height // self._reduction, width // self._reduction, channels)  # as decoded
+        self._shared = SharedTiles(uses, self._tile_shape)
+        self._rooms = threading.local()
+        self.name = self._tiled.codec.name + (f" at 1/{self._reduction}" if self._by_codec else "")
+        self.side_px = grid.patch_px if finish.early else self._region_px
+
+    def close(self) -> None:
+        """Release the file."""
+        self._tiled.close()
+
+    def to_patches(self, pixels: Tensor) -> Tensor:
+        """See `Decoder.to_patches`."""
+        return self._finish.on_device(pixels)
+
+    def read(self, rows: range) -> Decoded:
+        """Read grid rows on the host; safe to call from several threads.
+
+        A tile that is damaged is tried again through the slide's reader.
+        """
+        regions = self._new_regions(len(rows))
+        users = self._users(rows)
+        unreadable: dict[int, str] = {}
+        for tile, pixels in self._decoded(users):
+            for i in users[tile]:
+                if isinstance(pixels, ReadError):
+                    unreadable[rows[i]] = str(pixels)
+                else:
+                    self._paste(tile, pixels, rows[i], regions[i])
+        if self._partly_outside:
+            for region, row in zip(regions, rows, strict=True):
+                self.grid.whiten(region, row, self._slide)
+        for row in unreadable:
+            regions[row - rows.start] = 0
+        return Decoded(self._finish.in_thread(regions), unreadable)
+
+    # --- what is needed -------------------------------------------------------------------------------
+
+    def _plan_reduction(self, fast: bool) -> tuple[int, bool]:
+        """By how much tiles shrink as they are decoded, and whether the codec does it by itself."""
+        grid, tiled = self.grid, self._tiled
+        factor, rest = divmod(grid.read_px, grid.patch_px)
+        if rest or self._partly_outside:
+            return 1, False
+        aligned = [
+            n
+            for n in (factor, *REDUCTIONS)
+            if n > 1 and not (factor % n or (self._xy_px % n).any() or any(s % n for s in tiled.tile_px))
+        ]
+        by_codec = [n for n in aligned if n in REDUCTIONS] if fast and tiled.codec.reduces else []
+        if by_codec:
+            return max(by_codec), True
+        return (factor, False) if self._finish.filter == "area" and factor in aligned else (1, False)
+
+    def _tiles_of_rows(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """First and last tile (column, row) under each patch: two int64 [N, 2]; the last first if none is."""
+        begin, end = (
+            np.clip(xy, 0, self._tiled.size_px) for xy in (self._xy_px, self._xy_px + self.grid.read_px)
+        )
+        first, last = begin // self._tiled.tile_px, (end - 1) // self._tiled.tile_px
+        return first, np.where((begin < end).all(1, keepdims=True), last, first - 1)
+
+    def _count_uses(self) -> NDArray[np.int64]:
+        """The patches over each tile: int64 [tiles]."""
+        uses = np.zeros(len(self._tiled), np.int64)
+        spans = self._last - self._first + 1
+        for dy in range(spans[:, 1].max(initial=0)):
+            for dx in range(spans[:, 0].max(initial=0)):
+                tiles = (self._first + np.array([dx, dy]))[(spans > [dx, dy]).all(1)]
+                uses += np.bincount(tiles @ [1, self._tiled.across], minlength=len(uses))
+        return uses
+
+    def _users(self, rows: range) -> Users:
+        """Tile -> positions within ``rows`` of the patches that it lies under."""
+        users: dict[int, list[int]] = {}
+        which = slice(rows.start, rows.stop)
+        corners = zip(self._first[which].tolist(), self._last[which].tolist(), strict=True)
+        for i, ((x0, y0), (x1, y1)) in enumerate(corners):
+            for y in range(y0, y1 + 1):
+                for tile in range(y * self._tiled.across + x0, y * self._tiled.across + x1 + 1):
+                    users.setdefault(tile, []).append(i)
+        return users
+
+    # --- tiles ----------------------------------------------------------------------------------------
+
+    def _decoded(self, users: Users) -> Iterator[tuple[int, Pixels]]:
+        """Each tile once, valid until the next is asked for.
+
+        What others may wait for is decoded first, so that no two threads wait for each other.
+        """
+        claim = self._shared.claim(users)
+        try:
+            for tile, data in self._tiled.read(list(claim.mine)):
+                claim.mine[tile].pixels.set_result(self._decode(tile, data, self._shared.room()))
+            room = self._own("tile", self._tile_shape)
+            for tile, data in self._tiled.read(claim.alone):
+                yield tile, self._decode(tile, data, room)
+            for tile, held in claim.held.items():
+                yield tile, held.pixels.result()
+        finally:
+            self._shared.release(users, claim)
+
+    def _decode(self, tile: int, data: bytes, room: Array) -> Pixels:
+        try:
+            self._fill(data, room)
+        except TileError as exc:
+            return self._rescue(tile, data, room, exc)
+        return room
+
+    def _fill(self, data: bytes, room: Array) -> None:
+        if not data:
+            raise TileError("its data are not in the file")
+        if self._by_codec:
+            self._tiled.codec.decode_reduced(data, room, self._reduction)
+        elif self._reduction > 1:
+            whole = self._own("whole", self._tiled.tile_shape)
+            self._tiled.codec.decode(data, whole)
+            shrink(whole, room)
+        else:
+            self._tiled.codec.decode(data, room)
+
+    def _rescue(self, tile: int, data: bytes, room: Array, why: TileError) -> Pixels:
+        """The tile through the slide's reader, unless that shows the damage as if it were tissue."""
+        try:
+            theirs = read_tile(self._slide, self.grid.level, self._tiled, tile)
+        except ReadError as exc:
+            return ReadError(str(exc))  # without the frames that it was raised through
+        if not (data or theirs.any() or self._tiled.is_left_out(tile)):
+            return self._damaged(tile, why)
+        whole = np.zeros(self._tiled.tile_shape, np.uint8)
+        inside = whole[: theirs.shape[0], : theirs.shape[1], :3]
+        with contextlib.suppress(TileError):
+            self._tiled.codec.decode(data, whole, lenient=True)
+            if np.array_equal(inside, theirs):
+                return self._damaged(tile, why)
+        whole[:], inside[:] = 0, theirs
+        shrink(whole, room)
+        return room
+
+    def _damaged(self, tile: int, why: TileError) -> ReadError:
+        downsample = self._slide.levels[self.grid.level].downsample
+        (w, h), across = self._tiled.tile_px, self._tiled.across
+        x, y = (round(px * downsample) for px in (tile % across * w, tile // across * h))
+        return ReadError(
+            f"{self._slide.path}: the tile of level {self.grid.level} at level-0 ({x}, {y}) is damaged "
+            f"({why}); copy or scan it again"
+        )
+
+    def _paste(self, tile: int, pixels: Array, row: int, region: Array) -> None:
+        """Copy what a tile holds of a patch."""
+        at = (tile % self._tiled.across, tile // self._tiled.across)
+        cut, put = [], []
+        for axis in (1, 0):
+            side = self._tile_shape[1 - axis]
+            begin, corner = at[axis] * side, int(self._xy_px[row, axis]) // self._reduction
+            first = max(begin, corner)
+            last = min(begin + side, corner + self._region_px, self._tiled.size_px[axis])
+            cut.append(slice(first - begin, last - begin))
+            put.append(slice(first - corner, last - corner))
+        copy_rgb(pixels[cut[0], cut[1]], region[put[0], put[1]])
+
+    # --- room, used again and again: new memory costs a page fault per 4 KiB ----------------------------
+
+    def _new_regions(self, rows: int) -> Array:
+        """Room for the regions of a job, black where nothing will be copied: uint8 [rows, side, side, 3]."""
+        if self._finish.early and self._region_px != self.grid.patch_px:
+            regions = self._own("regions", (rows, self._region_px, self._region_px, 3))
+        else:
+            regions = self._finish.empty(rows, self._region_px)
+        if self._partly_outside:
+            regions[:] = 0
+        return regions
+
+    def _own(self, name: str, shape: tuple[int, ...]) -> Array:
+        """This thread's room of that name."""
+        room: Array | None = getattr(self._rooms, name, None)
+        if room is None or room.shape != shape:
+            room = np.empty(shape, np.uint8)
+            setattr(self._rooms, name, room)
+        return room
+
+
+def _on_level(slide: Slide, grid: PatchGrid) -> NDArray[np.int64]:
+    """The patches' corners in pixels of the level: int64 [N, 2].
+
+    Raises:
+        Unsuitable: they lie between pixels, where a reader interpolates.
+    """
+    downsample = slide.levels[grid.level].downsample
+    if downsample != round(downsample):
+        raise Unsuitable(f"level {grid.level} is {downsample:.6g} times coarser, no whole number")
+    if (grid.xy_l0 % round(downsample)).any():
+        raise Unsuitable(f"patches lie between the pixels of level {grid.level}")
+    return grid.xy_l0 // round(downsample)

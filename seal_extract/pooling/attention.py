@@ -1,0 +1,213 @@
+"""Attention pooling over a stream of patches: one pass, memory that does not grow with their features.
+
+Ilse, Tomczak, Welling, "Attention-based Deep Multiple Instance Learning", 2018, arXiv 1802.04712: equations 7
+to 9, in which a slide is the sum of its patches' hidden features, weighted by a softmax over all of them;
+with a network per class, Lu et al., "Data-efficient and weakly supervised computational pathology on
+whole-slide images", 2021, arXiv 2004.09666. The softmax is kept up to date as patches come: Milakov,
+Gimelshein, "Online normalizer calculation for softmax", 2018, arXiv 1805.02867.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from seal_extract.errors import CheckpointError
+from seal_extract.pooling.pooling import Pooled, Rows
+
+PIECE = 4096  # patches in one matrix product; their hidden features take some megabytes
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": functional.relu, "gelu": functional.gelu}
+
+DESCRIPTIONS = {
+    "probabilities": "by the model's classifier: softmax over the classes, or sigmoid where it has one "
+    "output; of a model that was trained on survival they are no probabilities of classes"
+}
+
+RowsAre = Literal["class", "branch", "head", "instance"]
+
+
+class Linear(NamedTuple):
+    """A layer: weight [out, in] and bias [out]."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out], in the precision of ``x``."""
+        return functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class Gate(NamedTuple):
+    """An attention network: hidden [n, E] -> scores [n, C]; without ``sigmoid`` it is not gated."""
+
+    tanh: Linear
+    sigmoid: Linear | None
+    score: Linear
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Equation 9 of Ilse et al., or 8 where it is not gated, before the softmax."""
+        found = torch.tanh(self.tanh(hidden))
+        if self.sigmoid is not None:
+            found = found * torch.sigmoid(self.sigmoid(hidden))
+        return self.score(found)
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """What is common to all that a checkpoint holds.
+
+    Attributes:
+        path: the checkpoint.
+        kind: ``"CLAM_SB"``, ``"CLAM_MB"``, ``"ABMIL"``, ``"MIL_fc"`` or ``"MIL_fc_mc"``.
+        layout: whose names its layers have.
+        sha256: of the file.
+        rows_are: what a row of the attention belongs to: a class or branch, which gets an embedding of its
+            own, a head, of which the slide has several in one embedding, or the instance (patch) that was
+            selected.
+    """
+
+    path: Path
+    kind: str
+    layout: str
+    sha256: str
+    rows_are: RowsAre
+
+    @property
+    def name(self) -> str:
+        """That of the file, without suffix."""
+        return self.path.stem
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Pooling.identity`."""
+        return {"kind": self.kind, "sha256": self.sha256}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """See `Pooling.facts`."""
+        return {"checkpoint": self.path.name, "layout": self.layout, "rows_are": self.rows_are}
+
+    def check_finite(self, found: Tensor) -> None:
+        """Refuse what the network says of patches where it is no number.
+
+        Raises:
+            CheckpointError: it is NaN or infinite.
+        """
+        if not bool(torch.isfinite(found).all()):
+            raise CheckpointError(
+                f"{self.path} gives scores that are not finite; was it trained on features of this encoder?"
+            )
+
+
+@dataclass(frozen=True)
+class AttentionPooling(TrainedModel):
+    """The attention of a trained model, and its classifier of slides where it has one of a known form.
+
+    Computed on the CPU in float32, summed in float64.
+
+    Attributes:
+        embed: layers from features [D] to hidden features [E], an activation after each; may be none.
+        activation: of those layers, and of ``after``.
+        gates: attention networks; their rows of scores follow each other.
+        condense: from all heads' sums to one embedding, where there are several.
+        after: one more layer on the embedding.
+        classifier: one layer on the embedding, or one for each class on the class's own embedding. The class
+            probabilities are the softmax of what they give; a single output is the logit of class 1.
+    """
+
+    embed: tuple[Linear, ...]
+    activation: str
+    gates: tuple[Gate, ...]
+    condense: Linear | None = None
+    after: Linear | None = None
+    classifier: tuple[Linear, ...] = ()
+
+    @property
+    def dim(self) -> int:
+        """Width of the features it takes."""
+        first = self.embed[0] if self.embed else self.gates[0].tanh
+        return int(first.weight.shape[1])
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of what is summed."""
+        return int(self.gates[0].tanh.weight.shape[1])
+
+    def __repr__(self) -> str:
+        rows = sum(len(gate.score.bias) for gate in self.gates)
+        return (
+            f"AttentionPooling({self.path.name}: {self.kind} as {self.layout} saves it, "
+            f"{self.dim} -> {self.hidden_dim}, attention of {rows})"
+        )
+
+    def pool(self, pieces: Iterable[Rows], count: int) -> Pooled:
+        """See `Pooling.pool`.
+
+        Raises:
+            CheckpointError: the network's scores are not finite.
+        """
+        rows = sum(len(gate.score.bias) for gate in self.gates)
+        highest = torch.full((rows, 1), -torch.inf, dtype=torch.float64)
+        weight = torch.zeros((rows, 1), dtype=torch.float64)  # sum of exp(score - highest)
+        total = torch.zeros((rows, self.hidden_dim), dtype=torch.float64)
+        scores, start = torch.empty((rows, count)), 0  # in one piece: small ones would hold the heap open
+        with torch.inference_mode():
+            for patches in small(pieces):
+                hidden = self._hidden(patches)  # float32 [n, E]
+                found = torch.cat([gate(hidden) for gate in self.gates], 1).T  # [C, n]
+                self.check_finite(found)
+                scores[:, start : start + len(patches)] = found
+                start += len(patches)
+                now = torch.maximum(highest, found.double().amax(1, keepdim=True))
+                before, shares = (highest - now).exp(), (found.double() - now).exp()
+                weight = weight * before + shares.sum(1, keepdim=True)
+                total = total * before + shares @ hidden.double()
+                highest = now
+            attention = torch.empty_like(scores)
+            for row in range(rows):  # one at a time, in float64
+                attention[row] = (scores[row].double() - highest[row]).exp() / weight[row]
+            features = self._embedding(total / weight)
+            probabilities = self._probabilities(features)
+        return Pooled(
+            features.float().numpy(), scores.numpy(), attention.numpy(), probabilities, DESCRIPTIONS
+        )
+
+    def _hidden(self, patches: Tensor) -> Tensor:
+        """float32 [n, D] -> [n, E]."""
+        for layer in self.embed:
+            patches = ACTIVATIONS[self.activation](layer(patches))
+        return patches
+
+    def _embedding(self, sums: Tensor) -> Tensor:
+        """The weighted sums [C, E] -> what the model calls the slide's features."""
+        if self.rows_are == "head" or len(sums) == 1:
+            sums = sums.flatten()
+        if self.condense is not None:
+            sums = self.condense(sums)
+        if self.after is not None:
+            sums = ACTIVATIONS[self.activation](self.after(sums))
+        return sums
+
+    def _probabilities(self, features: Tensor) -> NDArray[np.float32] | None:
+        if not self.classifier:
+            return None
+        rows = features.reshape(len(self.classifier), -1)
+        logits = torch.cat([layer(row) for layer, row in zip(self.classifier, rows, strict=True)])
+        if len(logits) == 1:
+            logits = torch.cat([torch.zeros_like(logits), logits])
+        return logits.softmax(0).float().numpy()
+
+
+def small(pieces: Iterable[Rows]) -> Iterator[Tensor]:
+    """Float32 [n, D], with ``n`` at most ``PIECE``."""
+    for piece in pieces:
+        for start in range(0, len(piece), PIECE):
+            yield torch.from_numpy(np.ascontiguousarray(piece[start : start + PIECE], np.float32))

@@ -1,0 +1,237 @@
+"""The file of a slide's embedding, as Patho-Bench reads it (``pooled_embeddings_dir``), with more beside.
+
+    features       float32 [1, D']; where each of C classes has its own, [1, C D'], class after class, and the
+                   attribute ``rows`` is C
+    coords         int64 [N, 2], level-0 pixels, attributes as beside patch features
+    attention      float32 [C, N], softmax over the patches; attention_scores, the same before it
+    probabilities  float32 [K], of each class, where the model has a classifier
+
+A patch that could not be read has features of zeros: it is left out, its attention is 0 and its score NaN.
+CLAM's ``mil`` selects one patch instead: see `top_instance`; the dataset's attribute ``description`` says so.
+Files of earlier versions have features [D'] or [C, D'] and no probabilities; they are read, and kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from seal_extract.errors import OutputError, UsageError
+from seal_extract.features.layouts.pixels import HERE, create_coords
+from seal_extract.features.store import (
+    PIXELS,
+    PROVENANCE,
+    SlideFeatures,
+    SlideLabel,
+    read_pieces,
+    write_described,
+)
+from seal_extract.hdf5 import DAMAGED, checked, open_hdf5
+from seal_extract.names import shareable
+from seal_extract.patches.grid import PatchGrid
+from seal_extract.pooling.pooling import Pooled, Pooling, Rows, check_width
+from seal_extract.run.provenance import first_difference
+
+SLIDE_LEVEL = 1  # raised whenever the same request gives other numbers than before
+SCORES, ATTENTION, PROBABILITIES = "attention_scores", "attention", "probabilities"
+
+
+@dataclass(frozen=True)
+class SlideLevel:
+    """The embedding of one slide, in the file that holds it.
+
+    Attributes:
+        path: the HDF5 file.
+        grid: where the patches lie that were pooled.
+        provenance: what made it: pooling, and the patch features with all that made them.
+        finished_before: whether `pool_slide` had nothing to do.
+    """
+
+    path: Path
+    grid: PatchGrid
+    provenance: dict[str, Any]
+    finished_before: bool = False
+
+    @cached_property
+    def features(self) -> NDArray[np.float32]:
+        """float32 [D'], or [C, D'] where each class has its own attention."""
+        with open_hdf5(self.path) as file:
+            values: NDArray[np.float32] = file[PIXELS][()]
+            rows = file[PIXELS].attrs.get("rows", 1)
+        return values if len(values) > 1 else values.reshape((rows, -1) if rows > 1 else -1)
+
+    @cached_property
+    def attention(self) -> NDArray[np.float32] | None:
+        """float32 [C, N]: each row sums to 1. None of a mean."""
+        return self._read(ATTENTION)
+
+    @cached_property
+    def scores(self) -> NDArray[np.float32] | None:
+        """float32 [C, N]: the attention before the softmax; NaN of patches left out. None of a mean."""
+        return self._read(SCORES)
+
+    @cached_property
+    def probabilities(self) -> NDArray[np.float32] | None:
+        """float32 [K]: of each class. None of a mean, of a model without classifier, and in older files."""
+        return self._read(PROBABILITIES)
+
+    @cached_property
+    def is_older(self) -> bool:
+        """Whether a version wrote it that knew neither probabilities nor what Patho-Bench reads."""
+        with open_hdf5(self.path) as file:
+            return file[PIXELS].ndim == 1 or len(file[PIXELS]) > 1
+
+    def _read(self, dataset: str) -> NDArray[np.float32] | None:
+        with open_hdf5(self.path) as file:
+            return file[dataset][()] if dataset in file else None
+
+    def __repr__(self) -> str:
+        kind = self.provenance["pooling"]["kind"]
+        shape = " x ".join(map(str, self.features.shape))
+        return f"SlideLevel({self.path.name}: {shape}, {kind} of {len(self.grid)} patches)"
+
+
+def pool_slide(
+    features: SlideFeatures, pooling: Pooling, path: str | os.PathLike[str], *, overwrite: bool = False
+) -> SlideLevel:
+    """Pool the patches of a slide and write what comes of it; what the same request wrote before is returned.
+
+    Args:
+        features: from `read_features` or `extract`.
+        pooling: from `open_pooling`.
+        path: the file; `Layout.slide_level` says where a run puts it.
+        overwrite: replace a file that something else made.
+
+    Raises:
+        UsageError: the slide has no patches, or the model takes features of another width.
+        OutputError: the features cannot be read, or a file of that name is there, made by something else.
+        CheckpointError: the model's scores are not finite.
+    """
+    path, encoder = Path(path), features.provenance["encoder"]["name"]
+    check_width(pooling, features.dim, encoder)
+    request = {
+        "slide_level": SLIDE_LEVEL,
+        "pooling": pooling.identity,
+        "features": features.provenance["request"],
+    }
+    unreadable = [patch["row"] for patch in features.provenance["unreadable"]]
+    if len(features.grid) == len(unreadable):
+        raise UsageError(
+            f"{features.path} has no patches{' that could be read' if unreadable else ''}, so that there is "
+            f"nothing to pool; leave that slide out"
+        )
+    found = None if overwrite else _find(path, request)
+    if found is not None and found.provenance["left_out"] == unreadable:
+        return found
+    pooled = _pool(features, pooling, np.asarray(unreadable, np.int64))
+    provenance = {
+        "request": request,
+        "pooling": {"name": pooling.name, **pooling.identity, **pooling.facts},
+        "left_out": unreadable,  # rows of patches that could not be read
+        "patch_features": {"path": features.path.name, "provenance": shareable(features.provenance)},
+        "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    _write(path, features, pooled, provenance)
+    return SlideLevel(path, features.grid, provenance)
+
+
+def read_slide_level(path: str | os.PathLike[str]) -> SlideLevel:
+    """Open a file that `pool_slide` wrote.
+
+    Raises:
+        OutputError: it does not exist, or was not written by it.
+    """
+    found = _open(Path(path))
+    if found is None:
+        raise OutputError(
+            f"{path} is no slide-level file of seal_extract; give OUT/.../slide_features_NAME/SLIDE.h5"
+        )
+    return found
+
+
+def _open(path: Path) -> SlideLevel | None:
+    try:
+        with open_hdf5(path) as file:
+            provenance = json.loads(file.attrs[PROVENANCE])
+            made_by = provenance["patch_features"]["provenance"]
+            return SlideLevel(path, PatchGrid(file["coords"][()], **made_by["grid"]), provenance)
+    except (*DAMAGED, TypeError):
+        return None
+
+
+def _find(path: Path, request: dict[str, Any]) -> SlideLevel | None:
+    """What the same request wrote; None if nothing lies there."""
+    if not path.exists():
+        return None
+    found = _open(path)
+    if found is None:
+        raise OutputError(
+            f"{path} exists and is not ours; move it away, or type --overwrite, which encodes the slide again"
+        )
+    difference = first_difference(found.provenance["request"], request)
+    if difference is not None:
+        raise OutputError(
+            f"{path} exists, made with another request ({difference}); move {path.parent.name} away, give "
+            f"the checkpoint another name, or type --overwrite, which encodes the slide again"
+        )
+    return SlideLevel(found.path, found.grid, found.provenance, finished_before=True)
+
+
+# --- rows in, file out ------------------------------------------------------------------------------
+
+
+def _pool(features: SlideFeatures, pooling: Pooling, left_out: NDArray[np.int64]) -> Pooled:
+    try:
+        pooled = pooling.pool(_pieces(features, left_out), len(features.grid) - len(left_out))
+    except (*DAMAGED, EOFError) as exc:
+        raise OutputError(f"{features.path} cannot be read ({exc}); encode that slide again") from exc
+    if pooled.scores is None or pooled.attention is None or not len(left_out):
+        return pooled
+    read = np.setdiff1d(np.arange(len(features.grid)), left_out)
+    scores = np.full((len(pooled.scores), len(features.grid)), np.nan, np.float32)
+    attention = np.zeros_like(scores)
+    scores[:, read], attention[:, read] = pooled.scores, pooled.attention
+    return replace(pooled, scores=scores, attention=attention)
+
+
+def _pieces(features: SlideFeatures, left_out: NDArray[np.int64]) -> Iterator[Rows]:
+    start = 0
+    for piece in read_pieces(features.path):
+        skipped = left_out[(left_out >= start) & (left_out < start + len(piece))] - start
+        start += len(piece)
+        if start <= len(features.grid):
+            yield np.delete(piece, skipped, 0) if len(skipped) else piece
+    if start != len(features.grid):
+        raise OutputError(
+            f"{features.path} has {start} rows for {len(features.grid)} patches; encode that slide again"
+        )
+
+
+def _write(path: Path, features: SlideFeatures, pooled: Pooled, provenance: dict[str, Any]) -> None:
+    slide = features.provenance["slide"]
+    label = SlideLabel(features.path.stem, tuple(slide["size_l0"]), slide["mpp"])
+
+    def describe(file: h5py.File) -> None:
+        row, rows = pooled.features.reshape(1, -1), pooled.features.size // pooled.features.shape[-1]
+        file.create_dataset(PIXELS, data=row, **checked(row)).attrs.update(
+            name=label.name, savetodir=HERE, rows=rows
+        )
+        create_coords(file, label, features.grid)
+        beside = {ATTENTION: pooled.attention, SCORES: pooled.scores, PROBABILITIES: pooled.probabilities}
+        for name, values in beside.items():
+            if values is not None:
+                file.create_dataset(name, data=values, fletcher32=True)
+        for name in file.keys() & pooled.descriptions:
+            file[name].attrs["description"] = pooled.descriptions[name]
+
+    write_described(path, provenance, describe)

@@ -1,0 +1,1 @@
+"""Runs: slides in, embeddings out; options, resume, threads, cohorts and clusters."""

@@ -1,0 +1,211 @@
+"""Many slides: what is finished is passed over, what fails is told and tried again next time.
+
+A run may be killed at any moment. Features have their final names only when they are whole, and so the same
+command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Protocol
+
+from seal_extract.encoders.request import EncoderRequest
+from seal_extract.errors import CheckpointError, HubError, UsageError
+from seal_extract.features.layouts import check_layout
+from seal_extract.patches.grid import grid_name
+from seal_extract.publish import sweep
+from seal_extract.run.options import ExtractOptions
+from seal_extract.run.results import Progress, SlideResult
+from seal_extract.run.resume import keep_names, resume
+from seal_extract.run.status import DONE, FAILED, IGNORED, StatusFile, StatusRow, read_status_rows
+from seal_extract.slides.listing import SlideEntry, SlideList, list_slides, refuse_uncopied
+
+if TYPE_CHECKING:
+    from seal_extract.encoders import Encoder
+
+    EncoderLike = str | os.PathLike[str] | EncoderRequest | Encoder
+
+STATUS = "status.csv"
+SAME_FOR_EVERY_SLIDE = (UsageError, CheckpointError, HubError)
+
+
+class Engine(Protocol):
+    """Where the work is done."""
+
+    def run(
+        self,
+        entries: Sequence[SlideEntry],
+        encoders: Sequence[EncoderRequest | Encoder],
+        out: Path,
+        options: ExtractOptions,
+        progress: Progress | None,
+    ) -> Iterator[SlideResult]:
+        """Embed slides; results in any order, as soon as they are known."""
+        ...
+
+
+class ThisProcess:
+    """One stream over all slides, on one device."""
+
+    def run(
+        self,
+        entries: Sequence[SlideEntry],
+        encoders: Sequence[EncoderRequest | Encoder],
+        out: Path,
+        options: ExtractOptions,
+        progress: Progress | None,
+    ) -> Iterator[SlideResult]:
+        """See `Engine.run`."""
+        from seal_extract.run import planner
+        from seal_extract.run.extract import extract_many
+
+        planner.start_ahead(options)
+        loaded = [e.load() if isinstance(e, EncoderRequest) else e for e in encoders]
+        yield from extract_many(entries, loaded, out, options=options, progress=progress)
+
+
+@dataclass(frozen=True)
+class CohortReport:
+    """What became of a cohort.
+
+    Attributes:
+        rows: one per slide of this run, and per file that was ignored.
+        status: the table that holds them.
+        seconds: of this run.
+    """
+
+    rows: tuple[StatusRow, ...]
+    status: Path
+    seconds: float
+
+    @property
+    def done(self) -> tuple[StatusRow, ...]:
+        """Those that are embedded, now or before."""
+        return tuple(row for row in self.rows if row.status == DONE)
+
+    @property
+    def failed(self) -> tuple[StatusRow, ...]:
+        """Those that failed."""
+        return tuple(row for row in self.rows if row.status == FAILED)
+
+    def __repr__(self) -> str:
+        done, failed = len(self.done), len(self.failed)
+        ignored = len(self.rows) - done - failed
+        return f"CohortReport({done} done, {failed} failed, {ignored} ignored, {self.seconds:.0f} s)"
+
+
+def extract_cohort(
+    slides: SlideList | str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    encoders: EncoderLike | Sequence[EncoderLike],
+    out: str | os.PathLike[str],
+    *,
+    options: ExtractOptions = ExtractOptions(),
+    engine: Engine | None = None,
+    retry_failed: bool = False,
+    status_name: str = STATUS,
+    on_result: Callable[[SlideResult], None] | None = None,
+    progress: Progress | None = None,
+) -> CohortReport:
+    """Embed slides with one or several encoders, each slide read once for all of them.
+
+    Slides that were finished before are recognised without loading any encoder; those that failed before are
+    tried again. ``status.csv`` in ``out`` tells what became of each, while the run goes on.
+
+    Args:
+        slides: from `list_slides`, or what it takes: files, folders, patterns, URLs, tables.
+        encoders: names or folders, or encoders from `load_encoder`.
+        out: folder for the results.
+        options: all choices.
+        engine: where the work is done; this process by default.
+        retry_failed: only the slides that the table says have failed.
+        status_name: of the table, for runs that share ``out``.
+        on_result: told what became of each slide, as soon as it is known.
+        progress: called with (slide, patches done, patches in all) after each batch, by a thread.
+
+    Raises:
+        SealExtractError: what is the same for every slide: an encoder that cannot be loaded, options that
+            contradict each other, a folder that cannot be written.
+    """
+    started = perf_counter()
+    listed = slides if isinstance(slides, SlideList) else list_slides(_several(slides))
+    asked = [_as_request(encoder) for encoder in _several(encoders)]
+    check_layout(options.layout, [encoder.spec.name for encoder in asked])
+    path = Path(out) / status_name
+    grid = "" if options.coords else grid_name(options.patch_px, options.mpp, options.overlap_px)
+    before = read_status_rows(path)
+
+    def is_of_grid(row: StatusRow) -> bool:
+        # an older version's rows name none, and where coordinates are given they decide
+        return not grid or row.grid in ("", grid)
+
+    entries = keep_names(listed.entries, Path(out))
+    if retry_failed:
+        entries = _failed_before(entries, list(filter(is_of_grid, before)), path)
+
+    ignored = [StatusRow(str(p), "", IGNORED, reason=reason) for p, reason in listed.ignored]
+    now = {entry.name for entry in entries}
+    others = [row for row in before if row.name and not (row.name in now and is_of_grid(row))]
+    sweep(Path(out))
+    table = StatusFile(path, [*others, *ignored])
+    rows = list(ignored)
+
+    def tell(result: SlideResult) -> None:
+        row = StatusRow.of(result, grid)
+        rows.append(row)
+        table.add(row)
+        if on_result is not None:
+            on_result(result)
+
+    waiting: list[SlideEntry] = []
+    for entry in entries:
+        result = _finished_before(entry, asked, Path(out), options)
+        if result is None:
+            waiting.append(entry)
+        else:
+            tell(result)
+    if waiting:
+        if options.stage_dir is None:
+            for entry in waiting:
+                refuse_uncopied(entry)
+        for result in (engine or ThisProcess()).run(waiting, asked, Path(out), options, progress):
+            tell(result)
+    return CohortReport(tuple(rows), path, perf_counter() - started)
+
+
+def _several(value: object) -> list:  # type: ignore[type-arg]
+    single = isinstance(value, str | os.PathLike | EncoderRequest) or not isinstance(value, Iterable)
+    return [value] if single else list(value)  # type: ignore[call-overload]
+
+
+def _as_request(encoder: EncoderLike) -> EncoderRequest | Encoder:
+    return EncoderRequest(encoder) if isinstance(encoder, str | os.PathLike) else encoder
+
+
+def _failed_before(
+    entries: Sequence[SlideEntry], before: list[StatusRow], path: Path
+) -> tuple[SlideEntry, ...]:
+    if not before:
+        raise UsageError(f"--retry-failed: there is no {path} that says what failed; leave it out")
+    failed = {row.name for row in before if row.status == FAILED}
+    return tuple(entry for entry in entries if entry.name in failed)
+
+
+def _finished_before(
+    entry: SlideEntry, encoders: Sequence[EncoderRequest | Encoder], out: Path, options: ExtractOptions
+) -> SlideResult | None:
+    """The result of a former run, or of a slide that stands in its own way; None if there is work to do."""
+    started = perf_counter()
+    try:
+        found = [resume(entry, encoder, out, options) for encoder in encoders]
+    except SAME_FOR_EVERY_SLIDE:
+        raise
+    except Exception as exc:
+        return SlideResult(entry, (), entry.blame(exc), perf_counter() - started)
+    finished = tuple(features for features in found if features is not None)
+    if len(finished) < len(encoders):
+        return None
+    return SlideResult(entry, finished, None, perf_counter() - started, True)

@@ -1,0 +1,138 @@
+"""A picture per slide: the overview, the tissue's outline, the patches, and a caption with a scale bar."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw
+
+from seal_extract.patches.grid import PatchGrid
+from seal_extract.publish import publish
+from seal_extract.slides.captions import draw_scale_bar, draw_text, fitting_font
+from seal_extract.slides.overview import Overview, read_overview
+from seal_extract.slides.readers import Array
+from seal_extract.slides.slide import Slide
+from seal_extract.slides.thumbnail import exif_of, make_thumbnail
+from seal_extract.tissue.mask import TissueMask
+
+Style = Literal["tint", "outline"]  # of the patches
+
+PATCH_RGB = (0, 120, 110)
+TISSUE_RGB = (25, 35, 160)
+FAINT, DENSE = 0.12, 0.32  # how much of the patch colour covers it: with its border drawn, and without
+BORDER_FROM_PX = 6  # patches smaller than this in the picture are filled, not framed
+MIN_PX = 900  # small slides are enlarged to this
+
+
+def draw_overlay(
+    slide: Slide,
+    mask: TissueMask | None,
+    grid: PatchGrid,
+    path: str | os.PathLike[str],
+    *,
+    max_px: int = 2048,
+    style: Style = "tint",
+    also: Mapping[Path, Style] = MappingProxyType({}),
+) -> None:
+    """Draw tissue and patches over the slide into a JPEG that carries its own thumbnail.
+
+    Args:
+        slide: seen from above, at most ``max_px`` wide or high.
+        mask: outlined; None where the coordinates came from elsewhere.
+        grid: every patch is drawn.
+        path: the JPEG; its folder is made.
+        max_px: longest side of the picture without its caption.
+        style: ``"tint"`` covers the patches with a faint colour, which shows also the smallest; ``"outline"``
+            draws lines alone, which leave the colours of the stains as they are.
+        also: other JPEGs of the same, each with its style.
+
+    Places that cannot be read stay white.
+
+    Raises:
+        OutputError: the picture cannot be written.
+        ReadError: much of the slide cannot be read.
+    """
+    overview = read_overview(slide, slide.mpp * max(slide.size_l0) / max_px, holes=True)
+    for file, how in {Path(path): style, **also}.items():
+        canvas, scale = _enlarged(overview)
+        _draw_patches(canvas, grid, scale, how)
+        if mask is not None:
+            _draw_tissue(canvas, mask, scale)
+        picture = _with_caption(canvas, _caption(slide, mask, grid), slide.mpp / scale)
+        thumbnail = make_thumbnail(Image.fromarray(canvas))
+        with publish(file) as part:
+            picture.save(part, "JPEG", quality=88, exif=exif_of(thumbnail))
+
+
+def _enlarged(overview: Overview) -> tuple[Array, float]:
+    """The picture to draw on, uint8 [h, w, 3], and its pixels per level-0 pixel."""
+    height, width = overview.scanned.shape
+    factor = max(1.0, MIN_PX / max(height, width))
+    size = (round(width * factor), round(height * factor))
+    canvas = (
+        cv2.resize(overview.rgb, size, interpolation=cv2.INTER_CUBIC) if factor > 1 else overview.rgb.copy()
+    )
+    return np.asarray(canvas, np.uint8), factor / overview.downsample
+
+
+def _draw_patches(canvas: Array, grid: PatchGrid, scale: float, style: Style) -> None:
+    """Squares with a thin border, faintly filled for a tint; where they are tiny the fill or its outline."""
+    side = grid.patch_size_l0 * scale
+    corners = [_box(x, y, grid.patch_size_l0, scale) for x, y in grid.xy_l0.tolist()]
+    covered = np.zeros(canvas.shape[:2], np.uint8)
+    for start, end in corners:
+        cv2.rectangle(covered, start, end, 1, cv2.FILLED)
+    if style == "tint":
+        share = FAINT if side >= BORDER_FROM_PX else DENSE
+        tint = cv2.addWeighted(canvas, 1 - share, np.full_like(canvas, PATCH_RGB), share, 0)
+        cv2.copyTo(tint, covered, canvas)
+    if side < BORDER_FROM_PX and style == "outline":
+        rings, _ = cv2.findContours(covered, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
+        cv2.polylines(canvas, rings, True, PATCH_RGB, 2, cv2.LINE_AA)
+    if side >= BORDER_FROM_PX:
+        thickness = 1 if side < 60 else 2
+        for start, end in corners:
+            cv2.rectangle(canvas, start, end, PATCH_RGB, thickness, cv2.LINE_AA)
+
+
+def _box(x: int, y: int, size_l0: int, scale: float) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Top-left and bottom-right pixel of a patch in the picture."""
+    return (round(x * scale), round(y * scale)), (
+        max(round(x * scale), round((x + size_l0) * scale) - 1),
+        max(round(y * scale), round((y + size_l0) * scale) - 1),
+    )
+
+
+def _draw_tissue(canvas: Array, mask: TissueMask, scale: float) -> None:
+    rings = [ring for p in mask.polygons_l0 for ring in (p.exterior, *p.holes)]
+    lines = [np.round(ring * scale).astype(np.int32) for ring in rings]
+    cv2.polylines(canvas, lines, True, TISSUE_RGB, 2, cv2.LINE_AA)
+
+
+def _caption(slide: Slide, mask: TissueMask | None, grid: PatchGrid) -> str:
+    tissue = f"{mask.area_mm2:.3g} mm² tissue" if mask is not None else f"coordinates of {grid.origin}"
+    return (
+        f"{slide.path.name}   {slide.mpp:.4g} µm/px   {tissue}   "
+        f"{len(grid):,} patches of {grid.patch_px} px at {grid.mpp:.4g} µm/px"
+    )
+
+
+def _with_caption(canvas: Array, text: str, um_per_px: float) -> Image.Image:
+    """The canvas above a white strip with the text on the left and a scale bar on the right."""
+    height, width = canvas.shape[:2]
+    most_px = 0.12 * width
+    font = fitting_font(text, width - most_px - 60)
+    strip = round(font.size * 2.2)
+    picture = Image.new("RGB", (width, height + strip), "white")
+    picture.paste(Image.fromarray(canvas))
+    draw = ImageDraw.Draw(picture)
+    middle = height + strip / 2
+    draw_text(draw, (12, middle), text, font, anchor="lm")
+    draw_scale_bar(draw, width - 14, middle + font.size * 0.6, um_per_px, most_px, font)
+    return picture

@@ -1,0 +1,204 @@
+"""Open a slide, whatever its format, with the reader that knows most about it.
+
+µm/px is settled here: where it is missing or cannot be true the slide is refused, because every length
+downstream hangs on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Protocol
+
+from seal_extract.errors import ResolutionError, SlideError, SlideOpenError
+from seal_extract.slides.hest import hest_mpp
+from seal_extract.slides.images import ImageReader
+from seal_extract.slides.patch_files import TABLES
+from seal_extract.slides.readers import Array, Level, OpenSlideReader, TiffSlideReader, check_mpp
+from seal_extract.slides.remote import address, public
+from seal_extract.slides.tiff import TIFF_HEADS, refuse_impossible, refuse_truncated
+from seal_extract.slides.tiff_pixels import check_ome, has_jpeg_tiles
+
+READERS = (OpenSlideReader, TiffSlideReader, ImageReader)
+FORMATS = "SVS, NDPI, MRXS, SCN, BIF, VMS, Philips or generic tiled TIFF, OME-TIFF, DICOM, PNG, JPEG"
+
+
+class Slide(Protocol):
+    """A slide that is open: geometry in level-0 pixels, resolution in µm/px.
+
+    Attributes:
+        path: the file.
+        reader: ``"openslide"``, ``"tiffslide"`` or ``"pillow"``, with the library's version.
+        size_l0: (width, height) of level 0.
+        bounds_l0: (x, y, width, height) of the scanned area; the whole slide where the file names none.
+        mpp: µm/px at level 0.
+        mpp_source: where that number was read.
+        mpp_conflict: in words, what else was said of the µm/px that contradicts it; empty if nothing.
+        levels: finest first.
+    """
+
+    path: Path
+    reader: str
+    size_l0: tuple[int, int]
+    bounds_l0: tuple[int, int, int, int]
+    mpp: float
+    mpp_source: str
+    mpp_conflict: str
+    levels: tuple[Level, ...]
+
+    def read_region(self, xy_l0: tuple[int, int], level: int, size_px: tuple[int, int]) -> Array:
+        """Read ``size_px`` (width, height) pixels of ``level`` whose top-left corner is ``xy_l0``.
+
+        Safe to call from several threads. Pixels outside the slide are black.
+
+        Returns:
+            uint8 [height, width, 3], RGB.
+
+        Raises:
+            ReadError: the file is damaged there.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release the file."""
+        ...
+
+    def __enter__(self) -> Slide: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def open_slide(
+    path: str | os.PathLike[str], *, mpp: float | None = None, origin: Path | None = None
+) -> Slide:
+    """Open a slide with the reader that knows most about it.
+
+    Args:
+        path: a slide file (or the ``.mrxs``, ``.vms`` or one ``.dcm`` file of a slide of several files).
+        mpp: µm/px at level 0, where the file has none or a false one; it then counts in place of the file's.
+        origin: the slide that ``path`` is a copy of, if it is one; metadata of HEST lie beside that.
+
+    Raises:
+        SlideOpenError: missing, not a slide, damaged.
+        UnsupportedSlideError: not 8-bit RGB.
+        ResolutionError: no plausible µm/px, and none given.
+    """
+    path = Path(path)
+    check_path(path)
+    if path.suffix.lower() in TABLES:
+        raise SlideOpenError(
+            f"{path} is no slide; ready-cut patches are embedded with --patches, and there is no slide to "
+            "draw them on"
+        )
+    refuse_impossible(path)
+    check_ome(path)
+    if mpp is not None:
+        check_mpp(mpp, "--slide-mpp", path)
+    stated = hest_mpp(origin or path) if mpp is None else None
+    refusals: list[str] = []
+    without_mpp: ResolutionError | None = None
+    for reader in READERS:
+        try:
+            slide: Slide = reader(path, mpp if stated is None else stated[1])
+        except ResolutionError as exc:  # another reader may know more
+            without_mpp = without_mpp or exc
+        except SlideOpenError as exc:
+            refuse_truncated(path)
+            refusals.append(str(exc))
+        else:
+            if stated is not None:
+                slide.mpp_source = slide.mpp_source.replace("given", stated[0], 1)
+            if slide.mpp_conflict:
+                warnings.warn(f"{path}: {slide.mpp_conflict}", stacklevel=2)
+            return slide
+    raise without_mpp or SlideOpenError(
+        f"{path}: no reader opens it ({'; '.join(refusals)}); {_looks_like(path)}; allowed: {FORMATS}"
+    )
+
+
+def open_with_another_reader(slide: Slide) -> Slide | None:
+    """The same slide, level by level, through a library that did not open it; None if no other can.
+
+    Tiffslide decodes what is left of damaged JPEG and keeps silent, so it is not asked for JPEG.
+    """
+    for reader in READERS:
+        if isinstance(slide, reader):
+            continue
+        with contextlib.suppress(SlideError, OSError):
+            if reader is TiffSlideReader and has_jpeg_tiles(slide.path):
+                continue
+            other: Slide = reader(slide.path, slide.mpp)
+            if [level.size_px for level in other.levels] == [level.size_px for level in slide.levels]:
+                return other
+            other.close()
+    return None
+
+
+def coarsest_level(slide: Slide, downsample: float) -> int:
+    """The coarsest faithful level that is still as fine as ``downsample`` (level-0 px per px wanted).
+
+    Level downsamples are seldom whole numbers (4.0001, 2.0005), so 1 % counts as equal.
+    """
+    fine_enough = [
+        i for i, level in enumerate(slide.levels) if level.faithful and level.downsample <= downsample * 1.01
+    ]
+    return max(fine_enough, key=lambda i: slide.levels[i].downsample, default=0)
+
+
+def absolute(path: Path) -> Path:
+    """The path that no link leads to; `Path.resolve` raises where a link leads to itself."""
+    return Path(os.path.realpath(path))
+
+
+def check_path(path: Path) -> None:
+    """Refuse what cannot be read as a slide, before a library waits for it for ever.
+
+    Raises:
+        SlideOpenError: missing, a folder, empty, a FIFO or a device; or one is among the files of its slide.
+    """
+    if path.is_dir():
+        raise SlideOpenError(f"{path} is a folder; give a slide file, for example {path / 'slide.svs'}")
+    if not path.exists():
+        if isinstance(url := address(str(path).replace(":/", "://", 1)), str):
+            raise SlideOpenError(
+                f"{public(url)} is a URL, which only runs read; download it and give the file"
+            )
+        raise SlideOpenError(f"{path} does not exist; check the path")
+    if not os.access(path, os.R_OK):
+        raise SlideOpenError(f"{path} may not be read by this user; check its permissions")
+    if not path.is_file():
+        raise SlideOpenError(f"{path} is no regular file (a FIFO, a device or a socket); give a slide file")
+    if path.stat().st_size == 0:
+        raise SlideOpenError(f"{path} is empty (0 bytes); copy it again")
+
+    for beside in _files_of(path):
+        if beside.exists() and not (beside.is_file() or beside.is_dir()):
+            raise SlideOpenError(f"{beside} is no regular file, and {path.name} may be made of it; remove it")
+
+
+def _files_of(path: Path) -> Iterable[Path]:
+    """What OpenSlide opens beside the file that it is given."""
+    with path.open("rb") as file:
+        head = file.read(132)
+    if path.suffix.lower() == ".mrxs":
+        return path.with_suffix("").glob("*")
+    several = head.endswith(b"DICM") or head.lstrip()[:1] == b"["  # VMS and VMU are of [sections]
+    return path.parent.iterdir() if several else ()
+
+
+def _looks_like(path: Path) -> str:
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head[:4] in TIFF_HEADS:
+        return "it begins as a TIFF"
+    if head.isascii() and all(c >= 32 or c in b"\t\r\n" for c in head):
+        return f"it is text, beginning {head[:16].decode()!r}"
+    return f"it begins with the bytes {head[:8].hex(' ')}"
+
+
+_: Callable[..., Slide] = OpenSlideReader  # mypy holds the readers to the protocol
+_ = TiffSlideReader
+_ = ImageReader

@@ -1,0 +1,1 @@
+"""Where the tissue of a slide is, found in its overview or given as GeoJSON."""

@@ -1,0 +1,527 @@
+"""Search between images and genes: by expression, by likeness, of a region; the exact index and FAISS's."""
+
+import csv
+import json
+
+import h5py
+import numpy as np
+import pytest
+from cohort_fixtures import link_cohort
+from cohort_fixtures import run_here as run
+from PIL import Image
+
+from seal_extract import extract, open_slide
+from seal_extract.errors import OutputError, UsageError
+from seal_extract.features.store import grid_fields, list_features, read_features, write_rows
+from seal_extract.genes.index import ExactIndex
+from seal_extract.genes.omics import load_omics
+from seal_extract.genes.predict import predict_genes
+from seal_extract.genes.region import areas_mm2, benjamini_hochberg, patches_inside, region_genes
+from seal_extract.genes.search import (
+    Found,
+    best,
+    embed_picture,
+    embed_profile,
+    read_profile,
+    search_expression,
+)
+from seal_extract.genes.signature import Signature
+from seal_extract.patches.grid import PatchGrid
+from seal_extract.run.cohort import extract_cohort
+from seal_extract.tissue.geojson import Polygon, inside_polygons
+from seal_extract.view.contact_sheet import (
+    GAP_PX,
+    QUERY_RGB,
+    SIDE_PX,
+    TITLE_PX,
+    draw_contact_sheet,
+    read_patch,
+)
+
+
+@pytest.fixture(scope="module")
+def out(drawn_slides, tiny, tmp_path_factory):
+    """A finished run over a few drawn slides by the bundled encoder."""
+    folder = tmp_path_factory.mktemp("run")
+    extract_cohort(link_cohort(folder / "slides", drawn_slides, 3), tiny, folder / "out")
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def slides(out):
+    return list_features(out)[0]
+
+
+def features_file(path, rows, name="x"):
+    """A features file of any rows, patches on a square."""
+    side = max(1, int(np.ceil(len(rows) ** 0.5)))
+    xy = np.stack(np.divmod(np.arange(len(rows)), side)[::-1], 1).astype(np.int64) * 224
+    grid = PatchGrid(xy, 224, 0.5, 224, 0, 0, 224)
+    provenance = {
+        "encoder": {"name": name},
+        "slide": {"mpp": 0.5},
+        "grid": grid_fields(grid),
+        "request": {"encoder": {"name": name}},
+    }
+    with write_rows(
+        path, "features", rows.shape, np.float32, provenance, lambda f: f.create_dataset("coords", data=xy)
+    ) as writer:
+        writer.append(rows.astype(np.float32))
+    return read_features(path)
+
+
+def rows_of(found):
+    return [(one.slide.path.stem, one.row) for one in found]
+
+
+# --- by expression ----------------------------------------------------------------------------
+
+
+def test_a_gene_is_found_where_it_is_predicted_to_be_highest(slides, decoder):
+    found = search_expression(slides, decoder, Signature("CD24", {"CD24": 1.0}), 4)
+    values = [predict_genes(s, decoder, decoder.columns(["CD24"]))[:, 0] for s in slides]
+    expected = np.sort(np.concatenate(values))[::-1][:4]
+    np.testing.assert_allclose([one.score for one in found], expected, rtol=1e-6)
+
+
+def test_at_most_so_many_of_a_slide(slides, decoder):
+    found = search_expression(slides, decoder, Signature("S", {"CD24": 1.0, "A2M": 1.0}), 9, per_slide=1)
+    assert sorted(one.slide.path for one in found) == sorted(s.path for s in slides)
+
+
+def test_equal_scores_come_in_the_order_of_slides_and_rows(slides):
+    scores = [np.zeros(len(s.grid)) for s in slides]
+    found = best(slides, scores, 3)
+    assert rows_of(found) == [(s.path.stem, row) for s in slides for row in range(len(s.grid))][:3]
+    with pytest.raises(UsageError, match="0 patches were asked for"):
+        best(slides, scores, 0)
+
+
+# --- by likeness ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_exact_index_is_brute_force(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    counts = [int(n) for n in rng.integers(0, 40, 4)] + [0, 7]
+    some = [features_file(tmp_path / f"s{i}.h5", rng.normal(size=(n, 8))) for i, n in enumerate(counts)]
+    query, rows = rng.normal(size=8), np.concatenate([s.features for s in some])
+    names = [(s.path.stem, row) for s in some for row in range(len(s.grid))]
+    cosine = rows @ query / np.linalg.norm(rows, axis=1) / np.linalg.norm(query)
+    order = np.argsort(-cosine, kind="stable")
+    found = ExactIndex(some).search(query, 10)
+    assert rows_of(found) == [names[i] for i in order[:10]]
+    np.testing.assert_allclose([one.score for one in found], cosine[order[:10]], atol=1e-6)
+    assert len(ExactIndex(some).search(query, 10**6)) == len(rows)
+
+
+def test_the_patch_that_was_asked_with_is_left_out(slides):
+    asked = Found(slides[0], 1, 1.0)
+    found = ExactIndex(slides).search(slides[0].features[1], 5, skip=asked)
+    assert (slides[0].path.stem, 1) not in rows_of(found)
+    assert rows_of(ExactIndex(slides).search(slides[0].features[1], 1)) == [(slides[0].path.stem, 1)]
+
+
+@pytest.mark.parametrize(
+    ("query", "k", "answer"),
+    [
+        (np.ones(7), 1, r"the query is \[7\]; these features have 8"),
+        (np.full(8, np.nan), 1, "not finite"),
+        (np.zeros(8), 1, "the query is 0"),
+        (np.ones(8), 0, "0 patches were asked for"),
+    ],
+)
+def test_queries_that_cannot_be_meant_are_refused(tmp_path, query, k, answer):
+    index = ExactIndex([features_file(tmp_path / "a.h5", np.ones((3, 8)))])
+    with pytest.raises(UsageError, match=answer):
+        index.search(query, k)
+
+
+def test_features_of_two_encoders_are_refused(tmp_path):
+    two = [features_file(tmp_path / f"{name}.h5", np.ones((2, 8)), name) for name in "xy"]
+    with pytest.raises(UsageError, match=r"was made by x and .* by y; give files of one encoder"):
+        ExactIndex(two)
+    with pytest.raises(UsageError, match="there are no slides"):
+        ExactIndex([])
+
+
+def test_a_picture_of_a_patch_finds_that_patch(slides, tiny, tmp_path):
+    slide = open_slide(slides[0].provenance["slide"]["path"])
+    grid = slides[0].grid
+    read_patch(slide, slides[0], 0, grid.patch_px).save(tmp_path / "patch.png")
+    slide.close()
+    query = embed_picture(tiny, tmp_path / "patch.png", grid.mpp, slides[0])
+    found = ExactIndex(slides).search(query, 1)
+    assert found[0].score > 0.99
+    with pytest.raises(UsageError, match=r"224 x 224 px at 0\.4 µm/px; allowed: 0\.5 µm/px or finer"):
+        embed_picture(tiny, tmp_path / "patch.png", 0.4, slides[0])
+    with pytest.raises(UsageError, match="cannot be read as a picture"):
+        embed_picture(tiny, slides[0].path, 0.5, slides[0])
+
+
+def test_a_profile_is_embedded_as_a_spot_of_training_is(tmp_path):
+    omics = load_omics("seal-tiny")
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(3, len(omics.genes))
+    table = tmp_path / "p.csv"
+    table.write_text("gene,count\n" + "".join(f"{g},{c}\n" for g, c in zip(omics.genes, counts, strict=True)))
+    row = np.log1p(counts[None] * (1e4 / counts.sum())).astype(np.float32)
+    np.testing.assert_allclose(embed_profile(omics, read_profile(table)), omics.encode(row)[0], atol=1e-5)
+    with pytest.raises(UsageError, match="the profile names 1 of the 500 genes"):
+        embed_profile(omics, {omics.genes[0]: 3.0})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A,1e308\nB,1e308\n",
+        f"A,{'1' * 200_000}\n",
+        "A,1\nA,2\n",
+        "A,1\nB,-1\n",
+        "A,1\nB\n",
+        "A,0\n",
+        "gene,count\n",
+    ],
+)
+def test_profiles_that_are_none_are_refused(tmp_path, text):
+    (tmp_path / "p.csv").write_text(text)
+    with pytest.raises(UsageError, match="give a gene and its count"):
+        read_profile(tmp_path / "p.csv")
+
+
+def test_a_contact_sheet_shows_what_was_asked_with_first(slides, tmp_path):
+    asked, found = Found(slides[1], 0, 1.0), [Found(slides[0], 1, 0.5)]
+    with open_slide(slides[1].provenance["slide"]["path"]) as slide:
+        patch = np.asarray(read_patch(slide, slides[1], 0))
+    for query in (asked, Image.fromarray(patch)):
+        draw_contact_sheet(found, tmp_path / "sheet.png", "title", query=query)
+        sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
+        x, y = GAP_PX, TITLE_PX
+        np.testing.assert_array_equal(sheet[y : y + SIDE_PX, x : x + SIDE_PX], patch)
+        assert (sheet[y - 4 : y, x : x + SIDE_PX] == QUERY_RGB).all()
+    draw_contact_sheet(found, tmp_path / "alone.png", "title")
+    assert not (np.asarray(Image.open(tmp_path / "alone.png").convert("RGB")) == QUERY_RGB).all(2).any()
+
+
+# --- FAISS ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clustered(tmp_path):
+    """Features in groups, as those of tissue are."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(40, 16))
+    return [
+        features_file(
+            tmp_path / "run" / f"s{i}.h5",
+            centres[rng.integers(40, size=300)] + 0.3 * rng.normal(size=(300, 16)),
+        )
+        for i in range(6)
+    ]
+
+
+def recall(index, exact, queries):
+    pairs = [(set(rows_of(index.search(q, 10))), set(rows_of(exact.search(q, 10)))) for q in queries]
+    return np.mean([len(a & b) / 10 for a, b in pairs])
+
+
+def test_faiss_finds_nearly_all_that_the_exact_index_finds(clustered, tmp_path):
+    pytest.importorskip("faiss")
+    from seal_extract.genes.faiss_index import build, open_index
+
+    build(clustered, tmp_path / "index")
+    index = open_index(clustered, tmp_path / "index")
+    queries = np.concatenate([s.features[:5] for s in clustered])
+    assert recall(index, ExactIndex(clustered), queries) >= 0.95
+    asked = Found(clustered[2], 3, 1.0)
+    assert ("s2", 3) not in rows_of(index.search(clustered[2].features[3], 10, skip=asked))
+
+
+def test_the_index_follows_slides_that_come_change_and_go(clustered, tmp_path):
+    pytest.importorskip("faiss")
+    from seal_extract.genes.faiss_index import build, open_index
+
+    folder, rng = tmp_path / "index", np.random.default_rng(1)
+    build(clustered[:4], folder)
+    with pytest.raises(UsageError, match=r"2 slides have come or changed since .* type --index build"):
+        open_index(clustered, folder)
+    changed = features_file(clustered[1].path, rng.normal(size=(200, 16)))
+    now = [clustered[0], changed, *clustered[3:]]
+    index = build(now, folder)
+    found = {name for q in changed.features for name, _ in rows_of(index.search(q, 3))}
+    assert "s2" not in found
+    assert recall(index, ExactIndex(now), changed.features[:20]) >= 0.95
+    index = build(now[-1:], folder)  # all other shards go
+    assert {name for name, _ in rows_of(index.search(now[-1].features[0], 500))} == {"s5"}
+    assert len(list(folder.glob("shard_*"))) == 1
+
+
+def test_an_index_that_is_damaged_foreign_or_missing_is_refused(clustered, tmp_path):
+    pytest.importorskip("faiss")
+    from seal_extract.genes.faiss_index import build, open_index
+
+    folder = tmp_path / "index"
+    with pytest.raises(UsageError, match=r"there is no index in .* type --index build"):
+        open_index(clustered, folder)
+    build(clustered, folder)
+    other = [features_file(tmp_path / "other.h5", np.ones((9, 16)), "y")]
+    with pytest.raises(OutputError, match="is the index of another encoder"):
+        build(other, folder)
+    (folder / "shard_0000.faiss").write_bytes(b"nothing")
+    with pytest.raises(OutputError, match=r"shard_0000\.faiss is damaged or gone; type --index build"):
+        open_index(clustered, folder).search(clustered[0].features[0], 3)
+    (folder / "slides.json").write_text("{}")
+    with pytest.raises(OutputError, match="holds no index of seal_extract, or a damaged one"):
+        open_index(clustered, folder)
+
+
+# --- regions ----------------------------------------------------------------------------------
+
+
+def test_points_in_polygons_with_holes():
+    square = np.array([[0.0, 0], [10, 0], [10, 10], [0, 10]])
+    hole = np.array([[4.0, 4], [6, 4], [6, 6], [4, 6]])
+    points = np.array([[1.0, 1], [5, 5], [11, 5], [9.9, 9.9]])
+    assert inside_polygons([Polygon(square, (hole,))], points).tolist() == [True, False, False, True]
+
+
+class Linear:
+    """A decoder whose genes are the features themselves."""
+
+    genes, n_genes, name = ("up", "down", "flat", "same"), 4, "linear"
+
+    def predict(self, features, columns=None):
+        return np.asarray(features, np.float32)
+
+
+@pytest.fixture
+def stripes(tmp_path):
+    """20 x 20 patches: in the 100 of the top left quarter one gene is higher and one lower."""
+    rng = np.random.default_rng(0)
+    y, x = np.divmod(np.arange(400), 20)
+    inside = (x < 10) & (y < 10)
+    rows = rng.normal(3, 1, size=(400, 4))
+    rows[:, 0] += 1.5 * inside
+    rows[:, 1] -= 1.5 * inside
+    rows[:, 3] = 1.0
+    return features_file(tmp_path / "a.h5", rows), inside
+
+
+def test_genes_of_a_region_come_with_effect_and_p(stripes):
+    slide, inside = stripes
+    found = region_genes(slide, Linear(), inside, permutations=199)
+    rows = slide.features.astype(np.float64)
+    gap = rows[inside].mean(0) - rows[~inside].mean(0)
+    pooled = np.sqrt((rows[inside].var(0) * 100 + rows[~inside].var(0) * 300) / 398)
+    expected = dict(zip(Linear.genes, gap / np.where(pooled > 0, pooled, 1), strict=True))
+    assert found.genes[0] == "up"
+    assert found.genes[-1] == "down"
+    for gene, effect in zip(found.genes, found.effect, strict=True):
+        assert effect == pytest.approx(expected[gene], abs=1e-4)
+    p = dict(zip(found.genes, zip(found.p_patches, found.p_pieces, strict=True), strict=True))
+    assert p["up"][0] == 1 / 200
+    assert p["up"][1] < 0.05
+    assert p["down"] == (1, 1)
+    assert p["same"] == (1, 1)
+
+
+def test_p_of_what_the_region_has_nothing_to_do_with_is_anything(tmp_path):
+    """Under the null the p-values are uniform: as many below a half as above."""
+    rng = np.random.default_rng(3)
+    rows = rng.normal(size=(225, 300))
+    slide = features_file(tmp_path / "a.h5", rows)
+    decoder = Linear()
+    decoder.genes, decoder.n_genes = tuple(f"g{i}" for i in range(300)), 300
+    found = region_genes(slide, decoder, np.arange(225) % 15 < 5, permutations=99)
+    for p in (found.p_patches, found.p_pieces):
+        assert 0.4 < (p <= 0.5).mean() < 0.6
+        assert 0.01 < (p <= 0.05).mean() < 0.11
+
+
+def test_q_values_are_those_of_benjamini_and_hochberg():
+    p = np.array([0.04, 0.001, 0.03, 0.2, 0.001, 1.0])
+    by_hand = [0.06, 0.003, 0.06, 0.24, 0.003, 1.0]
+    np.testing.assert_allclose(benjamini_hochberg(p), by_hand)
+
+
+def test_the_area_of_a_region_and_of_the_tissue_in_it():
+    region = [Polygon(np.array([[100.0, 100], [1100, 100], [1100, 600], [100, 600]]))]
+    hole = np.array([[200.0, 200], [400, 200], [400, 400], [200, 400]])
+    tissue = [Polygon(np.array([[-500.0, 0], [600, 0], [600, 5000], [-500, 5000]]), (hole,))]
+    area, on_tissue = areas_mm2(region, tissue, 0.5)
+    assert area == pytest.approx(1000 * 500 * 0.25e-6, rel=1e-9)
+    assert on_tissue == pytest.approx((500 * 500 - 200 * 200) * 0.25e-6, rel=2e-3)
+    assert areas_mm2([*region, *region], None, 0.5) == (area, None)
+
+
+@pytest.mark.parametrize(("inside", "what"), [(False, "no patch"), (True, "every patch")])
+def test_a_region_without_patches_or_with_all_is_refused(stripes, inside, what):
+    with pytest.raises(UsageError, match=f"the region holds {what} of a; draw one with some of its 400"):
+        region_genes(stripes[0], Linear(), np.full(400, inside))
+
+
+# --- the command ------------------------------------------------------------------------------
+
+
+def test_the_command_finds_patches_and_writes_them(out, slides, tmp_path):
+    done = run("search", out, "--gene", "CD24", "-k", 4, "-o", tmp_path / "gene")
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "gene" / "found.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["rank"] for row in rows] == ["1", "2", "3", "4"]
+    by_name = {s.path.stem: s for s in slides}
+    first = by_name[rows[0]["slide"]]
+    assert first.grid.xy_l0[int(rows[0]["row"])].tolist() == [int(rows[0]["x_l0"]), int(rows[0]["y_l0"])]
+    tiles = json.loads((tmp_path / "gene" / f"{rows[0]['slide']}.geojson").read_text())["features"]
+    assert tiles[0]["properties"]["measurements"]["score"] == pytest.approx(float(rows[0]["score"]), rel=1e-5)
+    with Image.open(tmp_path / "gene" / "contact_sheet.png") as sheet:
+        assert len(sheet.convert("RGB").getcolors(2**24)) > 500
+
+    x, y = (slides[0].grid.xy_l0[0] + 10).tolist()
+    asked = f"{slides[0].path.stem}:{x},{y}"
+    done = run("search", out, "--patch", asked, "-k", 3, "-o", tmp_path / "patch")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 4
+
+
+def test_the_command_makes_an_index_of_a_run_and_not_of_a_part(out, slides, tmp_path):
+    pytest.importorskip("faiss")
+    x, y = (slides[0].grid.xy_l0[0] + 10).tolist()
+    asked = ["--patch", f"{slides[0].path.stem}:{x},{y}", "-k", 3, "-o", tmp_path]
+    exact = run("search", out, *asked).stdout.splitlines()
+    done = run("search", out, *asked, "--index", "build")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].startswith("3 slides added, 0 changed, 0 dropped, 0 kept -> ")
+    assert done.stdout.splitlines()[1:] == exact
+    assert run("search", out, *asked, "--index", "use").stdout.splitlines() == exact
+    done = run("search", slides[0].path, *asked, "--index", "build")
+    assert done.returncode == 2
+    assert "--index build is of a whole run" in done.stderr
+
+
+def test_the_command_tells_the_genes_of_a_region(out, slides, tmp_path):
+    grid = slides[0].grid
+    x0, y0 = grid.xy_l0[0].tolist()
+    ring = [[x0, y0], [x0 + 300, y0], [x0 + 300, y0 + 300], [x0, y0 + 300], [x0, y0]]
+    drawn = {"type": "Polygon", "coordinates": [ring]}
+    (tmp_path / "r.geojson").write_text(json.dumps(drawn))
+    asked = f"{slides[0].path.stem}:{tmp_path / 'r.geojson'}"
+    done = run("search", out, "--region", asked, "-o", tmp_path, "--permutations", 19)
+    if patches_inside(grid, [Polygon(np.array(ring[:-1], float), ())]).all():
+        pytest.skip("the drawn slide has one patch only")
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "genes.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 500
+    for p, q in (("p_patches", "q_patches"), ("p_pieces", "q_pieces")):
+        expected = benjamini_hochberg(np.array([float(row[p]) for row in rows]))
+        np.testing.assert_allclose([float(row[q]) for row in rows], expected, rtol=1e-4)
+    assert "area of the region 0.005625 mm², of the tissue in it 0.00" in done.stdout
+    assert "500 genes (the first 15 are shown)" in done.stdout
+
+
+def test_an_index_is_built_whatever_else_is_asked(slides, tmp_path):
+    pytest.importorskip("faiss")
+    features = []
+    for slide in slides:
+        features.append(tmp_path / "run" / slide.path.name)
+        features[-1].parent.mkdir(exist_ok=True)
+        features[-1].write_bytes(slide.path.read_bytes())
+    done = run("search", tmp_path / "run", "--index", "build")
+    assert (done.returncode, done.stdout.partition(" -> ")[0]) == (
+        0,
+        "3 slides added, 0 changed, 0 dropped, 0 kept",
+    )
+    features[1].unlink()
+    done = run("search", tmp_path / "run", "--gene", "CD24", "--index", "build", "-o", tmp_path / "found")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("0 slides added, 0 changed, 1 dropped, 2 kept -> ")
+
+
+def test_results_are_not_replaced_by_another_query(out, slides, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    x, y = slides[0].grid.xy_l0[0].tolist()
+    for words in (["--gene", "CD24"], ["--gene", "A2M"], ["--patch", f"{slides[0].path.stem}:{x},{y}"]):
+        assert run("search", out, *words).returncode == 0
+    folders = {"gene_CD24", "gene_A2M", f"patch_{slides[0].path.stem}_{x}_{y}"}
+    assert {path.name for path in (tmp_path / "search").iterdir()} == folders
+    kept = (tmp_path / "search/gene_CD24/found.csv").read_bytes()
+    done = run("search", out, "--gene", "A2M", "-o", "search/gene_CD24")
+    assert (done.returncode, (tmp_path / "search/gene_CD24/found.csv").read_bytes()) == (1, kept)
+    assert "found.csv is of another search; type --overwrite to replace it, or another -o" in done.stderr
+    assert run("search", out, "--gene", "CD24", "-k", 1).returncode == 0  # the same query
+    assert len((tmp_path / "search/gene_CD24/found.csv").read_text().splitlines()) == 2
+    assert len(list((tmp_path / "search/gene_CD24").glob("*.geojson"))) == 1
+    assert run("search", out, "--gene", "A2M", "-o", "search/gene_CD24", "--overwrite").returncode == 0
+    assert (tmp_path / "search/gene_CD24/found.csv").read_bytes() != kept
+
+
+def test_two_slides_of_one_name_have_files_of_their_own(slides, tmp_path):
+    for folder, slide in zip("ab", slides, strict=False):
+        (tmp_path / folder / "features").mkdir(parents=True)
+        (tmp_path / folder / "features" / "s.h5").write_bytes(slide.path.read_bytes())
+    done = run("search", tmp_path, "--gene", "CD24", "-k", 99, "-o", tmp_path / "found")
+    assert done.returncode == 0, done.stderr
+    names = {"a__features__s", "b__features__s"}
+    with (tmp_path / "found" / "found.csv").open(newline="") as file:
+        assert {row["slide"] for row in csv.DictReader(file)} == names
+    assert {path.stem for path in (tmp_path / "found").glob("*.geojson")} == names
+
+
+def test_a_damaged_slide_is_named_and_the_others_are_searched(slides, tmp_path):
+    for slide in slides:
+        (tmp_path / slide.path.name).write_bytes(slide.path.read_bytes())
+    with h5py.File(tmp_path / slides[0].path.name, "a") as file:
+        file["features"][0, 0] = np.nan
+    whole = (tmp_path / slides[1].path.name).read_bytes()
+    (tmp_path / slides[1].path.name).write_bytes(whole[: len(whole) // 2])
+    x, y = slides[2].grid.xy_l0[0].tolist()
+    for words in (
+        ["--gene", "CD24"],
+        ["--signature", "CD24,A2M"],
+        ["--patch", f"{slides[2].path.stem}:{x},{y}"],
+    ):
+        done = run("search", tmp_path, *words, "-k", 99, "-o", tmp_path / words[0])
+        assert done.returncode == 1
+        assert f"{slides[0].path.name} holds NaN or infinity; encode that slide again" in done.stderr
+        assert f"{slides[1].path.name} cannot be read" in done.stderr
+        with (tmp_path / words[0] / "found.csv").open(newline="") as file:
+            assert {row["slide"] for row in csv.DictReader(file)} == {slides[2].path.stem}
+
+
+def test_a_slide_that_has_moved_costs_the_sheet_only(drawn_slides, tiny, tmp_path):
+    slide = tmp_path / "a.svs"
+    slide.write_bytes(drawn_slides[0].read_bytes())
+    extract(slide, tiny, tmp_path / "out")
+    slide.unlink()
+    done = run("search", tmp_path / "out", "--gene", "CD24", "-o", tmp_path / "found")
+    assert done.returncode == 1
+    assert "no contact sheet" in done.stderr
+    assert "give the folder that holds it as --slides" in done.stderr
+    assert (tmp_path / "found" / "found.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--gene", "CD42"], "CD42 is not among the genes"),
+        (["--patch", "nobody:1,1"], "there is no slide nobody here; the nearest are slide_"),
+        (["--patch", "slide_0000"], "type SLIDE:X,Y in level-0 pixels"),
+        (["--gene", "CD24", "-k", "0"], "allowed: 1 or more"),
+        (["--patch", "slide_0000:999999,0"], "no patch of slide_0000 holds"),
+        (["--image", "x.png"], "give its µm/px as --image-mpp"),
+        (
+            ["--profile", "none.csv"],
+            "cannot read none.csv: No such file or directory; give a table of genes and counts",
+        ),
+        (["--region", "slide_0000"], "type SLIDE:FILE.geojson"),
+        (["--gene", "CD24", "--per-slide", "0"], "allowed: 1 or more"),
+        (["--gene", "CD24", "--index", "use"], "--index use is of patch, image, profile; leave it out"),
+        ([], "type what to search for, such as --gene NAME or --patch SLIDE:X,Y, or --index build"),
+    ],
+)
+def test_the_command_refuses_in_one_line(out, words, answer, tmp_path):
+    done = run("search", out, *words, "-o", tmp_path)
+    assert done.returncode == 2
+    assert answer in done.stderr
+    assert len(done.stderr.splitlines()) == 1

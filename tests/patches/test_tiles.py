@@ -1,0 +1,276 @@
+"""Tiles decoded by ourselves: OpenSlide's own pixels, each tile decoded once, else the reader's regions."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
+
+import imagecodecs
+import numpy as np
+import pytest
+import tifffile
+import torch
+from conftest import shared
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from slide_helpers import DOWNSAMPLES, KINDS, Damage, grid_of_level, openslides_regions, read, spread
+
+from seal_extract.patches import shared_tiles
+from seal_extract.patches.codecs import Jpeg2000Codec, JpegCodec, TileError
+from seal_extract.patches.decode import RegionDecoder, TileDecoder, open_decoder
+from seal_extract.patches.grid import PatchGrid
+from seal_extract.patches.tiled import open_level
+from seal_extract.slides.slide import open_slide
+
+CPU = torch.device("cpu")
+
+
+# --- pixels -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_pixel_is_openslides(slide_of, kind, level):
+    path = slide_of(kind)
+    with open_slide(path) as slide:
+        grid = grid_of_level(slide, level, spread(slide, level, 150), 150)
+        decoder = open_decoder(slide, grid, CPU)
+        assert isinstance(decoder, TileDecoder), decoder.name
+        np.testing.assert_array_equal(read(decoder), openslides_regions(path, grid))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kind=st.sampled_from(["420", "420-240", "422-208", "rgb"]),
+    level=st.sampled_from(range(len(DOWNSAMPLES))),
+    side=st.integers(1, 600),
+    places=st.lists(st.tuples(st.integers(-700, 2300), st.integers(-700, 1900)), min_size=1, max_size=8),
+)
+def test_patches_of_any_grid_are_openslides_regions(slide_of, kind, level, side, places):
+    path = slide_of(kind)
+    with open_slide(path) as slide:
+        grid = grid_of_level(slide, level, [(x // 2**level, y // 2**level) for x, y in places], side)
+        decoder = open_decoder(slide, grid, CPU)
+        np.testing.assert_array_equal(read(decoder), openslides_regions(path, grid))
+
+
+def test_the_real_aperio_slide_is_openslides_bit_by_bit():
+    path = shared("data/wsi/CMU-1-Small-Region.svs")
+    with open_slide(path) as slide:
+        grid = grid_of_level(slide, 0, spread(slide, 0, 300), 300)
+        decoder = open_decoder(slide, grid, CPU)
+        assert decoder.name == "JPEG tiles"
+        np.testing.assert_array_equal(read(decoder), openslides_regions(path, grid))
+
+
+def test_the_real_ome_tiff_gives_its_readers_regions():
+    with open_slide(shared("data/wsi/qupath_OS-1-detail.ome.tif")) as slide:
+        grid = grid_of_level(slide, 0, [(0, 0), (301, 77), (901, 901), (850, 20)], 200)
+        decoder = open_decoder(slide, grid, CPU)
+        assert decoder.name == "JPEG tiles"  # although its tags say RGB and its tiles are YCbCr
+        want = [slide.read_region(xy, 0, (200, 200)) for xy in grid.xy_l0.tolist()]
+        np.testing.assert_array_equal(read(decoder), want)
+
+
+def test_ycbcr_in_jpeg_2000_is_openslides_for_every_sort_of_colour(tmp_path, slide_of):
+    """Noise without loss goes through the whole cube of colours, far beyond those of tissue."""
+    path = slide_of("j2k-ycbcr")
+    codec = Jpeg2000Codec(ycbcr=True)
+    noise = np.random.default_rng(0).integers(0, 256, (240, 240, 3), dtype=np.uint8)
+    data = imagecodecs.jpeg2k_encode(noise, level=0, codecformat="j2k", reversible=True, mct=False)
+    np.testing.assert_array_equal(imagecodecs.jpeg2k_decode(data), noise)
+    other = Damage(path, tmp_path / "noise.svs").swap_in(0, bytes(data)).write()
+    ours = np.empty_like(noise)
+    codec.decode(bytes(data), ours)
+    with open_slide(other) as slide:
+        np.testing.assert_array_equal(ours, slide.read_region((0, 0), 0, (240, 240)))
+
+
+# --- each tile once, by any thread, in any order ----------------------------------------------
+
+
+def count_decodes(monkeypatch):
+    counts = []
+    whole = JpegCodec.decode
+    lock = threading.Lock()
+
+    def decode(self, data, out, lenient=False):
+        with lock:
+            counts.append(1)
+        whole(self, data, out, lenient)
+
+    monkeypatch.setattr(JpegCodec, "decode", decode)
+    return counts
+
+
+def overlapping(slide, side=200, step=90):
+    w, h = slide.size_l0
+    return grid_of_level(slide, 0, [(x, y) for y in range(0, h, step) for x in range(0, w, step)], side)
+
+
+def test_a_tile_is_decoded_once_however_many_patches_share_it(slide_of, monkeypatch):
+    with open_slide(slide_of("420")) as slide:
+        decoder = open_decoder(slide, overlapping(slide), CPU)
+        counts = count_decodes(monkeypatch)
+        for start in range(0, len(decoder.grid), 8):
+            read(decoder, range(start, min(start + 8, len(decoder.grid))))
+        assert len(counts) == 6 * 5  # tiles of 256 px
+        assert not decoder._shared._held
+
+
+def test_rows_read_in_another_order_and_again_are_the_same(slide_of):
+    path = slide_of("420-240")
+    with open_slide(path) as slide:
+        decoder = open_decoder(slide, overlapping(slide), CPU)
+        want = openslides_regions(path, decoder.grid)
+        starts = np.random.default_rng(1).permutation(np.arange(0, len(decoder.grid) - 5, 5)).tolist()
+        for start in starts * 2:
+            np.testing.assert_array_equal(read(decoder, range(start, start + 5)), want[start : start + 5])
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 40), twice=st.booleans(), most=st.integers(0, 30))
+def test_eight_threads_read_every_row_right_without_waiting_for_ever(slide_of, seed, rows, twice, most):
+    path = slide_of("420")
+    with open_slide(path) as slide, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_tiles, "HELD_BYTES", most * 3 * 256**2)
+        decoder = open_decoder(slide, overlapping(slide), CPU)
+        want = openslides_regions(path, decoder.grid)
+        jobs = [range(a, min(a + rows, len(want))) for a in range(0, len(want), rows)] * (1 + twice)
+        np.random.default_rng(seed).shuffle(jobs)
+        pool = ThreadPoolExecutor(8)
+        try:
+            futures = {pool.submit(read, decoder, job): job for job in jobs}
+            done, waiting = wait(futures, timeout=60)
+            assert not waiting
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        for future in done:
+            job = futures[future]
+            np.testing.assert_array_equal(future.result(), want[job.start : job.stop])
+        assert not decoder._shared._held
+        assert len(decoder._shared._spare) <= most
+
+
+def test_a_thread_that_fails_lets_the_others_fail_not_wait(slide_of, monkeypatch):
+    with open_slide(slide_of("420")) as slide:
+        decoder = open_decoder(slide, overlapping(slide), CPU)
+
+        def fail(*_):
+            raise MemoryError
+
+        monkeypatch.setattr(decoder._tiled.codec.__class__, "decode", fail)
+        pool = ThreadPoolExecutor(8)
+        futures = [pool.submit(decoder.read, range(a, a + 4)) for a in range(0, 80, 4)]
+        _, waiting = wait(futures, timeout=60)
+        pool.shutdown(wait=False, cancel_futures=True)
+        assert not waiting
+        assert all(isinstance(f.exception(), (MemoryError, RuntimeError)) for f in futures)
+        assert not any(held.pins for held in decoder._shared._held.values())
+
+
+# --- what is left to the reader, and why ------------------------------------------------------
+
+
+def jpeg_tiff(path, size, downsamples=(1,), **kwargs):
+    """A generic tiled TIFF of noise at 0.5 µm/px, with levels as given."""
+    with tifffile.TiffWriter(path) as tif:
+        for i, d in enumerate(downsamples):
+            shape = (int(size[1] / d), int(size[0] / d), 3)
+            pixels = np.random.default_rng(i).integers(0, 256, shape, dtype=np.uint8)
+            mpp = {"resolution": (2e4 / d, 2e4 / d), "resolutionunit": "CENTIMETER"}
+            tif.write(pixels, tile=(128, 128), photometric="rgb", subfiletype=int(i > 0), **mpp, **kwargs)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        ("fluorescence.ndpi", "NDPI"),
+        ("plain.png", "no TIFF"),
+        ("dicom.dcm", "no TIFF"),
+        ("deflate.tif", "DEFLATE in RGB"),
+        ("plain.tif", "NONE in RGB"),
+    ],
+)
+def test_other_formats_go_through_the_reader_and_say_why(tmp_path, file, reason):
+    path = tmp_path / file
+    if file.endswith("png"):
+        Image.fromarray(np.full((400, 400, 3), 200, np.uint8)).save(path)
+    elif file.endswith("tif"):
+        jpeg_tiff(path, (400, 400), compression="deflate" if "deflate" in file else None)
+    else:
+        name = "test3-DAPI-2-387.ndpi" if file.endswith("ndpi") else "openslide-python_boxes_0.dcm"
+        path = shared("data/wsi", name)
+    with open_slide(path, mpp=0.5) as slide:
+        grid = grid_of_level(slide, 0, [(0, 0), (3, 2)], 12)
+        decoder = open_decoder(slide, grid, CPU)
+        assert decoder.name == f"regions: {reason}"
+        want = [slide.read_region(xy, 0, (12, 12)) for xy in grid.xy_l0.tolist()]
+        np.testing.assert_array_equal(read(decoder), want)
+
+
+def test_levels_that_do_not_fit_whole_pixels_go_through_the_reader(tmp_path):
+    path = jpeg_tiff(tmp_path / "a.tif", (1000, 801), (1, 3.01), compression="jpeg")
+    with open_slide(path) as slide:
+        assert slide.levels[1].downsample != round(slide.levels[1].downsample)
+        grid = PatchGrid(np.array([[0, 0], [300, 200]]), 64, 1.5, 193, 0, 1, 64)
+        decoder = open_decoder(slide, grid, CPU)
+        assert decoder.name.startswith("regions: level 1 is 3.0")
+        np.testing.assert_array_equal(read(decoder), openslides_regions(path, grid))
+
+
+def test_patches_between_the_pixels_of_a_level_go_through_the_reader(slide_of):
+    path = slide_of("420")
+    with open_slide(path) as slide:
+        level = next(i for i, lv in enumerate(slide.levels) if lv.downsample == 2)
+        grid = PatchGrid(np.array([[0, 0], [301, 200]]), 64, 0.5, 128, 0, level, 64)
+        decoder = open_decoder(slide, grid, CPU)
+        assert decoder.name == f"regions: patches lie between the pixels of level {level}"
+        np.testing.assert_array_equal(read(decoder), openslides_regions(path, grid))
+
+
+def test_a_codec_that_gives_other_pixels_is_found_out(slide_of, monkeypatch):
+    path = slide_of("420")
+    whole = JpegCodec.decode
+
+    def wrong(self, data, out, lenient=False):
+        whole(self, data, out, lenient)
+        out[3, 5, 1] ^= 1
+
+    monkeypatch.setattr(JpegCodec, "decode", wrong)
+    with open_slide(path) as slide:
+        grid = overlapping(slide)
+        decoder = open_decoder(slide, grid, CPU)
+        assert decoder.name.startswith("regions: its JPEG tiles decode to other pixels than openslide")
+        np.testing.assert_array_equal(read(decoder), openslides_regions(path, grid))
+
+
+def test_colours_taken_for_others_are_found_out(slide_of, monkeypatch):
+    for kind in ("rgb", "420", "j2k-ycbcr"):
+        with open_slide(slide_of(kind)) as slide:
+            level = open_level(slide, 0)
+            monkeypatch.setattr(
+                "seal_extract.patches.tiles.open_level",
+                lambda *_, level=level: level,
+            )
+            object.__setattr__(level.codec, "ycbcr", not level.codec.ycbcr)
+            level.candidates = (level.codec,)
+            decoder = open_decoder(slide, overlapping(slide), CPU)
+            assert isinstance(decoder, RegionDecoder)
+            assert "decode to other pixels" in decoder.name
+
+
+def test_a_tile_of_another_size_or_kind_is_refused_at_every_scale(slide_of):
+    with open_slide(slide_of("420")) as slide:
+        level = open_level(slide, 0)
+        ((_, data),) = level.read([8])
+    out = np.empty((64, 64, 4), np.uint8)
+    for decode_it, factor in ((level.codec.decode, 1), *((level.codec.decode_reduced, n) for n in (2, 8))):
+        with pytest.raises(
+            TileError, match=rf"256 x 256 px x 3 instead of {64 * factor} x {64 * factor} x 3"
+        ):
+            decode_it(data, out, *[factor] * (factor > 1))
+    level.codec.decode_reduced(data, out, 4)
+    for broken in (b"", b"\xff\xd8", b"\xff\xd8\xff", data[:3], data[:12], b"\xff\xd8" + b"\xff" * 50):
+        with pytest.raises(TileError):
+            level.codec.decode(broken, np.empty((256, 256, 4), np.uint8))

@@ -1,0 +1,129 @@
+"""The picture per slide shows the tissue's outline, every patch, and says what it shows."""
+
+from dataclasses import replace
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+from seal_extract.errors import OutputError
+from seal_extract.patches.grid import make_grid
+from seal_extract.run.overlay import PATCH_RGB, TISSUE_RGB, draw_overlay
+from seal_extract.slides.captions import round_length
+from seal_extract.slides.thumbnail import read_thumbnail
+from seal_extract.tissue.mask import TissueMask
+
+
+def half_tissue(slide, downsample=16.0):
+    width, height = slide.size_l0
+    mask = np.zeros((round(height / downsample), round(width / downsample)), bool)
+    mask[:, : mask.shape[1] // 2] = True
+    return TissueMask(mask, slide.mpp * downsample, downsample, slide.size_l0)
+
+
+def near(picture, rgb, tolerance=40):
+    """Where the picture has about this colour: bool [h, w]."""
+    return (np.abs(picture.astype(int) - rgb) < tolerance).all(axis=2)
+
+
+@pytest.fixture
+def white(drawn):
+    slide = drawn(2400, 1600, mpp=0.5)
+    slide.pixels[:] = 250
+    return slide
+
+
+def draw(path, slide, mask, grid, **kwargs):
+    draw_overlay(slide, mask, grid, path, **kwargs)
+    return np.asarray(Image.open(path))
+
+
+def test_patches_and_outline_lie_where_they_should(white, tmp_path):
+    mask = half_tissue(white)
+    grid = make_grid(white, mask, 200, 0.5)
+    picture = draw(tmp_path / "a.jpg", white, mask, grid, max_px=1200)
+    assert picture.shape[1] == 1200
+    assert picture.shape[0] > 800  # the caption is added below
+    canvas = picture[:800]
+    lines = near(canvas, PATCH_RGB)
+    assert lines[:, :598].any(axis=0).sum() > 500
+    assert not lines[:, 610:].any()
+    outline = near(canvas, TISSUE_RGB)
+    assert outline[:, 590:610].any()
+    assert not outline[:, 620:].any()
+    inside, outside = canvas[20:80, 120:180].mean(), canvas[20:80, 900:1100].mean()
+    assert inside < outside - 10  # patches are tinted
+
+
+@pytest.mark.parametrize("patch_px", [200, 8])
+def test_an_outline_leaves_the_stains_as_they_are_where_a_tint_does_not(white, tmp_path, patch_px):
+    mask = half_tissue(white)
+    grid = make_grid(white, mask, patch_px, 0.5)
+    grid = replace(grid, xy_l0=grid.xy_l0[grid.xy_l0[:, 0] < 800])  # up to x = 400 in the picture
+    tinted = draw(tmp_path / "a.jpg", white, mask, grid, max_px=1200, also={tmp_path / "b.jpg": "outline"})
+    outlined = draw(tmp_path / "c.jpg", white, mask, grid, max_px=1200, style="outline")
+    assert (tmp_path / "b.jpg").read_bytes() == (tmp_path / "c.jpg").read_bytes()
+    inside = np.s_[115:185, 115:185]  # of a large patch, or in the middle of tiny ones
+    assert np.abs(outlined[inside].astype(int) - 250).max() <= 4
+    assert tinted[inside].mean() < 240
+    assert near(outlined[100:700, 395:405], PATCH_RGB, 60).any(axis=1).all()  # where they end
+
+
+def test_tiny_patches_are_filled_instead_of_framed(white, tmp_path):
+    mask = half_tissue(white)
+    picture = draw(tmp_path / "a.jpg", white, mask, make_grid(white, mask, 8, 0.5), max_px=1200)
+    assert picture[100:700, 50:550].std(axis=(0, 1)).max() < 12
+    assert picture[400, 300, 0] < picture[400, 900, 0] - 50
+
+
+def test_no_patches_and_no_mask_still_give_a_picture(white, tmp_path):
+    empty = TissueMask(np.zeros((100, 150), bool), 8.0, 16.0, white.size_l0)
+    picture = draw(tmp_path / "a.jpg", white, None, make_grid(white, empty, 200, 0.5))
+    assert not near(picture, PATCH_RGB).any()
+    assert not near(picture, TISSUE_RGB).any()
+
+
+def test_small_slides_are_enlarged_and_large_ones_reduced(drawn, tmp_path):
+    for side in (300, 5000):
+        slide = drawn(side, side, mpp=0.5)
+        mask = half_tissue(slide)
+        picture = draw(tmp_path / f"{side}.jpg", slide, mask, make_grid(slide, mask, 64, 0.5))
+        assert 900 <= picture.shape[1] <= 2048
+
+
+def test_an_overlay_carries_its_thumbnail_where_exif_has_it(white, tmp_path):
+    mask = half_tissue(white)
+    picture = draw(tmp_path / "a.jpg", white, mask, make_grid(white, mask, 200, 0.5), max_px=1200)
+    jpeg = read_thumbnail(tmp_path / "a.jpg")
+    small = np.asarray(Image.open(BytesIO(jpeg)))
+    assert small.shape == (213, 320, 3)  # 1200 x 800 px without the caption
+    large = np.asarray(Image.fromarray(picture[:800]).resize((320, 213), Image.Resampling.LANCZOS))
+    # 2.7 by the loss of two JPEGs at the thin lines; with the caption in it, or 8 px off, it were 9.8
+    assert np.abs(small.astype(int) - large).mean() < 5
+    with Image.open(tmp_path / "a.jpg") as opened:
+        ifd = opened.getexif().get_ifd(ExifTags.IFD.IFD1)
+    start, length = ifd[ExifTags.Base.JpegIFOffset], ifd[ExifTags.Base.JpegIFByteCount]
+    assert (tmp_path / "a.jpg").read_bytes().find(jpeg) == 20 + 10 + start  # after JFIF's segment and "Exif"
+    assert length == len(jpeg)
+
+
+def test_the_caption_is_legible_and_fits(white, tmp_path):
+    white.path = tmp_path / ("a-rather-long-slide-name-" * 3 + ".svs")
+    mask = half_tissue(white)
+    picture = draw(tmp_path / "a.jpg", white, mask, make_grid(white, mask, 200, 0.5), max_px=1200)
+    ink = picture[800:].mean(axis=2) < 128
+    assert ink.sum() > 500
+    assert not ink[:, -8:].any()  # nothing is cut off at the right
+
+
+@pytest.mark.parametrize(("um", "bar"), [(130, 100), (1999, 1000), (2000, 2000), (740, 500), (0.9, 0.5)])
+def test_scale_bars_are_round(um, bar):
+    assert round_length(um) == pytest.approx(bar)
+
+
+def test_a_place_that_cannot_be_written_is_one_line(white, tmp_path):
+    (tmp_path / "file").touch()
+    mask = half_tissue(white)
+    with pytest.raises(OutputError, match="a part of the path is a file"):
+        draw_overlay(white, mask, make_grid(white, mask, 200, 0.5), tmp_path / "file" / "a.jpg")

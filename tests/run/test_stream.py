@@ -1,0 +1,361 @@
+"""Many slides in one stream: each as if it were alone, whatever its neighbours, and nothing left behind."""
+
+import _thread
+import gc
+import os
+import shutil
+import signal
+import threading
+import time
+from types import SimpleNamespace
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from slide_helpers import Checksums, Damage
+
+from seal_extract import ExtractOptions, extract
+from seal_extract.demo import untrained_encoder
+from seal_extract.errors import EncoderError, ReadError, ResolutionError, SlideOpenError
+from seal_extract.patches.decode import open_decoder
+from seal_extract.patches.stream import stream_batches
+from seal_extract.run.extract import extract_many
+from seal_extract.run.forward import CpuForward, GpuForward
+from seal_extract.run.writer import BATCHES_AHEAD, Writer
+from seal_extract.synthetic import write_synthetic_slide
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory):
+    """Slides of several sizes and kinds, one of them without tissue."""
+    folder = tmp_path_factory.mktemp("slides")
+    paths = [
+        write_synthetic_slide(folder / "a.svs", (1500, 1100), mpp=0.5, downsamples=(1, 4)),
+        write_synthetic_slide(
+            folder / "b.svs", (2600, 2000), mpp=0.25, downsamples=(1, 4), seed=1, tile_px=240
+        ),
+        folder / "glass.png",
+        write_synthetic_slide(folder / "c.svs", (1400, 1300), mpp=0.5, compression="jpeg2000", seed=2),
+    ]
+    Image.fromarray(np.full((900, 900, 3), 244, np.uint8)).save(paths[2])
+    return paths
+
+
+def run(paths, out, encoder=None, **options):
+    """Features (or the error) of each slide by its name."""
+    options = ExtractOptions(**options)
+    results = list(extract_many(paths, [encoder or Checksums()], out, options=options))
+    assert sorted(r.path for r in results) == sorted(paths)
+    return {r.path.name: r.error or r.features[0] for r in results}
+
+
+def options_for(paths):
+    return {"slide_mpp": None} if all(p.suffix == ".svs" for p in paths) else {}
+
+
+def half_written(folder):
+    return list(folder.rglob("*.part"))
+
+
+@pytest.fixture(scope="module")
+def alone(slides, tmp_path_factory):
+    """The features of each slide read by itself."""
+    out = tmp_path_factory.mktemp("alone")
+    return {path.name: extract(path, Checksums(), out) for path in slides if path.suffix == ".svs"}
+
+
+# --- the numbers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("order", "batch_size", "workers"), [([0, 1, 3], 5, 3), ([3, 0, 1], 64, 1), ([1, 3, 0], 1, 8)]
+)
+def test_a_slide_in_the_stream_is_as_if_alone(slides, alone, tmp_path, order, batch_size, workers):
+    paths = [slides[i] for i in order]
+    got = run(paths, tmp_path, batch_size=batch_size, workers=workers)
+    for path in paths:
+        np.testing.assert_array_equal(got[path.name].grid.xy_l0, alone[path.name].grid.xy_l0)
+        np.testing.assert_array_equal(got[path.name].features, alone[path.name].features)
+    assert len({tuple(f.features[0]) for f in got.values()}) == len(paths)
+
+
+def test_embeddings_of_a_real_tower_are_bitwise_the_same_in_any_company(slides, tmp_path):
+    encoder = untrained_encoder()
+    paths = [slides[0], slides[3]]
+    want = {p.name: extract(p, encoder, tmp_path / "alone", options=ExtractOptions(workers=1)) for p in paths}
+    for i, (order, batch_size) in enumerate([(paths, 7), (paths[::-1], 16)]):
+        got = run(order, tmp_path / str(i), encoder, batch_size=batch_size)
+        for path in paths:
+            np.testing.assert_array_equal(got[path.name].features, want[path.name].features)
+
+
+def test_a_slide_without_tissue_has_no_rows_and_its_neighbours_all_theirs(slides, tmp_path):
+    """A plain image says no µm/px."""
+    with pytest.warns(UserWarning, match="0.25 µm/px by openslide.mpp-x, against --slide-mpp 0.5"):
+        got = run(slides, tmp_path, slide_mpp=0.5)
+    assert len(got["glass.png"].features) == 0
+    assert got["glass.png"].features.shape[1] == 4
+    for name in ("a.svs", "b.svs", "c.svs"):
+        assert len(got[name].features) == len(got[name].grid) > 0
+
+
+def test_slides_of_different_patch_sizes_share_a_stream(slides, tmp_path):
+    paths, sizes = [slides[0], slides[3], slides[1]], (256, 100, 256)
+    for path, size in zip(paths, sizes, strict=True):
+        with h5py.File(tmp_path / f"{path.stem}.h5", "w") as file:
+            file["coords"] = np.array([[0, 0], [512, 256], [300, 700]])
+            file["coords"].attrs.update(patch_level=0, patch_size=size)
+    with pytest.warns(UserWarning, match="was trained on"):
+        together = run(paths, tmp_path / "out", coords=tmp_path, batch_size=2)
+    for path, size in zip(paths, sizes, strict=True):
+        assert together[path.name].grid.patch_px == size
+        with pytest.warns(UserWarning, match="was trained on"):
+            alone = extract(path, Checksums(), tmp_path / "alone", options=ExtractOptions(coords=tmp_path))
+        np.testing.assert_array_equal(together[path.name].features, alone.features)
+
+
+# --- bad slides among good ones ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_bad_slides_yield_their_errors_and_the_others_are_right(slides, alone, tmp_path, place):
+    tiles = Damage(slides[0], tmp_path / "tile.svs")
+    for n in range(len(tiles.counts)):
+        if n % 3:
+            tiles.overwrite(n, bytes(tiles.counts[n]))
+    (tmp_path / "text.svs").write_text("not a slide")
+    bad = [tiles.write(), tmp_path / "text.svs", slides[2], tmp_path / "missing.svs"]
+    good = [slides[0], slides[1]]
+    got = run([*good[:place], *bad, *good[place:]], tmp_path / "out", batch_size=3)
+    assert isinstance(got["tile.svs"], ReadError)
+    assert "tile.svs" in str(got["tile.svs"])
+    assert isinstance(got["text.svs"], SlideOpenError)
+    assert isinstance(got["glass.png"], ResolutionError)
+    assert isinstance(got["missing.svs"], SlideOpenError)
+    for path in good:
+        np.testing.assert_array_equal(got[path.name].features, alone[path.name].features)
+    written = {p.name for p in (tmp_path / "out").rglob("features_*/*")}
+    assert written == {f"{path.stem}.h5" for path in good}
+
+
+def test_an_embedding_that_is_no_number_names_slide_and_place(slides, alone, tmp_path):
+    class Sick(Checksums):
+        def encode_unchecked(self, patches):
+            embeddings = super().encode_unchecked(patches)
+            sick = torch.from_numpy(alone["a.svs"].features[3])
+            embeddings[(embeddings == sick).all(1)] = torch.nan
+            return embeddings
+
+    got = run([slides[0], slides[1]], tmp_path, Sick())
+    x, y = alone["a.svs"].grid.xy_l0[3]
+    assert isinstance(got["a.svs"], EncoderError)
+    assert f"patch at level-0 ({x}, {y})" in str(got["a.svs"])
+    assert str(slides[0]) in str(got["a.svs"])
+    np.testing.assert_array_equal(got["b.svs"].features, alone["b.svs"].features)
+    assert {p.name for p in tmp_path.rglob("features_*/*")} == {"b.h5"}
+
+
+# --- nothing is left --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_threads_left():
+    before = set(threading.enumerate())
+    yield
+    deadline = time.monotonic() + 10  # a thread that has done its work may still be on its way out
+    while (left := set(threading.enumerate()) - before) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not left
+
+
+@pytest.mark.usefixtures("no_threads_left")
+def test_a_stream_closed_early_leaves_nothing_half_written(slides, tmp_path):
+    stream = extract_many(
+        [slides[i] for i in (0, 1, 3)], [Checksums()], tmp_path, options=ExtractOptions(batch_size=2)
+    )
+    first = next(stream)
+    assert first.error is None
+    stream.close()
+    assert not half_written(tmp_path)
+    assert first.features[0].path.exists()
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+@pytest.fixture
+def ctrl_c_interrupts():
+    """As in a terminal; a shell starts what runs in its background with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("no_threads_left", "ctrl_c_interrupts")
+@pytest.mark.parametrize("after", [1, 3, 6])
+def test_ctrl_c_leaves_nothing_half_written(slides, tmp_path, after):
+    calls = []
+
+    def interrupt(*_):
+        calls.append(1)
+        if len(calls) == after:
+            _thread.interrupt_main()
+
+    with pytest.raises(KeyboardInterrupt):
+        for _ in extract_many(
+            [slides[i] for i in (0, 1, 3)] * 1,
+            [Checksums()],
+            tmp_path,
+            options=ExtractOptions(batch_size=2),
+            progress=interrupt,
+        ):
+            pass
+        time.sleep(10)  # the interrupt is there by now
+    gc.collect()
+    assert not half_written(tmp_path)
+
+
+def test_slides_that_fail_faster_than_they_are_drawn_do_not_pile_up(monkeypatch):
+    """Each would be open, with all its memory, until its turn to be drawn."""
+    draw_on, begun = threading.Event(), []
+    monkeypatch.setattr("seal_extract.run.writer.draw", lambda _: draw_on.wait(10))
+    writer = Writer([Checksums()], None)
+    slide = SimpleNamespace(plan=SimpleNamespace(grid=[0]))
+
+    def begin_all():
+        for i in range(20):
+            writer.begin(i, slide)
+            begun.append(i)
+
+    thread = threading.Thread(target=begin_all)
+    thread.start()
+    time.sleep(0.3)
+    waiting = len(begun)
+    draw_on.set()
+    thread.join()
+    writer.wait()
+    writer._open.clear()
+    writer.close()
+    assert waiting <= BATCHES_AHEAD + 1
+    assert len(begun) == 20
+
+
+@pytest.mark.usefixtures("no_threads_left")
+def test_an_encoder_that_breaks_stops_the_run_and_leaves_nothing(slides, tmp_path):
+    class Broken(Checksums):
+        def encode_unchecked(self, patches):
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        list(extract_many([slides[i] for i in (0, 1, 3)], [Broken()], tmp_path))
+    assert not half_written(tmp_path)
+    assert not list(tmp_path.rglob("features_*/*.h5"))
+
+
+def open_files():
+    gc.collect()
+    return sorted(os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_there(fd))
+
+
+def _is_there(fd):
+    return os.path.lexists(f"/proc/self/fd/{fd}")
+
+
+def resident_mb():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="Linux shows a process's open files")
+def test_thirty_slides_leave_no_file_open_and_memory_as_it_was(tmp_path, slides):
+    small = write_synthetic_slide(tmp_path / "s.svs", (700, 600), mpp=0.5, downsamples=(1,))
+    damage = Damage(small, tmp_path / "bad.svs")
+    bad = damage.overwrite(3, bytes(damage.counts[3])).write()
+    paths = [shutil.copy(bad if i % 5 == 4 else small, tmp_path / f"{i:02}.svs") for i in range(34)]
+    run(paths[:4], tmp_path / "out")
+    before, files = resident_mb(), open_files()
+    got = run(paths[4:], tmp_path / "out")
+    assert sum(isinstance(f, ReadError) for f in got.values()) == 6
+    assert [f for f in open_files() if f not in files] == []
+    assert resident_mb() - before < 200
+    list(extract_many(slides[:1], [Checksums()], tmp_path / "closed")).clear()
+    stream = extract_many(paths, [Checksums()], tmp_path / "closed")
+    next(stream)
+    stream.close()
+    assert [f for f in open_files() if f not in files] == []
+
+
+# --- the encoder's batches --------------------------------------------------------------------
+
+
+class Small(Checksums):
+    """Runs out of memory above so many rows."""
+
+    def __init__(self, most):
+        super().__init__()
+        self.most, self.tried = most, []
+
+    def encode_unchecked(self, patches):
+        self.tried.append(len(patches))
+        if len(patches) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().encode_unchecked(patches)
+
+
+def noise(rows, side=8):
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (rows, 3, side, side), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("most", [1, 3, 16, 64, 100])
+@pytest.mark.parametrize("rows", [1, 7, 64, 130])
+def test_a_batch_too_large_for_the_memory_is_halved_and_that_is_remembered(rows, most):
+    encoder = Small(most)
+    forward = GpuForward(encoder, 64)
+    want = Checksums().encode_unchecked(noise(rows)).numpy()
+    np.testing.assert_array_equal(forward.submit(noise(rows))(), want)
+    failed = len([n for n in encoder.tried if n > most])
+    encoder.tried.clear()
+    np.testing.assert_array_equal(forward.submit(noise(rows))(), want)
+    assert not [n for n in encoder.tried if n > most]
+    assert failed <= 6  # 64, 32, 16, 8, 4, 2
+
+
+def test_one_patch_that_does_not_fit_is_an_error():
+    with pytest.raises(torch.OutOfMemoryError):
+        GpuForward(Small(0), 8).submit(noise(4))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 9, 50])
+def test_rows_come_back_in_order_from_any_number_of_threads(rows):
+    want = Checksums().encode_unchecked(noise(rows)).numpy()
+    for threads in (1, 5):
+        forward = CpuForward(Checksums(), threads=threads)
+        pending = [forward.submit(noise(rows)) for _ in range(4)]
+        for wait in pending:
+            np.testing.assert_array_equal(wait(), want)
+        forward.close()
+
+
+def test_decoders_are_closed_when_the_stream_stops(slides, tmp_path):
+    from seal_extract import find_tissue, make_grid, open_slide
+
+    with open_slide(slides[0]) as slide:
+        decoder = open_decoder(slide, make_grid(slide, find_tissue(slide)), torch.device("cpu"))
+        assert list(stream_batches([decoder], 8))
+        with pytest.raises(OSError, match="Bad file"):
+            os.fstat(decoder._tiled._file)
+
+
+# --- on a GPU ---------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"resample": "area"}, {"fast_decode": True}, {"batch_size": 7}])
+def test_a_gpu_gives_the_cpus_features(slides, tmp_path, options):
+    encoder = untrained_encoder()
+    want = run(slides[:2], tmp_path / "cpu", encoder, **options)
+    got = run(slides[:2], tmp_path / "cuda", encoder.to("cuda"), **options)
+    for name, features in want.items():
+        np.testing.assert_allclose(got[name].features, features.features, atol=2e-2)
+        assert np.abs(got[name].features - features.features).mean() < 2e-3

@@ -1,0 +1,304 @@
+"""Tissue goes to GeoJSON and comes back; QuPath's variants are read, all else is refused in one line."""
+
+import json
+import os
+import tracemalloc
+
+import cv2
+import numpy as np
+import pytest
+from conftest import DrawnSlide
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from seal_extract.errors import GeometryError, OutputError, UsageError
+from seal_extract.tissue.geojson import Polygon, fill_polygons, signed_area, trace_polygons
+from seal_extract.tissue.mask import TissueMask
+
+SLIDE = DrawnSlide(np.zeros((600, 800, 3), np.uint8), 0.5)
+
+masks = st.builds(
+    lambda seed, h, w, density: np.random.default_rng(seed).random((h, w)) < density,
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 16),
+    st.integers(1, 16),
+    st.floats(0, 1),
+)
+
+
+def ring(x0, y0, x1, y1):
+    return [[x0, y0], [x1, y0], [x1, y1], [x0, y1], [x0, y0]]
+
+
+def polygon(*rings):
+    return {"type": "Polygon", "coordinates": list(rings)}
+
+
+def feature(geometry, name="Tissue"):
+    return {"type": "Feature", "geometry": geometry, "properties": {"classification": {"name": name}}}
+
+
+def read(tmp_path, content, mpp=8.0):
+    path = tmp_path / "tissue.geojson"
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return TissueMask.from_geojson(path, SLIDE, mpp)
+
+
+# --- tracing and filling ----------------------------------------------------------------------
+
+
+@settings(max_examples=300, deadline=None)
+@given(masks)
+def test_traced_and_filled_it_is_the_same_mask(mask):
+    assert (fill_polygons(trace_polygons(mask), mask.shape) == mask).all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(masks)
+def test_rings_are_valid(mask):
+    """They never touch, turn at every point, and exteriors run one way round, holes the other."""
+    polygons = trace_polygons(mask)
+    if not polygons:
+        return
+    points = np.concatenate([ring for exterior, holes in polygons for ring in (exterior, *holes)])
+    assert len(np.unique(points, axis=0)) == len(points)
+    for exterior, holes in polygons:
+        assert signed_area(exterior) > 0
+        assert all(signed_area(hole) < 0 for hole in holes)
+        for ring in (exterior, *holes):
+            sides = np.roll(ring, -1, axis=0) - ring
+            turns = np.cross(
+                np.c_[np.roll(sides, 1, axis=0), np.zeros(len(ring))], np.c_[sides, np.zeros(len(ring))]
+            )
+            assert (turns[:, 2] != 0).all()
+
+
+def test_pixels_that_touch_at_a_corner_are_polygons_of_their_own():
+    first, second = trace_polygons(np.eye(2, dtype=bool))
+    assert len(first.exterior) == len(second.exterior) == 5
+    assert signed_area(first.exterior) == 1 - 1 / 8
+
+
+def test_area_of_the_polygons_is_the_area_of_the_mask():
+    mask = np.zeros((40, 60), bool)
+    mask[5:30, 10:50] = True
+    mask[10:20, 20:30] = False
+    ((exterior, (hole,)),) = trace_polygons(mask)
+    assert signed_area(exterior) + signed_area(hole) == mask.sum()
+    assert exterior.min(axis=0).tolist() == [10, 5]
+    assert exterior.max(axis=0).tolist() == [50, 30]
+
+
+def test_slanted_polygons_are_filled_by_pixel_centres():
+    triangle = Polygon(np.array([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]]))
+    y, x = np.mgrid[:12, :12] + 0.5
+    filled = fill_polygons([triangle], (12, 12))
+    assert (filled == (x + y < 10)).all()
+
+
+def test_overlapping_polygons_are_united():
+    squares = [Polygon(np.array(ring(*box)[:-1], float)) for box in ((0, 0, 6, 6), (3, 3, 9, 9))]
+    filled = fill_polygons(squares, (10, 10))
+    assert filled[4, 4]
+    assert filled.sum() == 36 + 36 - 9
+
+
+# --- out and back -----------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(masks, st.floats(0.25, 8.0), st.integers(100, 900), st.integers(100, 900))
+def test_round_trip_changes_only_border_pixels(tmp_path_factory, noise, slide_mpp, width, height):
+    slide = DrawnSlide(np.zeros((height, width, 3), np.uint8), slide_mpp)
+    path = tmp_path_factory.mktemp("round") / "tissue.geojson"
+    path.write_text(json.dumps(polygon(ring(0, 0, width, height))))
+    whole = TissueMask.from_geojson(path, slide)
+    (h, w), block = whole.mask.shape, np.kron(noise, np.ones((4, 4), bool))
+    mask = np.tile(block, (-(-h // block.shape[0]), -(-w // block.shape[1])))[:h, :w]
+
+    TissueMask(mask, whole.mpp, whole.downsample, whole.size_l0).to_geojson(path)
+    again = TissueMask.from_geojson(path, slide).mask if mask.any() else mask
+    border = cv2.morphologyEx(mask.view(np.uint8), cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
+    border[-1] = border[:, -1] = True  # may lie more than half outside the slide
+    assert ((again == mask) | border).all()
+
+
+def test_qupath_finds_annotations_of_class_tissue_in_level0_pixels(tmp_path):
+    mask = np.zeros((38, 50), bool)
+    mask[10:20, 5:30] = True
+    mask[12:14, 10:12] = False
+    TissueMask(mask, 8.0, 16.0, SLIDE.size_l0).to_geojson(tmp_path / "out" / "tissue.geojson")
+    written = json.loads((tmp_path / "out" / "tissue.geojson").read_text())
+    assert written["type"] == "FeatureCollection"
+    (only,) = written["features"]
+    assert only["properties"]["objectType"] == "annotation"
+    assert only["properties"]["classification"]["name"] == "Tissue"
+    exterior, hole = only["geometry"]["coordinates"]
+    assert exterior[0] == exterior[-1]
+    assert sorted(map(tuple, exterior[:-1])) == [(80, 160), (80, 320), (480, 160), (480, 320)]
+    assert sorted(map(tuple, hole[:-1])) == [(160, 192), (160, 224), (192, 192), (192, 224)]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["tissue.geojson"]
+
+
+def test_no_tissue_is_an_empty_collection(tmp_path):
+    TissueMask(np.zeros((38, 50), bool), 8.0, 16.0, SLIDE.size_l0).to_geojson(tmp_path / "none.geojson")
+    assert json.loads((tmp_path / "none.geojson").read_text()) == {
+        "type": "FeatureCollection",
+        "features": [],
+    }
+
+
+def test_a_folder_that_is_a_file_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    tissue = TissueMask(np.ones((38, 50), bool), 8.0, 16.0, SLIDE.size_l0)
+    with pytest.raises(OutputError, match="a part of the path is a file"):
+        tissue.to_geojson(tmp_path / "file" / "tissue.geojson")
+
+
+# --- what QuPath and others write -------------------------------------------------------------
+
+SQUARE = ring(160, 160, 480, 320)
+MULTI = {"type": "MultiPolygon", "coordinates": [[SQUARE], [ring(0, 0, 64, 64)]]}
+
+
+@pytest.mark.parametrize(
+    ("content", "area_px"),
+    [
+        ({"type": "FeatureCollection", "features": [feature(polygon(SQUARE))]}, 200),
+        (feature(polygon(SQUARE)), 200),
+        (polygon(SQUARE), 200),
+        ([feature(polygon(SQUARE)), feature(polygon(ring(0, 0, 64, 64)))], 216),
+        (MULTI, 216),
+        ({"type": "GeometryCollection", "geometries": [polygon(SQUARE), MULTI]}, 216),
+        (polygon(SQUARE, ring(192, 192, 256, 256)), 184),
+        (polygon([[x, y, 0] for x, y in SQUARE]), 200),  # a z that no one asked for
+        (polygon(SQUARE[:-1]), 200),  # not closed
+        (polygon(ring(480, 320, 160, 160)), 200),
+        (polygon(ring(-500, 160, 160, 320)), 100),  # partly outside the slide
+        ({"type": "Feature", "geometry": polygon(SQUARE), "properties": None}, 200),
+    ],
+)
+def test_polygons_in_all_their_packings(tmp_path, content, area_px):
+    tissue = read(tmp_path, content)
+    assert tissue.mask.shape == (38, 50)
+    assert tissue.mask.sum() == area_px
+
+
+@pytest.mark.parametrize("classification", [{"name": "Ignore*"}, {"names": ["Tumor", "Necrosis*"]}])
+def test_ignored_classes_are_cut_out(tmp_path, classification):
+    hole = feature(polygon(ring(320, 160, 480, 320)))
+    hole["properties"]["classification"] = classification
+    tissue = read(tmp_path, [feature(polygon(SQUARE)), hole, feature(polygon(ring(0, 0, 64, 64)), "Tumor")])
+    assert tissue.mask.sum() == 116
+
+
+def test_a_byte_order_mark_is_no_obstacle(tmp_path):
+    assert read(tmp_path, "\ufeff" + json.dumps(polygon(SQUARE))).mask.any()
+
+
+def test_the_mask_has_the_resolution_asked_for(tmp_path):
+    tissue = read(tmp_path, polygon(SQUARE), mpp=2.0)
+    assert tissue.downsample == 4
+    assert tissue.area_mm2 == pytest.approx(320 * 160 * 0.25 / 1e6)
+    with pytest.raises(UsageError, match="allowed: 1 to 20"):
+        read(tmp_path, polygon(SQUARE), mpp=0.1)
+
+
+# --- what is refused --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("", "is not GeoJSON"),
+        ("{", "is not GeoJSON"),
+        ("[" * 100_000, "is not GeoJSON"),
+        ("null", "holds a NoneType where a GeoJSON object belongs"),
+        ("[3]", "holds a int where a GeoJSON object belongs"),
+        ({"a": 1}, "holds a None; allowed: Polygon, MultiPolygon"),
+        ({"type": "Point", "coordinates": [1, 2]}, "holds a Point; allowed: Polygon, MultiPolygon"),
+        (feature({"type": "LineString", "coordinates": SQUARE}), "holds a LineString; allowed: Polygon"),
+        ({"type": "FeatureCollection"}, "a NoneType where GeoJSON has a list"),
+        ({"type": "FeatureCollection", "features": []}, "holds no polygons; draw the tissue"),
+        (feature(polygon(SQUARE), "Ignore*"), "holds no polygons"),
+        (polygon(), "a ring is not a list of 3 or more points"),
+        (polygon([[0, 0], [1, 1], [0, 0]]), "a ring is not a list of 3 or more points"),
+        (polygon([0, 1, 2]), "a ring is not a list of 3 or more points"),
+        (polygon([["a", "b"]] * 4), "a ring is not a list of 3 or more points"),
+        (polygon([[0, 0], [1], [2, 2], [0, 0]]), "a ring is not a list of 3 or more points"),
+        ('{"type": "Polygon", "coordinates": [[[0, 0], [NaN, 1], [2, 2]]]}', "a ring is not a list"),
+        ({"type": "Polygon", "coordinates": "none"}, "a str where GeoJSON has a list"),
+        (
+            polygon(ring(5000, 100, 6000, 200)),
+            r"span x 5000 to 6000, y 100 to 200, but drawn.svs has x 0 to 800, y 0 to 600",
+        ),
+    ],
+)
+def test_anything_else_is_refused_in_one_line(tmp_path, content, complaint):
+    with pytest.raises(GeometryError, match=complaint) as caught:
+        read(tmp_path, content)
+    assert "\n" not in str(caught.value)
+    assert "tissue.geojson" in str(caught.value)
+
+
+def test_a_missing_file_or_a_folder_is_one_line(tmp_path):
+    for path in (tmp_path / "none.geojson", tmp_path):
+        with pytest.raises(GeometryError, match=r"cannot read .*; give a GeoJSON file"):
+            TissueMask.from_geojson(path, SLIDE)
+
+
+# --- hostile files ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (polygon([[0, 0], [10**400, 0], [9, 9]]), "a ring is not a list of 3 or more points"),
+        (polygon([[0, 0], [1e300, 0], [9, 9]]), "a ring is not a list of 3 or more points"),
+        ({"type": "Line\nString", "coordinates": []}, "holds a Line String; allowed"),
+        ({"type": "P" * 10_000}, "holds a PPP"),
+        ("[" * 60 + "]" * 60, "nests its collections deeper than 50"),
+        ("[" * 100_000, "is not GeoJSON"),
+    ],
+)
+def test_hostile_geojson_is_refused_in_a_short_line(tmp_path, content, words):
+    with pytest.raises(GeometryError, match=words) as caught:
+        read(tmp_path, content)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_class_without_a_list_of_names_goes_by_its_name(tmp_path):
+    odd = feature(polygon(ring(0, 0, 400, 300)))
+    odd["properties"]["classification"] = {"names": 5, "name": "Tissue"}
+    assert read(tmp_path, odd).mask.any()
+
+
+def test_a_zigzag_takes_bounded_memory_and_too_long_a_one_is_refused():
+    x = np.linspace(0, 400, 20_001)
+    zigzag = np.stack([x, np.arange(len(x)) % 2 * 400.0], 1)
+    tracemalloc.start()
+    mask = fill_polygons([Polygon(np.vstack([zigzag, [[400, 0]]]))], (400, 400))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert mask.shape == (400, 400)
+    assert peak < 200e6  # 8 million crossings at a time would take 600 MB
+    with pytest.raises(GeometryError, match=r"cross 3e.08 rows of pixels"):
+        fill_polygons([Polygon(zigzag * (1, 37.5))], (15_000, 400))
+
+
+def test_filling_in_pieces_is_filling_at_once(monkeypatch):
+    mask = np.random.default_rng(0).random((60, 70)) < 0.5
+    monkeypatch.setattr("seal_extract.tissue.geojson.CROSSINGS_AT_A_TIME", 7)
+    assert (fill_polygons(trace_polygons(mask), mask.shape) == mask).all()
+
+
+def test_a_geojson_too_large_or_no_file_is_refused_before_it_is_read(tmp_path):
+    large, fifo = tmp_path / "large.geojson", tmp_path / "fifo.geojson"
+    large.touch()
+    os.truncate(large, 2**34)
+    os.mkfifo(fifo)
+    with pytest.raises(GeometryError, match="has 17180 MB; allowed: 134 MB"):
+        TissueMask.from_geojson(large, SLIDE)
+    with pytest.raises(GeometryError, match="is no regular file"):
+        TissueMask.from_geojson(fifo, SLIDE)

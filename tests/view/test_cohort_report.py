@@ -1,0 +1,473 @@
+"""The page on a cohort says what happened, shows what to look at, and loads nothing from anywhere."""
+
+import base64
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from seal_extract.errors import OutputError
+from seal_extract.names import shown
+from seal_extract.run.status import StatusRow
+from seal_extract.slides import thumbnail
+from seal_extract.slides.thumbnail import MOST_BYTES, exif_of, make_thumbnail, read_thumbnail
+from seal_extract.view import cohort_report
+from seal_extract.view.cohort_report import MOST_PICTURES, write_report
+from seal_extract.view.findings import Cohort, duration, find_unusual, group_reasons
+
+HOSTILE = [
+    '<script>document.title="x"</script>',
+    "\"quoted\" 'names' & <b>bold</b>",
+    "組織切片 ünï \u202egpj.svs",
+    "--> {{verdict}} </table>",
+    "n" * 240,
+]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def homogeneous(count, seed=5):
+    """Slides that differ as those of one scanner and one organ do."""
+    rng = random.Random(seed)
+    rows = []
+    for k in range(count):
+        area = 120 * 2 ** rng.gauss(0, 0.5)
+        patches = round(area * 78 * rng.uniform(0.93, 1.05))
+        seconds = patches / 250 * rng.uniform(0.8, 1.2) + 2
+        path = f"/data/cohort/s{k}.svs"
+        done = StatusRow(
+            path, f"s{k}", "done", "", patches, area, 0.25, "openslide.mpp-x", "openslide 4 (JPEG)"
+        )
+        rows.append(replace(done, seconds=seconds, patches_per_s=patches / seconds, read_errors=0))
+    return rows
+
+
+def failing(name, reason, folder="/data/my slides"):
+    path = f"{folder}/{name}.svs"
+    return StatusRow(path, name, "failed", seconds=0.1, reason=reason.format(path=path))
+
+
+def overlay(out, name, size=(900, 700), noise=False):
+    path = out / "overlays" / f"{name}.jpg"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(3)
+    pixels = (
+        rng.integers(0, 256, (size[1], size[0], 3), np.uint8) if noise else np.full((*size, 3), 200, np.uint8)
+    )
+    Image.fromarray(pixels).save(path, "JPEG", quality=95)
+
+
+class Page(HTMLParser):
+    """What a browser would make of the page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.texts, self._in = [], [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._in = tag
+
+    def handle_data(self, data):
+        if self._in not in ("script", "style"):
+            self.texts.append(data)
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
+
+
+def page(tmp_path, rows, **kwargs):
+    return Page(write_report(rows, tmp_path, tmp_path / "report.html", **kwargs).read_text(encoding="utf-8"))
+
+
+# --- the page -----------------------------------------------------------------------------------------
+
+
+def test_enlarged_patches_are_told(tmp_path):
+    rows = [replace(row, mpp=0.5, grid="20x_224px_0px_overlap") for row in homogeneous(40)]
+    assert "Enlarged" not in page(tmp_path, rows).text
+    rows[3] = replace(rows[3], mpp=0.687)
+    assert "Enlarged 1.4 times: the slide has 0.687 µm/px, asked are 0.5" in page(tmp_path, rows).text
+
+
+def test_the_verdict_is_a_sentence(tmp_path):
+    rows = homogeneous(40)
+    assert "All 40 slides done; none looks unusual." in page(tmp_path, rows).text
+    rows[3] = replace(rows[3], read_errors=2)
+    rows.append(failing("bad", "{path} is empty (0 bytes); copy it again"))
+    text = page(tmp_path, rows, title="Lung, 2024", seconds=7300).text
+    assert "Lung, 2024" in text
+    assert "40 of 41 slides done, 1 failed; 1 done slide looks unusual." in text
+    assert "2.03 h" in text
+    assert "2 patches in 1 slide" in text
+
+
+def test_nothing_is_loaded_from_outside(tmp_path):
+    rows = [*homogeneous(9), failing("bad", "{path}: see https://example.org/help")]
+    overlay(tmp_path, "s3")
+    parsed = page(tmp_path, rows)
+    sources = [attrs[key] for _, attrs in parsed.tags for key in ("src", "srcset", "data") if attrs.get(key)]
+    assert len(sources) == 1
+    assert sources[0].startswith("data:image/jpeg;base64,")
+    assert [attrs["href"] for attrs in parsed.all("link")] == ["data:,"]
+    assert {a["href"] for a in parsed.all("a") if not a["href"].startswith("#")} == {"overlays/s3.jpg"}
+    text = (tmp_path / "report.html").read_text()
+    assert not re.search(r"@import|url\(", text)
+    policy = next(a["content"] for a in parsed.all("meta") if "content-security-policy" in str(a).lower())
+    assert policy.startswith("default-src 'none'")
+
+
+def test_hostile_names_are_shown_as_text(tmp_path):
+    rows = homogeneous(10)
+    for name in HOSTILE:
+        rows.append(
+            replace(rows[0], slide=f"/x/{name}", name=name, case_id=name, reader=name, mpp_source=name)
+        )
+        rows.append(failing(name, f"{{path}}: {name.replace('{', '{{').replace('}', '}}')}"))
+        rows.append(StatusRow(f"/x/{name}", "", "ignored", reason=name))
+    overlay(tmp_path, HOSTILE[2])
+    parsed = page(tmp_path, rows, title=HOSTILE[0])
+    assert len(parsed.all("script")) == 1
+    assert not parsed.all("b") or all(not attrs for attrs in parsed.all("b"))
+    for name in HOSTILE:
+        assert " ".join(shown(name).split()) in parsed.text
+        assert any(attrs.get("title") == shown(name) for _, attrs in parsed.tags)
+    assert any(a["href"].startswith("overlays/%E7%B5%84") for a in parsed.all("a"))
+
+
+def test_names_that_are_no_text_do_not_stop_it(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    overlay(tmp_path, name)
+    parsed = page(tmp_path, [replace(row, name=name) for row in homogeneous(1)])
+    assert r"caf\xe9" in parsed.text
+    assert {"href": "overlays/caf%E9", "class": "pic"} in [
+        {k: v.removesuffix(".jpg") for k, v in a.items()} for a in parsed.all("a")
+    ]
+
+
+def test_no_rows_make_a_page_that_says_so(tmp_path):
+    assert "No slides: there is nothing to report yet." in page(tmp_path, []).text
+    ignored = StatusRow("/data/notes.txt", "", "ignored", reason=".txt is no slide")
+    parsed = page(tmp_path, [ignored])
+    assert "No slides, 1 ignored file." in parsed.text
+    assert "notes.txt" in parsed.text
+
+
+def test_slides_without_figures_and_without_overlays(tmp_path):
+    parsed = page(tmp_path, [StatusRow("/data/a.svs", "a", "done"), failing("b", "")])
+    assert not parsed.all("img")
+    assert "no overlay" in parsed.text
+    assert "no reason was recorded" in parsed.text
+    assert "1 of 2 slides done, 1 failed." in parsed.text
+
+
+def test_each_picture_has_words_and_is_there_once(tmp_path):
+    rows = homogeneous(10)
+    rows[3] = replace(rows[3], read_errors=1)
+    overlay(tmp_path, "s3")
+    parsed = page(tmp_path, rows)
+    (image,) = parsed.all("img")
+    assert image["alt"].startswith("s3: tissue outline")
+    assert [a["data-of"] for a in parsed.all("a") if "data-of" in a] == [image["id"]]
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="a part of the path is a file"):
+        write_report([], tmp_path, tmp_path / "file" / "report.html")
+
+
+# --- size ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(2048, 1584), (300, 2048), (2048, 60), (30, 20)])
+def test_thumbnails_are_small_whatever_they_show(tmp_path, size):
+    overlay(tmp_path, "noise", size, noise=True)
+    jpeg = read_thumbnail(tmp_path / "overlays" / "noise.jpg")
+    assert jpeg is not None
+    assert len(jpeg) <= MOST_BYTES
+
+
+def test_a_kept_thumbnail_is_taken_as_it_is_and_nothing_is_decoded(tmp_path, monkeypatch):
+    for name, grey in (("s0", 60), ("s1", 200)):
+        overlay(tmp_path, name)
+        kept = make_thumbnail(Image.new("RGB", (900, 700), (grey,) * 3))
+        path = tmp_path / "overlays" / f"{name}.jpg"
+        Image.open(path).save(path, exif=exif_of(kept))
+    monkeypatch.setattr(thumbnail, "make_thumbnail", None)
+    images = page(tmp_path, homogeneous(2)).all("img")
+    shown = [Image.open(BytesIO(base64.b64decode(i["src"].partition(",")[2]))) for i in images]
+    assert [image.size for image in shown] == [(320, 249)] * 2
+    assert [image.getpixel((0, 0))[0] for image in shown] == pytest.approx([60, 200], abs=2)
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0II*\0", exif_of(b"\xff\xd8")[:-1], Image.Exif().tobytes()])
+def test_an_exif_block_of_another_kind_is_no_thumbnail(tmp_path, exif):
+    overlay(tmp_path, "a")
+    path = tmp_path / "overlays" / "a.jpg"
+    Image.open(path).save(path, exif=exif)
+    assert max(Image.open(BytesIO(read_thumbnail(path))).size) == 320
+
+
+def test_a_broken_overlay_is_none(tmp_path):
+    overlay(tmp_path, "a", noise=True)
+    path = tmp_path / "overlays" / "a.jpg"
+    path.write_bytes(path.read_bytes()[:2000])
+    assert read_thumbnail(path) is None
+    path.write_text("no picture")
+    assert read_thumbnail(path) is None
+    assert read_thumbnail(tmp_path) is None
+
+
+def test_a_slide_takes_at_most_40_kb(tmp_path):
+    sizes = []
+    for count in (10, 60):
+        rows = [replace(row, read_errors=1) for row in homogeneous(count)]  # each is shown twice
+        for row in rows:
+            overlay(tmp_path, row.name, (1024, 800), noise=True)
+        sizes.append(write_report(rows, tmp_path, tmp_path / "r.html").stat().st_size)
+    assert (sizes[1] - sizes[0]) / 50 < 40_000
+
+
+def test_of_thousands_of_slides_only_the_striking_have_pictures(tmp_path, monkeypatch):
+    rows = homogeneous(5 * MOST_PICTURES)
+    rows[7] = replace(rows[7], patches=0, tissue_mm2=0.0)
+    rows += [failing(f"f{k}", "{path} is empty (0 bytes)") for k in range(300)]
+    asked = []
+    monkeypatch.setattr(cohort_report, "read_thumbnail", lambda path: asked.append(path.stem))
+    parsed = page(tmp_path, rows)
+    assert {"s7", *(f"f{k}" for k in range(300))} <= set(asked)
+    assert len(set(asked)) == len(asked)
+    assert 301 <= len(asked) < 330
+    assert "only the unusual and the failed have pictures" in parsed.text
+    assert any(attrs.get("class") == "table" for attrs in parsed.all("table"))
+    assert (tmp_path / "report.html").stat().st_size < 1500 * len(rows)
+
+
+# --- findings -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_homogeneous_cohort_has_nothing_unusual(seed):
+    assert find_unusual(homogeneous(500, seed)) == {}
+
+
+PLANTED = {
+    11: ({"tissue_mm2": 0.3, "patches": 23}, r"0\.3 mm² of tissue; the cohort's median is 1\d\d"),
+    22: ({"patches": 900, "tissue_mm2": 120.0}, r"7\.5 patches per mm² of tissue; .* median is 7[678]"),
+    33: ({"read_errors": 12}, r"12 of [\d,]+ patches could not be read; their features are zeros"),
+    44: ({"patches": 0, "tissue_mm2": 0.0}, "No patches, with no tissue found"),
+    55: ({"mpp": 1.01}, r"1\.01 µm/px, which no other slide has; the cohort's median is 0\.25"),
+    66: ({"seconds": 9000.0}, r"2\.5 h for [\d,]+ patches; at the cohort's median pace about [\d.]+ s"),
+}
+
+
+def test_what_was_planted_is_found_and_nothing_else():
+    rows = homogeneous(200)
+    for i, (changes, _) in PLANTED.items():
+        rows[i] = replace(rows[i], **changes)
+    found = find_unusual(rows)
+    assert set(found) == set(PLANTED)
+    for i, (_, words) in PLANTED.items():
+        assert re.search(words, found[i][0]), found[i]
+    assert list(found)[:2] == [44, 33]  # the most striking first
+
+
+def test_two_scanners_are_usual_and_a_third_kind_of_pixel_is_not():
+    rows = homogeneous(200)
+    rows = [replace(row, mpp=0.5 if i % 9 == 0 else 0.2485 + 0.004 * (i % 2)) for i, row in enumerate(rows)]
+    rows[5] = replace(rows[5], mpp=0.37)
+    assert set(find_unusual(rows)) == {5}
+
+
+def test_without_tissue_the_patches_are_compared_and_few_slides_are_not():
+    rows = [replace(row, tissue_mm2=None) for row in homogeneous(30)]
+    rows[4] = replace(rows[4], patches=3, seconds=1.0)
+    assert set(find_unusual(rows)) == {4}
+    assert find_unusual(rows[:6]) == {}
+
+
+def test_failures_are_grouped_by_kind():
+    rows = [failing(f"a {k}", "{path} is empty (0 bytes); copy it again") for k in range(5)]
+    rows += [
+        failing(
+            f"b{k}", f"{{path}}: openslide cannot read 512 x 512 px of level 0 at ({k}, {7 * k}): damaged"
+        )
+        for k in range(3)
+    ]
+    rows.append(failing("c", "/out/feats/c.h5 exists, made with another request ('uni', now 'conch')"))
+    rows.append(failing("d", "/out/feats/d.h5 exists, made with another request ('conch', now 'uni')"))
+    assert group_reasons(rows) == [
+        ("… is empty (0 bytes); copy it again", [0, 1, 2, 3, 4]),
+        ("openslide cannot read 512 x 512 px of level 0 at (…, …): damaged", [5, 6, 7]),
+        ("… exists, made with another request (…, now …)", [8, 9]),
+    ]
+
+
+def test_slides_come_in_the_order_of_their_numbers():
+    rows = [replace(row, name=name) for row, name in zip(homogeneous(3), ("s10", "S2", "s1"), strict=True)]
+    assert [row.name for row in Cohort.of(rows).slides] == ["s1", "S2", "s10"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.5, "0.5 s"), (119, "119 s"), (600, "10 min"), (7300, "2.03 h"), (604800, "7 days")],
+)
+def test_durations_are_short(seconds, words):
+    assert duration(seconds) == words
+
+
+# --- in a browser -------------------------------------------------------------------------------------
+
+
+class Browser:
+    """Chromium, by its DevTools protocol over a pipe."""
+
+    LAUNCH = (
+        "import os, sys; r, w = map(int, sys.argv[1:3]); os.dup2(r, 3); os.dup2(w, 4); "
+        "os.execv(sys.argv[3], sys.argv[3:])"
+    )
+
+    def __init__(self, profile):
+        answers, theirs_w = os.pipe()
+        theirs_r, orders = os.pipe()
+        flags = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--remote-debugging-pipe",
+        ]
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                self.LAUNCH,
+                str(theirs_r),
+                str(theirs_w),
+                CHROMIUM,
+                *flags,
+                f"--user-data-dir={profile}",
+            ],
+            pass_fds=(theirs_r, theirs_w),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(theirs_r)
+        os.close(theirs_w)
+        self.orders, self.answers = os.fdopen(orders, "wb", 0), os.fdopen(answers, "rb")
+        self.unread, self.events, self.session, self.count = b"", [], {}, 0
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.session = {"sessionId": session}
+        for domain in ("Page", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method, **params):
+        self.count += 1
+        order = {"id": self.count, "method": method, "params": params, **self.session}
+        self.orders.write(json.dumps(order).encode() + b"\0")
+        while (answer := self.read()).get("id") != self.count:
+            self.events.append(answer)
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def read(self):
+        while b"\0" not in self.unread:
+            piece = self.answers.read1(2**20)
+            assert piece, "the browser has gone"
+            self.unread += piece
+        message, _, self.unread = self.unread.partition(b"\0")
+        return json.loads(message)
+
+    def open(self, path):
+        self.events.clear()
+        self.call("Page.navigate", url=path.as_uri())
+        while not any(event["method"] == "Page.loadEventFired" for event in self.events):
+            self.events.append(self.read())
+
+    def run(self, script):
+        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def complaints(self):
+        bad = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
+        return [event for event in self.events if event["method"] in bad]
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        self.orders.close()
+        self.answers.close()
+
+
+@pytest.fixture
+def browser(tmp_path):
+    if CHROMIUM is None:
+        pytest.skip("no chromium is installed")
+    browser = Browser(tmp_path / "profile")
+    yield browser
+    browser.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 400])
+def test_a_browser_sorts_filters_and_does_not_complain(browser, tmp_path, width):
+    rows = homogeneous(30)
+    rows[4] = replace(rows[4], patches=0, tissue_mm2=0.0, name=HOSTILE[0])
+    rows[5] = replace(rows[5], patches=None)
+    rows.append(failing("broken", "{path} is empty (0 bytes)"))
+    for row in rows[2:20]:
+        if "<" not in row.name:
+            overlay(tmp_path, row.name)
+    rows[6] = replace(rows[6], read_errors=3)
+    path = write_report(rows, tmp_path, tmp_path / "report.html", title=HOSTILE[0])
+    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.call("Emulation.setDeviceMetricsOverride", **metrics)
+    browser.open(path)
+    names = "[...document.querySelectorAll('#slides tbody tr:not([hidden]) .name')].map(e => e.textContent)"
+    assert len(browser.run(names)) == 31
+    assert browser.run("document.title") != "x"
+    assert browser.run("Promise.all([...document.images].map(i => i.decode())).then(() => true)")
+    assert browser.run("document.images.length") == 18  # one is shown again
+
+    browser.run("{const s = document.getElementById('sort'); s.value = 3; s.onchange()}")
+    patches = [row.patches for row in sorted(rows, key=lambda r: -(-1 if r.patches is None else r.patches))]
+    texts = "[...document.querySelectorAll('#slides tbody tr')].map(r => r.cells[3].textContent)"
+    assert browser.run(texts) == ["–" if n is None else f"{n:,}" for n in patches]
+    browser.run("document.getElementById('turn').click()")
+    assert browser.run(texts)[0] == "0"
+
+    find = "{const f = document.getElementById('find'); f.focus(); f.value = ''; f.oninput()}"
+    browser.run(find)
+    browser.call("Input.insertText", text="BROKEN empty")
+    assert browser.run(names) == ["broken"]
+    assert browser.run("document.getElementById('shown').textContent") == "1 of 31 slides shown"
+    browser.run(find)
+    browser.run("{const s = document.getElementById('show'); s.value = 'unusual'; s.onchange()}")
+    assert sorted(browser.run(names)) == sorted([HOSTILE[0], "s6"])
+
+    assert browser.run("getComputedStyle(document.querySelector('#slides tbody')).display") == "grid"
+    browser.run("document.querySelector('[data-view=table]').click()")
+    assert (
+        browser.run("getComputedStyle(document.querySelector('#slides tbody')).display") == "table-row-group"
+    )
+    browser.run("document.querySelector('th [data-column=\"6\"]').click()")
+    assert browser.run("document.querySelector('th[aria-sort]').textContent") == "Read errors"
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    assert browser.complaints() == []
