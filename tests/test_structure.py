@@ -99,7 +99,13 @@ def test_no_text_names_an_install_that_cannot_work():
     """The package is on no index: it and its extras are installed from a clone."""
     root = PACKAGE.parent
     texts = [p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".html", ".js")]
-    for path in [*texts, *root.glob("examples/*.py"), *root.glob("weights/**/*.md"), root / "README.md"]:
+    for path in [
+        *texts,
+        *root.glob("examples/*.py"),
+        *root.glob("weights/**/*.md"),
+        *root.glob("*/README.md"),
+        root / "README.md",
+    ]:
         for command in re.findall(r"pip install [^\n`&;#]*", path.read_text(encoding="utf-8")):
             assert not re.search(r"seal[-_]extract\b", command), (path.name, command)
 
