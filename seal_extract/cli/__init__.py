@@ -15,8 +15,8 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from seal_extract.cli import bench, encoders, evaluate, genes, report, search, spots, train, verify, view
-from seal_extract.cli.fail import fail, say
 from seal_extract.cli.slide_options import slides_parser
+from seal_extract.cli.terminal import echo, fail
 from seal_extract.errors import SealExtractError, UsageError
 
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
@@ -88,7 +88,7 @@ def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: object
 ) -> None:
     """A warning is for the user of the command, who does not care which of our lines it came from."""
-    say(f"seal-extract: {message}", error=True)
+    echo(f"seal-extract: {message}", error=True)
 
 
 def _one_line(exc: BaseException) -> str:

@@ -8,8 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seal_extract.cli.fail import passing_line, say
 from seal_extract.cli.options import Parser, add_common, add_precision, add_slide_mpp, mpp
+from seal_extract.cli.terminal import echo, progress_line
 from seal_extract.errors import UsageError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     choices = {f.name: getattr(args, f.name) for f in fields(ExtractOptions) if hasattr(args, f.name)}
     options = BenchOptions(args.patches, args.repeats, args.against == "openslide", args.size_px)
     run = ExtractOptions(**choices)
-    tell = passing_line(args.quiet)
+    tell = progress_line(args.quiet)
     try:
         report = bench(
             args.slides,
@@ -73,9 +73,9 @@ def run(args: argparse.Namespace) -> int:
         tell("")
     text = json.dumps(report.to_json(), indent=1, default=str)
     if args.json is None:
-        say(*report.lines())
+        echo(*report.lines())
     elif file is None:
-        say(*text.split("\n"))
+        echo(*text.split("\n"))
     else:
         _write(file, text)
     return 0
@@ -100,7 +100,7 @@ def _write(file: Path, text: str) -> None:
 
     with publish(file) as part:
         part.write_text(text + "\n", encoding="utf-8")
-    say(f"figures -> {file}")
+    echo(f"figures -> {file}")
 
 
 def _encoder(args: argparse.Namespace) -> Encoder:

@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seal_extract.cli.fail import fail, say
 from seal_extract.cli.options import Parser, add_common, add_slide_mpp
 from seal_extract.cli.slides import embed
+from seal_extract.cli.terminal import echo, fail
 from seal_extract.errors import MissingOnHubError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def run_table(args: argparse.Namespace) -> int:
         rows.append((*facts, _yes(layout is not None and layout.gated), _pin(layout), s.page, s.licence))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        say("  ".join(map(str.ljust, row, widths)).rstrip())
+        echo("  ".join(map(str.ljust, row, widths)).rstrip())
     return 0
 
 
@@ -83,7 +83,7 @@ def run_download(args: argparse.Namespace) -> int:
         encoder = load_encoder(name, revision=args.revision, device="cpu")
         files = [*encoder.weights, *_expression_half(encoder, name, args.revision)]
         for file in files:
-            say(f"{name}: {file.file} of {file.source}, {file.size / 1e9:.2f} GB, complete")
+            echo(f"{name}: {file.file} of {file.source}, {file.size / 1e9:.2f} GB, complete")
     return 0
 
 
@@ -97,7 +97,7 @@ def _expression_half(encoder: Encoder, name: str, revision: str | None) -> list[
     try:
         weights = load_omics(name, revision=revision).weights
     except MissingOnHubError as exc:
-        say(f"{name}: without the expression encoder, which embeddings do not need: {exc}")
+        echo(f"{name}: without the expression encoder, which embeddings do not need: {exc}")
         return []
     return [weights] if weights else []
 
@@ -132,7 +132,7 @@ def run_doctor(args: argparse.Namespace) -> int:
         where = {"checkpoint": args.checkpoint, "adapter": args.adapter, "revision": args.revision}
         encoder = EncoderRequest(args.encoder, **where, device="cpu", offline=args.offline)
     for finding in examine(args.slide, **mpps, encoder=encoder, offline=args.offline):
-        say(finding)
+        echo(finding)
         failed += finding.state == "FAILS"
     return fail(f"{failed} of the things above fail", 1) if failed else 0
 
@@ -165,15 +165,15 @@ def run_demo(args: argparse.Namespace) -> int:
     from seal_extract.run.options import ExtractOptions
     from seal_extract.slides.listing import list_slides
 
-    say(f"encoder  {args.out / 'encoder'} (random weights: for trying, never for science)")
+    echo(f"encoder  {args.out / 'encoder'} (random weights: for trying, never for science)")
     encoder = write_untrained_encoder(args.out / "encoder")
     slide = args.slide or write_demo_slide(args.out)
-    say(f"slide    {slide}")
+    echo(f"slide    {slide}")
     options = ExtractOptions(overwrite=True, slide_mpp=args.slide_mpp, override_mpp=args.override_mpp)
     run = argparse.Namespace(**vars(args) | {"out": args.out / "out"} | ONE_SLIDE)
     status = embed(list_slides([slide]), [EncoderRequest(encoder)], options, run)
     if not status:
         layout = open_layout(options.layout, args.out / "out", options.patch_px, options.mpp, 0)
         grid = grid_name(options.patch_px, options.mpp, options.overlap_px)
-        say(f"look at  {layout.overlay(slide.stem, grid)}")
+        echo(f"look at  {layout.overlay(slide.stem, grid)}")
     return status

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seal_extract.cli.fail import passing_line, say
 from seal_extract.cli.options import Parser, add_common, add_precision, mpp
+from seal_extract.cli.terminal import echo, progress_line
 
 if TYPE_CHECKING:
     from seal_extract.encoders.request import EncoderRequest
@@ -64,14 +64,14 @@ def run(args: argparse.Namespace) -> int:
     encoder = _request(args.encoder, args)
     base = None if args.base is None else _request(args.base, args)
     sections = _sections(args.sections)
-    tell = passing_line(args.quiet)
+    tell = progress_line(args.quiet)
     try:
         found = evaluate(sections, encoder, base, options=options, say=tell)
     finally:
         tell("")
-    say(*found.to_markdown().split("\n"))
+    echo(*found.to_markdown().split("\n"))
     for file in found.write(args.out, overwrite=args.overwrite):
-        say(f"-> {file}")
+        echo(f"-> {file}")
     return 0
 
 

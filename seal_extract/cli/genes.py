@@ -8,9 +8,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seal_extract.cli.fail import fail, say
 from seal_extract.cli.gene_files import FORMS, write_forms
 from seal_extract.cli.options import Parser, add_common
+from seal_extract.cli.terminal import echo, fail
 from seal_extract.errors import OutputError, SealExtractError, UsageError
 
 if TYPE_CHECKING:
@@ -91,14 +91,14 @@ def run(args: argparse.Namespace) -> int:
     columns = _columns(args, decoder)
     signatures = [read_signature(text) for text in args.signature]
     for signature in signatures:
-        say(signature.told(decoder))
+        echo(signature.told(decoder))
     slides, damaged = sound_features(slides, damaged)
     fitted = fit_signatures(slides, decoder, signatures) if signatures else []
     wanted = [Contents.of(slide, decoder, columns, fitted) for slide in slides]
     failed = len(damaged)
     for slide, asked in zip(slides, wanted, strict=True):
         try:
-            say(f"{slide.path.stem}: {write_forms(slide, decoder, asked, forms, args)}")
+            echo(f"{slide.path.stem}: {write_forms(slide, decoder, asked, forms, args)}")
         except SealExtractError as exc:
             failed += 1
             fail(f"{slide.path.stem}: {exc}", 1)
@@ -124,7 +124,7 @@ def _list(args: argparse.Namespace) -> int:
             f"none of the {decoder.n_genes} genes of {decoder.name} is like {args.genes}; type for example "
             f"--genes '*{wanted[0].strip('*')[:3]}*'"
         )
-    say(*found)
+    echo(*found)
     return 0
 
 
@@ -238,7 +238,7 @@ def _forms(args: argparse.Namespace) -> list[str]:
 def _columns(args: argparse.Namespace, decoder: GeneDecoder) -> list[int]:
     if args.all:
         if decoder.genes is None:
-            say(
+            echo(
                 f"seal-extract: the {decoder.n_genes} columns of {decoder.name} have no names, for nobody "
                 "has published them; give --panel genes.txt if you have them",
                 error=True,

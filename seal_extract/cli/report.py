@@ -8,7 +8,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seal_extract.cli.fail import fail, say
 from seal_extract.cli.genes import (
     add_decoder,
     add_slides,
@@ -18,6 +17,7 @@ from seal_extract.cli.genes import (
     sound_features,
 )
 from seal_extract.cli.options import Parser, add_common
+from seal_extract.cli.terminal import echo, fail
 from seal_extract.errors import EncoderError, SealExtractError, UsageError
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def run_report(args: argparse.Namespace) -> int:
     failed = len(damaged)
     for slide in slides:
         try:
-            say(f"{slide.path.stem}: {_one(slide, wanted, args)}")
+            echo(f"{slide.path.stem}: {_one(slide, wanted, args)}")
         except SealExtractError as exc:
             failed += 1
             fail(f"{slide.path.stem}: {exc}", 1)
@@ -131,4 +131,4 @@ def _decoder(args: argparse.Namespace, slides: Sequence[SlideFeatures]) -> GeneD
 
 
 def _tell(line: str) -> None:
-    say(f"seal-extract: {line}", error=True)
+    echo(f"seal-extract: {line}", error=True)

@@ -9,10 +9,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seal_extract.cli.fail import say
-from seal_extract.cli.found import open_results, query_of, short_names, write_found, write_genes
 from seal_extract.cli.genes import add_decoder, add_slides, decoder_for, finished_features, sound_features
 from seal_extract.cli.options import Parser, add_common, mpp
+from seal_extract.cli.search_results import open_results, query_of, short_names, write_found, write_genes
+from seal_extract.cli.terminal import echo
 from seal_extract.errors import UsageError
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _find(slides: list[SlideFeatures], index: Index | None, args: argparse.Names
             signature = Signature(args.gene, {args.gene: 1.0})
         else:
             signature = read_signature(args.signature)
-            say(signature.told(decoder))
+            echo(signature.told(decoder))
         return search_expression(slides, decoder, signature, args.k, per_slide=args.per_slide)
     if args.per_slide is not None:
         raise UsageError("--per-slide goes with --gene and --signature; leave it out")
@@ -153,7 +153,7 @@ def _query_of_profile(
             slide.provenance, encoder=args.encoder, checkpoint=args.checkpoint, offline=args.offline
         )
     known = sum(gene in counts for gene in omics.genes or ())
-    say(f"{args.profile.name}: {known} of the {omics.n_genes} genes of {omics.name}; the others count as 0")
+    echo(f"{args.profile.name}: {known} of the {omics.n_genes} genes of {omics.name}; the others count as 0")
     return embedding, project
 
 
@@ -235,7 +235,7 @@ def _index(slides: list[SlideFeatures], args: argparse.Namespace) -> Index:
             "--index build is of a whole run, for it drops what it is not given; give the run's -o"
         )
     index = build(slides, folder)
-    say(f"{index.changes} -> {folder}")
+    echo(f"{index.changes} -> {folder}")
     return index
 
 
@@ -265,7 +265,7 @@ def _genes_of_region(slide: SlideFeatures, args: argparse.Namespace) -> None:
     on_tissue = (
         "unknown, for its outline is not beside the features" if tissue is None else f"{tissue:.4g} mm²"
     )
-    say(
+    echo(
         f"{found.patches} of {len(slide.grid)} patches inside; area of the region {area:.4g} mm², "
         f"of the tissue in it {on_tissue}; {found.permutations} draws; q: Benjamini-Hochberg over "
         f"{len(found.genes)} genes"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seal_extract.cli.fail import fail
+from seal_extract.cli.terminal import fail
 from seal_extract.errors import OutputError, SealExtractError, UsageError
 
 if TYPE_CHECKING:

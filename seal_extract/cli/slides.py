@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seal_extract.cli.events import Events
-from seal_extract.cli.fail import fail, say
+from seal_extract.cli.progress import Events
+from seal_extract.cli.terminal import echo, fail
 from seal_extract.errors import SealExtractError, UnexpectedError, UsageError
 from seal_extract.names import shown
 
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from seal_extract.slides.listing import list_slides
 
     if args.patches:
-        from seal_extract.cli.patches import run_patches
+        from seal_extract.cli.patch_images import run_patches
         from seal_extract.cli.slide_options import slides_parser
 
         return run_patches(args, slides_parser())
@@ -61,11 +61,11 @@ def _options(args: argparse.Namespace) -> ExtractOptions:
 def _tell_ignored(slides: SlideList, verbose: bool) -> None:
     if verbose:
         for path, reason in slides.ignored:
-            say(f"{path}: ignored, {reason}")
+            echo(f"{path}: ignored, {reason}")
     elif slides.ignored:
         kinds = Counter(reason for _, reason in slides.ignored).most_common(3)
         named = ", ".join(f"{count} x {reason}" for reason, count in kinds)
-        say(f"{len(slides.ignored)} files ignored ({named}); --verbose lists them")
+        echo(f"{len(slides.ignored)} files ignored ({named}); --verbose lists them")
 
 
 def shard(text: str) -> tuple[int, int]:
@@ -87,13 +87,13 @@ def _run_dry(slides: SlideList, options: ExtractOptions, debug: bool) -> int:
     from seal_extract.run.planner import plan_within
     from seal_extract.run.staging import open_by_itself
 
-    say(_row(DRY_HEAD))
+    echo(_row(DRY_HEAD))
     failed = 0
     for entry in slides.entries:
         try:
             with open_by_itself(entry, options) as slide:
                 plan = plan_within(slide, entry, options.for_entry(entry))
-                say(_row(_dry_cells(plan)))
+                echo(_row(_dry_cells(plan)))
         except Exception as exc:
             failed += 1
             _tell_failure(entry.blame(exc), debug)
@@ -103,7 +103,7 @@ def _run_dry(slides: SlideList, options: ExtractOptions, debug: bool) -> int:
 def _tell_failure(error: SealExtractError, debug: bool) -> None:
     fail(f"FAILED {error}", 1)
     if debug and isinstance(error, UnexpectedError):
-        say(*error.details.splitlines(), error=True)
+        echo(*error.details.splitlines(), error=True)
 
 
 DRY_HEAD = ("slide", "px", "µm/px", "source", "read", "patch", "level-0", "tissue", "patches")
@@ -139,7 +139,7 @@ def requests(args: argparse.Namespace) -> list[EncoderRequest]:
 
     if args.encoder is None:
         args.encoder = DEFAULT
-        say(f"seal-extract: {WHAT_DEFAULT_IS}", error=True)
+        echo(f"seal-extract: {WHAT_DEFAULT_IS}", error=True)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are told in our one line
     asked: list[str] = [args.encoder] if Path(args.encoder).exists() else args.encoder.split(",")
     if len(asked) > 1 and (args.checkpoint or args.adapter or args.revision):
@@ -177,7 +177,7 @@ def embed(
             bars.next_slide()
             events.tell_result(result)
             for line in _lines(result):
-                say(line)
+                echo(line)
             if result.error is not None:
                 _tell_failure(result.error, args.debug)
             for said in levels.lines(result):
@@ -185,7 +185,7 @@ def embed(
                 if isinstance(said, SealExtractError):
                     fail(f"FAILED {said}", 1)
                 else:
-                    say(said)
+                    echo(said)
 
         try:
             report = extract_cohort(
@@ -237,7 +237,7 @@ def _close(report: CohortReport, args: argparse.Namespace, title: str) -> int:
             report.status.stem.replace("status", "report") + ".html"
         )
         write_report(report.rows, args.out, page, title=title, seconds=report.seconds)
-        say(f"{len(report.done)} of {slides} slides done, {report.seconds:.0f} s: {report.status}, {page}")
+        echo(f"{len(report.done)} of {slides} slides done, {report.seconds:.0f} s: {report.status}, {page}")
     return _status(len(report.failed), slides)
 
 

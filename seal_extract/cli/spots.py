@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seal_extract.cli.fail import fail, say
 from seal_extract.cli.options import Parser, add_common, add_precision, mpp
+from seal_extract.cli.terminal import echo, fail
 from seal_extract.errors import CheckpointError, SealExtractError, UsageError
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
             fail(f"FAILED {exc}", 1)
             continue
         both = "image and expression" if omics is not None else "image"
-        say(f"{section.name}: {both} embeddings by {encoder.spec.name} -> {path}")
+        echo(f"{section.name}: {both} embeddings by {encoder.spec.name} -> {path}")
     return 1 if failed else 0
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from seal_extract.cli.fail import say
 from seal_extract.cli.options import Parser, add_common
+from seal_extract.cli.terminal import echo
 
 
 def train_parser() -> argparse.ArgumentParser:
@@ -32,10 +32,10 @@ def run_train(args: argparse.Namespace) -> int:
     config = read_config(args.config)
     if args.check:
         check(config)
-        say(config)
+        echo(config)
         return 0
     from seal_extract.train.run import run
 
-    trained = run(config, tell=lambda line: None if args.quiet else say(line))
-    say(f"use it with  seal-extract slide.svs --encoder {trained.path}")
+    trained = run(config, tell=lambda line: None if args.quiet else echo(line))
+    echo(f"use it with  seal-extract slide.svs --encoder {trained.path}")
     return 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from seal_extract.cli.fail import fail, say
 from seal_extract.cli.options import Parser, add_common
+from seal_extract.cli.terminal import echo, fail
 
 
 def verify_parser() -> argparse.ArgumentParser:
@@ -35,11 +35,11 @@ def run_verify(args: argparse.Namespace) -> int:
     files, consumer = files_for(args.folder, args.consumer), args.consumer
     findings = verify(args.folder, consumer)
     for finding in findings:
-        say(finding)
+        echo(finding)
     short = {f.path for f in findings if not f.is_warning}
     if short:
         return fail(f"not as {consumer} takes them: {len(short)} of {len(files)} files", 1)
-    say(f"as {consumer} takes them: {len(files)} of {len(files)} files")
+    echo(f"as {consumer} takes them: {len(files)} of {len(files)} files")
     return 0
 
 
@@ -77,7 +77,7 @@ def run_export(args: argparse.Namespace) -> int:
     for exported in export(args.folder, args.layout, args.out, overwrite=args.overwrite, slides=args.slides):
         total += 1
         if exported.error is None:
-            say(exported)
+            echo(exported)
         else:
             failed += 1
             fail(str(exported), 1)

@@ -10,8 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from seal_extract.cli.fail import say
 from seal_extract.cli.options import Parser, add_common
+from seal_extract.cli.terminal import echo
 
 if TYPE_CHECKING:
     from seal_extract.genes.decoder import GeneDecoder
@@ -62,16 +62,16 @@ def run_view(args: argparse.Namespace) -> int:
         moved = sum(s.problem is not None for s in collection.slides if s.features is not None)
         if moved:
             said = "1 slide is not where it was" if moved == 1 else f"{moved} slides are not where they were"
-            say(f"seal-extract: {said}; type --slides FOLDER", error=True)
+            echo(f"seal-extract: {said}; type --slides FOLDER", error=True)
         with suppress(KeyboardInterrupt):
             announce = partial(_announce, address, len(collection.slides), args, Path(private))
             serve(gallery, sock, token, announce, debug=args.debug)
-    say("stopped")
+    echo("stopped")
     return 0
 
 
 def _announce(address: str, slides: int, args: argparse.Namespace, private: Path) -> None:
-    say(f"{slides} slide{'s' * (slides != 1)} of {args.out} at {address} (Ctrl-C ends it)")
+    echo(f"{slides} slide{'s' * (slides != 1)} of {args.out} at {address} (Ctrl-C ends it)")
     if not args.no_browser:
         import webbrowser
 

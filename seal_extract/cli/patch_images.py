@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from seal_extract.cli.fail import fail, say
+from seal_extract.cli.terminal import echo, fail
 from seal_extract.errors import SealExtractError, UsageError
 
 # what has a meaning for patches that are cut already
@@ -60,7 +60,7 @@ def run_patches(args: argparse.Namespace, parser: argparse.ArgumentParser) -> in
                     continue
             slide, grid = made.provenance["slide"], made.grid
             before = "" if told else ", finished before"
-            say(
+            echo(
                 f"{path.name}: {len(grid)} ready-cut patches by {encoder.spec.name}, {grid.patch_px} px at "
                 f"{grid.mpp:.4g} µm/px by {slide['mpp_source']}{before} -> {made.path}",
             )

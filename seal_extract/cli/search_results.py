@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seal_extract.cli.fail import fail, say
+from seal_extract.cli.terminal import echo, fail
 from seal_extract.errors import OutputError, SealExtractError
 from seal_extract.names import cell
 from seal_extract.publish import publish, writing
@@ -120,7 +120,7 @@ def write_found(
 
     for rank, one in enumerate(found[:SHOWN], 1):
         x, y = one.xy_l0
-        say(f"{rank:3}  {one.score:8.4f}  {names[one.slide.path]}  ({x}, {y})")
+        echo(f"{rank:3}  {one.score:8.4f}  {names[one.slide.path]}  ({x}, {y})")
     head = ("rank", "slide", "row", "x_l0", "y_l0", "patch_size_l0", "score")
     rows = [
         (rank, names[one.slide.path], one.row, *one.xy_l0, one.slide.grid.patch_size_l0, f"{one.score:.6g}")
@@ -128,7 +128,7 @@ def write_found(
     ]
     _table(out / "found.csv", head, rows)
     _write_tiles(found, names, out)
-    say(_more(len(found), "patches", out))
+    echo(_more(len(found), "patches", out))
     try:
         draw_contact_sheet(found, out / "contact_sheet.png", slides=slides, names=names, **sheet)
     except SealExtractError as exc:
@@ -171,13 +171,13 @@ def write_genes(found: RegionGenes, out: Path) -> None:
         "p_pieces": found.p_pieces,
         "q_pieces": found.q_pieces,
     }
-    say(" ".join([f"{'gene':16}", *(f"{name:>12}" for name in columns)]))
+    echo(" ".join([f"{'gene':16}", *(f"{name:>12}" for name in columns)]))
     for i, gene in enumerate(found.genes[:SHOWN]):
-        say(" ".join([f"{gene:16}", *(f"{values[i]:12.3g}" for values in columns.values())]))
+        echo(" ".join([f"{gene:16}", *(f"{values[i]:12.3g}" for values in columns.values())]))
     rows = zip(*columns.values(), strict=True)
     table = [(gene, *(f"{v:.6g}" for v in row)) for gene, row in zip(found.genes, rows, strict=True)]
     _table(out / "genes.csv", ("gene", *columns), table)
-    say(_more(len(found.genes), "genes", out / "genes.csv"))
+    echo(_more(len(found.genes), "genes", out / "genes.csv"))
 
 
 def _table(path: Path, head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from seal_extract.names import shown
 
 
-def say(*lines: object, error: bool = False) -> None:
+def echo(*lines: object, error: bool = False) -> None:
     """Print lines on standard output, or standard error, at once; see `shown`."""
     stream = sys.stderr if error else sys.stdout
     for line in lines:
@@ -23,7 +23,7 @@ def say(*lines: object, error: bool = False) -> None:
                 fail(f"standard output can no longer be written ({exc.strerror}); the run goes on", 1)
 
 
-def passing_line(quiet: bool) -> Callable[[str], None]:
+def progress_line(quiet: bool) -> Callable[[str], None]:
     """Says what is being done, in a line that the next replaces; nothing where there is no terminal."""
     if quiet or not sys.stderr.isatty():
         return lambda what: None
@@ -32,5 +32,5 @@ def passing_line(quiet: bool) -> Callable[[str], None]:
 
 def fail(message: str, status: int) -> int:
     """Print the message on standard error; the exit status is handed through."""
-    say(f"seal-extract: {message}", error=True)
+    echo(f"seal-extract: {message}", error=True)
     return status

@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from seal_extract.cli.fail import fail
+from seal_extract.cli.terminal import fail
 from seal_extract.errors import OutputError, SealExtractError, UnexpectedError
 from seal_extract.names import shown
 
