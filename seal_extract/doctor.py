@@ -181,8 +181,8 @@ def _slide(path: Path, slide_mpp: float | None, override_mpp: float | None) -> t
     from dataclasses import replace
 
     from seal_extract.demo import untrained_encoder
-    from seal_extract.patches.decode import open_decoder
     from seal_extract.patches.stream import stream_batches
+    from seal_extract.patches.tiles import open_patch_reader
     from seal_extract.run.options import ExtractOptions, plan_slide
     from seal_extract.slides.listing import SlideEntry
     from seal_extract.slides.mpp import open_entry
@@ -191,6 +191,6 @@ def _slide(path: Path, slide_mpp: float | None, override_mpp: float | None) -> t
         plan = plan_slide(slide, ExtractOptions(allow_upsampling=True))
         encoder = untrained_encoder()
         few = replace(plan.grid, xy_l0=plan.grid.xy_l0[:8])
-        stream = stream_batches([open_decoder(slide, few, encoder.device)], 8, device=encoder.device)
+        stream = stream_batches([open_patch_reader(slide, few, encoder.device)], 8, device=encoder.device)
         shapes = [list(encoder.encode(batch.patches).shape) for batch in stream]
         return "ok", f"{slide}, {plan.grid}, first batch encoded: {shapes[0] if shapes else 'no tissue'}"

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from seal_extract.demo import UNTRAINED
 from seal_extract.encoders.encoder import Encoder
-from seal_extract.patches.decode import Decoder
 from seal_extract.patches.grid import PatchGrid, level_to_read
+from seal_extract.patches.regions import PatchReader
 from seal_extract.slides.slide import Slide
 
 PRIME = 1_000_003
@@ -137,7 +137,7 @@ class Damage:
         return self.path
 
 
-def read(decoder: Decoder, rows: range | None = None) -> NDArray[np.uint8]:
+def read(decoder: PatchReader, rows: range | None = None) -> NDArray[np.uint8]:
     """uint8 [N, S, S, 3] as the decoder gives it."""
     decoded = decoder.read(rows or range(len(decoder.grid)))
     assert not decoded.unreadable

@@ -15,9 +15,9 @@ from torch import Tensor
 from seal_extract.bench.measure import Ratio, Stage, Timing, each, reading_threads, take_turns, timed
 from seal_extract.bench.sample import Sample
 from seal_extract.errors import UsageError
-from seal_extract.patches.decode import TileDecoder
 from seal_extract.patches.stream import stream_batches
 from seal_extract.patches.tiled import TiledLevel, open_level
+from seal_extract.patches.tiles import TileReader
 
 HELD_BYTES = 64 * 2**20  # of decoded regions that are resampled again and again
 OURS, CLASSIC, ONE_THREAD = "reading", "OpenSlide + PIL", "reading by one thread"
@@ -122,7 +122,7 @@ def _decoder_facts(sample: Sample) -> tuple[str, list[Tensor]]:
 def _read_alone(sample: Sample, workers: int, repeats: int, say: Say) -> Stage:
     decoder = sample.decoder()
     decoder.close()
-    if not isinstance(decoder, TileDecoder):
+    if not isinstance(decoder, TileReader):
         does = "part of decode: the slide's reader reads and decodes in one"
         return Stage(does, len(sample.grid), workers)
     level = open_level(sample.slide, sample.grid.level)

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from seal_extract.errors import GeometryError
-from seal_extract.patches.decode import Decoder, Finish, RegionDecoder, TileDecoder, open_decoder
 from seal_extract.patches.grid import PatchGrid
+from seal_extract.patches.regions import PatchReader, RegionReader, Resampling
 from seal_extract.patches.stream import JOB_BYTES, ROWS_PER_JOB
 from seal_extract.patches.tiled import Unsuitable
+from seal_extract.patches.tiles import TileReader, open_patch_reader
 from seal_extract.run.options import ExtractOptions, plan_slide
 from seal_extract.slides.listing import SlideEntry
 from seal_extract.slides.mpp import open_entry
@@ -47,9 +48,9 @@ class Sample:
         """Whether it is all patches of the slide."""
         return len(self.grid) == self.in_grid
 
-    def decoder(self) -> Decoder:
+    def decoder(self) -> PatchReader:
         """As a run opens it; each reads the patches once."""
-        return open_decoder(
+        return open_patch_reader(
             self.slide,
             self.grid,
             self.device,
@@ -57,11 +58,11 @@ class Sample:
             fast=self.options.fast_decode,
         )
 
-    def region_decoder(self) -> Decoder:
-        """One that hands over regions as they were decoded, for `Decoder.to_patches`."""
+    def region_decoder(self) -> PatchReader:
+        """One that hands over regions as they were decoded, for `PatchReader.to_patches`."""
         return self._decoder(early=False)
 
-    def decoder_alone(self) -> Decoder:
+    def decoder_alone(self) -> PatchReader:
         """One that decodes as a run's does, and does not resample.
 
         Where a run resamples in the reading threads, it decodes into memory that is used again and again. To
@@ -73,17 +74,17 @@ class Sample:
         decoder.close()
         return self._decoder(early=True, patch_px=decoder.side_px)
 
-    def _decoder(self, early: bool, patch_px: int | None = None) -> Decoder:
-        finish = Finish(
+    def _decoder(self, early: bool, patch_px: int | None = None) -> PatchReader:
+        finish = Resampling(
             patch_px or self.grid.patch_px,
             self.options.resample,
             early=early,
             pinned=self.device.type == "cuda",
         )
         try:
-            return TileDecoder(self.slide, self.grid, finish, self.options.fast_decode)
+            return TileReader(self.slide, self.grid, finish, self.options.fast_decode)
         except Unsuitable as exc:
-            return RegionDecoder(self.slide, self.grid, finish, str(exc))
+            return RegionReader(self.slide, self.grid, finish, str(exc))
 
     def jobs(self, side_px: int) -> list[range]:
         """The grid rows that threads read at a time, as `stream_batches` divides them."""

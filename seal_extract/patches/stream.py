@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from seal_extract.errors import ReadError
-from seal_extract.patches.decode import Decoded, Decoder
+from seal_extract.patches.regions import HostPixels, PatchReader
 
 ROWS_PER_JOB = 8  # patches a thread reads at a time: large enough that handing over costs nothing
 JOB_BYTES = 32 * 2**20  # fewer where patches are huge
@@ -56,38 +56,38 @@ class _Job:
     """Consecutive rows of one slide, for one thread."""
 
     slide: int
-    decoder: Decoder
+    reader: PatchReader
     rows: range
-    pixels: Future[Decoded]
+    pixels: Future[HostPixels]
 
     @property
     def bytes(self) -> int:
-        return len(self.rows) * 3 * self.decoder.side_px**2
+        return len(self.rows) * 3 * self.reader.side_px**2
 
     @property
     def is_last(self) -> bool:
-        return self.rows.stop == len(self.decoder.grid)
+        return self.rows.stop == len(self.reader.grid)
 
 
 _Done = tuple[_Job, Tensor, dict[int, str]]  # its patches, and why some are unreadable
 
 
 def stream_batches(
-    decoders: Iterable[Decoder],
+    readers: Iterable[PatchReader],
     batch_size: int,
     *,
     device: torch.device | str = "cpu",
     workers: int | None = None,
     max_read_errors: int = 0,
 ) -> Generator[PatchBatch, None, None]:
-    """Decode the grids of ``decoders`` one after the other into batches of exactly ``batch_size``.
+    """Read the grids of ``readers`` one after the other into batches of exactly ``batch_size``.
 
     Batches cross slide borders while the patch size stays the same; only the last of a size may be smaller.
-    Order does not depend on ``workers``. Decoders are taken from the iterable as their turn comes near, and
+    Order does not depend on ``workers``. Readers are taken from the iterable as their turn comes near, and
     closed when their last patch is read.
 
     Args:
-        decoders: one per slide.
+        readers: one per slide.
         batch_size: patches per batch.
         device: where patches are resampled and handed out.
         workers: reading threads; all cores by default.
@@ -97,14 +97,14 @@ def stream_batches(
         ReadError: a slide has failed, as soon as its turn has come.
     """
     stream = stream_ready(
-        decoders, batch_size, device=device, workers=workers, max_read_errors=max_read_errors
+        readers, batch_size, device=device, workers=workers, max_read_errors=max_read_errors
     )
     with closing(stream):
         yield from (batch for batch in stream if batch is not None)
 
 
 def stream_ready(
-    decoders: Iterable[Decoder | None],
+    readers: Iterable[PatchReader | None],
     batch_size: int,
     *,
     device: torch.device | str = "cpu",
@@ -116,7 +116,7 @@ def stream_ready(
     """`stream_batches` that never waits for a slide to be opened, nor ends with the first that fails.
 
     Args:
-        decoders: one per slide; None as long as the next one is not ready. What was read until then is handed
+        readers: one per slide; None as long as the next one is not ready. What was read until then is handed
             out as a smaller batch, and then None again and again.
         batch_size: patches per batch.
         device: where patches are resampled and handed out.
@@ -134,7 +134,7 @@ def stream_ready(
     threads = torch.get_num_threads()
     stream = _Stream(pool, workers, device, max_read_errors, on_failure, on_read or (lambda _: None))
     try:
-        for batch in _collect(stream.decoded(decoders), batch_size):
+        for batch in _collect(stream.decoded(readers), batch_size):
             if batch is None:
                 sleep(POLL_S)
             yield batch
@@ -172,9 +172,9 @@ class _Stream:
         self._errors: dict[int, int] = {}  # unreadable patches of each slide
         self._failed: set[int] = set()
 
-    def decoded(self, decoders: Iterable[Decoder | None]) -> Iterator[_Done | None]:
+    def decoded(self, readers: Iterable[PatchReader | None]) -> Iterator[_Done | None]:
         """Jobs in order, and None whenever there is nothing to do."""
-        jobs = self._jobs(decoders)
+        jobs = self._jobs(readers)
         waiting: deque[_Job] = deque()
         more = True
         while more or waiting:
@@ -195,29 +195,29 @@ class _Stream:
             job = waiting.popleft()
             done = self._result(job)
             if job.is_last or (job.slide in self._failed and all(w.slide != job.slide for w in waiting)):
-                self._close(job.slide, job.decoder)
+                self._close(job.slide, job.reader)
             if done is not None:
                 yield done
 
-    def _jobs(self, decoders: Iterable[Decoder | None]) -> Iterator[_Job | None]:
+    def _jobs(self, readers: Iterable[PatchReader | None]) -> Iterator[_Job | None]:
         slide = -1
-        for decoder in decoders:
-            if decoder is None:
+        for reader in readers:
+            if reader is None:
                 yield None
                 continue
             slide += 1
-            rows = len(decoder.grid)
-            step = max(1, min(ROWS_PER_JOB, JOB_BYTES // (3 * decoder.side_px**2)))
+            rows = len(reader.grid)
+            step = max(1, min(ROWS_PER_JOB, JOB_BYTES // (3 * reader.side_px**2)))
             for start in range(0, rows, step):
                 if slide in self._failed:
                     break
                 part = range(start, min(start + step, rows))
-                yield _Job(slide, decoder, part, self._pool.submit(decoder.read, part))
+                yield _Job(slide, reader, part, self._pool.submit(reader.read, part))
             if not rows:
-                self._close(slide, decoder)
+                self._close(slide, reader)
 
-    def _close(self, slide: int, decoder: Decoder) -> None:
-        decoder.close()
+    def _close(self, slide: int, reader: PatchReader) -> None:
+        reader.close()
         self._on_read(slide)
 
     def _has_room(self, waiting: deque[_Job]) -> bool:
@@ -235,8 +235,8 @@ class _Stream:
             if job.slide in self._failed:
                 return None
             self._count(job, decoded)
-            return job, self._upload(job.decoder, decoded.pixels), dict(decoded.unreadable)
-        except Exception as exc:  # whatever a damaged slide leads a decoder to
+            return job, self._upload(job.reader, decoded.pixels), dict(decoded.unreadable)
+        except Exception as exc:  # whatever a damaged slide leads a reader to
             if self._on_failure is None:
                 raise
             if job.slide not in self._failed:
@@ -244,7 +244,7 @@ class _Stream:
                 self._on_failure(job.slide, exc)
         return None
 
-    def _count(self, job: _Job, decoded: Decoded) -> None:
+    def _count(self, job: _Job, decoded: HostPixels) -> None:
         errors = self._errors[job.slide] = self._errors.get(job.slide, 0) + len(decoded.unreadable)
         if errors > self._max_read_errors:
             first = next(iter(decoded.unreadable.values()))
@@ -263,11 +263,11 @@ class _Upload:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
-    def __call__(self, decoder: Decoder, pixels: Tensor) -> Tensor:
+    def __call__(self, reader: PatchReader, pixels: Tensor) -> Tensor:
         if self._stream is None:
-            return decoder.to_patches(pixels.to(self._device))
+            return reader.to_patches(pixels.to(self._device))
         with torch.cuda.stream(self._stream):
-            patches = decoder.to_patches(pixels.to(self._device, non_blocking=True))
+            patches = reader.to_patches(pixels.to(self._device, non_blocking=True))
         computing = torch.cuda.current_stream(self._device)
         computing.wait_stream(self._stream)
         patches.record_stream(computing)

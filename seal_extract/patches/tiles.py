@@ -3,24 +3,109 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from seal_extract.errors import ReadError
 from seal_extract.patches.codecs import REDUCTIONS, TileError, copy_rgb, shrink
-from seal_extract.patches.decoder import Decoded, Finish
 from seal_extract.patches.grid import PatchGrid
-from seal_extract.patches.shared_tiles import Pixels, SharedTiles, Users
+from seal_extract.patches.regions import HostPixels, PatchReader, RegionReader, Resampling
+from seal_extract.patches.resample import Filter
 from seal_extract.patches.tiled import Unsuitable, open_level, probe, read_tile
 from seal_extract.slides.readers import Array
 from seal_extract.slides.slide import Slide
 
+HELD_BYTES = 512 * 2**20  # of shared tiles; beyond, as for patches in random order, tiles are decoded again
 
-class TileDecoder:
+Users = Mapping[int, list[int]]  # tile -> the patches of a job that it lies under
+Pixels = Array | ReadError  # of a tile: uint8 [h, w, 3], or why it cannot be had
+
+
+@dataclass
+class _Held:
+    pixels: Future[Pixels] = field(default_factory=Future)
+    pins: int = 0  # jobs that may be copying from it
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a job has to do for its tiles.
+
+    Attributes:
+        mine: to decode first, others wait for them.
+        alone: to decode, needed by nobody else.
+        theirs: being decoded, or decoded, elsewhere.
+    """
+
+    mine: dict[int, _Held]
+    alone: list[int]
+    theirs: dict[int, _Held]
+
+    @property
+    def held(self) -> dict[int, _Held]:
+        """All that are shared."""
+        return {**self.mine, **self.theirs}
+
+
+class SharedTiles:
+    """Counts the patches that have still to come for each tile, and keeps those that are needed again."""
+
+    def __init__(self, uses: NDArray[np.int64], shape: tuple[int, int, int]) -> None:
+        self._uses, self._shape = uses, shape
+        self._most = HELD_BYTES // math.prod(shape)
+        self._held: dict[int, _Held] = {}
+        self._spare: list[Array] = []
+        self._lock = threading.Lock()
+
+    def claim(self, users: Users) -> Claim:
+        """Divide the tiles of a job; to be released by the same ``users``."""
+        claim = Claim({}, [], {})
+        with self._lock:
+            for tile, patches in users.items():
+                if tile in self._held:
+                    claim.theirs[tile] = self._held[tile]
+                elif self._uses[tile] > len(patches) and len(self._held) < self._most:
+                    claim.mine[tile] = self._held[tile] = _Held()
+                else:
+                    claim.alone.append(tile)
+            for held in claim.held.values():
+                held.pins += 1
+        return claim
+
+    def release(self, users: Users, claim: Claim) -> None:
+        """The job has copied what it needs, or given up."""
+        for held in claim.mine.values():  # nobody must wait for ever
+            if not held.pixels.done():
+                held.pixels.set_exception(RuntimeError("the thread that decoded this tile has failed"))
+        with self._lock:
+            for held in claim.held.values():
+                held.pins -= 1
+            for tile, patches in users.items():
+                self._uses[tile] -= len(patches)
+                if self._uses[tile] <= 0 and tile in self._held and not self._held[tile].pins:
+                    self._drop(self._held.pop(tile))
+
+    def _drop(self, held: _Held) -> None:
+        if held.pixels.exception() is None and isinstance(room := held.pixels.result(), np.ndarray):
+            self._spare.append(room)
+
+    def room(self) -> Array:
+        """Room for a shared tile; what was used before comes first, as new memory costs page faults."""
+        with self._lock:
+            if self._spare:
+                return self._spare.pop()
+        return np.empty(self._shape, np.uint8)
+
+
+class TileReader:
     """Reads grid rows out of compressed tiles.
 
     Attributes:
@@ -29,7 +114,7 @@ class TileDecoder:
         side_px: of what `read` gives.
     """
 
-    def __init__(self, slide: Slide, grid: PatchGrid, finish: Finish, fast: bool = False) -> None:
+    def __init__(self, slide: Slide, grid: PatchGrid, finish: Resampling, fast: bool = False) -> None:
         """Open the level's tiles and compare a sample with the reader's pixels.
 
         Args:
@@ -63,10 +148,10 @@ class TileDecoder:
         self._tiled.close()
 
     def to_patches(self, pixels: Tensor) -> Tensor:
-        """See `Decoder.to_patches`."""
+        """See `PatchReader.to_patches`."""
         return self._finish.on_device(pixels)
 
-    def read(self, rows: range) -> Decoded:
+    def read(self, rows: range) -> HostPixels:
         """Read grid rows on the host; safe to call from several threads.
 
         A tile that is damaged is tried again through the slide's reader.
@@ -85,7 +170,7 @@ class TileDecoder:
                 self.grid.whiten(region, row, self._slide)
         for row in unreadable:
             regions[row - rows.start] = 0
-        return Decoded(self._finish.in_thread(regions), unreadable)
+        return HostPixels(self._finish.in_thread(regions), unreadable)
 
     # --- what is needed -------------------------------------------------------------------------------
 
@@ -245,3 +330,23 @@ def _on_level(slide: Slide, grid: PatchGrid) -> NDArray[np.int64]:
     if (grid.xy_l0 % round(downsample)).any():
         raise Unsuitable(f"patches lie between the pixels of level {grid.level}")
     return grid.xy_l0 // round(downsample)
+
+
+def open_patch_reader(
+    slide: Slide, grid: PatchGrid, device: torch.device, *, filter: Filter = "bicubic", fast: bool = False
+) -> PatchReader:
+    """The fastest way to decode that gives the reader's own pixels.
+
+    Args:
+        slide: stays open as long as the decoder.
+        grid: rows to read.
+        device: where the patches will be used.
+        filter: of the resampling, ``"bicubic"`` or ``"area"``.
+        fast: decode JPEG at reduced scale where patches shrink by a multiple of 2; other pixels, see README.
+    """
+    on_gpu = device.type == "cuda"
+    finish = Resampling(grid.patch_px, filter, early=device.type == "cpu", pinned=on_gpu)
+    try:
+        return TileReader(slide, grid, finish, fast)
+    except Unsuitable as exc:
+        return RegionReader(slide, grid, finish, str(exc))

@@ -20,7 +20,7 @@ from seal_extract.encoders.request import EncoderRequest
 from seal_extract.errors import UsageError
 from seal_extract.features.layouts import check_layout
 from seal_extract.features.store import SlideFeatures
-from seal_extract.patches.decode import Decoder
+from seal_extract.patches.regions import PatchReader
 from seal_extract.patches.stream import PatchBatch, stream_ready
 from seal_extract.run import planner
 from seal_extract.run.forward import Forward, Pending, open_forward
@@ -189,7 +189,7 @@ class _SlidesAhead:
         self._reading: dict[int, PlannedSlide] = {}
         self._needed: dict[int, list[int]] = {}
 
-    def decoders(self) -> Iterator[Decoder | None]:
+    def decoders(self) -> Iterator[PatchReader | None]:
         """The slides that have to be read, in order; None while the next is not ready."""
         index = 0
         while True:

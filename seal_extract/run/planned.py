@@ -10,7 +10,8 @@ from typing import Any
 from seal_extract.encoders import Encoder
 from seal_extract.features.layouts import Layout
 from seal_extract.features.store import SlideFeatures, SlideLabel
-from seal_extract.patches.decode import Decoder, open_decoder
+from seal_extract.patches.regions import PatchReader
+from seal_extract.patches.tiles import open_patch_reader
 from seal_extract.run.options import ExtractOptions, SlidePlan
 from seal_extract.run.overlay import Style, draw_overlay
 from seal_extract.run.planner import open_within, plan_within
@@ -52,7 +53,7 @@ class PlannedSlide:
 
     entry: SlideEntry
     plan: SlidePlan
-    decoder: Decoder
+    decoder: PatchReader
     layout: Layout
     outputs: tuple[Output, ...]
     finished: tuple[SlideFeatures, ...]
@@ -87,7 +88,7 @@ def prepare(
             return finished
         plan = plan_within(slide, entry, options)
         resample, fast = options.resample, options.fast_decode
-        decoder = open_decoder(slide, plan.grid, encoders[0].device, filter=resample, fast=fast)
+        decoder = open_patch_reader(slide, plan.grid, encoders[0].device, filter=resample, fast=fast)
         closing.callback(decoder.close)
         layout = layout_for(slide, out, options, entry.name)
         outputs = tuple(
@@ -105,7 +106,7 @@ def _output(
     index: int,
     encoder: Encoder,
     plan: SlidePlan,
-    decoder: Decoder,
+    decoder: PatchReader,
     options: ExtractOptions,
     entry: SlideEntry,
     layout: Layout,

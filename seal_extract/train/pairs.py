@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from seal_extract.errors import UsageError
-from seal_extract.patches.decode import open_decoder
 from seal_extract.patches.grid import PatchGrid, level_to_read
 from seal_extract.patches.stream import stream_batches
+from seal_extract.patches.tiles import open_patch_reader
 from seal_extract.slides.patch_files import SAME_MPP, open_patches
 from seal_extract.slides.slide import Slide, open_slide
 from seal_extract.train.sections import Expression, Section
@@ -174,5 +174,5 @@ def _add_ready(
 
 
 def _read(slide: Slide, grid: PatchGrid) -> NDArray[np.uint8]:
-    decoder = open_decoder(slide, grid, torch.device("cpu"))
+    decoder = open_patch_reader(slide, grid, torch.device("cpu"))
     return np.concatenate([batch.patches.numpy() for batch in stream_batches([decoder], READ)])

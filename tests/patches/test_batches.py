@@ -12,9 +12,10 @@ from PIL import Image
 
 from seal_extract.errors import ReadError
 from seal_extract.patches import stream as stream_module
-from seal_extract.patches.decode import Decoded, open_decoder
 from seal_extract.patches.grid import PatchGrid, level_to_read
+from seal_extract.patches.regions import HostPixels
 from seal_extract.patches.stream import stream_batches
+from seal_extract.patches.tiles import open_patch_reader
 from seal_extract.slides.slide import open_slide
 from seal_extract.synthetic import write_synthetic_slide
 
@@ -35,7 +36,7 @@ def every_patch(slide, patch_px, patch_size_l0):
 
 
 def all_patches(slide, grid, **kwargs):
-    stream = stream_batches([open_decoder(slide, grid, CPU)], 16, **kwargs)
+    stream = stream_batches([open_patch_reader(slide, grid, CPU)], 16, **kwargs)
     return torch.cat([b.patches for b in stream]).permute(0, 2, 3, 1).numpy()
 
 
@@ -74,7 +75,7 @@ def test_resampled_patches_are_pillows_within_one_grey_level(patch_px, patch_siz
 def test_order_does_not_depend_on_threads_or_batch_size(drawn, batch_size, workers):
     slide = drawn(700, 500)
     grid = every_patch(slide, 32, 64)
-    got = list(stream_batches([open_decoder(slide, grid, CPU)], batch_size, workers=workers))
+    got = list(stream_batches([open_patch_reader(slide, grid, CPU)], batch_size, workers=workers))
     assert [len(b.row) for b in got[:-1]] == [batch_size] * (len(got) - 1)
     assert torch.cat([b.row for b in got]).tolist() == list(range(len(grid)))
     np.testing.assert_array_equal(
@@ -84,44 +85,54 @@ def test_order_does_not_depend_on_threads_or_batch_size(drawn, batch_size, worke
 
 def test_batches_cross_slide_borders(drawn):
     slides = [drawn(320, 256), drawn(64, 64), drawn(256, 192)]
-    decoders = [open_decoder(s, every_patch(s, 64, 64), CPU) for s in slides]
-    got = list(stream_batches(decoders, 16))
-    counts = [len(d.grid) for d in decoders]
+    readers = [open_patch_reader(s, every_patch(s, 64, 64), CPU) for s in slides]
+    got = list(stream_batches(readers, 16))
+    counts = [len(d.grid) for d in readers]
     assert [len(b.row) for b in got] == [16] * (sum(counts) // 16) + [sum(counts) % 16]
     assert torch.cat([b.slide for b in got]).tolist() == [i for i, n in enumerate(counts) for _ in range(n)]
     assert torch.cat([b.row for b in got]).tolist() == [row for n in counts for row in range(n)]
     first = got[0]
     for patch, s, row in zip(first.patches, first.slide.tolist(), first.row.tolist(), strict=True):
-        x, y = decoders[s].grid.xy_l0[row]
+        x, y = readers[s].grid.xy_l0[row]
         np.testing.assert_array_equal(patch.permute(1, 2, 0), slides[s].pixels[y : y + 64, x : x + 64])
 
 
 def test_another_patch_size_begins_a_new_batch(drawn):
     a, b = drawn(256, 256), drawn(200, 200)
-    decoders = [open_decoder(a, every_patch(a, 64, 64), CPU), open_decoder(b, every_patch(b, 40, 40), CPU)]
-    assert {tuple(x.patches.shape[2:]) for x in stream_batches(decoders, 1000)} == {(64, 64), (40, 40)}
+    readers = [
+        open_patch_reader(a, every_patch(a, 64, 64), CPU),
+        open_patch_reader(b, every_patch(b, 40, 40), CPU),
+    ]
+    assert {tuple(x.patches.shape[2:]) for x in stream_batches(readers, 1000)} == {(64, 64), (40, 40)}
 
 
 def test_slides_without_patches_are_passed_over(drawn):
     a, b = drawn(256, 256), drawn(128, 128)
-    decoders = [open_decoder(a, grid_at(a, [], 64, 64), CPU), open_decoder(b, every_patch(b, 64, 64), CPU)]
-    (batch,) = stream_batches(decoders, 64)
+    readers = [
+        open_patch_reader(a, grid_at(a, [], 64, 64), CPU),
+        open_patch_reader(b, every_patch(b, 64, 64), CPU),
+    ]
+    (batch,) = stream_batches(readers, 64)
     assert set(batch.slide.tolist()) == {1}
-    assert list(stream_batches(decoders[:1], 64)) == []
+    assert list(stream_batches(readers[:1], 64)) == []
 
 
 def test_no_more_is_read_ahead_than_the_memory_set_aside(drawn, monkeypatch):
     slide = drawn(640, 640)
     grid = every_patch(slide, 32, 32)
     monkeypatch.setattr(stream_module, "READ_AHEAD_BYTES", 3 * stream_module.ROWS_PER_JOB * 32 * 32 * 3)
-    decoder = open_decoder(slide, grid, CPU)
+    reader = open_patch_reader(slide, grid, CPU)
     read = []
+
+    def black(rows):
+        return HostPixels(torch.zeros(len(rows), 3, 32, 32, dtype=torch.uint8))
+
     monkeypatch.setattr(
-        type(decoder),
+        type(reader),
         "read",
-        lambda self, rows: read.append(rows) or Decoded(torch.zeros(len(rows), 3, 32, 32, dtype=torch.uint8)),
+        lambda self, rows: read.append(rows) or black(rows),
     )
-    stream = stream_batches([decoder], stream_module.ROWS_PER_JOB, workers=1)
+    stream = stream_batches([reader], stream_module.ROWS_PER_JOB, workers=1)
     for i in range(5):
         next(stream)
         time.sleep(0.02)
@@ -142,7 +153,7 @@ def test_a_region_that_cannot_be_read_stops_the_stream_and_its_threads(drawn):
     before = threading.active_count()
     seen = 0
     with pytest.raises(ReadError, match=r"\(320, 320\)"):
-        for batch in stream_batches([open_decoder(slide, every_patch(slide, 32, 32), CPU)], 8):
+        for batch in stream_batches([open_patch_reader(slide, every_patch(slide, 32, 32), CPU)], 8):
             seen += len(batch.row)
     assert seen == (10 * 20 + 10) // 8 * 8
     assert threading.active_count() == before
@@ -152,4 +163,4 @@ def test_a_region_of_another_size_is_an_error_not_a_patch(drawn):
     slide = drawn(128, 128)
     slide.read_region = lambda xy_l0, level, size_px: np.zeros((10, 10, 3), np.uint8)
     with pytest.raises(ReadError, match=r"gave 10 x 10 px instead of 32 x 32 at level-0 \(0, 0\)"):
-        list(stream_batches([open_decoder(slide, every_patch(slide, 32, 32), CPU)], 8))
+        list(stream_batches([open_patch_reader(slide, every_patch(slide, 32, 32), CPU)], 8))

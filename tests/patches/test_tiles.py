@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from slide_helpers import DOWNSAMPLES, KINDS, Damage, grid_of_level, openslides_regions, read, spread
 
-from seal_extract.patches import shared_tiles
 from seal_extract.patches.codecs import Jpeg2000Codec, JpegCodec, TileError
-from seal_extract.patches.decode import RegionDecoder, TileDecoder, open_decoder
 from seal_extract.patches.grid import PatchGrid
+from seal_extract.patches.regions import RegionReader
 from seal_extract.patches.tiled import open_level
+from seal_extract.patches.tiles import TileReader, open_patch_reader
 from seal_extract.slides.slide import open_slide
 
 CPU = torch.device("cpu")
@@ -33,8 +33,8 @@ def test_every_pixel_is_openslides(slide_of, kind, level):
     path = slide_of(kind)
     with open_slide(path) as slide:
         grid = grid_of_level(slide, level, spread(slide, level, 150), 150)
-        decoder = open_decoder(slide, grid, CPU)
-        assert isinstance(decoder, TileDecoder), decoder.name
+        decoder = open_patch_reader(slide, grid, CPU)
+        assert isinstance(decoder, TileReader), decoder.name
         np.testing.assert_array_equal(read(decoder), openslides_regions(path, grid))
 
 
@@ -49,7 +49,7 @@ def test_patches_of_any_grid_are_openslides_regions(slide_of, kind, level, side,
     path = slide_of(kind)
     with open_slide(path) as slide:
         grid = grid_of_level(slide, level, [(x // 2**level, y // 2**level) for x, y in places], side)
-        decoder = open_decoder(slide, grid, CPU)
+        decoder = open_patch_reader(slide, grid, CPU)
         np.testing.assert_array_equal(read(decoder), openslides_regions(path, grid))
 
 
@@ -57,7 +57,7 @@ def test_the_real_aperio_slide_is_openslides_bit_by_bit():
     path = shared("data/wsi/CMU-1-Small-Region.svs")
     with open_slide(path) as slide:
         grid = grid_of_level(slide, 0, spread(slide, 0, 300), 300)
-        decoder = open_decoder(slide, grid, CPU)
+        decoder = open_patch_reader(slide, grid, CPU)
         assert decoder.name == "JPEG tiles"
         np.testing.assert_array_equal(read(decoder), openslides_regions(path, grid))
 
@@ -65,7 +65,7 @@ def test_the_real_aperio_slide_is_openslides_bit_by_bit():
 def test_the_real_ome_tiff_gives_its_readers_regions():
     with open_slide(shared("data/wsi/qupath_OS-1-detail.ome.tif")) as slide:
         grid = grid_of_level(slide, 0, [(0, 0), (301, 77), (901, 901), (850, 20)], 200)
-        decoder = open_decoder(slide, grid, CPU)
+        decoder = open_patch_reader(slide, grid, CPU)
         assert decoder.name == "JPEG tiles"  # although its tags say RGB and its tiles are YCbCr
         want = [slide.read_region(xy, 0, (200, 200)) for xy in grid.xy_l0.tolist()]
         np.testing.assert_array_equal(read(decoder), want)
@@ -109,7 +109,7 @@ def overlapping(slide, side=200, step=90):
 
 def test_a_tile_is_decoded_once_however_many_patches_share_it(slide_of, monkeypatch):
     with open_slide(slide_of("420")) as slide:
-        decoder = open_decoder(slide, overlapping(slide), CPU)
+        decoder = open_patch_reader(slide, overlapping(slide), CPU)
         counts = count_decodes(monkeypatch)
         for start in range(0, len(decoder.grid), 8):
             read(decoder, range(start, min(start + 8, len(decoder.grid))))
@@ -120,7 +120,7 @@ def test_a_tile_is_decoded_once_however_many_patches_share_it(slide_of, monkeypa
 def test_rows_read_in_another_order_and_again_are_the_same(slide_of):
     path = slide_of("420-240")
     with open_slide(path) as slide:
-        decoder = open_decoder(slide, overlapping(slide), CPU)
+        decoder = open_patch_reader(slide, overlapping(slide), CPU)
         want = openslides_regions(path, decoder.grid)
         starts = np.random.default_rng(1).permutation(np.arange(0, len(decoder.grid) - 5, 5)).tolist()
         for start in starts * 2:
@@ -132,8 +132,8 @@ def test_rows_read_in_another_order_and_again_are_the_same(slide_of):
 def test_eight_threads_read_every_row_right_without_waiting_for_ever(slide_of, seed, rows, twice, most):
     path = slide_of("420")
     with open_slide(path) as slide, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shared_tiles, "HELD_BYTES", most * 3 * 256**2)
-        decoder = open_decoder(slide, overlapping(slide), CPU)
+        patch.setattr(tiles_module, "HELD_BYTES", most * 3 * 256**2)
+        decoder = open_patch_reader(slide, overlapping(slide), CPU)
         want = openslides_regions(path, decoder.grid)
         jobs = [range(a, min(a + rows, len(want))) for a in range(0, len(want), rows)] * (1 + twice)
         np.random.default_rng(seed).shuffle(jobs)
@@ -153,7 +153,7 @@ def test_eight_threads_read_every_row_right_without_waiting_for_ever(slide_of, s
 
 def test_a_thread_that_fails_lets_the_others_fail_not_wait(slide_of, monkeypatch):
     with open_slide(slide_of("420")) as slide:
-        decoder = open_decoder(slide, overlapping(slide), CPU)
+        decoder = open_patch_reader(slide, overlapping(slide), CPU)
 
         def fail(*_):
             raise MemoryError
@@ -203,7 +203,7 @@ def test_other_formats_go_through_the_reader_and_say_why(tmp_path, file, reason)
         path = shared("data/wsi", name)
     with open_slide(path, mpp=0.5) as slide:
         grid = grid_of_level(slide, 0, [(0, 0), (3, 2)], 12)
-        decoder = open_decoder(slide, grid, CPU)
+        decoder = open_patch_reader(slide, grid, CPU)
         assert decoder.name == f"regions: {reason}"
         want = [slide.read_region(xy, 0, (12, 12)) for xy in grid.xy_l0.tolist()]
         np.testing.assert_array_equal(read(decoder), want)
@@ -214,7 +214,7 @@ def test_levels_that_do_not_fit_whole_pixels_go_through_the_reader(tmp_path):
     with open_slide(path) as slide:
         assert slide.levels[1].downsample != round(slide.levels[1].downsample)
         grid = PatchGrid(np.array([[0, 0], [300, 200]]), 64, 1.5, 193, 0, 1, 64)
-        decoder = open_decoder(slide, grid, CPU)
+        decoder = open_patch_reader(slide, grid, CPU)
         assert decoder.name.startswith("regions: level 1 is 3.0")
         np.testing.assert_array_equal(read(decoder), openslides_regions(path, grid))
 
@@ -224,7 +224,7 @@ def test_patches_between_the_pixels_of_a_level_go_through_the_reader(slide_of):
     with open_slide(path) as slide:
         level = next(i for i, lv in enumerate(slide.levels) if lv.downsample == 2)
         grid = PatchGrid(np.array([[0, 0], [301, 200]]), 64, 0.5, 128, 0, level, 64)
-        decoder = open_decoder(slide, grid, CPU)
+        decoder = open_patch_reader(slide, grid, CPU)
         assert decoder.name == f"regions: patches lie between the pixels of level {level}"
         np.testing.assert_array_equal(read(decoder), openslides_regions(path, grid))
 
@@ -240,7 +240,7 @@ def test_a_codec_that_gives_other_pixels_is_found_out(slide_of, monkeypatch):
     monkeypatch.setattr(JpegCodec, "decode", wrong)
     with open_slide(path) as slide:
         grid = overlapping(slide)
-        decoder = open_decoder(slide, grid, CPU)
+        decoder = open_patch_reader(slide, grid, CPU)
         assert decoder.name.startswith("regions: its JPEG tiles decode to other pixels than openslide")
         np.testing.assert_array_equal(read(decoder), openslides_regions(path, grid))
 
@@ -255,8 +255,8 @@ def test_colours_taken_for_others_are_found_out(slide_of, monkeypatch):
             )
             object.__setattr__(level.codec, "ycbcr", not level.codec.ycbcr)
             level.candidates = (level.codec,)
-            decoder = open_decoder(slide, overlapping(slide), CPU)
-            assert isinstance(decoder, RegionDecoder)
+            decoder = open_patch_reader(slide, overlapping(slide), CPU)
+            assert isinstance(decoder, RegionReader)
             assert "decode to other pixels" in decoder.name
 
 

@@ -7,15 +7,16 @@ from conftest import shared
 from PIL import Image
 from slide_helpers import grid_at, openslides_regions, read, spread
 
-from seal_extract.patches.decode import RegionDecoder, open_decoder
 from seal_extract.patches.grid import PatchGrid
+from seal_extract.patches.regions import RegionReader
+from seal_extract.patches.tiles import open_patch_reader
 from seal_extract.slides.slide import open_slide
 
 CPU = torch.device("cpu")
 
 
 def patches_of(slide, grid, **kwargs):
-    decoder = open_decoder(slide, grid, CPU, **kwargs)
+    decoder = open_patch_reader(slide, grid, CPU, **kwargs)
     return read(decoder), decoder.name
 
 
@@ -51,9 +52,9 @@ def test_area_tile_by_tile_is_area_patch_by_patch(slide_of, factor):
     with open_slide(slide_of("420")) as slide:
         xy = [(x, y) for x in range(0, 900, 8 * 13) for y in range(0, 500, 8 * 11)]
         grid = PatchGrid(np.array(xy), 64, 1, 64 * factor, 0, 0, 64 * factor)
-        decoder = open_decoder(slide, grid, CPU, filter="area")
+        decoder = open_patch_reader(slide, grid, CPU, filter="area")
         assert decoder._reduction == factor
-        by_region = RegionDecoder(slide, grid, decoder._finish)
+        by_region = RegionReader(slide, grid, decoder._finish)
         np.testing.assert_array_equal(read(decoder), read(by_region))
 
 

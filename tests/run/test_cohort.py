@@ -47,12 +47,12 @@ def test_a_cohort_gives_what_each_slide_gives_by_itself(cohort, encoder, tmp_pat
 
 
 def test_two_encoders_see_the_same_patches_in_one_pass(cohort, encoder, tmp_path, monkeypatch):
-    from seal_extract.patches.decode import TileDecoder
+    from seal_extract.patches.tiles import TileReader
 
     second = untrained_encoder(replace(UNTRAINED, name="untrained-second"), seed=7)
-    read = TileDecoder.read
+    read = TileReader.read
     rows = []
-    monkeypatch.setattr(TileDecoder, "read", lambda self, r: rows.append(r) or read(self, r))
+    monkeypatch.setattr(TileReader, "read", lambda self, r: rows.append(r) or read(self, r))
     report = extract_cohort(cohort, [encoder, second], tmp_path / "out")
     patches = sum(row.patches for row in report.rows)
     assert sum(map(len, rows)) == patches

@@ -230,7 +230,7 @@ def no_work(monkeypatch):
 
     story = import_module("seal_extract.run.planned")
     monkeypatch.setattr(story, "plan_within", refuse)
-    monkeypatch.setattr(story, "open_decoder", refuse)
+    monkeypatch.setattr(story, "open_patch_reader", refuse)
 
 
 def test_the_same_request_is_recognised_without_work(finished, svs, encoder, no_work):

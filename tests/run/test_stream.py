@@ -19,8 +19,8 @@ from slide_helpers import Checksums, Damage
 from seal_extract import ExtractOptions, extract
 from seal_extract.demo import untrained_encoder
 from seal_extract.errors import EncoderError, ReadError, ResolutionError, SlideOpenError
-from seal_extract.patches.decode import open_decoder
 from seal_extract.patches.stream import stream_batches
+from seal_extract.patches.tiles import open_patch_reader
 from seal_extract.run.extract import extract_many
 from seal_extract.run.forward import CpuForward, GpuForward
 from seal_extract.run.writer import BATCHES_AHEAD, Writer
@@ -341,7 +341,7 @@ def test_decoders_are_closed_when_the_stream_stops(slides, tmp_path):
     from seal_extract import find_tissue, make_grid, open_slide
 
     with open_slide(slides[0]) as slide:
-        decoder = open_decoder(slide, make_grid(slide, find_tissue(slide)), torch.device("cpu"))
+        decoder = open_patch_reader(slide, make_grid(slide, find_tissue(slide)), torch.device("cpu"))
         assert list(stream_batches([decoder], 8))
         with pytest.raises(OSError, match="Bad file"):
             os.fstat(decoder._tiled._file)

@@ -14,8 +14,8 @@ from slide_helpers import Checksums, Damage, grid_of_level, openslides_regions
 from seal_extract import ExtractOptions, find_tissue, open_slide
 from seal_extract.errors import ReadError, SlideError, SlideOpenError
 from seal_extract.patches.codecs import JpegCodec, TileError
-from seal_extract.patches.decode import RegionDecoder, TileDecoder, open_decoder
-from seal_extract.patches.decoder import Finish
+from seal_extract.patches.regions import RegionReader, Resampling
+from seal_extract.patches.tiles import TileReader, open_patch_reader
 from seal_extract.run.extract import extract_many
 from seal_extract.run.planner import plan_within
 from seal_extract.slides.overview import read_overview
@@ -139,7 +139,7 @@ def test_the_reader_fails_at_the_damage_alone_from_any_thread(damaged, svs, tile
     with open_slide(damaged(kind)) as slide:
         places = [(x, y) for y in range(0, 1200, 200) for x in range(0, 1600, 200)]
         grid = grid_of_level(slide, 0, places, 200)
-        decoder, want = RegionDecoder(slide, grid, Finish(200)), openslides_regions(svs, grid)
+        decoder, want = RegionReader(slide, grid, Resampling(200)), openslides_regions(svs, grid)
         rows, seen = under(tile, grid).tolist(), []
 
         def read():
@@ -162,8 +162,8 @@ def test_a_tile_that_only_our_decoder_rejects_is_the_readers(svs, tile, monkeypa
     with open_slide(svs) as slide:
         places = [(x, y) for y in range(0, 1200, 200) for x in range(0, 1600, 200)]
         grid = grid_of_level(slide, 0, places, 200)
-        decoder = open_decoder(slide, grid, CPU, fast=fast)
-        assert isinstance(decoder, TileDecoder)
+        decoder = open_patch_reader(slide, grid, CPU, fast=fast)
+        assert isinstance(decoder, TileReader)
         ((_, rejected),) = decoder._tiled.read([tile])
         decode = JpegCodec._decode
 
@@ -185,7 +185,7 @@ def test_shrinking_as_tiles_are_decoded_hides_no_damage(damaged, svs, tile, fast
         grid = grid_of_level(good, 0, [(x, y) for y in range(0, 1200, 256) for x in range(0, 1600, 256)], 128)
         grid = type(grid)(grid.xy_l0, 64, 1.0, 128, 0, 0, 128)
         want, got = (
-            open_decoder(slide, grid, CPU, filter="area", fast=fast).read(range(len(grid)))
+            open_patch_reader(slide, grid, CPU, filter="area", fast=fast).read(range(len(grid)))
             for slide in (good, bad)
         )
     rows = under(tile, grid).tolist()
@@ -205,7 +205,7 @@ def test_damage_that_a_lenient_reader_paints_over_is_not_tissue(tmp_path):
         assert slide.reader.startswith("tiffslide")
         assert slide.read_region((256, 256), 0, (256, 256)).any()
         grid = grid_of_level(slide, 0, [(0, 0), (256, 0), (0, 256), (256, 256), (150, 150)], 200)
-        decoder = open_decoder(slide, grid, CPU)
+        decoder = open_patch_reader(slide, grid, CPU)
         assert decoder.name == "JPEG tiles"
         unreadable = decoder.read(range(5)).unreadable
     assert sorted(unreadable) == [3, 4]
@@ -216,7 +216,7 @@ def test_tiles_that_the_file_leaves_out_are_what_the_reader_shows(svs, tile, tmp
     path = Damage(svs, tmp_path / "a.svs").set("TileByteCounts", tile, 0).set("TileOffsets", tile, 0).write()
     with open_slide(path) as slide:
         grid = grid_of_level(slide, 0, [(tile % ACROSS * 256 - 50, tile // ACROSS * 256)], 200)
-        got = open_decoder(slide, grid, CPU).read(range(1))
+        got = open_patch_reader(slide, grid, CPU).read(range(1))
     assert not got.unreadable
     np.testing.assert_array_equal(got.pixels.permute(0, 2, 3, 1), openslides_regions(path, grid))
 
@@ -331,7 +331,7 @@ def test_a_slide_that_changes_while_it_is_read_fails(svs, tmp_path, monkeypatch,
     if when == "planned":
         monkeypatch.setattr("seal_extract.run.planned.plan_within", after(plan_within))
     elif when == "decoded":
-        monkeypatch.setattr(TileDecoder, "read", after(TileDecoder.read))
+        monkeypatch.setattr(TileReader, "read", after(TileReader.read))
     else:
         monkeypatch.setattr(Checksums, "encode_unchecked", after(Checksums.encode_unchecked))
     result = run(path, tmp_path / "out", batch_size=4)

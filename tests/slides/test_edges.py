@@ -17,9 +17,10 @@ from slide_helpers import Checksums, read
 from seal_extract import ExtractOptions, extract, open_slide
 from seal_extract.errors import GeometryError, UsageError
 from seal_extract.features.layouts import LAYOUTS
-from seal_extract.patches.decode import Finish, RegionDecoder, open_decoder
 from seal_extract.patches.grid import make_grid, read_grid
+from seal_extract.patches.regions import RegionReader, Resampling
 from seal_extract.patches.resample import resample
+from seal_extract.patches.tiles import open_patch_reader
 from seal_extract.run.status import read_status
 from seal_extract.synthetic import write_synthetic_slide
 from seal_extract.tissue.mask import TissueMask
@@ -120,9 +121,9 @@ def test_it_is_white_beyond_the_slide_before_anything_is_resampled(svs, kind, ho
         grid = make_grid(slide, whole(slide), patch_px, mpp, min_tissue=0.0, edges="keep")
         regions = torch.from_numpy(white_beyond(svs[kind], grid)).permute(0, 3, 1, 2)
         want = resample(regions, (patch_px, patch_px), filter).permute(0, 2, 3, 1).numpy().astype(int)
-        tiles = open_decoder(slide, grid, torch.device("cpu"), filter=filter, fast=how == "fast")
+        tiles = open_patch_reader(slide, grid, torch.device("cpu"), filter=filter, fast=how == "fast")
         assert "regions" not in tiles.name
-        for decoder in (tiles, RegionDecoder(slide, grid, Finish(patch_px, filter))):
+        for decoder in (tiles, RegionReader(slide, grid, Resampling(patch_px, filter))):
             assert np.abs(read(decoder).astype(int) - want).max() <= 1
             decoder.close()
     assert (grid.padding > 0).sum() >= 4
@@ -139,7 +140,7 @@ def test_real_slides_are_white_beyond_their_edges_by_every_reader(tmp_path):
     ):
         with open_slide(path, mpp=mpp) as slide:
             grid = make_grid(slide, whole(slide), 224, 0.5, min_tissue=0.0, edges="keep")
-            decoder = open_decoder(slide, grid, torch.device("cpu"))
+            decoder = open_patch_reader(slide, grid, torch.device("cpu"))
             last = read(decoder, range(len(grid) - 1, len(grid)))[0]
             assert 0 < grid.padding[-1] < 1
             assert (last[-2:, -2:] == 255).all()

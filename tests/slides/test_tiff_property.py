@@ -13,7 +13,7 @@ from slide_helpers import grid_of_level
 
 from seal_extract import open_slide
 from seal_extract.errors import SealExtractError
-from seal_extract.patches.decode import open_decoder
+from seal_extract.patches.tiles import open_patch_reader
 
 SIDE = 32  # of the patches that are read
 CPU = torch.device("cpu")
@@ -117,7 +117,7 @@ def test_the_pixels_are_an_independent_decoders_or_one_line_says_why_not(folder,
             w, h = slide.size_l0
             places = [(x, y) for y in range(0, h, SIDE) for x in range(0, w, SIDE)]
             grid = grid_of_level(slide, 0, places, SIDE)
-            decoder = open_decoder(slide, grid, CPU)
+            decoder = open_patch_reader(slide, grid, CPU)
             decoded = decoder.read(range(len(grid)))
             patches = decoder.to_patches(decoded.pixels).permute(0, 2, 3, 1).numpy()
             decoder.close()
