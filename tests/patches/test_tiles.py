@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from slide_helpers import DOWNSAMPLES, KINDS, Damage, grid_of_level, openslides_regions, read, spread
 
+from seal_extract.patches import tiles as tiles_module
 from seal_extract.patches.codecs import Jpeg2000Codec, JpegCodec, TileError
 from seal_extract.patches.grid import PatchGrid
 from seal_extract.patches.regions import RegionReader
