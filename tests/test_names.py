@@ -11,7 +11,7 @@ from cohort_fixtures import run_here
 from viewer_fixtures import serving
 
 from seal_extract.names import cell, from_cell, shown
-from seal_extract.run.status import read_status
+from seal_extract.run.status_table import read_status
 from seal_extract.view.collection import Collection
 
 ODD = {  # as bytes, and as it is shown

@@ -19,7 +19,7 @@ from seal_extract.bench.measure import Timing, each, reading_threads, timed, wai
 from seal_extract.bench.sample import Sample
 from seal_extract.encoders import Encoder
 from seal_extract.patches.stream import stream_batches
-from seal_extract.run.forward import CPU_ROWS, Forward, Pending
+from seal_extract.run.embed import CPU_ROWS, Embedder, Pending
 from seal_extract.run.writer import BATCHES_AHEAD
 
 HELD_BYTES = 512 * 2**20  # of patches; encoded again and again where more are asked for
@@ -101,7 +101,7 @@ def hold_patches(sample: Sample, batch_size: int, workers: int) -> list[Tensor]:
     return held
 
 
-def time_forward(forward: Forward, held: list[Tensor], patches: int, device: torch.device) -> Timing:
+def time_forward(forward: Embedder, held: list[Tensor], patches: int, device: torch.device) -> Timing:
     """Encode ``patches`` patches out of memory, with as many batches under way as a run has."""
 
     def encode() -> None:

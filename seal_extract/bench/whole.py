@@ -27,8 +27,8 @@ from seal_extract.bench.sample import Sample
 from seal_extract.encoders import Encoder
 from seal_extract.features.layouts.pixels import write_pixel_coords, write_pixel_features
 from seal_extract.features.store import SlideLabel
+from seal_extract.run.embed import open_embedder
 from seal_extract.run.extract import extract_many
-from seal_extract.run.forward import open_forward
 from seal_extract.run.options import ExtractOptions
 
 Say = Callable[[str], None]
@@ -181,7 +181,7 @@ def measure_encoding(
     peak_gpu = torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else None
     runs.clear()
 
-    forward = open_forward(encoder, samples[0].grid.patch_px, samples[0].options.batch_size, workers)
+    forward = open_embedder(encoder, samples[0].grid.patch_px, samples[0].options.batch_size, workers)
     try:
         held = hold_patches(samples[0], forward.batch_size, workers)
         works = {

@@ -14,7 +14,7 @@ from seal_extract.errors import OutputError, SealExtractError, UnexpectedError
 from seal_extract.names import shown
 
 if TYPE_CHECKING:
-    from seal_extract.run.results import SlideResult
+    from seal_extract.run.status_table import SlideResult
 
 STDERR = "-"
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from seal_extract.features.store import SlideFeatures
     from seal_extract.pooling import Pooling
     from seal_extract.run.options import ExtractOptions
-    from seal_extract.run.results import SlideResult
+    from seal_extract.run.status_table import SlideResult
 
 
 class SlideLevels:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from seal_extract.features.store import SlideFeatures
     from seal_extract.run.cohort import CohortReport, Engine
     from seal_extract.run.options import ExtractOptions, SlidePlan
-    from seal_extract.run.results import SlideResult
+    from seal_extract.run.status_table import SlideResult
     from seal_extract.slides.listing import SlideList
 
 
@@ -84,7 +84,7 @@ def shard(text: str) -> tuple[int, int]:
 
 
 def _run_dry(slides: SlideList, options: ExtractOptions, debug: bool) -> int:
-    from seal_extract.run.planner import plan_within
+    from seal_extract.run.slide_process import plan_within
     from seal_extract.run.staging import open_by_itself
 
     echo(_row(DRY_HEAD))

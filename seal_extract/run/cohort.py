@@ -19,9 +19,17 @@ from seal_extract.features.layouts import check_layout
 from seal_extract.patches.grid import grid_name
 from seal_extract.publish import sweep
 from seal_extract.run.options import ExtractOptions
-from seal_extract.run.results import Progress, SlideResult
 from seal_extract.run.resume import keep_names, resume
-from seal_extract.run.status import DONE, FAILED, IGNORED, StatusFile, StatusRow, read_status_rows
+from seal_extract.run.status_table import (
+    DONE,
+    FAILED,
+    IGNORED,
+    Progress,
+    SlideResult,
+    StatusFile,
+    StatusRow,
+    read_status_rows,
+)
 from seal_extract.slides.listing import SlideEntry, SlideList, list_slides, refuse_uncopied
 
 if TYPE_CHECKING:
@@ -60,10 +68,10 @@ class ThisProcess:
         progress: Progress | None,
     ) -> Iterator[SlideResult]:
         """See `Engine.run`."""
-        from seal_extract.run import planner
+        from seal_extract.run import slide_process
         from seal_extract.run.extract import extract_many
 
-        planner.start_ahead(options)
+        slide_process.start_ahead(options)
         loaded = [e.load() if isinstance(e, EncoderRequest) else e for e in encoders]
         yield from extract_many(entries, loaded, out, options=options, progress=progress)
 

@@ -22,13 +22,13 @@ from seal_extract.features.layouts import check_layout
 from seal_extract.features.store import SlideFeatures
 from seal_extract.patches.regions import PatchReader
 from seal_extract.patches.stream import PatchBatch, stream_ready
-from seal_extract.run import planner
-from seal_extract.run.forward import Forward, Pending, open_forward
+from seal_extract.run import slide_process
+from seal_extract.run.embed import Embedder, Pending, open_embedder
+from seal_extract.run.job import PlannedSlide, prepare
 from seal_extract.run.options import ExtractOptions
-from seal_extract.run.planned import PlannedSlide, prepare
-from seal_extract.run.results import Progress, SlideResult
 from seal_extract.run.resume import keep_names, resume
 from seal_extract.run.staging import Stage
+from seal_extract.run.status_table import Progress, SlideResult
 from seal_extract.run.writer import Writer
 from seal_extract.slides.listing import SlideEntry
 
@@ -109,7 +109,7 @@ def extract_many(
     _check(encoders, options)
     with ExitStack() as closing:
         forwards = [
-            open_forward(encoder, options.patch_px, options.batch_size, options.workers)
+            open_embedder(encoder, options.patch_px, options.batch_size, options.workers)
             for encoder in encoders
         ]
         for forward in forwards:
@@ -162,7 +162,7 @@ def _entry(slide: SlideLike) -> SlideEntry:
     return slide if isinstance(slide, SlideEntry) else SlideEntry.of(slide)
 
 
-def _submit(batch: PatchBatch, forwards: list[Forward], slides: _SlidesAhead) -> dict[int, Pending]:
+def _submit(batch: PatchBatch, forwards: list[Embedder], slides: _SlidesAhead) -> dict[int, Pending]:
     """Begin to encode a batch with each encoder that one of its slides still needs."""
     needed = {i for slide in set(batch.slide.tolist()) for i in slides.needed_by(slide)}
     return {i: forward.submit(batch.patches) for i, forward in enumerate(forwards) if i in needed}
@@ -244,7 +244,7 @@ class _SlidesAhead:
         """Close what was opened and has not been read to its end."""
         self._thread.shutdown(wait=False, cancel_futures=True)
         if any(future.running() for future in self._ahead):
-            planner.stop()
+            slide_process.stop()
         self._thread.shutdown(wait=True)
         ready = [f.result() for f in self._ahead if not f.cancelled() and f.exception() is None]
         for planned in (*ready, *self._reading.values()):

@@ -17,7 +17,7 @@ from seal_extract.errors import EncoderError, OutputError
 from seal_extract.features.layouts import check_layout, layout_of_grid
 from seal_extract.features.store import SlideFeatures, SlideLabel, find_features, grid_fields, read_features
 from seal_extract.patches.grid import PatchGrid
-from seal_extract.run.forward import open_forward
+from seal_extract.run.embed import open_embedder
 from seal_extract.run.provenance import PIPELINE, first_difference, library_versions
 from seal_extract.slides.patch_files import PatchFile, open_patches
 
@@ -78,7 +78,7 @@ def extract_patches(
         warnings.warn(mismatch, stacklevel=2)
     provenance = _provenance(file, grid, request, encoder.description | {"mismatch": mismatch})
     label = SlideLabel(name, file.size_l0, file.slide_mpp, file.barcodes)
-    forward = open_forward(encoder, file.patch_px, batch_size, workers)
+    forward = open_embedder(encoder, file.patch_px, batch_size, workers)
     try:
         with place.write_features(
             label, grid, encoder.spec.name, encoder.spec.dim, provenance, overwrite=overwrite

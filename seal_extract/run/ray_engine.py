@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from seal_extract.encoders.request import EncoderRequest
 from seal_extract.errors import SlideOpenError, UsageError, how_to_install
 from seal_extract.run.options import ExtractOptions
-from seal_extract.run.results import Progress, SlideResult
+from seal_extract.run.status_table import Progress, SlideResult
 from seal_extract.slides.listing import SlideEntry
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from seal_extract.names import SEPARATOR
 from seal_extract.patches.grid import read_grid
 from seal_extract.publish import writing
 from seal_extract.run.options import ExtractOptions, coords_file
-from seal_extract.run.planner import open_within
 from seal_extract.run.provenance import PIPELINE, describe_options, describe_request, first_difference
-from seal_extract.run.status import read_status_rows
+from seal_extract.run.slide_process import open_within
+from seal_extract.run.status_table import read_status_rows
 from seal_extract.slides.identity import content, sizes_and_times
 from seal_extract.slides.listing import SlideEntry, with_names
 from seal_extract.slides.mpp import same_mpp

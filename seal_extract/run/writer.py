@@ -15,9 +15,9 @@ from seal_extract.encoders import Encoder
 from seal_extract.errors import EncoderError, ReadError
 from seal_extract.features.store import FeatureWriter, SlideFeatures
 from seal_extract.patches.stream import PatchBatch
-from seal_extract.run.forward import Embeddings, Pending
-from seal_extract.run.planned import Output, PlannedSlide, draw
-from seal_extract.run.results import Progress, SlideResult
+from seal_extract.run.embed import Embeddings, Pending
+from seal_extract.run.job import Output, PlannedSlide, draw
+from seal_extract.run.status_table import Progress, SlideResult
 from seal_extract.slides.identity import file_stamp
 
 BATCHES_AHEAD = 3  # given to the encoders, or pictures to be drawn, before the first of them has been written

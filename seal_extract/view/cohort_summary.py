@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from statistics import median
 
-from seal_extract.run.status import DONE, StatusRow
+from seal_extract.run.status_table import DONE, StatusRow
 from seal_extract.view.findings import ENOUGH, Cohort, count, duration, number
 from seal_extract.view.markup import Markup, fill, fills
 

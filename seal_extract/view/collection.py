@@ -14,7 +14,7 @@ from seal_extract.features.origin import open_origin
 from seal_extract.features.store import SlideFeatures, read_features, read_provenance, scan_features
 from seal_extract.names import written_twice
 from seal_extract.patches.grid import grid_name
-from seal_extract.run.status import DONE, IGNORED, StatusRow, read_status_rows
+from seal_extract.run.status_table import DONE, IGNORED, StatusRow, read_status_rows
 from seal_extract.slides.slide import Slide
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from seal_extract.patches.grid import MPP_TOLERANCE, mpp_of_name
-from seal_extract.run.status import DONE, FAILED, IGNORED, StatusRow
+from seal_extract.run.status_table import DONE, FAILED, IGNORED, StatusRow
 
 ENOUGH = 8  # slides, to call one of them unusual
 STRIKING = 3.5  # robust z-score

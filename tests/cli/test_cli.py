@@ -16,7 +16,7 @@ from seal_extract import read_features
 from seal_extract.cli import main
 from seal_extract.demo import write_untrained_encoder
 from seal_extract.encoders import list_encoders
-from seal_extract.run.status import read_status
+from seal_extract.run.status_table import read_status
 from seal_extract.synthetic import write_synthetic_slide
 
 
@@ -344,7 +344,7 @@ def test_an_unexpected_error_is_one_line_and_debug_shows_where(place, run, tmp_p
     def fail(*args, **kwargs):
         raise ZeroDivisionError("by chance")
 
-    monkeypatch.setattr("seal_extract.run.planned.draw_overlay", fail)
+    monkeypatch.setattr("seal_extract.run.job.draw_overlay", fail)
     command = (place / "slides/a.svs", "-o", tmp_path, "--encoder", place / "encoder")
     one_line(run(*command), 1, "unexpected ZeroDivisionError: by chance; --debug shows where")
     assert any(line.endswith(", in fail") for line in run(*command, "--debug")[2])
@@ -354,7 +354,7 @@ def test_ctrl_c_is_one_line(place, run, tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("seal_extract.run.planned.plan_within", interrupt)
+    monkeypatch.setattr("seal_extract.run.job.plan_within", interrupt)
     command = (place / "slides/a.svs", "-o", tmp_path, "--encoder", place / "encoder")
     one_line(run(*command), 130, "interrupted; finished slides stay, the same command goes on after them")
 

@@ -24,7 +24,7 @@ from seal_extract.errors import UsageError
 from seal_extract.features.export import export
 from seal_extract.features.store import list_features, read_features
 from seal_extract.run.cohort import extract_cohort
-from seal_extract.run.status import StatusFile, StatusRow, read_status, read_status_rows
+from seal_extract.run.status_table import StatusFile, StatusRow, read_status, read_status_rows
 from seal_extract.slides.listing import list_slides
 from seal_extract.view.collection import Collection
 
@@ -288,7 +288,7 @@ def test_a_defect_that_one_slide_meets_is_told_with_its_traceback_and_stops_no_o
             raise KeyError("brought to light")
         draw_overlay(slide, *rest, **how)
 
-    monkeypatch.setattr("seal_extract.run.planned.draw_overlay", defect)
+    monkeypatch.setattr("seal_extract.run.job.draw_overlay", defect)
     log = tmp_path / "log.jsonl"
     words = (cohort, "-o", tmp_path / "out", "--encoder", encoder_folder, "-q", "--log-json", log, "--debug")
     status = main([str(word) for word in words])

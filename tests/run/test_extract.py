@@ -228,7 +228,7 @@ def no_work(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("work was done again")
 
-    story = import_module("seal_extract.run.planned")
+    story = import_module("seal_extract.run.job")
     monkeypatch.setattr(story, "plan_within", refuse)
     monkeypatch.setattr(story, "open_patch_reader", refuse)
 

@@ -21,8 +21,8 @@ from seal_extract.demo import untrained_encoder
 from seal_extract.errors import EncoderError, ReadError, ResolutionError, SlideOpenError
 from seal_extract.patches.stream import stream_batches
 from seal_extract.patches.tiles import open_patch_reader
+from seal_extract.run.embed import CpuEmbedder, GpuEmbedder
 from seal_extract.run.extract import extract_many
-from seal_extract.run.forward import CpuForward, GpuForward
 from seal_extract.run.writer import BATCHES_AHEAD, Writer
 from seal_extract.synthetic import write_synthetic_slide
 
@@ -311,7 +311,7 @@ def noise(rows, side=8):
 @pytest.mark.parametrize("rows", [1, 7, 64, 130])
 def test_a_batch_too_large_for_the_memory_is_halved_and_that_is_remembered(rows, most):
     encoder = Small(most)
-    forward = GpuForward(encoder, 64)
+    forward = GpuEmbedder(encoder, 64)
     want = Checksums().encode_unchecked(noise(rows)).numpy()
     np.testing.assert_array_equal(forward.submit(noise(rows))(), want)
     failed = len([n for n in encoder.tried if n > most])
@@ -323,14 +323,14 @@ def test_a_batch_too_large_for_the_memory_is_halved_and_that_is_remembered(rows,
 
 def test_one_patch_that_does_not_fit_is_an_error():
     with pytest.raises(torch.OutOfMemoryError):
-        GpuForward(Small(0), 8).submit(noise(4))
+        GpuEmbedder(Small(0), 8).submit(noise(4))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 9, 50])
 def test_rows_come_back_in_order_from_any_number_of_threads(rows):
     want = Checksums().encode_unchecked(noise(rows)).numpy()
     for threads in (1, 5):
-        forward = CpuForward(Checksums(), threads=threads)
+        forward = CpuEmbedder(Checksums(), threads=threads)
         pending = [forward.submit(noise(rows)) for _ in range(4)]
         for wait in pending:
             np.testing.assert_array_equal(wait(), want)

@@ -17,7 +17,7 @@ from seal_extract.patches.codecs import JpegCodec, TileError
 from seal_extract.patches.regions import RegionReader, Resampling
 from seal_extract.patches.tiles import TileReader, open_patch_reader
 from seal_extract.run.extract import extract_many
-from seal_extract.run.planner import plan_within
+from seal_extract.run.slide_process import plan_within
 from seal_extract.slides.overview import read_overview
 from seal_extract.synthetic import write_synthetic_slide
 
@@ -329,7 +329,7 @@ def test_a_slide_that_changes_while_it_is_read_fails(svs, tmp_path, monkeypatch,
         return wrapped
 
     if when == "planned":
-        monkeypatch.setattr("seal_extract.run.planned.plan_within", after(plan_within))
+        monkeypatch.setattr("seal_extract.run.job.plan_within", after(plan_within))
     elif when == "decoded":
         monkeypatch.setattr(TileReader, "read", after(TileReader.read))
     else:

@@ -21,7 +21,7 @@ from seal_extract.patches.grid import make_grid, read_grid
 from seal_extract.patches.regions import RegionReader, Resampling
 from seal_extract.patches.resample import resample
 from seal_extract.patches.tiles import open_patch_reader
-from seal_extract.run.status import read_status
+from seal_extract.run.status_table import read_status
 from seal_extract.synthetic import write_synthetic_slide
 from seal_extract.tissue.mask import TissueMask
 

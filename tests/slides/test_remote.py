@@ -16,7 +16,7 @@ from seal_extract.cli import main
 from seal_extract.errors import SlideOpenError, UsageError
 from seal_extract.run.cohort import extract_cohort
 from seal_extract.run.staging import Stage
-from seal_extract.run.status import read_status
+from seal_extract.run.status_table import read_status
 from seal_extract.slides.listing import list_slides
 from seal_extract.slides.remote import address, public
 

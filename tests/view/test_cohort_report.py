@@ -18,7 +18,7 @@ from PIL import Image
 
 from seal_extract.errors import OutputError
 from seal_extract.names import shown
-from seal_extract.run.status import StatusRow
+from seal_extract.run.status_table import StatusRow
 from seal_extract.slides import thumbnail
 from seal_extract.slides.thumbnail import MOST_BYTES, exif_of, make_thumbnail, read_thumbnail
 from seal_extract.view import cohort_report

@@ -459,7 +459,7 @@ def test_a_slide_that_moved_is_listed_and_found_in_another_folder(tmp_path, view
     import os
     import shutil
 
-    from seal_extract.run.status import read_status
+    from seal_extract.run.status_table import read_status
 
     source = tmp_path / "before"
     source.mkdir()

@@ -27,7 +27,7 @@ Embeddings = NDArray[np.float32]
 Pending = Callable[[], Embeddings]  # waits for the embeddings of a batch: float32 [B, D]
 
 
-class Forward(Protocol):
+class Embedder(Protocol):
     """An encoder at work.
 
     Attributes:
@@ -45,9 +45,9 @@ class Forward(Protocol):
         ...
 
 
-def open_forward(
+def open_embedder(
     encoder: Encoder, patch_px: int, batch_size: int | None = None, threads: int | None = None
-) -> Forward:
+) -> Embedder:
     """Set an encoder to work on its device.
 
     Args:
@@ -57,11 +57,11 @@ def open_forward(
         threads: on a CPU; all cores by default.
     """
     if encoder.device.type == "cuda":
-        return GpuForward(encoder, batch_size or find_batch_size(encoder, patch_px))
-    return CpuForward(encoder, batch_size, threads)
+        return GpuEmbedder(encoder, batch_size or find_batch_size(encoder, patch_px))
+    return CpuEmbedder(encoder, batch_size, threads)
 
 
-class CpuForward:
+class CpuEmbedder:
     """Threads that each encode `CPU_ROWS` patches."""
 
     def __init__(self, encoder: Encoder, batch_size: int | None = None, threads: int | None = None) -> None:
@@ -72,7 +72,7 @@ class CpuForward:
         self.batch_size = -(-(batch_size or CPU_ROWS * threads) // CPU_ROWS) * CPU_ROWS
 
     def submit(self, patches: Tensor) -> Pending:
-        """See `Forward.submit`."""
+        """See `Embedder.submit`."""
         parts = [self._pool.submit(self._encode, part) for part in torch.split(patches, CPU_ROWS)]
         return lambda: np.concatenate([part.result() for part in parts])
 
@@ -84,12 +84,12 @@ class CpuForward:
         return embeddings[:rows]
 
     def close(self) -> None:
-        """See `Forward.close`."""
+        """See `Embedder.close`."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(self._before)
 
 
-class GpuForward:
+class GpuEmbedder:
     """A queue on the GPU; a batch that does not fit its memory is halved, and so are those that follow."""
 
     def __init__(self, encoder: Encoder, batch_size: int) -> None:
@@ -97,7 +97,7 @@ class GpuForward:
         self.batch_size = batch_size
 
     def submit(self, patches: Tensor) -> Pending:
-        """See `Forward.submit`."""
+        """See `Embedder.submit`."""
         embeddings = self._encode(patches)
         if embeddings.device.type != "cuda":
             return lambda: embeddings.numpy()
@@ -126,7 +126,7 @@ class GpuForward:
         return self._encode(patches)
 
     def close(self) -> None:
-        """See `Forward.close`."""
+        """See `Embedder.close`."""
 
 
 _found: dict[tuple[str, str, int], int] = {}

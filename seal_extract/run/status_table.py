@@ -4,16 +4,48 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from seal_extract.errors import SealExtractError
+from seal_extract.features.store import SlideFeatures
 from seal_extract.names import cell, from_cell
 from seal_extract.publish import publish, writing
+from seal_extract.slides.listing import SlideEntry
 
-if TYPE_CHECKING:
-    from seal_extract.run.results import SlideResult
+Progress = Callable[[Path, int, int], None]  # slide, patches done, patches in all
+
+
+@dataclass(frozen=True)
+class SlideResult:
+    """A slide's features, or the error that stopped it.
+
+    Attributes:
+        entry: the slide.
+        features: one per encoder, in their order; empty if it failed.
+        error: None if it went well.
+        seconds: from the end of the slide before it to its own.
+        finished_before: whether nothing had to be done.
+    """
+
+    entry: SlideEntry
+    features: tuple[SlideFeatures, ...]
+    error: SealExtractError | None
+    seconds: float
+    finished_before: bool = False
+
+    @property
+    def path(self) -> Path:
+        """Of the slide; see `SlideEntry`."""
+        return self.entry.path
+
+    @property
+    def name(self) -> str:
+        """Of the slide's results."""
+        return self.entry.name
+
 
 DONE, FAILED, IGNORED = "done", "failed", "ignored"
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 PLAN_GB = 6  # beyond what the process takes to start; a plain image of the largest size allowed takes 4.2
 GRACE_S = 30  # after which the process ends by itself, if whoever started it is no longer there to end it
-COMMAND = "import sys; sys.path[:] = sys.argv[1:]; from seal_extract.run.planner import serve; serve()"
+COMMAND = "import sys; sys.path[:] = sys.argv[1:]; from seal_extract.run.slide_process import serve; serve()"
 
 
 def open_within(entry: SlideEntry, options: ExtractOptions) -> Slide:
