@@ -14,11 +14,10 @@ from PIL import Image, ImageDraw
 
 from seal_extract.patches.grid import PatchGrid
 from seal_extract.publish import publish
-from seal_extract.slides.captions import draw_scale_bar, draw_text, fitting_font
+from seal_extract.slides.drawing import draw_scale_bar, draw_text, exif_of, fitting_font, make_thumbnail
 from seal_extract.slides.overview import Overview, read_overview
 from seal_extract.slides.readers import Array
 from seal_extract.slides.slide import Slide
-from seal_extract.slides.thumbnail import exif_of, make_thumbnail
 from seal_extract.tissue.mask import TissueMask
 
 Style = Literal["tint", "outline"]  # of the patches

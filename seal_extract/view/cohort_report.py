@@ -20,7 +20,7 @@ from seal_extract.features.layouts import OVERLAYS, of_grid
 from seal_extract.names import without_folders
 from seal_extract.publish import publish
 from seal_extract.run.status_table import FAILED, StatusRow
-from seal_extract.slides.thumbnail import read_thumbnail
+from seal_extract.slides.drawing import read_thumbnail
 from seal_extract.view.cohort_summary import share, summary, verdict
 from seal_extract.view.findings import Cohort, count, group_reasons, number
 from seal_extract.view.markup import Markup, fill, fills, parts

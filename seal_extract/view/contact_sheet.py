@@ -14,7 +14,7 @@ from seal_extract.features.origin import open_origin
 from seal_extract.features.store import SlideFeatures
 from seal_extract.genes.search import Found
 from seal_extract.publish import publish
-from seal_extract.slides.captions import (
+from seal_extract.slides.drawing import (
     FAINT,
     caption_font,
     draw_scale_bar,

@@ -17,7 +17,7 @@ from seal_extract.errors import SealExtractError, UsageError
 from seal_extract.features.store import SlideFeatures, sample_rows
 from seal_extract.names import shown
 from seal_extract.patches.grid import PatchGrid
-from seal_extract.slides.thumbnail import read_thumbnail
+from seal_extract.slides.drawing import read_thumbnail
 from seal_extract.tissue.geojson import Polygon, read_polygons
 from seal_extract.view.cache import BoundedCache
 from seal_extract.view.collection import Collection, ShownSlide

@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 from seal_extract.errors import GeometryError, UsageError
 from seal_extract.patches.grid import PatchGrid
 from seal_extract.publish import publish
-from seal_extract.slides.captions import (
+from seal_extract.slides.drawing import (
     FAINT,
     INK,
     caption_font,

@@ -23,7 +23,7 @@ from seal_extract.features.layouts import CONTOURS, of_grid
 from seal_extract.features.store import SlideFeatures
 from seal_extract.names import shown
 from seal_extract.publish import publish
-from seal_extract.slides.captions import FOR_TRYING
+from seal_extract.slides.drawing import FOR_TRYING
 from seal_extract.slides.overview import Overview, read_overview
 from seal_extract.slides.slide import Slide
 from seal_extract.view.gallery import tissue_rings

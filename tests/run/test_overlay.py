@@ -10,8 +10,7 @@ from PIL import ExifTags, Image
 from seal_extract.errors import OutputError
 from seal_extract.patches.grid import make_grid
 from seal_extract.run.overlay import PATCH_RGB, TISSUE_RGB, draw_overlay
-from seal_extract.slides.captions import round_length
-from seal_extract.slides.thumbnail import read_thumbnail
+from seal_extract.slides.drawing import read_thumbnail, round_length
 from seal_extract.tissue.mask import TissueMask
 
 

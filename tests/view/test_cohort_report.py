@@ -19,8 +19,8 @@ from PIL import Image
 from seal_extract.errors import OutputError
 from seal_extract.names import shown
 from seal_extract.run.status_table import StatusRow
-from seal_extract.slides import thumbnail
-from seal_extract.slides.thumbnail import MOST_BYTES, exif_of, make_thumbnail, read_thumbnail
+from seal_extract.slides import drawing
+from seal_extract.slides.drawing import THUMBNAIL_BYTES, exif_of, make_thumbnail, read_thumbnail
 from seal_extract.view import cohort_report
 from seal_extract.view.cohort_report import MOST_PICTURES, write_report
 from seal_extract.view.findings import Cohort, duration, find_unusual, group_reasons
@@ -199,7 +199,7 @@ def test_thumbnails_are_small_whatever_they_show(tmp_path, size):
     overlay(tmp_path, "noise", size, noise=True)
     jpeg = read_thumbnail(tmp_path / "overlays" / "noise.jpg")
     assert jpeg is not None
-    assert len(jpeg) <= MOST_BYTES
+    assert len(jpeg) <= THUMBNAIL_BYTES
 
 
 def test_a_kept_thumbnail_is_taken_as_it_is_and_nothing_is_decoded(tmp_path, monkeypatch):
@@ -208,7 +208,7 @@ def test_a_kept_thumbnail_is_taken_as_it_is_and_nothing_is_decoded(tmp_path, mon
         kept = make_thumbnail(Image.new("RGB", (900, 700), (grey,) * 3))
         path = tmp_path / "overlays" / f"{name}.jpg"
         Image.open(path).save(path, exif=exif_of(kept))
-    monkeypatch.setattr(thumbnail, "make_thumbnail", None)
+    monkeypatch.setattr(drawing, "make_thumbnail", None)
     images = page(tmp_path, homogeneous(2)).all("img")
     shown = [Image.open(BytesIO(base64.b64decode(i["src"].partition(",")[2]))) for i in images]
     assert [image.size for image in shown] == [(320, 249)] * 2

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from seal_extract import find_tissue, make_grid, open_slide
 from seal_extract.errors import GeometryError, UsageError
 from seal_extract.patches.grid import PatchGrid
-from seal_extract.slides.captions import caption_font, draw_text, text_width
+from seal_extract.slides.drawing import caption_font, draw_text, text_width
 from seal_extract.view.heatmap import PatchRaster, colour, draw_heatmap, legend_of, limits
 
 
