@@ -1,44 +1,35 @@
-"""One page on a whole cohort: is it all there, why not, and which slides must be looked at.
+"""One page about a whole cohort: whether every slide is done, why some failed, and which to look at.
 
-The page is one file that loads nothing: it can be mailed, archived, printed. Its markup, style and script
-stand in ``cohort_report.html``, in parts.
+The page is one file that loads nothing. It can be mailed, archived and printed.
 """
 
 from __future__ import annotations
 
 import base64
-import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from urllib.parse import quote
 
 from seal_extract.features.layouts import OVERLAYS, of_grid
 from seal_extract.names import without_folders
 from seal_extract.publish import publish
-from seal_extract.run.status_table import FAILED, StatusRow
+from seal_extract.run.status_table import DONE, StatusRow
 from seal_extract.slides.drawing import read_thumbnail
-from seal_extract.view.cohort_summary import share, summary, verdict
-from seal_extract.view.findings import Cohort, count, group_reasons, number
-from seal_extract.view.markup import Markup, fill, fills, parts
+from seal_extract.view.outliers import ENOUGH, Cohort, count, duration, group_reasons, number
+from seal_extract.view.pages import render
 
 MOST_PICTURES = 2000  # of a page
 LONG_LIST = 12  # failures of one kind that are shown without a click
-MOST_CARDS = 60  # unusual slides likewise
-COLUMNS = (
-    "Slide",
-    "State",
-    "Patches",
-    "Tissue, mm²",
-    "µm/px",
-    "Read errors",
-    "Patches/s",
-    "Seconds",
-    "Reader",
-)
+MOST_CARDS = 60  # unusual slides that are shown without a click
+MOST_LINES = 12  # of a tally
+
+Tally = list[tuple[str, str, int]]  # a value, a note on it, and how many slides have it
 
 
 def write_report(
@@ -53,11 +44,10 @@ def write_report(
 
     Args:
         rows: one per slide and per ignored file, from `CohortReport.rows` or `read_status`.
-        out: folder of the results; pictures are taken from ``overlays/GRID/NAME.jpg`` in it, where there are
-            any.
+        out: folder of the results; pictures are taken from ``overlays/GRID/NAME.jpg`` in it, if they exist.
         path: the HTML file; its folder is made. At most 40 kB a slide; pictures of 2,000 slides at most, the
             unusual and the failed first.
-        title: above the verdict.
+        title: above the headline.
         seconds: that the run took, by the clock on the wall.
 
     Returns:
@@ -67,202 +57,169 @@ def write_report(
         OutputError: it cannot be written.
     """
     cohort = Cohort.of([_shareable(row, out) for row in rows])
-    pictures = Pictures(cohort, out, path)
-    with publish(path) as part, part.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(_page(cohort, pictures, out, title, seconds))
-    return path
-
-
-def _page(cohort: Cohort, pictures: Pictures, out: Path, title: str, seconds: float | None) -> Iterator[str]:
-    """The page in pieces, since it is large."""
-    sections = (
-        ("failed", "Failed", len(cohort.failed)),
-        ("unusual", "Unusual", len(cohort.unusual)),
-        ("all", "All slides", len(cohort.slides)),
-        ("ignored", "Ignored files", len(cohort.ignored)),
-    )
-    script = parts()["script"]
-    yield fill(
-        "page",
-        script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
+    done = [row for row in cohort.slides if row.status == DONE]
+    failures = group_reasons([cohort.slides[i] for i in cohort.failed])
+    page = render(
+        "cohort.html",
         title=title,
-        verdict=verdict(cohort),
-        share=share(cohort),
-        links=fills("link", ({"id": id, "name": name, "count": f"{n:,}"} for id, name, n in sections if n)),
-    )
-    if cohort.slides:
-        yield summary(cohort, seconds)
-    if cohort.failed:
-        rows = [cohort.slides[i] for i in cohort.failed]
-        groups = _groups(rows, "slide", lambda k: pictures.of(cohort.failed[k], none=Markup()))
-        yield fill("failed", groups=groups)
-    if cohort.unusual:
-        yield fill("unusual", cards=_cards(cohort, pictures))
-    if cohort.slides:
-        yield from _all_slides(cohort, pictures)
-    if cohort.ignored:
-        yield fill("ignored", groups=_groups(cohort.ignored, "file", lambda _: Markup()))
-    yield fill(
-        "end",
+        headline=headline(cohort),
+        cohort=cohort,
+        pictures=Pictures(cohort, out, path),
+        summary=_summary(cohort, done, seconds),
+        tallies=[
+            ("µm/px found", "µm/px", "read from", _mpp_tally(done)),
+            ("Readers", "reader", "decoded as", _reader_tally(done)),
+        ],
+        failures=[(reason, [cohort.failed[k] for k in members]) for reason, members in failures],
+        ignored=group_reasons(cohort.ignored),
         when=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         version=version("seal-extract"),
-        out=out.resolve().name,
-        script=Markup(script),
+        folder=out.resolve().name,
+        count=count,
+        figure=_figure,
+        figures_of=_figures,
+        reason_of=_reason,
+        long_list=LONG_LIST,
+        most_cards=MOST_CARDS,
+        most_pictures=MOST_PICTURES,
     )
+    with publish(path) as part, part.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(page)
+    return path
 
 
 def _shareable(row: StatusRow, out: Path) -> StatusRow:
     """What may be mailed: files by their names, no folder of this machine."""
     places = (" ".join(row.slide.split()).rpartition("/")[0], out, out.resolve())
-    reason, warning = (without_folders(text, *places) for text in (row.reason, row.warning))
+    reason, warning = (text and without_folders(text, *places) for text in (row.reason, row.warning))
     return replace(row, slide=Path(row.slide).name, reason=reason, warning=warning)
 
 
-# --- slides -------------------------------------------------------------------------------------------
+# --- pictures -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The thumbnail of a slide at one place of the page.
+
+    Attributes:
+        link: URL of the overlay; empty if there is none.
+        jpeg: base64; empty if the page has this thumbnail already.
+        why: the reason why there is no picture.
+    """
+
+    link: str = ""
+    jpeg: str = ""
+    why: str = ""
 
 
 class Pictures:
-    """Thumbnails as parts of the page: each is in it once, and the script copies it to other places."""
+    """Thumbnails of slides: each stands once in the page, and the script copies it to other places."""
 
     def __init__(self, cohort: Cohort, out: Path, path: Path) -> None:
-        """Those of all slides, or if they are too many of the unusual and the failed."""
-        self.of_all = len(cohort.slides) <= MOST_PICTURES
-        self._wanted = frozenset(
-            range(len(cohort.slides)) if self.of_all else [*cohort.unusual, *cohort.failed][:MOST_PICTURES]
-        )
-        self._slides, self._folder, self._page = cohort.slides, out / OVERLAYS, path.parent
-        self._seen: dict[int, bool] = {}  # slides of which a picture was sought: whether there is one
+        """Those of all slides; if there are too many, of the unusual and the failed."""
+        slides = cohort.slides
+        self.of_all = len(slides) <= MOST_PICTURES
+        striking = [*cohort.outliers, *cohort.failed][:MOST_PICTURES]
+        self._wanted = frozenset(range(len(slides)) if self.of_all else striking)
+        self._files = [of_grid(out / OVERLAYS, row.grid, f"{row.name}.jpg") for row in slides]
+        self._page = path.parent
+        self._links: dict[int, str] = {}  # of slides whose picture was looked for
 
-    def of(self, index: int, *, none: Markup | None = None) -> Markup:
-        """The picture of a slide; ``none``, or a few words, where there is no overlay."""
+    def of(self, index: int) -> Picture:
+        """The picture of a slide."""
+        if index not in self._wanted:
+            return Picture(why="picture left out")
         jpeg = None
-        if index in self._wanted and index not in self._seen:
-            jpeg = read_thumbnail(self._file(index))
-            self._seen[index] = jpeg is not None
-        if not self._seen.get(index):
-            why = "no overlay" if index in self._wanted else "picture left out"
-            return fill("no_picture", why=why) if none is None else none
-        row = self._slides[index]
-        link = os.path.relpath(self._file(index), self._page)
-        values = {"id": f"p{index}", "link": quote(os.fsencode(link))}
-        if jpeg is None:
-            return fill("picture_again", **values)
-        return fill(
-            "picture",
-            data=base64.b64encode(jpeg).decode(),
-            alt=f"{row.name}: tissue outline and {_or_dash(row.patches, '{:,}')} patches on the slide",
-            **values,
-        )
-
-    def _file(self, index: int) -> Path:
-        row = self._slides[index]
-        return of_grid(self._folder, row.grid, f"{row.name}.jpg")
+        if index not in self._links:
+            jpeg = read_thumbnail(self._files[index])
+            link = quote(os.fsencode(os.path.relpath(self._files[index], self._page)))
+            self._links[index] = "" if jpeg is None else link
+        encoded = "" if jpeg is None else base64.b64encode(jpeg).decode()
+        return Picture(self._links[index], encoded, "no overlay")
 
 
-def _groups(rows: Sequence[StatusRow], what: str, picture: Callable[[int], Markup]) -> Markup:
-    """Slides or files that have a reason in common; ``picture`` is called with a row's index."""
+# --- words and figures ----------------------------------------------------------------------------
 
-    def member(k: int) -> dict[str, object]:
-        row = rows[k]
-        return {"picture": picture(k), "name": row.name, "path": row.slide, "reason": _after(row)}
 
-    return fills(
-        "group",
-        (
-            {
-                "what": what,
-                "open": "open" if len(members) <= LONG_LIST else "",
-                "count": count(len(members), what),
-                "kind": kind,
-                "slides": fills("group_slide", map(member, members)),
-            }
-            for kind, members in group_reasons(rows)
-        ),
+def headline(cohort: Cohort) -> str:
+    """The whole report in a sentence."""
+    total, failed, unusual = len(cohort.slides), len(cohort.failed), len(cohort.outliers)
+    if not total:
+        ignored = count(len(cohort.ignored), "ignored file")
+        return f"No slides, {ignored}." if cohort.ignored else "No slides: there is nothing to report yet."
+    if failed == total:
+        return f"{count(total, 'slide')}: {'all' if total > 1 else 'it'} failed."
+    done = f"{total - failed:,} of {count(total, 'slide')} done, {failed:,} failed"
+    if not failed:
+        done = f"All {total:,} slides done" if total > 1 else "The one slide is done"
+    if unusual:
+        return f"{done}; {unusual:,} done {'slide looks' if unusual == 1 else 'slides look'} unusual."
+    return f"{done}; none looks unusual." if total - failed >= ENOUGH else f"{done}."
+
+
+def _summary(
+    cohort: Cohort, done: Sequence[StatusRow], seconds: float | None
+) -> list[tuple[str, str | None, str]]:
+    """Label, figure, note; without ``seconds`` of the clock the slides' own add up."""
+    patches = [row.patches for row in done if row.patches is not None]
+    areas = [row.tissue_mm2 for row in done if row.tissue_mm2 is not None]
+    unread = [row.read_errors for row in done if row.read_errors]
+    timed = [row for row in done if row.seconds]
+    spent = sum(row.seconds or 0 for row in cohort.slides)
+    clock = seconds or spent
+    pace = number(sum(row.patches or 0 for row in timed) / clock) if clock and timed else None
+    before = len(done) - len(timed)
+    on_slides = f"{duration(spent)} of it on slides" if clock > spent else f"{duration(spent)} of all workers"
+    area = f"{number(sum(areas))} mm²", f"median {number(median(areas))} a slide" if areas else ""
+    return [
+        ("Slides done", f"{len(done):,}", f"of {len(cohort.slides):,}"),
+        ("Patches", f"{sum(patches):,}", f"median {number(median(patches))} a slide" if patches else ""),
+        *([("Tissue", *area)] if areas else []),
+        ("Could not be read", count(sum(unread), "patch", "patches"), f"in {count(len(unread), 'slide')}"),
+        ("Time", duration(clock), on_slides),
+        ("Patches a second", pace, f"{count(before, 'slide')} finished before" if before else ""),
+    ]
+
+
+def _mpp_tally(done: Sequence[StatusRow]) -> Tally:
+    """µm/px by two digits and by the place where the number was read."""
+    bins: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for row in done:
+        if row.mpp:
+            bins[f"{row.mpp:.2g}", row.mpp_source.split(" (")[0]].append(row.mpp)
+    ends = {key: (f"{min(found):.4g}", f"{max(found):.4g}") for key, found in bins.items()}
+    return _most_frequent(
+        [
+            (low if low == high else f"{low} to {high}", key[1], len(bins[key]))
+            for key, (low, high) in ends.items()
+        ]
     )
 
 
-def _after(row: StatusRow) -> str:
-    """The reason without the path that stands above it."""
+def _reader_tally(done: Sequence[StatusRow]) -> Tally:
+    counts = Counter(row.reader.removesuffix(")").partition(" (")[::2] for row in done if row.reader)
+    return _most_frequent([(reader, decoder, n) for (reader, decoder), n in counts.items()])
+
+
+def _most_frequent(lines: Tally) -> Tally:
+    lines = sorted(lines, key=lambda line: -line[2])
+    rest = lines[MOST_LINES - 1 :]
+    if len(rest) < 2:
+        return lines
+    return [*lines[: MOST_LINES - 1], (f"{len(rest)} others", "", sum(n for _, _, n in rest))]
+
+
+def _reason(row: StatusRow) -> str:
+    """The reason without the path, which stands above it on the page."""
     return row.reason.removeprefix(f"{' '.join(row.slide.split())}: ") or "no reason was recorded"
 
 
-def _cards(cohort: Cohort, pictures: Pictures) -> Markup:
-    cards = [
-        fill(
-            "card",
-            picture=pictures.of(i),
-            name=cohort.slides[i].name,
-            path=cohort.slides[i].slide,
-            why=fills("why", ({"words": words} for words in reasons)),
-            figures=_figures(cohort.slides[i]),
-        )
-        for i, reasons in cohort.unusual.items()
-    ]
-    shown = fill("cards", cards=Markup("".join(cards[:MOST_CARDS])))
-    if len(cards) <= MOST_CARDS:
-        return shown
-    more = fill("cards", cards=Markup("".join(cards[MOST_CARDS:])))
-    return Markup(shown + fill("more", count=f"{len(cards) - MOST_CARDS:,}", cards=more))
-
-
 def _figures(row: StatusRow) -> str:
-    figures = (
-        (row.patches, "{:,} patches"),
-        (None if row.tissue_mm2 is None else number(row.tissue_mm2), "{} mm²"),
-        (row.mpp, "{:.4g} µm/px"),
-    )
+    area = None if row.tissue_mm2 is None else number(row.tissue_mm2)
+    figures = ((row.patches, "{:,} patches"), (area, "{} mm²"), (row.mpp, "{:.4g} µm/px"))
     return " · ".join(words.format(value) for value, words in figures if value is not None)
 
 
-def _all_slides(cohort: Cohort, pictures: Pictures) -> Iterator[str]:
-    view = "sheet" if pictures.of_all else "table"
-    yield fill(
-        "slides",
-        intro="Blue: the outline of the tissue. Green: the patches. A picture opens the large one."
-        if pictures.of_all
-        else f"With more than {MOST_PICTURES:,} slides only the unusual and the failed have pictures.",
-        view=view,
-        sheet=str(view == "sheet").lower(),
-        table=str(view == "table").lower(),
-        options=fills("option", ({"index": i, "label": label} for i, label in enumerate(COLUMNS, 1))),
-        heads=fills(
-            "head",
-            ({"index": i, "label": label, "kind": "n" * (3 <= i <= 8)} for i, label in enumerate(COLUMNS, 1)),
-        ),
-    )
-    for i, row in enumerate(cohort.slides):
-        yield _row(row, cohort.unusual.get(i, ()), pictures.of(i))
-    yield fill("slides_end")
-
-
-def _row(row: StatusRow, why: Sequence[str], picture: Markup) -> Markup:
-    """A slide in the table that is the contact sheet too."""
-    tag = "unusual" if why else row.status
-    numbers = {
-        "patches": (row.patches, "{:,}"),
-        "tissue": (row.tissue_mm2, "{:,.4g}"),
-        "mpp": (row.mpp, "{:.4g}"),
-        "errors": (row.read_errors, "{:,}"),
-        "pace": (row.patches_per_s, "{:,.4g}"),
-        "seconds": (row.seconds, "{:,.4g}"),
-    }
-    return fill(
-        "slide",
-        picture=picture,
-        name=row.name,
-        case=fill("case", case=row.case_id) if row.case_id else Markup(),
-        path=row.slide,
-        state=f"{row.status} unusual" if why else row.status,
-        colour={"unusual": "warn", FAILED: "bad"}.get(tag, "good"),
-        tag=tag,
-        reason="; ".join(why) or (_after(row) if row.status == FAILED else ""),
-        mpp_source=row.mpp_source,
-        uncovered="" if row.uncovered is None else f"{row.uncovered:.1%} uncovered",
-        reader=row.reader,
-        **{key: _or_dash(value, words) for key, (value, words) in numbers.items()},
-        **{f"{key}_v": "" if value is None else value for key, (value, _) in numbers.items()},
-    )
-
-
-def _or_dash(value: float | None, words: str) -> str:
+def _figure(value: float | None, words: str) -> str:
     return "–" if value is None else words.format(value)

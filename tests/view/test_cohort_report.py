@@ -23,7 +23,7 @@ from seal_extract.slides import drawing
 from seal_extract.slides.drawing import THUMBNAIL_BYTES, exif_of, make_thumbnail, read_thumbnail
 from seal_extract.view import cohort_report
 from seal_extract.view.cohort_report import MOST_PICTURES, write_report
-from seal_extract.view.findings import Cohort, duration, find_unusual, group_reasons
+from seal_extract.view.outliers import Cohort, duration, find_outliers, group_reasons
 
 HOSTILE = [
     '<script>document.title="x"</script>',
@@ -263,7 +263,7 @@ def test_of_thousands_of_slides_only_the_striking_have_pictures(tmp_path, monkey
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_homogeneous_cohort_has_nothing_unusual(seed):
-    assert find_unusual(homogeneous(500, seed)) == {}
+    assert find_outliers(homogeneous(500, seed)) == {}
 
 
 PLANTED = {
@@ -280,7 +280,7 @@ def test_what_was_planted_is_found_and_nothing_else():
     rows = homogeneous(200)
     for i, (changes, _) in PLANTED.items():
         rows[i] = replace(rows[i], **changes)
-    found = find_unusual(rows)
+    found = find_outliers(rows)
     assert set(found) == set(PLANTED)
     for i, (_, words) in PLANTED.items():
         assert re.search(words, found[i][0]), found[i]
@@ -291,14 +291,14 @@ def test_two_scanners_are_usual_and_a_third_kind_of_pixel_is_not():
     rows = homogeneous(200)
     rows = [replace(row, mpp=0.5 if i % 9 == 0 else 0.2485 + 0.004 * (i % 2)) for i, row in enumerate(rows)]
     rows[5] = replace(rows[5], mpp=0.37)
-    assert set(find_unusual(rows)) == {5}
+    assert set(find_outliers(rows)) == {5}
 
 
 def test_without_tissue_the_patches_are_compared_and_few_slides_are_not():
     rows = [replace(row, tissue_mm2=None) for row in homogeneous(30)]
     rows[4] = replace(rows[4], patches=3, seconds=1.0)
-    assert set(find_unusual(rows)) == {4}
-    assert find_unusual(rows[:6]) == {}
+    assert set(find_outliers(rows)) == {4}
+    assert find_outliers(rows[:6]) == {}
 
 
 def test_failures_are_grouped_by_kind():
