@@ -1,7 +1,7 @@
-"""The command line: fills the options, calls the stages, prints one line per slide.
+"""The command line: it fills the options, calls the stages, and prints one line per slide.
 
-Each command's options stand beside its handler. Handlers import what they need: ``seal-extract --help`` must
-not wait for torch.
+Each file holds the options and the handlers of one family of commands. Handlers import what they need, so
+that ``seal-extract --help`` does not wait for torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 
 from seal_extract.cli import bench, encoders, evaluate, genes, report, search, spots, train, verify, view
 from seal_extract.cli.slide_options import slides_parser
-from seal_extract.cli.terminal import echo, fail
+from seal_extract.cli.slides import run_slides
+from seal_extract.cli.terminal import fail, warn
 from seal_extract.errors import SealExtractError, UsageError
 
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return fail(str(exc), exc.exit_status)
     except KeyboardInterrupt:
-        return fail("interrupted; finished slides stay, the same command goes on after them", 130)
+        return fail("Interrupted. Finished slides are kept; run the same command again to continue.", 130)
     except BrokenPipeError:  # the reader of our output went away
         sys.stderr.close()
         return 1
@@ -60,35 +61,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         if isinstance(exc, OSError) and exc.errno == errno.ENAMETOOLONG:
-            return fail(f"{str(exc.filename)[:80]}... is too long for a path; check what was typed", 2)
-        return fail(f"unexpected {type(exc).__name__}: {_one_line(exc)}; --debug shows where", 1)
+            return fail(f"{str(exc.filename)[:80]}... is too long for a path; check the command", 2)
+        return fail(f"unexpected {type(exc).__name__}: {_one_line(exc)}; type --debug to see where", 1)
     return status
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     if argv and argv[0] in PARSERS:
         return PARSERS[argv[0]]().parse_args(argv[1:])
-    _refuse_mistyped(argv[:1])  # before its options, which those of slides are not
+    _refuse_mistyped(argv[:1])  # checked first, because the options of a command are not those of slides
     args = slides_parser().parse_args(argv)
+    args.handler = run_slides
     _refuse_mistyped(args.slides[:1])
     return args
 
 
 def _refuse_mistyped(first: list[str]) -> None:
-    """Refuse a first word that is no file and looks like a command: the words after it are no slides."""
+    """Refuse a first word that is not a file but resembles a command."""
     for word in first:
         near = get_close_matches(word.lower(), PARSERS, n=1, cutoff=0.7)
         if near and not Path(word).exists():
             raise UsageError(
-                f"there is no file {word!r}; if the command is meant, type it first: seal-extract {near[0]}"
+                f"there is no file {word!r}; if you mean the command, type: seal-extract {near[0]}"
             )
 
 
 def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: object
 ) -> None:
-    """A warning is for the user of the command, who does not care which of our lines it came from."""
-    echo(f"seal-extract: {message}", error=True)
+    """Print a warning without the file and line that it came from."""
+    warn(str(message))
 
 
 def _one_line(exc: BaseException) -> str:

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seal_extract.cli.options import Parser, add_common, add_precision, add_slide_mpp, mpp
+from seal_extract.cli.options import Parser, add, add_common, mpp
 from seal_extract.cli.terminal import echo, progress_line
 from seal_extract.errors import UsageError
 
@@ -19,7 +19,7 @@ TO_STDOUT = "-"
 
 
 def bench_parser() -> argparse.ArgumentParser:
-    """Options of ``seal-extract bench``."""
+    """The parser of ``seal-extract bench``."""
     p = Parser(
         prog="seal-extract bench",
         description="Measure every stage alone, the whole run, and what limits it: on a synthetic slide and "
@@ -29,12 +29,10 @@ def bench_parser() -> argparse.ArgumentParser:
     p.add_argument("slides", nargs="*", type=Path, metavar="SLIDE")
     p.add_argument("--encoder", metavar="NAME", help="a name from `seal-extract encoders`, or a folder")
     p.add_argument("--checkpoint", type=Path, metavar="FILE", help="a local official weight file (.pth)")
-    add_precision(p)
-    p.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
-    p.add_argument("--offline", action="store_true", help="never ask the network")
+    add(p, "--precision", "--device", "--offline")
     p.add_argument("--mpp", type=mpp, default=0.5, metavar="UM", help="µm/px, or 20x (default: 0.5)")
     p.add_argument("--patch-px", type=int, default=224, metavar="N", help="side in pixels (default: 224)")
-    add_slide_mpp(p)
+    add(p, "--slide-mpp", "--override-mpp")
     p.add_argument("--resample", choices=["bicubic", "area"], default="bicubic")
     p.add_argument("--fast-decode", action="store_true", help="decode JPEG at reduced scale")
     p.add_argument("--batch-size", type=int, metavar="N", help="patches per forward")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seal_extract.cli.options import Parser, add_common, add_slide_mpp
+from seal_extract.cli.options import Parser, add, add_common
 from seal_extract.cli.slides import embed
 from seal_extract.cli.terminal import echo, fail
 from seal_extract.errors import MissingOnHubError
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def encoders_parser() -> argparse.ArgumentParser:
-    """Options of ``seal-extract encoders``."""
+    """The parser of ``seal-extract encoders``."""
     p = Parser(prog="seal-extract encoders", description="The encoders to choose from.")
     p.set_defaults(handler=run_table)
     add_common(p)
@@ -58,7 +58,7 @@ def _pin(layout: Published | None) -> str:
 
 
 def download_parser() -> argparse.ArgumentParser:
-    """Options of ``seal-extract download``."""
+    """The parser of ``seal-extract download``."""
     p = Parser(
         prog="seal-extract download",
         description="Fetch the weights of encoders into the Hub's cache; then --offline finds them.",
@@ -103,14 +103,14 @@ def _expression_half(encoder: Encoder, name: str, revision: str | None) -> list[
 
 
 def doctor_parser() -> argparse.ArgumentParser:
-    """Options of ``seal-extract doctor``."""
+    """The parser of ``seal-extract doctor``."""
     p = Parser(
         prog="seal-extract doctor",
         description="Try each thing a run depends on by itself; of a slide, encode 8 patches.",
     )
     p.set_defaults(handler=run_doctor)
     p.add_argument("slide", nargs="?", type=Path, metavar="SLIDE")
-    add_slide_mpp(p)
+    add(p, "--slide-mpp", "--override-mpp")
     p.add_argument("--encoder", help="load it: which files it is made of, which adapters were merged")
     p.add_argument("--checkpoint", type=Path, metavar="FILE", help="its weight file on this disk")
     p.add_argument("--adapter", metavar="FOLDER", help="an adapter to merge into it")
@@ -138,7 +138,7 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 
 def demo_parser() -> argparse.ArgumentParser:
-    """Options of ``seal-extract demo``."""
+    """The parser of ``seal-extract demo``."""
     p = Parser(
         prog="seal-extract demo",
         description="Make a synthetic H&E slide and a small UNTRAINED encoder, and run the tool on them.",
@@ -146,7 +146,7 @@ def demo_parser() -> argparse.ArgumentParser:
     p.set_defaults(handler=run_demo)
     p.add_argument("out", nargs="?", type=Path, default=Path("seal_demo"), metavar="FOLDER")
     p.add_argument("--slide", type=Path, help="a slide of your own in place of the synthetic one")
-    add_slide_mpp(p)
+    add(p, "--slide-mpp", "--override-mpp")
     add_common(p)
     return p
 

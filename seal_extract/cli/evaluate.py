@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seal_extract.cli.options import Parser, add_common, add_precision, mpp
+from seal_extract.cli.options import Parser, add, add_common, mpp
 from seal_extract.cli.terminal import echo, progress_line
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def evaluate_parser() -> argparse.ArgumentParser:
-    """Options of ``seal-extract evaluate``."""
+    """The parser of ``seal-extract evaluate``."""
     p = Parser(
         prog="seal-extract evaluate",
         description="Predict gene expression from an encoder's embeddings by the HEST-Benchmark's protocol, "
@@ -48,9 +48,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
         "--batch-size", type=int, default=64, metavar="N", help="patches per forward (default: 64)"
     )
     p.add_argument("--seeds", type=int, default=10, metavar="N", help="orders of permuted rows (default: 10)")
-    add_precision(p)
-    p.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
-    p.add_argument("--offline", action="store_true", help="never ask the network")
+    add(p, "--precision", "--device", "--offline")
     add_common(p)
     return p
 

@@ -1,4 +1,4 @@
-"""``seal-extract FILE --patches``: ready-cut patches embedded, a line for each file or folder."""
+"""``seal-extract FILE --patches``: embed patches that are cut already, with one line per file or folder."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from seal_extract.cli.options import requested_encoders
+from seal_extract.cli.slide_options import slides_parser
 from seal_extract.cli.terminal import echo, fail
 from seal_extract.errors import SealExtractError, UsageError
 
-# what has a meaning for patches that are cut already
-TAKEN = {
+# the options that apply to patches that are cut already
+ALLOWED = {
     *("slides", "out", "encoder", "checkpoint", "adapter", "revision", "precision", "device", "offline"),
     *("patches", "mpp", "slide_mpp", "layout", "batch_size", "workers", "overwrite"),
     *("quiet", "debug", "handler", "verbose"),
 }
 
 
-def run_patches(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    """Embed each file or folder; one that fails stops no other, and makes the exit status 1."""
+def embed_patch_images(args: argparse.Namespace) -> int:
+    """Embed each file or folder; the exit status is 1 if one fails, which does not stop the others."""
     from tqdm import tqdm
 
-    from seal_extract.cli.slides import requests
     from seal_extract.run.patch_images import extract_patches
 
-    _refuse_options(args, parser)
+    _refuse_options(args)
     paths = _inputs(args.slides)
-    encoders = [request.load() for request in requests(args)]
+    encoders = [request.load() for request in requested_encoders(args)]
     failed = 0
     for path in paths:
         for encoder in encoders:
@@ -67,13 +68,14 @@ def run_patches(args: argparse.Namespace, parser: argparse.ArgumentParser) -> in
     return 1 if failed else 0
 
 
-def _refuse_options(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Ready-cut patches are embedded as they are: nothing that would cut others is passed over in silence."""
+def _refuse_options(args: argparse.Namespace) -> None:
+    """Refuse options that would cut other patches, rather than ignore them."""
+    parser = slides_parser()
     for name, value in vars(args).items():
-        if name not in TAKEN and value != parser.get_default(name):
+        if name not in ALLOWED and value != parser.get_default(name):
             raise UsageError(
-                f"--{name.replace('_', '-')} has no meaning for patches that are cut already; leave it out, "
-                "or leave --patches out"
+                f"--{name.replace('_', '-')} does not apply to patches that are cut already; "
+                "leave out --patches or this option"
             )
 
 

@@ -1,4 +1,4 @@
-"""``--log-json``: one JSON line an event, for whoever watches a run."""
+"""The progress of a run: bars, one line per slide, and one JSON object per event for ``--log-json``."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from seal_extract.errors import OutputError, SealExtractError, UnexpectedError
 from seal_extract.names import shown
 
 if TYPE_CHECKING:
+    from seal_extract.features.store import SlideFeatures
     from seal_extract.run.status_table import SlideResult
 
 STDERR = "-"
 
 
-class Events:
-    """Writes events to a file, or to stderr for ``-``; without either it keeps them to itself."""
+class EventLog:
+    """Writes events to a file, or to standard error for ``-``; without either, it writes nothing."""
 
     def __init__(self, target: str | None) -> None:
         self._closing = ExitStack()
@@ -34,55 +35,123 @@ class Events:
                 raise OutputError(f"cannot write --log-json {target}: {exc.strerror}; give a file") from exc
             self._file = self._closing.enter_context(file)
 
-    def __enter__(self) -> Events:
+    def __enter__(self) -> EventLog:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._closing.close()
 
-    def tell(self, event: str, **facts: object) -> None:
+    def write(self, event: str, **facts: object) -> None:
         """Write one event, at once."""
-        if self._file is not None:
-            now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-            said = {"time": now, "event": event, **{key: _printable(fact) for key, fact in facts.items()}}
-            try:
-                print(json.dumps(said), file=self._file, flush=True)
-            except OSError as exc:  # a disk that is full ends no run
-                self._file = None
-                with suppress(OSError):
-                    self._closing.close()
-                fail(f"--log-json can no longer be written ({exc.strerror}); the run goes on without it", 1)
+        if self._file is None:
+            return
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        entry = {"time": now, "event": event, **{key: _printable(fact) for key, fact in facts.items()}}
+        try:
+            print(json.dumps(entry), file=self._file, flush=True)
+        except OSError as exc:  # a full disk does not end the run
+            self._file = None
+            with suppress(OSError):
+                self._closing.close()
+            fail(f"--log-json can no longer be written ({exc.strerror}); the run continues without it", 1)
 
-    def tell_result(self, result: SlideResult) -> None:
-        """What became of a slide."""
-        slide, seconds = result.entry.source, round(result.seconds, 2)
+    def write_result(self, result: SlideResult) -> None:
+        """Write the outcome of a slide."""
+        slide = {"slide": result.entry.source, "name": result.name}
         if result.error is not None:
-            kind = type(result.error).__name__
             more = {"traceback": result.error.details} if isinstance(result.error, UnexpectedError) else {}
-            self.tell("failed", slide=slide, name=result.name, error=kind, reason=str(result.error), **more)
+            self.write("failed", **slide, **_failure(result.error), **more)
             return
         first = result.features[0]
-        self.tell(
+        self.write(
             "finished before" if result.finished_before else "done",
-            slide=slide,
-            name=result.name,
+            **slide,
             patches=len(first.grid),
-            seconds=seconds,
+            seconds=round(result.seconds, 2),
             read_errors=first.provenance["read_errors"],
             files=[str(features.path) for features in result.features],
         )
 
-    def tell_slide_level(self, result: SlideResult, said: str | SealExtractError) -> None:
-        """What became of one of its slide-level files."""
-        slide = result.entry.source
-        if isinstance(said, SealExtractError):
-            kind = type(said).__name__
-            self.tell("slide level failed", slide=slide, name=result.name, error=kind, reason=str(said))
+    def write_slide_level(self, result: SlideResult, outcome: str | SealExtractError) -> None:
+        """Write the outcome of one slide-level file."""
+        slide = {"slide": result.entry.source, "name": result.name}
+        if isinstance(outcome, SealExtractError):
+            self.write("slide level failed", **slide, **_failure(outcome))
         else:
-            self.tell("slide level", slide=slide, name=result.name, result=said)
+            self.write("slide level", **slide, result=outcome)
+
+
+def _failure(error: SealExtractError) -> dict[str, str]:
+    return {"error": type(error).__name__, "reason": str(error)}
 
 
 def _printable(fact: object) -> object:
     if isinstance(fact, list):
         return [_printable(one) for one in fact]
     return "\n".join(map(shown, fact.split("\n"))) if isinstance(fact, str) else fact
+
+
+class ProgressBars:
+    """Bars for the slides and for the patches of the current slide; no bars where there is no terminal."""
+
+    def __init__(self, quiet: bool, slides: int) -> None:
+        from tqdm import tqdm
+
+        off = True if quiet else None  # None: no terminal
+        self._slides = tqdm(
+            total=slides, unit="slide", disable=True if slides == 1 else off, leave=False, position=0
+        )
+        self._patches = tqdm(unit="patch", disable=off, leave=False, position=0 if slides == 1 else 1)
+        self._slide: Path | None = None
+
+    def __enter__(self) -> ProgressBars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patches.close()
+        self._slides.close()
+
+    def show(self, slide: Path, done: int, total: int) -> None:
+        """Show the patches done of a slide; called by other threads."""
+        if slide != self._slide:
+            self._slide = slide
+            self._patches.reset(total)
+            self._patches.set_description(shown(slide.name), refresh=False)
+        self._patches.update(done - self._patches.n)
+
+    def next_slide(self) -> None:
+        """Count a slide as ended and make room for its line."""
+        self._patches.clear()
+        self._slides.clear()
+        self._slides.update()
+
+
+def result_lines(result: SlideResult) -> list[str]:
+    """One line per encoder of a slide that succeeded."""
+    name = result.path.name
+    if result.finished_before:
+        return [f"{name}: {len(f.grid)} patches, finished before -> {f.path}" for f in result.features]
+    return [_closing_line(name, features, result.seconds) for features in result.features]
+
+
+def _closing_line(name: str, result: SlideFeatures, seconds: float) -> str:
+    slide, n = result.provenance["slide"], len(result.grid)
+    if not n:
+        tissue = result.provenance["tissue"]
+        area = (
+            f"{tissue['area_mm2']:.2g} mm² of tissue, too little for one"
+            if tissue and tissue["area_mm2"]
+            else ""
+        )
+        return f"{name}: 0 patches, {area or 'no tissue found'} -> {result.path}; look at its overlay"
+    unread = result.provenance["read_errors"]
+    errors = f", {unread} of them UNREADABLE and zero" if unread else ""
+    uncovered = (result.provenance["tissue"] or {}).get("uncovered")
+    left = f"; {uncovered:.1%} of the tissue under no patch" if uncovered is not None else ""
+    padding = result.provenance["padding"]
+    padded = f" ({padding:.1%} of their area beyond the slide)" if padding else ""
+    return (
+        f"{name}: {n} patches{padded}{errors} by {result.provenance['encoder']['name']}, "
+        f"{slide['mpp']:.4g} µm/px by {slide['mpp_source']}, {slide['reader']} ({slide['decoder']}), "
+        f"{seconds:.1f} s, {n / seconds:.3g} patches/s{left} -> {result.path}"
+    )

@@ -1,4 +1,4 @@
-"""``seal-extract search``: patches by gene, by likeness or by profile; genes by region."""
+"""``seal-extract search``: find patches by gene, similarity or profile; compare the genes of a region."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seal_extract.cli.genes import add_decoder, add_slides, decoder_for, finished_features, sound_features
+from seal_extract.cli.features import add_features, decoder_for, given_panel, keep_sound, read_given
 from seal_extract.cli.options import Parser, add_common, mpp
 from seal_extract.cli.search_results import open_results, query_of, short_names, write_found, write_genes
 from seal_extract.cli.terminal import echo
@@ -27,54 +27,54 @@ BY_LIKENESS = ("patch", "image", "profile")  # queries that an index answers
 
 
 def search_parser() -> argparse.ArgumentParser:
-    """Options of ``seal-extract search``."""
+    """The parser of ``seal-extract search``."""
     p = Parser(
         prog="seal-extract search",
         description="Find patches of finished slides by gene, signature, expression profile, patch or image, "
         "or the genes of a region. Writes found.csv, a contact sheet and tiles for QuPath, or genes.csv.",
     )
     p.set_defaults(handler=run)
-    p.add_argument(
-        "features", nargs="+", type=Path, metavar="OUT|SLIDE.h5", help="a run's -o, or features files"
-    )
+    add_features(p)
     asked = p.add_mutually_exclusive_group()
-    asked.add_argument("--gene", metavar="NAME", help="patches where it is predicted to be highest")
-    asked.add_argument("--signature", metavar="FILE.gmt:NAME|A:1,B:-1", help="likewise of a set of genes")
+    asked.add_argument("--gene", metavar="NAME", help="patches where the predicted expression is highest")
+    asked.add_argument("--signature", metavar="FILE.gmt:NAME|A:1,B:-1", help="the same for a set of genes")
     asked.add_argument(
         "--profile", type=Path, metavar="FILE.csv",
-        help="patches most like a sample's expression: a gene and its count in each line",
+        help="patches most similar to the expression of a sample; each line has a gene and its count",
     )  # fmt: skip
     asked.add_argument(
-        "--patch", metavar="SLIDE:X,Y", help="patches most like the one there, in level-0 pixels"
+        "--patch",
+        metavar="SLIDE:X,Y",
+        help="patches most similar to the one at this place, in level-0 pixels",
     )
     asked.add_argument(
-        "--image", type=Path, metavar="FILE", help="patches most like a picture, with --image-mpp"
+        "--image", type=Path, metavar="FILE", help="patches most similar to a picture; needs --image-mpp"
     )
     asked.add_argument(
-        "--region", metavar="SLIDE:FILE.geojson", help="genes over-represented in the areas drawn on a slide"
+        "--region", metavar="SLIDE:FILE.geojson", help="genes that differ in the areas drawn on a slide"
     )
     p.add_argument("--image-mpp", type=mpp, metavar="UM", help="µm/px of --image, or 20x")
-    p.add_argument("-k", type=int, default=24, metavar="N", help="patches to find (default: 24)")
-    p.add_argument("--per-slide", type=int, metavar="N", help="at most so many of one slide")
-    p.add_argument("--permutations", type=int, default=999, metavar="N", help="of --region (default: 999)")
-    p.add_argument("--panel", type=Path, metavar="FILE", help="the gene of each column, one per line")
+    p.add_argument("-k", type=int, default=24, metavar="N", help="number of patches to find (default: 24)")
+    p.add_argument("--per-slide", type=int, metavar="N", help="highest number of patches from one slide")
+    p.add_argument(
+        "--permutations", type=int, default=999, metavar="N", help="random draws for --region (default: 999)"
+    )
     p.add_argument(
         "--index", choices=["exact", "build", "use"], default="exact",
-        help="exact looks at every patch; build makes or updates a FAISS index beside the features, alone or "
-        "beside a query; --patch, --image and --profile are then answered by it; use takes it as it is "
-        "(default: exact)",
+        help="exact compares every patch; build makes or updates an index beside the features, and answers "
+        "--patch, --image and --profile with it; use takes the index as it is (default: exact)",
     )  # fmt: skip
     p.add_argument("-o", "--out", type=Path, help="folder (default: search/QUERY)")
-    p.add_argument("--overwrite", action="store_true", help="replace the results of another query in -o")
-    p.add_argument("--omics", type=Path, metavar="FILE", help="the encoder's expression half, for --profile")
-    add_decoder(p)
-    add_slides(p)
+    p.add_argument(
+        "--overwrite", action="store_true", help="replace the results of another query in the folder"
+    )
+    p.add_argument("--omics", type=Path, metavar="FILE", help="the expression encoder, for --profile")
     add_common(p)
     return p
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what was found, then where it was written; 1 if a slide or the pictures were left out."""
+    """Print and write the results; the exit status is 1 if a slide or the pictures were left out."""
     from seal_extract.genes.index import check_one_encoder
 
     query = query_of(args)
@@ -83,13 +83,13 @@ def run(args: argparse.Namespace) -> int:
             "type what to search for, such as --gene NAME or --patch SLIDE:X,Y, or --index build"
         )
     if query is not None and args.index == "use" and query[0] not in BY_LIKENESS:
-        raise UsageError(f"--index use is of {', '.join(BY_LIKENESS)}; leave it out beside --{query[0]}")
-    slides, damaged = finished_features(args.features, args.encoder)
+        raise UsageError(f"--index use answers {', '.join(BY_LIKENESS)} only; leave it out with --{query[0]}")
+    slides, damaged = read_given(args.features, args.encoder)
     check_one_encoder(slides)
     if args.region is not None and args.index == "exact":
         slides = [_named(slides, _region(args.region)[0])]
     if args.index != "use":
-        slides, damaged = sound_features(slides, damaged)
+        slides, damaged = keep_sound(slides, damaged)
     index = None if args.index == "exact" else _index(slides, args)
     status = 1 if damaged else 0
     if query is None:
@@ -117,7 +117,7 @@ def _find(slides: list[SlideFeatures], index: Index | None, args: argparse.Names
             echo(signature.told(decoder))
         return search_expression(slides, decoder, signature, args.k, per_slide=args.per_slide)
     if args.per_slide is not None:
-        raise UsageError("--per-slide goes with --gene and --signature; leave it out")
+        raise UsageError("--per-slide applies to --gene and --signature only; leave it out")
     skip = None
     if args.profile is not None:
         query, project = _query_of_profile(slides[0], args)
@@ -134,18 +134,16 @@ def _find(slides: list[SlideFeatures], index: Index | None, args: argparse.Names
 def _query_of_profile(
     slide: SlideFeatures, args: argparse.Namespace
 ) -> tuple[NDArray[np.float32], Callable[[Rows], Rows] | None]:
-    """The profile's embedding, and what brings images into its space where their half has a head."""
+    """The embedding of the profile, and the projection of images where their half has a head."""
     from seal_extract.genes.decoder import image_head, recorded_revision, whereabouts
     from seal_extract.genes.omics import compared_behind_heads, load_omics
-    from seal_extract.genes.panel import read_panel
     from seal_extract.genes.search import embed_profile, read_profile
 
     counts = read_profile(args.profile)
     asked = args.encoder or whereabouts(slide.provenance)
     revision = None if args.omics else recorded_revision(slide.provenance, asked)
     omics = load_omics(args.omics or asked, revision=revision, offline=args.offline)
-    if args.panel is not None:
-        omics.genes = read_panel(args.panel)
+    omics.genes = given_panel(args) or omics.genes
     embedding, project = embed_profile(omics, counts), None
     made_by = slide.provenance["encoder"]
     if compared_behind_heads(omics, made_by["name"], bool(made_by.get("projection_head"))):
@@ -160,7 +158,7 @@ def _query_of_profile(
 def _behind_the_head(
     slides: list[SlideFeatures], project: Callable[[Rows], Rows], args: argparse.Namespace
 ) -> Index:
-    """An index over the images as the expression half sees them; that of FAISS holds them as they are."""
+    """An exact index over the projected image embeddings; a stored index holds them unprojected."""
     from seal_extract.genes.index import ExactIndex
 
     if args.index != "exact":
@@ -177,7 +175,7 @@ def _query_of_image(slide: SlideFeatures, args: argparse.Namespace) -> NDArray[n
     from seal_extract.genes.search import embed_picture
 
     if args.image_mpp is None:
-        raise UsageError("a picture does not say its scale; give its µm/px as --image-mpp, such as 0.5")
+        raise UsageError("a picture does not state its scale; give its µm/px, such as --image-mpp 0.5")
     asked = args.encoder or whereabouts(slide.provenance)
     encoder = load_encoder(
         asked,
@@ -190,7 +188,7 @@ def _query_of_image(slide: SlideFeatures, args: argparse.Namespace) -> NDArray[n
 
 
 def _patch(slides: list[SlideFeatures], text: str) -> Found:
-    """The patch that holds a place, as ``SLIDE:X,Y``."""
+    """The patch at ``SLIDE:X,Y``."""
     import numpy as np
 
     from seal_extract.genes.search import Found
@@ -205,7 +203,7 @@ def _patch(slides: list[SlideFeatures], text: str) -> Found:
     inside = ((slide.grid.xy_l0 <= xy) & (xy < slide.grid.xy_l0 + slide.grid.patch_size_l0)).all(1)
     if not inside.any():
         raise UsageError(
-            f"no patch of {match[1]} holds ({xy[0]}, {xy[1]}); its {len(slide.grid)} lie on tissue"
+            f"no patch of {match[1]} contains ({xy[0]}, {xy[1]}); its {len(slide.grid)} patches lie on tissue"
         )
     return Found(slide, int(np.argmax(inside)), 1.0)
 
@@ -216,7 +214,7 @@ def _named(slides: list[SlideFeatures], name: str) -> SlideFeatures:
         return found[0]
     if found:
         raise UsageError(
-            f"{len(found)} features files are of a slide {name}; give one of them in place of the folder"
+            f"{len(found)} feature files belong to a slide {name}; give one of them in place of the folder"
         )
     near = get_close_matches(name, [slide.path.stem for slide in slides], n=3, cutoff=0.3)
     raise UsageError(
@@ -232,7 +230,7 @@ def _index(slides: list[SlideFeatures], args: argparse.Namespace) -> Index:
         return open_index(slides, folder)
     if any(path.is_file() for path in args.features):
         raise UsageError(
-            "--index build is of a whole run, for it drops what it is not given; give the run's -o"
+            "--index build needs the -o of a whole run, because it drops slides that are not given"
         )
     index = build(slides, folder)
     echo(f"{index.changes} -> {folder}")
@@ -243,10 +241,10 @@ def _index(slides: list[SlideFeatures], args: argparse.Namespace) -> Index:
 
 
 def _region(text: str) -> tuple[str, Path]:
-    """Slide and file of ``SLIDE:FILE.geojson``."""
+    """Split ``SLIDE:FILE.geojson``."""
     name, _, file = text.partition(":")
     if not file:
-        raise UsageError(f"--region {text!r}; type SLIDE:FILE.geojson, of areas drawn in QuPath")
+        raise UsageError(f"--region {text!r}; type SLIDE:FILE.geojson with areas drawn in QuPath")
     return name, Path(file)
 
 
@@ -263,7 +261,7 @@ def _genes_of_region(slide: SlideFeatures, args: argparse.Namespace) -> None:
     out = open_results(args, [slide])
     area, tissue = areas_mm2(polygons, read_outline(outline_path(slide)), slide.provenance["slide"]["mpp"])
     on_tissue = (
-        "unknown, for its outline is not beside the features" if tissue is None else f"{tissue:.4g} mm²"
+        "unknown, because its outline is not beside the features" if tissue is None else f"{tissue:.4g} mm²"
     )
     echo(
         f"{found.patches} of {len(slide.grid)} patches inside; area of the region {area:.4g} mm², "
@@ -274,7 +272,7 @@ def _genes_of_region(slide: SlideFeatures, args: argparse.Namespace) -> None:
 
 
 def _sheet(slides: list[SlideFeatures], args: argparse.Namespace) -> dict[str, Any]:
-    """What a contact sheet says and shows beside the patches found."""
+    """Title, score and query of the contact sheet."""
     from seal_extract.genes.search import cut_picture
 
     kind, asked = query_of(args) or ("", "")

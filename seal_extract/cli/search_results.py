@@ -1,4 +1,4 @@
-"""What ``seal-extract search`` writes: a folder for each query, not replaced by another unasked."""
+"""The results of ``seal-extract search``: one folder per query, which another query does not replace."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ SHOWN = 15  # lines printed
 
 
 def query_of(args: argparse.Namespace) -> tuple[str, str] | None:
-    """What was asked, such as ``("gene", "CD24")``."""
+    """Kind and text of the query, such as ``("gene", "CD24")``; None without a query."""
     given = ((kind, getattr(args, kind)) for kind in QUERIES)
     return next(((kind, str(value)) for kind, value in given if value is not None), None)
 
 
 def open_results(args: argparse.Namespace, slides: Sequence[SlideFeatures]) -> Path:
-    """The folder for the results of a query, with what was asked in ``query.json``.
+    """Make the folder for the results of a query, and write the query to ``query.json``.
 
-    By default it has the query's name, below ``search``. Results of the same query are replaced.
+    The default is ``search/QUERY``. Results of the same query are replaced.
 
     Raises:
-        OutputError: it holds the results of another query, and ``--overwrite`` was not typed.
+        OutputError: the folder holds results of another query, and ``--overwrite`` was not typed.
     """
     query = query_of(args)
     assert query is not None
@@ -50,11 +50,13 @@ def open_results(args: argparse.Namespace, slides: Sequence[SlideFeatures]) -> P
     out: Path = args.out or Path("search") / name
     before = [path for name in RESULTS if (path := out / name).exists()]
     if before and not args.overwrite and not same.items() <= _read(out / QUERY).items():
-        raise OutputError(f"{before[0]} is of another search; type --overwrite to replace it, or another -o")
+        raise OutputError(
+            f"{before[0]} belongs to another search; type --overwrite to replace it, or another -o"
+        )
     with writing(out):
-        for path in before + [tile for tile in out.glob("*.geojson") if _is_ours(tile)]:
+        for path in before + [tile for tile in out.glob("*.geojson") if _is_result(tile)]:
             path.unlink()
-    told = {
+    details = {
         "k": args.k,
         "per_slide": args.per_slide,
         "index": args.index,
@@ -63,12 +65,12 @@ def open_results(args: argparse.Namespace, slides: Sequence[SlideFeatures]) -> P
         "encoder": slides[0].provenance["encoder"]["name"],
         "weights": [w["sha256"] for w in slides[0].provenance["encoder"].get("weights", [])],
     }
-    _write_text(out / QUERY, json.dumps(same | told, indent=1))
+    _write_text(out / QUERY, json.dumps(same | details, indent=1))
     return out
 
 
 def _content(asked: str) -> str | None:
-    """The file that a query names, hashed."""
+    """The hash of the file that a query names."""
     for text in (asked, asked.partition(":")[2], asked.rpartition(":")[0]):
         try:
             return _hash(Path(text).read_bytes())
@@ -89,7 +91,7 @@ def _read(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _is_ours(tiles: Path) -> bool:
+def _is_result(tiles: Path) -> bool:
     from seal_extract.tissue.geojson import read_made_of
 
     return (read_made_of(tiles) or {}).get("kind") == "search"
@@ -99,7 +101,7 @@ def _is_ours(tiles: Path) -> bool:
 
 
 def short_names(slides: Iterable[SlideFeatures]) -> dict[Path, str]:
-    """A name for each features file: the slide's, with folders in front where several have it."""
+    """A name for each feature file: the slide's name, with folders in front where several have it."""
     paths = {slide.path for slide in slides}
     names: dict[Path, str] = {}
     for path in paths:

@@ -1,4 +1,4 @@
-"""``--slide-level``: what pools a slide's patches, checked before any slide is read, written after each."""
+"""``--slide-level``: pool the patches of each slide; checkpoints are checked before any slide is read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seal_extract.cli.terminal import fail
+from seal_extract.cli.terminal import exit_status
 from seal_extract.errors import OutputError, SealExtractError, UsageError
 
 if TYPE_CHECKING:
@@ -31,7 +31,11 @@ class SlideLevels:
         """
         self._asked = self._failed = 0
         self._out, self._options = out, options
-        self._poolings = [_open(name) for name in dict.fromkeys(_split(asked))]
+        self._poolings: list[Pooling] = []
+        if asked:
+            from seal_extract.pooling import open_pooling
+
+            self._poolings = [open_pooling(name) for name in dict.fromkeys(_split(asked))]
         names = [pooling.name for pooling in self._poolings]
         if len(set(names)) < len(names):
             raise UsageError(f"--slide-level has files of one name ({', '.join(names)}); rename one of them")
@@ -42,8 +46,8 @@ class SlideLevels:
                 for encoder in encoders:
                     check_width(pooling, encoder.spec.dim, encoder.spec.name)
 
-    def lines(self, result: SlideResult) -> Iterator[str | SealExtractError]:
-        """Pool each encoder's features of a slide in each way asked for: what to say of it, or why not."""
+    def pool(self, result: SlideResult) -> Iterator[str | SealExtractError]:
+        """Pool the features of each encoder in each way asked for; yields one line or error for each."""
         for features in result.features:
             for pooling in self._poolings:
                 what = f"{result.path.name}: slide level by {pooling.name}"
@@ -54,11 +58,9 @@ class SlideLevels:
                     self._failed += 1
                     yield type(exc)(f"{what}: {exc}")
 
-    def status(self) -> int:
-        """The exit status, with how many failed."""
-        if self._failed:
-            return fail(f"{self._failed} of {self._asked} slide-level files failed", 1)
-        return 0
+    def exit_status(self) -> int:
+        """0, or 1 if a file failed, with a line that says how many."""
+        return exit_status(self._failed, self._asked, "slide-level files")
 
     def _write(self, features: SlideFeatures, name: str, pooling: Pooling) -> str:
         from seal_extract.features.layouts import layout_of_grid
@@ -69,17 +71,17 @@ class SlideLevels:
         if not len(features.grid):
             return f"no patches to pool{_without(path, self._options.overwrite)}"
         made = pool_slide(features, pooling, path, overwrite=self._options.overwrite)
-        told = " x ".join(map(str, made.features.shape))
+        line = " x ".join(map(str, made.features.shape))
         if made.probabilities is not None:
-            told += f", class probabilities {' '.join(f'{p:.3g}' for p in made.probabilities)}"
+            line += f", class probabilities {' '.join(f'{p:.3g}' for p in made.probabilities)}"
         if made.finished_before:
-            told += ", finished before"
+            line += ", finished before"
             if made.is_older:
-                told += (
-                    " by an older version (no class probabilities, and Patho-Bench cannot read it): delete "
-                    "the file and type the same command to have it written anew, which encodes nothing"
+                line += (
+                    " by an older version (without class probabilities, and unreadable for Patho-Bench): "
+                    "delete the file and run the same command again to write it anew without encoding"
                 )
-        return f"{told} -> {path}"
+        return f"{line} -> {path}"
 
 
 def _split(asked: Sequence[str]) -> Iterator[str]:
@@ -87,17 +89,13 @@ def _split(asked: Sequence[str]) -> Iterator[str]:
         yield from [text] if Path(text).exists() else (name.strip() for name in text.split(","))
 
 
-def _open(name: str) -> Pooling:
-    from seal_extract.pooling import open_pooling
-
-    return open_pooling(name)
-
-
 def _without(path: Path, overwrite: bool) -> str:
-    """No file may lie there that was made of patches which this slide has no more."""
+    """Delete a file made from patches that the slide no longer has, if --overwrite permits it."""
     if not path.exists():
         return ""
     if not overwrite:
-        raise OutputError(f"{path} exists, made of patches that are no more; type --overwrite to delete it")
+        raise OutputError(
+            f"{path} was made from patches that the slide no longer has; type --overwrite to delete it"
+        )
     path.unlink()
     return f", deleted {path}"

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seal_extract.cli.options import Parser, add_common, add_precision, mpp
+from seal_extract.cli.options import Parser, add, add_common, mpp
 from seal_extract.cli.terminal import echo, fail
 from seal_extract.errors import CheckpointError, SealExtractError, UsageError
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def spots_parser() -> argparse.ArgumentParser:
-    """Options of ``seal-extract spots``."""
+    """The parser of ``seal-extract spots``."""
     p = Parser(
         prog="seal-extract spots",
         description="Embed the patch and the expression of every spot of a section, joined by barcode in one "
@@ -45,9 +45,7 @@ def spots_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--batch-size", type=int, default=64, metavar="N", help="patches per forward (default: 64)"
     )
-    add_precision(p)
-    p.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
-    p.add_argument("--offline", action="store_true", help="never ask the network")
+    add(p, "--precision", "--device", "--offline")
     p.add_argument("--overwrite", action="store_true", help="replace files that were made of something else")
     add_common(p)
     return p

@@ -10,7 +10,7 @@ from seal_extract.cli.terminal import echo
 
 
 def train_parser() -> argparse.ArgumentParser:
-    """Options of ``seal-extract train``."""
+    """The parser of ``seal-extract train``."""
     p = Parser(
         prog="seal-extract train",
         description="Align an encoder with spatial transcriptomics, by SEAL, multi-scale contrast "

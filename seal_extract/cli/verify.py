@@ -10,7 +10,7 @@ from seal_extract.cli.terminal import echo, fail
 
 
 def verify_parser() -> argparse.ArgumentParser:
-    """Options of ``seal-extract verify``."""
+    """The parser of ``seal-extract verify``."""
     p = Parser(
         prog="seal-extract verify",
         description="Read every file of a folder as another tool does, and print what falls short of it.",
@@ -44,7 +44,7 @@ def run_verify(args: argparse.Namespace) -> int:
 
 
 def export_parser() -> argparse.ArgumentParser:
-    """Options of ``seal-extract export``."""
+    """The parser of ``seal-extract export``."""
     p = Parser(
         prog="seal-extract export",
         description="Copy the features of a finished run into another layout, without encoding again.",

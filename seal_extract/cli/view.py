@@ -1,4 +1,4 @@
-"""``seal-extract view``: a results folder in the browser."""
+"""``seal-extract view``: look at a finished run in the browser."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from seal_extract.cli.options import Parser, add_common
-from seal_extract.cli.terminal import echo
+from seal_extract.cli.features import given_panel
+from seal_extract.cli.options import Parser, add, add_common
+from seal_extract.cli.terminal import echo, warn
 
 if TYPE_CHECKING:
     from seal_extract.genes.decoder import GeneDecoder
@@ -19,26 +20,26 @@ if TYPE_CHECKING:
 
 
 def view_parser() -> argparse.ArgumentParser:
-    """Options of ``seal-extract view``."""
+    """The parser of ``seal-extract view``."""
     p = Parser(
         prog="seal-extract view",
         description="Look at a finished run in the browser: slides, patches, embeddings, clusters, predicted "
-        "genes, attention. The page is served to this machine alone, to whoever has the whole address that "
-        "is printed, and needs no network.",
+        "genes, attention. The page is served to this machine only, at the printed address with its "
+        "token, and needs no network.",
     )
     p.set_defaults(handler=run_view)
     p.add_argument("out", type=Path, metavar="OUT", help="the -o of a finished run, or a part of it")
     p.add_argument(
         "--encoder",
         metavar="NAME|FOLDER",
-        help="whose features to show, where there are several; its folder, if it is not where it was",
+        help="the encoder whose features to show, where there are several; a folder, if it has moved",
     )
-    p.add_argument("--slides", type=Path, metavar="FOLDER", help="where the slides lie, if they have moved")
+    add(p, "--slides")
     genes = p.add_argument_group("genes")
-    genes.add_argument("--panel", type=Path, metavar="FILE", help="the gene of each column, one per line")
+    add(genes, "--panel")
     genes.add_argument("--signatures", type=Path, metavar="FILE.gmt", help="gene sets to choose from by name")
-    genes.add_argument("--checkpoint", type=Path, metavar="FILE", help="its weights on this disk")
-    genes.add_argument("--offline", action="store_true", help="never ask the network for the decoder")
+    add(genes, "--checkpoint", help="weights of the encoder on this disk")
+    add(genes, "--offline")
     p.add_argument("--port", type=int, default=0, metavar="N", help="default: a free one")
     p.add_argument("--no-browser", action="store_true", help="print the address and open nothing")
     add_common(p)
@@ -54,15 +55,15 @@ def run_view(args: argparse.Namespace) -> int:
 
     collection = Collection.find(args.out, _name(args.encoder), args.slides)
     provenance = next(s.provenance for s in collection.slides if s.provenance)
-    panel, signatures = _panel(args), _signatures(args)
+    panel, signatures = given_panel(args), _signatures(args)
     gallery = Gallery(collection, GeneMaps(lambda: _decoder(args, provenance, panel), signatures))
     token = secrets.token_urlsafe(24)
     with listen(args.port) as sock, TemporaryDirectory(prefix="seal-extract-") as private:
         address = f"http://127.0.0.1:{sock.getsockname()[1]}/?token={token}"
         moved = sum(s.problem is not None for s in collection.slides if s.features is not None)
         if moved:
-            said = "1 slide is not where it was" if moved == 1 else f"{moved} slides are not where they were"
-            echo(f"seal-extract: {said}; type --slides FOLDER", error=True)
+            slides = "1 slide is" if moved == 1 else f"{moved} slides are"
+            warn(f"{slides} not where the features say; type --slides FOLDER")
         with suppress(KeyboardInterrupt):
             announce = partial(_announce, address, len(collection.slides), args, Path(private))
             serve(gallery, sock, token, announce, debug=args.debug)
@@ -75,24 +76,20 @@ def _announce(address: str, slides: int, args: argparse.Namespace, private: Path
     if not args.no_browser:
         import webbrowser
 
-        page = private / "view.html"  # all users of the machine see the words of a command, the token too
+        page = (
+            private / "view.html"
+        )  # other users can see the arguments of a command, so the token is not one
         page.write_text(f'<meta http-equiv="refresh" content="0; url={address}">', encoding="utf-8")
         webbrowser.open(page.as_uri())
 
 
 def _name(encoder: str | None) -> str | None:
-    """Of an encoder given by name or as a folder."""
+    """The name of an encoder given by name or as a folder."""
     if encoder is None or not Path(encoder).is_dir():
         return encoder
     from seal_extract.encoders.folder import CONFIG, read_config
 
     return read_config(Path(encoder) / CONFIG).name
-
-
-def _panel(args: argparse.Namespace) -> tuple[str, ...] | None:
-    from seal_extract.genes.panel import read_panel
-
-    return None if args.panel is None else read_panel(args.panel)
 
 
 def _signatures(args: argparse.Namespace) -> dict[str, Signature] | None:

@@ -356,7 +356,9 @@ def test_ctrl_c_is_one_line(place, run, tmp_path, monkeypatch):
 
     monkeypatch.setattr("seal_extract.run.job.plan_within", interrupt)
     command = (place / "slides/a.svs", "-o", tmp_path, "--encoder", place / "encoder")
-    one_line(run(*command), 130, "interrupted; finished slides stay, the same command goes on after them")
+    one_line(
+        run(*command), 130, "Interrupted. Finished slides are kept; run the same command again to continue."
+    )
 
 
 def test_the_installed_command_answers():

@@ -49,7 +49,7 @@ def test_it_is_found_from_any_folder(tmp_path):
 def test_it_is_what_the_command_takes_by_default_and_says_so(tmp_path, capsys):
     slide = write_synthetic_slide(tmp_path / "a.svs", (2000, 1600), mpp=0.25)
     assert main([str(slide), "-o", str(tmp_path / "out"), "-q"]) == 0
-    assert "by seal-tiny: bundled, trained on four sections of one breast cancer" in capsys.readouterr().err
+    assert "the encoder is seal-tiny" in capsys.readouterr().err
     (features,) = (tmp_path / "out").rglob("features_seal-tiny/a.h5")
     with h5py.File(features) as file:
         assert file["features"].shape[1] == load_encoder(DEFAULT).spec.dim

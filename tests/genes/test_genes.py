@@ -343,7 +343,7 @@ def test_all_genes_of_a_run(finished, tmp_path):
         (["--genes", "CD42"], "CD42 is not among the genes"),
         ([], "type --genes A,B, --signature FILE.gmt:NAME or --all"),
         (["--all", "--write", "pdf"], "allowed: h5, h5ad, geojson, png"),
-        (["--all", "--write", "png"], "is of genes that are named; type --genes A,B in place of --all"),
+        (["--all", "--write", "png"], "needs genes by name; type --genes A,B in place of --all"),
         (["--list", "--genes", "NOGENE*"], "none of the 500 genes of seal-tiny is like NOGENE*"),
         (["--all", "--panel", "missing.txt"], "cannot read the gene panel"),
         (["--signature", "none.gmt:X"], "cannot read none.gmt"),
@@ -363,7 +363,7 @@ def test_the_genes_that_can_be_asked_for_are_listed(finished, decoder):
     assert done.stdout.split() == [g for g in decoder.genes if g.startswith("CD2") or g == "A2M"]
     done = run("genes", "--list")
     assert (done.returncode, done.stderr) == (
-        2, "seal-extract: whose genes? type a run's -o, or --encoder NAME\n",
+        2, "seal-extract: type the -o of a run or --encoder NAME, whose genes are to be listed\n",
     )  # fmt: skip
 
 

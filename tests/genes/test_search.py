@@ -396,7 +396,7 @@ def test_the_command_makes_an_index_of_a_run_and_not_of_a_part(out, slides, tmp_
     assert run("search", out, *asked, "--index", "use").stdout.splitlines() == exact
     done = run("search", slides[0].path, *asked, "--index", "build")
     assert done.returncode == 2
-    assert "--index build is of a whole run" in done.stderr
+    assert "--index build needs the -o of a whole run" in done.stderr
 
 
 def test_the_command_tells_the_genes_of_a_region(out, slides, tmp_path):
@@ -448,7 +448,7 @@ def test_results_are_not_replaced_by_another_query(out, slides, tmp_path, monkey
     kept = (tmp_path / "search/gene_CD24/found.csv").read_bytes()
     done = run("search", out, "--gene", "A2M", "-o", "search/gene_CD24")
     assert (done.returncode, (tmp_path / "search/gene_CD24/found.csv").read_bytes()) == (1, kept)
-    assert "found.csv is of another search; type --overwrite to replace it, or another -o" in done.stderr
+    assert "found.csv belongs to another search; type --overwrite to replace it, or another -o" in done.stderr
     assert run("search", out, "--gene", "CD24", "-k", 1).returncode == 0  # the same query
     assert len((tmp_path / "search/gene_CD24/found.csv").read_text().splitlines()) == 2
     assert len(list((tmp_path / "search/gene_CD24").glob("*.geojson"))) == 1
@@ -508,15 +508,18 @@ def test_a_slide_that_has_moved_costs_the_sheet_only(drawn_slides, tiny, tmp_pat
         (["--patch", "nobody:1,1"], "there is no slide nobody here; the nearest are slide_"),
         (["--patch", "slide_0000"], "type SLIDE:X,Y in level-0 pixels"),
         (["--gene", "CD24", "-k", "0"], "allowed: 1 or more"),
-        (["--patch", "slide_0000:999999,0"], "no patch of slide_0000 holds"),
-        (["--image", "x.png"], "give its µm/px as --image-mpp"),
+        (["--patch", "slide_0000:999999,0"], "no patch of slide_0000 contains"),
+        (["--image", "x.png"], "give its µm/px, such as --image-mpp 0.5"),
         (
             ["--profile", "none.csv"],
             "cannot read none.csv: No such file or directory; give a table of genes and counts",
         ),
         (["--region", "slide_0000"], "type SLIDE:FILE.geojson"),
         (["--gene", "CD24", "--per-slide", "0"], "allowed: 1 or more"),
-        (["--gene", "CD24", "--index", "use"], "--index use is of patch, image, profile; leave it out"),
+        (
+            ["--gene", "CD24", "--index", "use"],
+            "--index use answers patch, image, profile only; leave it out",
+        ),
         ([], "type what to search for, such as --gene NAME or --patch SLIDE:X,Y, or --index build"),
     ],
 )

@@ -126,4 +126,4 @@ def test_the_closing_line_tells_the_classes(drawn_slides, encoder_folder, tmp_pa
         del file["features"], file["probabilities"]
         file["features"] = values
     assert main(list(map(str, command))) == 0
-    assert "finished before by an older version (no class probabilities" in capsys.readouterr().out
+    assert "finished before by an older version (without class probabilities" in capsys.readouterr().out

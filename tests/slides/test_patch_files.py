@@ -130,10 +130,10 @@ def test_a_folder_of_hests_files_stands_for_all_of_them_and_one_that_fails_stops
         (
             ("--mpp", "0.5", "--patch-px", "224"),
             2,
-            "--patch-px has no meaning for patches that are cut already",
+            "--patch-px does not apply to patches that are cut already",
         ),
-        (("--mpp", "0.5", "--min-tissue", "0.1"), 2, "--min-tissue has no meaning for patches"),
-        (("--mpp", "0.5", "--dry-run"), 2, "--dry-run has no meaning for patches"),
+        (("--mpp", "0.5", "--min-tissue", "0.1"), 2, "--min-tissue does not apply to patches"),
+        (("--mpp", "0.5", "--dry-run"), 2, "--dry-run does not apply to patches"),
     ],
 )
 def test_nothing_is_guessed_and_no_option_passed_over(

@@ -393,7 +393,7 @@ def test_a_slide_that_fails_does_not_stop_the_others(viewer_out, tmp_path):
     [
         (("--genes", "EPCAN"), "EPCAN is not among"),
         (("--max-px", "10"), "allowed: --max-px 256 to 8000"),
-        (("--no-genes", "--signature", "EPCAM"), "--no-genes leaves the decoder out"),
+        (("--no-genes", "--signature", "EPCAM"), "--no-genes leaves out the decoder"),
     ],
 )
 def test_what_no_slide_can_have_is_told_once(viewer_out, tmp_path, options, line):
