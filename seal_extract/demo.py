@@ -1,4 +1,4 @@
-"""What ``seal-extract demo`` runs on: a synthetic slide, and an encoder with random weights that says so."""
+"""The small real slide that comes with the package, and an encoder with random weights for `bench`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from seal_extract.encoders import EncoderSpec
 from seal_extract.encoders.encoder import Encoder
 from seal_extract.encoders.registry import IMAGENET_MEAN, IMAGENET_STD, Architecture, InputRule
 from seal_extract.encoders.tower import empty_tower, fill, tower_shapes
-from seal_extract.synthetic import write_synthetic_slide
 
-DEMO_SLIDE_PX = (12_000, 9_000)  # 3.0 x 2.25 mm at 0.25 µm/px
+DEMO_SLIDE = "CMU-1-Small-Region.svs"
 
 UNTRAINED = EncoderSpec(
     name="untrained-demo",
@@ -30,10 +29,14 @@ UNTRAINED = EncoderSpec(
 )
 
 
-def write_demo_slide(folder: Path) -> Path:
-    """The synthetic slide in ``folder``, made if it is not there yet."""
-    path = folder / "synthetic.svs"
-    return path if path.exists() else write_synthetic_slide(path, DEMO_SLIDE_PX, mpp=0.25)
+def demo_slide() -> Path:
+    """The real slide that comes with the package: 2220 x 2967 px at 0.499 µm/px, JPEG tiles of 240 px.
+
+    Source: OpenSlide's test data, https://openslide.cs.cmu.edu/download/openslide-testdata/Aperio/, CC0.
+    """
+    # in a wheel it lies inside the package, in a checkout beside it
+    places = [place / "examples" / DEMO_SLIDE for place in Path(__file__).resolve().parents[:2]]
+    return next((path for path in places if path.exists()), places[0])
 
 
 def write_untrained_encoder(folder: Path, spec: EncoderSpec = UNTRAINED, seed: int = 0) -> Path:

@@ -14,7 +14,19 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from seal_extract.cli import bench, encoders, evaluate, genes, report, search, spots, train, verify, view
+from seal_extract.cli import (
+    bench,
+    demo,
+    encoders,
+    evaluate,
+    genes,
+    report,
+    search,
+    spots,
+    train,
+    verify,
+    view,
+)
 from seal_extract.cli.slide_options import slides_parser
 from seal_extract.cli.slides import run_slides
 from seal_extract.cli.terminal import fail, warn
@@ -24,7 +36,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "encoders": encoders.encoders_parser,
     "download": encoders.download_parser,
     "doctor": encoders.doctor_parser,
-    "demo": encoders.demo_parser,
+    "demo": demo.demo_parser,
     "bench": bench.bench_parser,
     "evaluate": evaluate.evaluate_parser,
     "verify": verify.verify_parser,

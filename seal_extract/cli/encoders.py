@@ -1,4 +1,4 @@
-"""``seal-extract encoders``, ``download``, ``doctor`` and ``demo``."""
+"""``seal-extract encoders``, ``download`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from seal_extract.cli.options import Parser, add, add_common
-from seal_extract.cli.slides import embed
 from seal_extract.cli.terminal import echo, fail
 from seal_extract.errors import MissingOnHubError
 
@@ -135,45 +134,3 @@ def run_doctor(args: argparse.Namespace) -> int:
         echo(finding)
         failed += finding.state == "FAILS"
     return fail(f"{failed} of the things above fail", 1) if failed else 0
-
-
-def demo_parser() -> argparse.ArgumentParser:
-    """The parser of ``seal-extract demo``."""
-    p = Parser(
-        prog="seal-extract demo",
-        description="Make a synthetic H&E slide and a small UNTRAINED encoder, and run the tool on them.",
-    )
-    p.set_defaults(handler=run_demo)
-    p.add_argument("out", nargs="?", type=Path, default=Path("seal_demo"), metavar="FOLDER")
-    p.add_argument("--slide", type=Path, help="a slide of your own in place of the synthetic one")
-    add(p, "--slide-mpp", "--override-mpp")
-    add_common(p)
-    return p
-
-
-ONE_SLIDE = {"retry_failed": False, "slide_level": []} | dict.fromkeys(
-    ("log_json", "shard", "engine", "ray_address", "ray_workers", "ray_cores")
-)
-
-
-def run_demo(args: argparse.Namespace) -> int:
-    """Make what the demo needs and run on it as on any slide."""
-    from seal_extract.demo import write_demo_slide, write_untrained_encoder
-    from seal_extract.encoders.request import EncoderRequest
-    from seal_extract.features.layouts import open_layout
-    from seal_extract.patches.grid import grid_name
-    from seal_extract.run.options import ExtractOptions
-    from seal_extract.slides.listing import list_slides
-
-    echo(f"encoder  {args.out / 'encoder'} (random weights: for trying, never for science)")
-    encoder = write_untrained_encoder(args.out / "encoder")
-    slide = args.slide or write_demo_slide(args.out)
-    echo(f"slide    {slide}")
-    options = ExtractOptions(overwrite=True, slide_mpp=args.slide_mpp, override_mpp=args.override_mpp)
-    run = argparse.Namespace(**vars(args) | {"out": args.out / "out"} | ONE_SLIDE)
-    status = embed(list_slides([slide]), [EncoderRequest(encoder)], options, run)
-    if not status:
-        layout = open_layout(options.layout, args.out / "out", options.patch_px, options.mpp, 0)
-        grid = grid_name(options.patch_px, options.mpp, options.overlap_px)
-        echo(f"look at  {layout.overlay(slide.stem, grid)}")
-    return status

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 
 from seal_extract import read_features
 from seal_extract.cli import main
-from seal_extract.demo import write_untrained_encoder
+from seal_extract.demo import demo_slide, write_untrained_encoder
 from seal_extract.encoders import list_encoders
 from seal_extract.run.status_table import read_status
 from seal_extract.synthetic import write_synthetic_slide
@@ -96,11 +97,18 @@ def test_encoders_are_listed(run):
     assert {spec.name for spec in list_encoders()} == set(names[1:])
 
 
-def test_the_demo_runs_on_a_slide_of_ones_own(place, run, tmp_path):
-    status, out, err = run("demo", tmp_path, "--slide", place / "slides/a.svs")
+@pytest.mark.parametrize("own", [False, True], ids=["bundled", "own"])
+def test_the_demo_embeds_maps_and_searches_a_slide(place, run, tmp_path, monkeypatch, own):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    slide = place / "slides/a.svs" if own else demo_slide()
+    status, out, err = run("demo", tmp_path, *(["--slide", slide] if own else []))
     assert (status, err) == (0, [])
-    assert "random weights" in out[0]
-    assert (tmp_path / "out/overlays/20x_224px_0px_overlap/a.jpg").exists()
+    pictures = [Path(line.split()[-1]) for line in out[-3:]]
+    assert [p.parent.name for p in pictures] == ["20x_224px_0px_overlap", "genes", "search"]
+    for picture in pictures:
+        with Image.open(picture) as image:
+            assert np.asarray(image.convert("L")).std() > 20  # something is on it
+    assert sum(line.startswith("$ seal-extract ") for line in out) == 3
 
 
 def test_help_names_every_option_and_version_answers(run):
