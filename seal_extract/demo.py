@@ -8,7 +8,8 @@ import torch
 
 from seal_extract.encoders import EncoderSpec
 from seal_extract.encoders.encoder import Encoder
-from seal_extract.encoders.registry import IMAGENET_MEAN, IMAGENET_STD, Architecture, InputRule
+from seal_extract.encoders.rows import IMAGENET_MEAN, IMAGENET_STD
+from seal_extract.encoders.spec import Architecture, InputRule
 from seal_extract.encoders.tower import empty_tower, fill, tower_shapes
 
 DEMO_SLIDE = "CMU-1-Small-Region.svs"

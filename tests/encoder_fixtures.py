@@ -16,16 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from seal_extract.encoders import Encoder
-from seal_extract.encoders.registry import (
-    CONCH,
-    ROWS,
-    UNIV2,
-    Architecture,
-    Decoder,
-    EncoderSpec,
-    Lora,
-    Published,
-)
+from seal_extract.encoders.rows import CONCH, ROWS, UNIV2
+from seal_extract.encoders.spec import Architecture, Decoder, EncoderSpec, Lora, Published
 from seal_extract.encoders.tower import empty_tower, fill, tower_shapes
 
 PREFIX = "encoder.base_model.model."

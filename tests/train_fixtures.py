@@ -3,7 +3,7 @@
 import numpy as np
 
 from seal_extract.demo import untrained_encoder
-from seal_extract.encoders.registry import Architecture, EncoderSpec, InputRule
+from seal_extract.encoders.spec import Architecture, EncoderSpec, InputRule
 from seal_extract.train.pairs import Pairs
 
 TINY = EncoderSpec(

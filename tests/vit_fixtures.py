@@ -10,7 +10,8 @@ import torch
 from encoder_fixtures import LAYERS, adapter_shapes, random_tensors, wrapped_key
 
 from seal_extract.encoders import load_encoder
-from seal_extract.encoders.registry import H0MINI, PHIKON2, ROWS, VIRCHOW2, Decoder
+from seal_extract.encoders.rows import H0MINI, PHIKON2, ROWS, VIRCHOW2
+from seal_extract.encoders.spec import Decoder
 from seal_extract.encoders.tower import empty_tower, tower_shapes
 from seal_extract.errors import CheckpointError
 

@@ -12,7 +12,7 @@ from seal_extract.errors import MissingOnHubError
 
 if TYPE_CHECKING:
     from seal_extract.encoders import Encoder, WeightFile
-    from seal_extract.encoders.registry import Published
+    from seal_extract.encoders.spec import Published
 
 
 def encoders_parser() -> argparse.ArgumentParser:

@@ -135,7 +135,7 @@ def requested_encoders(args: argparse.Namespace) -> list[EncoderRequest]:
     Raises:
         UsageError: a checkpoint, an adapter or a revision is given for several encoders.
     """
-    from seal_extract.encoders.bundled import DEFAULT
+    from seal_extract.encoders.registry import DEFAULT
     from seal_extract.encoders.request import EncoderRequest
 
     if args.encoder is None:

@@ -8,15 +8,17 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from seal_extract.encoders.registry import EncoderSpec, find_spec, list_encoders
+from seal_extract.encoders.registry import find_spec, list_encoders
+from seal_extract.encoders.spec import EncoderSpec
 
 if TYPE_CHECKING:
     from seal_extract.encoders.build import load_encoder
-    from seal_extract.encoders.encoder import Encoder, WeightFile
+    from seal_extract.encoders.encoder import Encoder
+    from seal_extract.encoders.files import WeightFile
 
 __all__ = ["Encoder", "EncoderSpec", "WeightFile", "find_spec", "list_encoders", "load_encoder"]
 
-_WITH_TORCH = {"load_encoder": "build", "Encoder": "encoder", "WeightFile": "encoder"}
+_WITH_TORCH = {"load_encoder": "build", "Encoder": "encoder", "WeightFile": "files"}
 
 
 def __getattr__(name: str) -> Any:

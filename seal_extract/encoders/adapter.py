@@ -1,7 +1,7 @@
 """Adapters in PEFT's own folders, ``adapter_config.json`` and ``adapter_model.safetensors``, without PEFT.
 
-What is understood is plain LoRA on Linear layers; every field that would make it something else is refused
-by its name. How an adapter's layers are found in a tower is told in `layers`.
+Plain LoRA on Linear layers is read; every field of the config that would make it something else is refused by
+its name. `find_places` finds an adapter's layers in a tower.
 """
 
 from __future__ import annotations
@@ -9,54 +9,74 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seal_extract.encoders.checkpoint import is_finite
-from seal_extract.encoders.found import check_regular
-from seal_extract.encoders.layers import Place, find_places
+from seal_extract.encoders.files import check_regular
 from seal_extract.encoders.locate import ADAPTER_CONFIG
 from seal_extract.encoders.lora import Update
-from seal_extract.encoders.patterns import matches
-from seal_extract.encoders.registry import EncoderSpec, list_encoders
-from seal_extract.encoders.tower import Shapes, empty_tower, tower_shapes
+from seal_extract.encoders.registry import list_encoders
+from seal_extract.encoders.spec import EncoderSpec, Shapes
+from seal_extract.encoders.state_dict import adapter_keys, find_places
+from seal_extract.encoders.tower import empty_tower, tower_shapes
 from seal_extract.errors import CheckpointError, SealExtractError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_KEY = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<half>[AB])(?:\.default)?\.weight")
+_FRONT = "base_model.model."
 _FLOATS = ("torch.float32", "torch.float16", "torch.bfloat16")
-
-# what leaves the merged weights as they are: names, training, and the layers that the file's keys tell anyway
+# fields that do not change the merged weights: names, training, and layers that the file's keys tell anyway
 _WITHOUT_EFFECT = {
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "megatron_core"),
     *("peft_version", "qalora_group_size", "revision", "runtime_config", "task_type", "ensure_weight_tying"),
     *("exclude_modules", "layers_pattern", "layers_to_transform", "eva_config"),
 }
 _READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"}
-_NEUTRAL: dict[str, tuple[Any, ...]] = {  # any other field must be empty, or one of these
+_NEUTRAL: dict[str, tuple[Any, ...]] = {  # any other field must be empty, or have one of these values
     "bias": ("none",),
-    # further values change the base weights, so that the adapter fits only those
+    # other values change the base weights too, so the adapter fits only those
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
+_ALLOWED = "allowed: a folder of PEFT with plain LoRA on Linear layers, bias none, nothing else trained"
+
+
+# --- the config ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerNumbers:
+    """The numbers in an adapter's config for one layer.
+
+    Attributes:
+        rank: of its adapter.
+        scale: the factor of the product B A.
+        targeted: whether the layer is one of the target modules.
+    """
+
+    rank: int
+    scale: float
+    targeted: bool
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What ``adapter_config.json`` says of the numbers.
+    """The numbers in an ``adapter_config.json``.
 
     Attributes:
         path: the file.
         r: rank.
         alpha: numerator of the scale.
-        rslora: the scale is alpha / sqrt(r), not alpha / r (arXiv 2312.03732).
-        targets: names that adapted layers end in, or a regular expression for their whole names.
-        ranks: r of the layers that a pattern matches.
-        alphas: alpha likewise.
-        base: the model it was trained on, if it says so.
+        rslora: whether the scale is alpha / sqrt(r) (arXiv 2312.03732) and not alpha / r.
+        targets: the last words of the names of adapted layers, or a regular expression for whole names.
+        ranks: another r for layers that match a pattern.
+        alphas: another alpha for layers that match a pattern.
+        base: the model it was trained on, if stated.
     """
 
     path: Path
@@ -69,27 +89,22 @@ class LoraConfig:
     base: str | None = None
 
     def numbers(self, layers: Sequence[str]) -> dict[str, LayerNumbers]:
-        """Rank and scale of each of these layers, and whether PEFT would have adapted it.
+        """Rank and scale of each layer, and whether PEFT would have adapted it.
 
         Raises:
-            ValueError: a pattern is no regular expression, or does not come to an end.
+            ValueError: a pattern is no regular expression, or takes too long to match.
         """
-        ranks, alphas = list(self.ranks), list(self.alphas)
-        targets = [self.targets] if isinstance(self.targets, str) and self.targets != "all-linear" else []
-        # as PEFT looks them up: the end of the name, after a dot
-        found = matches([*(rf"(.*\.)?({p})" for p in (*ranks, *alphas)), *targets], layers)
+        by_pattern = {p: rf"(.*\.)?({p})" for p in (*self.ranks, *self.alphas)}  # as PEFT matches them
+        targets = self.targets if isinstance(self.targets, str) and self.targets != "all-linear" else ".*"
+        patterns = list(dict.fromkeys([*by_pattern.values(), targets]))
+        found = dict(zip(patterns, matches(patterns, layers), strict=True))
         numbers = {}
         for i, layer in enumerate(layers):
-            hits = [one[i] for one in found]
-            of_rank = next((self.ranks[p] for p, hit in zip(ranks, hits, strict=False) if hit), self.r)
-            of_alpha = zip(alphas, hits[len(ranks) :], strict=False)
-            alpha = next((self.alphas[p] for p, hit in of_alpha if hit), self.alpha)
-            scale = alpha / (math.sqrt(of_rank) if self.rslora else of_rank)
-            if isinstance(self.targets, str):
-                targeted = hits[-1] if targets else True
-            else:
-                targeted = any(_ends_in(layer, name) for name in self.targets)
-            numbers[layer] = LayerNumbers(of_rank, float(scale), targeted)
+            rank = next((r for p, r in self.ranks.items() if found[by_pattern[p]][i]), self.r)
+            alpha = next((a for p, a in self.alphas.items() if found[by_pattern[p]][i]), self.alpha)
+            scale = alpha / (math.sqrt(rank) if self.rslora else rank)
+            by_name = isinstance(self.targets, str) or any(_ends_in(layer, name) for name in self.targets)
+            numbers[layer] = LayerNumbers(rank, float(scale), by_name and found[targets][i])
         return numbers
 
 
@@ -97,26 +112,11 @@ def _ends_in(layer: str, name: str) -> bool:
     return layer == name or layer.endswith(f".{name}")
 
 
-@dataclass(frozen=True)
-class LayerNumbers:
-    """What an adapter's config says of one layer.
-
-    Attributes:
-        rank: of its adapter.
-        scale: what the product B A is multiplied by.
-        targeted: whether it is among the target modules.
-    """
-
-    rank: int
-    scale: float
-    targeted: bool
-
-
 def read_adapter_config(path: Path) -> LoraConfig:
     """Read ``adapter_config.json``.
 
     Raises:
-        CheckpointError: missing, not JSON, or not plain LoRA on Linear layers; the field is named.
+        CheckpointError: missing, not JSON, or not plain LoRA on Linear layers; the message names the field.
     """
     check_regular(path)
     try:
@@ -127,7 +127,8 @@ def read_adapter_config(path: Path) -> LoraConfig:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is a {type(config).__name__}, not an adapter's config; {_ALLOWED}")
     for name, value in config.items():
-        if not _is_understood(name, value):
+        ignored = name in _READ or name in _WITHOUT_EFFECT or not value
+        if value != "LORA" if name == "peft_type" else not ignored and value not in _NEUTRAL.get(name, ()):
             raise CheckpointError(
                 f"{path} has {name} {json.dumps(value)[:80]}, which is not merged; {_ALLOWED}"
             )
@@ -137,48 +138,31 @@ def read_adapter_config(path: Path) -> LoraConfig:
         raise CheckpointError(f"{path} does not describe an adapter: {exc!s:.300}; {_ALLOWED}") from exc
 
 
-_NUMBER = (int, float)
-_ALLOWED = "allowed: a folder of PEFT with plain LoRA on Linear layers, bias none, nothing else trained"
-
-
-def _is_understood(name: str, value: Any) -> bool:
-    if name == "peft_type":
-        return bool(value == "LORA")
-    if name in _READ or name in _WITHOUT_EFFECT or not value:
-        return True
-    return value in _NEUTRAL.get(name, ())
-
-
 def _parse(path: Path, config: Mapping[str, Any]) -> LoraConfig:
     if "peft_type" not in config:
         raise ValueError("peft_type is missing")
     targets: Any = config.get("target_modules")
-    if not (isinstance(targets, str) and targets) and not _is_texts(targets):
+    is_list = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
+    if not targets or not (is_list or isinstance(targets, str)):
         raise ValueError(f"target_modules is {targets!r}, neither names nor a regular expression")
     base = config.get("base_model_name_or_path")
     return LoraConfig(
         path,
         r=_positive("r", config.get("r", 8), int),
-        alpha=_positive("lora_alpha", config.get("lora_alpha", 8), _NUMBER),
+        alpha=_positive("lora_alpha", config.get("lora_alpha", 8), (int, float)),
         rslora=bool(config.get("use_rslora")),
         targets=targets if isinstance(targets, str) else tuple(targets),
         ranks=_patterns(config, "rank_pattern", int),
-        alphas=_patterns(config, "alpha_pattern", _NUMBER),
+        alphas=_patterns(config, "alpha_pattern", (int, float)),
         base=base if isinstance(base, str) and base else None,
     )
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
 
 
 def _patterns(config: Mapping[str, Any], name: str, kind: Any) -> dict[str, Any]:
     patterns = config.get(name) or {}
     if not isinstance(patterns, dict):
         raise TypeError(f"{name} is {patterns!r}, not numbers by pattern")
-    for pattern, value in patterns.items():
-        _positive(f"{name} {pattern}", value, kind)
-    return patterns
+    return {pattern: _positive(f"{name} {pattern}", value, kind) for pattern, value in patterns.items()}
 
 
 def _positive(name: str, value: Any, kind: Any) -> Any:
@@ -187,15 +171,60 @@ def _positive(name: str, value: Any, kind: Any) -> Any:
     return value
 
 
+# Python's regular expressions have no time limit, and a pattern from a file may take for ever: those that are
+# not plain names are matched by a process of their own, with limits
+SECONDS, BYTES = 10, 2**30
+_PLAIN = re.compile(r"(?:[\w-]|\\?\.)*")
+_MATCHER = f"""
+import json, re, sys, warnings
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, ({BYTES}, {BYTES}))
+except (ImportError, ValueError, OSError):
+    pass
+warnings.simplefilter("ignore")
+patterns, names = json.load(sys.stdin)
+try:
+    found = [[re.fullmatch(p, n) is not None for n in names] for p in patterns]
+except (re.error, RecursionError, OverflowError, MemoryError) as exc:
+    found = str(exc) or type(exc).__name__
+json.dump(found, sys.stdout)
+"""
+
+
+def matches(patterns: Sequence[str], names: Sequence[str]) -> list[list[bool]]:
+    """Whether each pattern matches each whole name, [patterns][names].
+
+    Raises:
+        ValueError: a pattern is no regular expression, or takes too long to match.
+    """
+    if all(_PLAIN.fullmatch(pattern) or pattern == ".*" for pattern in patterns):
+        return [[re.fullmatch(pattern, name) is not None for name in names] for pattern in patterns]
+    command = [sys.executable, "-I", "-S", "-c", _MATCHER]
+    try:
+        done = subprocess.run(
+            command, input=json.dumps([patterns, names]), capture_output=True, text=True, timeout=SECONDS
+        )
+        found = json.loads(done.stdout)
+    except (subprocess.TimeoutExpired, ValueError) as exc:
+        raise ValueError(f"its patterns take more than {SECONDS} s or {BYTES:,} bytes to match") from exc
+    if isinstance(found, str):
+        raise ValueError(f"one of its patterns is no regular expression: {found}")
+    return found  # type: ignore[no-any-return]
+
+
+# --- the weights --------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter, read and checked in itself.
+    """An adapter whose config and weights belong together.
 
     Attributes:
         config: its numbers.
         path: its weight file.
-        halves: A [r, in] and B [out, r], float32, of every adapted layer by the name that it has there.
-        scales: what each product is multiplied by.
+        halves: A [r, in] and B [out, r], float32, of every adapted layer, by the layer's name in the adapter.
+        scales: the factor of each product B A.
     """
 
     config: LoraConfig
@@ -209,10 +238,10 @@ class Adapter:
         return {layer: (b.shape[0], a.shape[1]) for layer, (a, b) in self.halves.items()}
 
     def updates(self, spec: EncoderSpec, tower: Shapes) -> list[Update]:
-        """What to add to which weights of a tower.
+        """The updates of the weights of a tower.
 
         Raises:
-            CheckpointError: it was trained on another base; the encoders that it fits are named.
+            CheckpointError: it was trained on another base; the message names the encoders that it fits.
         """
         try:
             places = find_places(self.shapes, tower)
@@ -221,11 +250,10 @@ class Adapter:
             raise CheckpointError(
                 f"the adapter {self.path.parent}{trained} does not fit {spec.name}: {exc}; {self._fits(spec)}"
             ) from exc
-        return [self._update(layer, place) for layer, found in places.items() for place in found]
-
-    def _update(self, layer: str, place: Place) -> Update:
-        a, b = self.halves[layer]
-        return Update(place.key, a, b[place.of_update], self.scales[layer], place.rows.start)
+        return [
+            Update(spot.key, *self.halves[layer], self.scales[layer], spot.rows[0])
+            for layer, spot in places.items()
+        ]
 
     def _fits(self, asked: EncoderSpec) -> str:
         names, seen = [], []
@@ -248,26 +276,28 @@ def read_adapter(config: LoraConfig, tensors: Mapping[str, Tensor], weights_path
     Args:
         config: from `read_adapter_config`.
         tensors: from `read_tensors`.
-        weights_path: where they are from, for the message.
+        weights_path: of the file they are from, for the message.
 
     Raises:
-        CheckpointError: not exactly the weights that belong to the config.
+        CheckpointError: the weights are not exactly those that the config describes.
     """
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        complaint = "is no LoRA weight of a Linear layer" if match is None else _complaint(tensor)
-        if complaint or match is None:
+    named = {key.removeprefix(_FRONT): tensor for key, tensor in tensors.items()}
+    pairs = adapter_keys(named)
+    of_adapters = {key for pair in pairs.values() for key in pair.values()}
+    for key, tensor in named.items():
+        complaint = _complaint(tensor) if key in of_adapters else "is no LoRA weight of a Linear layer"
+        if complaint:
             raise CheckpointError(f"{weights_path}: {key} {complaint}; {_ALLOWED}")
-        pairs.setdefault(match["layer"], {})[match["half"]] = tensor.float()
     try:
         numbers = config.numbers(list(pairs))
     except (ValueError, ArithmeticError) as exc:
         raise CheckpointError(
             f"{config.path} does not describe an adapter: {exc!s:.300}; {_ALLOWED}"
         ) from exc
-    for layer, halves in pairs.items():
-        complaint = _mismatch(numbers[layer], layer, halves)
+    halves = {}
+    for layer, keys in pairs.items():
+        halves[layer] = {half: named[key].float() for half, key in keys.items()}
+        complaint = _mismatch(numbers[layer], layer, halves[layer])
         if complaint:
             raise CheckpointError(f"{weights_path} does not belong to its {ADAPTER_CONFIG}: {complaint}")
     for name in config.targets if isinstance(config.targets, tuple) else ():
@@ -276,7 +306,7 @@ def read_adapter(config: LoraConfig, tensors: Mapping[str, Tensor], weights_path
                 f"{weights_path} has no weights for {name} of target_modules; fetch it again"
             )
     scales = {layer: one.scale for layer, one in numbers.items()}
-    return Adapter(config, weights_path, {layer: (h["A"], h["B"]) for layer, h in pairs.items()}, scales)
+    return Adapter(config, weights_path, {layer: (h["A"], h["B"]) for layer, h in halves.items()}, scales)
 
 
 def _complaint(tensor: Tensor) -> str:

@@ -16,18 +16,22 @@ from torch import Tensor, nn
 from seal_extract.encoders import folder
 from seal_extract.encoders.adapter import read_adapter, read_adapter_config
 from seal_extract.encoders.checkpoint import check_tensors, read_tensors
-from seal_extract.encoders.custom import as_timm_reads
-from seal_extract.encoders.encoder import Encoder, WeightFile
-from seal_extract.encoders.expression import decoder_shapes, filled_decoder, official_key, own_key
-from seal_extract.encoders.folder import HEAD
-from seal_extract.encoders.found import FoundFile
+from seal_extract.encoders.encoder import Encoder
+from seal_extract.encoders.files import FoundFile, WeightFile
+from seal_extract.encoders.heads import (
+    decoder_shapes,
+    filled_decoder,
+    filled_head,
+    head_shapes,
+    official_key,
+    own_key,
+)
 from seal_extract.encoders.locate import adapted, layout_of, locate, locate_adapter, locate_base
-from seal_extract.encoders.lora import Update, merge, merged_layers
-from seal_extract.encoders.projection import empty_head, filled_head, head_shapes
-from seal_extract.encoders.registry import EncoderSpec, Published, check_precision, find_spec
-from seal_extract.encoders.seal_adapters import read_adapters
-from seal_extract.encoders.spellings import as_row_spells
-from seal_extract.encoders.tower import Shapes, empty_tower, fill, tower_shapes
+from seal_extract.encoders.lora import Update, merge, merged_layers, read_adapters
+from seal_extract.encoders.registry import find_spec
+from seal_extract.encoders.spec import HEAD, EncoderSpec, Published, Shapes, check_precision, head_layers
+from seal_extract.encoders.state_dict import as_row_spells
+from seal_extract.encoders.tower import as_timm_reads, empty_tower, fill, tower_shapes
 from seal_extract.errors import UsageError
 
 Tensors = dict[str, Tensor]
@@ -277,7 +281,7 @@ def _is_alone(tensors: Tensors, layout: Published) -> bool:
 
 def _wrong_head(shapes: Shapes, dim: int) -> list[str]:
     try:
-        empty_head({key.removeprefix(HEAD): shape for key, shape in shapes.items()}, dim)
+        head_layers({key.removeprefix(HEAD): shape for key, shape in shapes.items()}, dim)
     except ValueError as exc:
         return [str(exc)]
     return []

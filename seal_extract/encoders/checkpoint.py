@@ -1,4 +1,4 @@
-"""A weight file: read without unpickling, then held to exactly the tensors that are needed."""
+"""Reading a weight file without unpickling, and checking that it holds exactly the needed tensors."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from seal_extract.encoders.found import check_regular
-from seal_extract.encoders.tower import Shapes
+from seal_extract.encoders.files import check_regular
+from seal_extract.encoders.spec import Shapes
 from seal_extract.errors import CheckpointError
 
 SHOWN = 3  # keys named per kind of complaint

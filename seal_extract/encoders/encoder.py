@@ -1,10 +1,10 @@
-"""The encoder: patches in, embeddings out, and everything one may ask about where it came from."""
+"""The encoder: patches in, embeddings out, with the record of the weight files it was made from."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,63 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from seal_extract.encoders import folder
-from seal_extract.encoders.bundled import names_with_decoder
-from seal_extract.encoders.digests import sha256_of
-from seal_extract.encoders.expression import ExpressionDecoder, applied_head, as_rows
-from seal_extract.encoders.found import FoundFile, check_regular
-from seal_extract.encoders.panel import check_panel
-from seal_extract.encoders.registry import EncoderSpec
+from seal_extract.encoders.files import WeightFile
+from seal_extract.encoders.heads import ExpressionDecoder, as_rows
+from seal_extract.encoders.registry import names_with_decoder
+from seal_extract.encoders.spec import EncoderSpec
 from seal_extract.encoders.tower import embed
 from seal_extract.encoders.transform import PatchTransform, check_patches, check_sides, fit
-from seal_extract.errors import CheckpointError, EncoderError, UsageError
-
-
-@dataclass(frozen=True)
-class WeightFile:
-    """A file that weights were read from.
-
-    Attributes:
-        source: repository on the Hub, or folder.
-        revision: commit of that repository.
-        file: its name.
-        size: in bytes.
-        mtime_ns: when it was last written, in nanoseconds since 1970.
-        sha256: of its content, in hex.
-        pinned: whether its row is pinned to this content; None where the row knows none.
-    """
-
-    source: str
-    revision: str | None
-    file: str
-    size: int
-    mtime_ns: int
-    sha256: str
-    pinned: bool | None = None
-
-    @classmethod
-    def of(cls, found: FoundFile) -> WeightFile:
-        """Read the whole file for its hash, unless that was done before.
-
-        Raises:
-            CheckpointError: it is no file that can be read; or the Hub promised another content, or the row
-                is pinned to another one.
-        """
-        check_regular(found.path)
-        sha256, stat = sha256_of(found.path)
-        if found.sha256 not in (None, sha256):
-            raise CheckpointError(
-                f"{found.path} is damaged: its sha256 begins with {sha256[:12]}, the Hub's with "
-                f"{str(found.sha256)[:12]}; delete {found.path.resolve()} and fetch it again"
-            )
-        pinned = any(sha256.startswith(pin) for pin in found.pins) if found.pins else None
-        if found.held and pinned is False:
-            raise CheckpointError(
-                f"{found.path.name} of {found.source} has sha256 {sha256}, and what was checked and is "
-                f"pinned has {found.pins[0]}; nothing was loaded. --revision main takes what is there now, "
-                "and the results say that it is not the pinned one"
-            )
-        stamp = stat.st_size, stat.st_mtime_ns
-        return cls(found.source, found.revision, found.path.name, *stamp, sha256, pinned)
+from seal_extract.errors import EncoderError, UsageError
 
 
 class Encoder(nn.Module):
@@ -171,7 +121,7 @@ class Encoder(nn.Module):
     @genes.setter
     def genes(self, names: Sequence[str] | None) -> None:
         self._genes = (
-            None if names is None else check_panel(names, self._decoder().shape.genes, self.spec.name)
+            None if names is None else folder.check_panel(names, self._decoder().shape.genes, self.spec.name)
         )
 
     @property
@@ -267,11 +217,7 @@ class Encoder(nn.Module):
             EncoderError: this encoder has no expression decoder.
             UsageError: another shape or dtype, or NaN.
         """
-        decoder = self._decoder()
-        rows = as_rows(embeddings, self.spec.dim, f"embeddings for {self.spec.name}", self.device)
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
-            expression: Tensor = decoder(rows)
-        return expression.clone()
+        return self._through(self._decoder(), embeddings)
 
     def project(self, embeddings: Any) -> Tensor:
         """Bring embeddings into the space where image and expression are compared (SEAL, arXiv 2602.14177).
@@ -291,7 +237,13 @@ class Encoder(nn.Module):
         """
         if self.projection is None:
             raise EncoderError(f"{self.spec.name} has no projection head; compare its embeddings as they are")
-        return applied_head(self.projection, embeddings, self.spec.dim, self.spec.name, self.device)
+        return self._through(self.projection, embeddings)
+
+    def _through(self, head: nn.Module, embeddings: Any) -> Tensor:
+        rows = as_rows(embeddings, self.spec.dim, f"embeddings for {self.spec.name}", self.device)
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+            out: Tensor = head(rows)
+        return out.clone()
 
     def _decoder(self) -> ExpressionDecoder:
         if self.decoder is None:
@@ -358,7 +310,7 @@ class Encoder(nn.Module):
             HubError: the Hub is out of reach.
             OutputError: the files cannot be written to the temporary folder first.
         """
-        from seal_extract.encoders.upload import upload
+        from seal_extract.encoders.hub import upload
 
         message = commit_message or f"Add {self.spec.name}"
         with TemporaryDirectory(prefix="seal_extract_") as made:

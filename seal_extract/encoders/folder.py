@@ -1,4 +1,4 @@
-"""This package's own format: a folder, or Hub repository, of config.json, model.safetensors and a card."""
+"""This package's own format: a folder or repository of config.json, model.safetensors and a model card."""
 
 from __future__ import annotations
 
@@ -8,29 +8,51 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from seal_extract.encoders.card import model_card
-from seal_extract.encoders.found import check_regular
-from seal_extract.encoders.panel import check_panel
-from seal_extract.encoders.registry import Architecture, Decoder, EncoderSpec, InputRule
+from seal_extract.encoders.files import check_regular
+from seal_extract.encoders.spec import HEAD, Architecture, Decoder, EncoderSpec, InputRule, head_layers
 from seal_extract.errors import CheckpointError, UsageError
 from seal_extract.publish import publish
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from seal_extract.encoders.expression import ExpressionDecoder
+    from seal_extract.encoders.heads import ExpressionDecoder
 
 FORMAT, VERSION = "seal_extract", 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-OMICS = "omics.safetensors"  # the expression half of an encoder that was trained here
+OMICS = "omics.safetensors"  # the expression encoder that was trained together with the image encoder
 MOST_GENES = 10**6
-ALIGNMENT = 64  # bytes, of torch's own memory on a CPU
-_DTYPES = {"torch.float32": "F32", "torch.int64": "I64"}  # all that a tower holds
-HEAD_KINDS = ("none", "linear", "mlp")  # of projection heads
-HEAD = "projection_head."  # in front of the projection head's tensors, as in the authors' files
-DECODER = "expression_decoder."  # in front of its tensors in the weight file; the tower's have nothing there
+ALIGNMENT = 64  # bytes; torch aligns its own memory on a CPU so
+_DTYPES = {"torch.float32": "F32", "torch.int64": "I64"}  # all dtypes of a tower
+DECODER = "expression_decoder."  # in front of the decoder's tensors in the weight file
+# licence identifiers of the Hub that pathology encoders and timm's models carry
+_HUB_LICENCES = {
+    *("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0"),
+    *("cc-by-nc-nd-4.0", "cc-by-nc-sa-4.0"),
+}
+_ALLOWED = f"allowed: a folder or repository with {CONFIG} and {WEIGHTS}, as save_pretrained writes them"
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The parts of a weight file in this format, apart from the tower.
+
+    Attributes:
+        decoder: the expression decoder.
+        genes: the gene of each of its columns.
+        head: names and shapes of the projection head's tensors; empty without one.
+        merged: the adapters that are merged into the tower; see `merged_layers`.
+    """
+
+    decoder: Decoder | None = None
+    genes: tuple[str, ...] | None = None
+    head: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    merged: tuple[dict[str, Any], ...] = ()
+
+
+# --- writing ------------------------------------------------------------------------------------------------
 
 
 def write(
@@ -46,28 +68,35 @@ def write(
     head: nn.Module | None = None,
     merged: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Write weights, model card and config, in this order: a folder with a config is complete.
+    """Write an encoder. The config is written last, so a folder with a config is complete.
 
     Args:
         path: the folder.
-        spec: the row; how the authors lay out their file is left out.
-        tower: filled.
-        origin: the weight files it was made from; folders of this machine are left out.
-        decoder: the expression decoder, if it has one.
+        spec: the row; ``published`` is not written.
+        tower: the filled image tower.
+        origin: the weight files it was made from; local folders are not written.
+        decoder: the expression decoder.
         genes: the gene of each of its columns, if known.
-        omics: the tensors of its expression half, if it was trained with one.
-        training: how it was trained, as JSON: ``summary`` (a text in Markdown) goes onto the card.
-        head: its projection head, if it has one.
-        merged: the adapters that are in the tower's weights; see `merged_layers`.
+        omics: the tensors of the expression encoder, if one was trained too.
+        training: how it was trained, as JSON; its ``summary``, in Markdown, goes onto the card.
+        head: the projection head.
+        merged: the adapters that are merged into the tower; see `merged_layers`.
 
     Raises:
         OutputError: it cannot be written.
     """
-    projection = {} if head is None else {HEAD + key: value for key, value in head.state_dict().items()}
-    tensors = {**tower.state_dict(), **_prefixed(decoder.state_dict() if decoder else {}), **projection}
-    config = to_config(spec, origin) | _decoder_config(decoder, genes)
-    if projection:
-        config["projection"] = {key.removeprefix(HEAD): list(v.shape) for key, v in projection.items()}
+    head_tensors = {} if head is None else head.state_dict()
+    decoder_tensors = {} if decoder is None else decoder.state_dict()
+    tensors = {
+        **tower.state_dict(),
+        **{DECODER + key: value for key, value in decoder_tensors.items()},
+        **{HEAD + key: value for key, value in head_tensors.items()},
+    }
+    config = to_config(spec, origin)
+    config["decoder"] = None if decoder is None else asdict(decoder.shape)
+    config["genes"] = None if genes is None else list(genes)
+    if head_tensors:
+        config["projection"] = {key: list(value.shape) for key, value in head_tensors.items()}
     if merged:
         config["merged"] = [dict(one) for one in merged]
     if training is not None:
@@ -84,10 +113,10 @@ def write(
 
 
 def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write safetensors whose data, mapped, lie as they would in memory of one's own.
+    """Write safetensors whose data, mapped into memory, are aligned like torch's own tensors.
 
-    The last bits of a matrix product depend on where its factors begin. The library's own writer starts the
-    data at any multiple of 8 bytes; here the header is padded, and sizes that would shift others come last.
+    The last bits of a matrix product depend on the alignment of its factors. The safetensors library aligns
+    to 8 bytes only; here the header is padded, and tensors whose size would shift others come last.
     """
     held = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     order = sorted(held, key=lambda k: (held[k].nbytes % ALIGNMENT != 0, -held[k].element_size(), k))
@@ -105,19 +134,8 @@ def write_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
             file.write(held[key].numpy().tobytes())
 
 
-def _prefixed(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    return {DECODER + key: value for key, value in tensors.items()}
-
-
-def _decoder_config(decoder: ExpressionDecoder | None, genes: Sequence[str] | None) -> dict[str, Any]:
-    return {
-        "decoder": None if decoder is None else asdict(decoder.shape),
-        "genes": None if genes is None else list(genes),
-    }
-
-
 def to_config(spec: EncoderSpec, origin: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """All of ``spec`` that a rebuild needs, as JSON."""
+    """All of ``spec`` that is needed to build it again, as JSON."""
     fields = {key: value for key, value in asdict(spec).items() if key != "published"}
     made_from = [
         {"file": o["file"], "sha256": o["sha256"]}
@@ -127,38 +145,65 @@ def to_config(spec: EncoderSpec, origin: Sequence[Mapping[str, Any]] = ()) -> di
     return {"format": FORMAT, "format_version": VERSION, **fields, "made_from": made_from}
 
 
+def model_card(config: Mapping[str, Any]) -> str:
+    """The README.md for a folder with this config.json, as the Hub displays it."""
+    from huggingface_hub import ModelCardData  # slow to import, and reading a config does not need it
+
+    licence = config["licence"].lower()
+    head = ModelCardData(
+        license=licence if licence in _HUB_LICENCES else "other",
+        library_name="seal_extract",
+        pipeline_tag="image-feature-extraction",
+        tags=["pathology", "histology", "whole-slide-image"],
+        base_model=config["source"] or None,
+    ).to_yaml()
+    decoder, genes = config["decoder"], config["genes"]
+    named = "named in config.json" if genes else "their names are not known"
+    mpp = "not stated" if config["mpp"] is None else f"{config['mpp']:g} µm/px"
+    facts = {
+        "embedding": f"{config['dim']} numbers per patch",
+        "trained on patches of": f"{config['patch_px']} px, {mpp}",
+        "architecture": f"timm {config['architecture']['timm']}, {config['pooling']} pooling",
+        "recommended precision": config["precision"],
+        "expression decoder": f"{decoder['genes']} genes, {named}" if decoder else "",
+        "licence of the weights": config["licence"],
+        "source": f"https://huggingface.co/{config['source']}" if config["source"] else "",
+        "paper": config["paper"],
+    }
+    table = "".join(f"| {what} | {value} |\n" for what, value in facts.items() if value)
+    summary = config.get("training", {}).get("summary")
+    origin = "".join(f"| {o['file']} | {_origin(o)} | `{o['sha256']}` |\n" for o in config["made_from"])
+    predict = "encoder.predict_expression(embeddings)  # float32 (B, genes)\n" if decoder else ""
+    return (
+        f"---\n{head}\n---\n\n# {config['name']}\n\nA patch encoder for histology.\n\n"
+        f"| | |\n|---|---|\n{table}"
+        + (f"\n{summary.strip()}\n" if summary else "")
+        + (f"\n## Made from\n\n| file | source | sha256 |\n|---|---|---|\n{origin}" if origin else "")
+        + "\n## Use\n\n```python\nfrom seal_extract import load_encoder\n\n"
+        'encoder = load_encoder("folder or Hub repository of this card")\n'
+        f"embeddings = encoder.encode(patches)  # uint8 (B, 3, H, W) to float32 (B, {config['dim']})\n"
+        f"{predict}```\n"
+    )
+
+
+def _origin(file: Mapping[str, Any]) -> str:
+    return f"{file['source']} at {file['revision']}" if file.get("revision") else "a local file"
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
 def read_config(path: Path) -> EncoderSpec:
     """The row in a config.json.
 
     Raises:
-        CheckpointError: missing, not JSON, of another tool or version, or with a field that does not fit.
+        CheckpointError: missing, not JSON, of another tool or version, or with a value that is not allowed.
     """
     return _parse(path, from_config)
 
 
-@dataclass(frozen=True)
-class Contents:
-    """What a weight file of ours holds beside the tower.
-
-    Attributes:
-        decoder: the expression decoder.
-        genes: the gene of each of its columns.
-        head: name and shape of the projection head's tensors; empty without one.
-        merged: the adapters that are in the tower's weights; see `merged_layers`.
-    """
-
-    decoder: Decoder | None = None
-    genes: tuple[str, ...] | None = None
-    head: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    merged: tuple[dict[str, Any], ...] = ()
-
-
 def read_contents(path: Path) -> Contents:
-    """What a config.json says of the weight file beside it.
-
-    Raises:
-        CheckpointError: as `read_config`.
-    """
+    """The parts of the weight file beside a config.json; raises as `read_config` does."""
     return _parse(path, _contents)
 
 
@@ -184,17 +229,9 @@ def _parse(path: Path, parse: Callable[[Mapping[str, Any]], T]) -> T:
         raise CheckpointError(f"{path} does not describe an encoder: {missing}; {_ALLOWED}") from exc
 
 
-_ALLOWED = f"allowed: a folder or repository with {CONFIG} and {WEIGHTS}, as save_pretrained writes them"
-
-
 def from_config(config: Mapping[str, Any]) -> EncoderSpec:
-    """The row that `to_config` was given, without the layout of the authors' file."""
-    architecture = Architecture(
-        _text(config["architecture"], "timm"),
-        dict(config["architecture"]["kwargs"]),
-        bool(config["architecture"].get("antialias", True)),
-    )
-    rule = config["input"]
+    """The row that `to_config` was given, without ``published``."""
+    architecture, rule = config["architecture"], config["input"]
     resize_px = rule["resize_px"]
     return EncoderSpec(
         name=plain_word(_text(config, "name")),
@@ -206,7 +243,11 @@ def from_config(config: Mapping[str, Any]) -> EncoderSpec:
         precision=_text(config, "precision"),
         licence=_text(config, "licence"),
         source=_text(config, "source"),
-        architecture=architecture,
+        architecture=Architecture(
+            _text(architecture, "timm"),
+            dict(architecture["kwargs"]),
+            bool(architecture.get("antialias", True)),
+        ),
         pooling=_text(config, "pooling"),
         input=InputRule(
             int(rule["multiple_of"]),
@@ -221,19 +262,16 @@ def from_config(config: Mapping[str, Any]) -> EncoderSpec:
 
 
 def _contents(config: Mapping[str, Any]) -> Contents:
-    from seal_extract.encoders.projection import empty_head  # imports torch
-
     shape, genes = config.get("decoder"), config.get("genes")
     decoder = None if shape is None else Decoder(int(shape["hidden"]), int(shape["genes"]))
     if decoder is None and genes is not None:
         raise ValueError("genes without a decoder")
-    sizes = (1,) if decoder is None else (decoder.hidden, decoder.genes)
-    if not all(1 <= size <= MOST_GENES for size in sizes):
+    if decoder is not None and not all(1 <= n <= MOST_GENES for n in (decoder.hidden, decoder.genes)):
         raise ValueError(f"decoder is {shape}; allowed: sizes of 1 to {MOST_GENES:,}")
     if decoder is not None and genes is not None:
         genes = check_panel(genes, decoder.genes, "its decoder")
     head = {str(key): tuple(map(int, size)) for key, size in (config.get("projection") or {}).items()}
-    empty_head(head, int(config["dim"]))
+    head_layers(head, int(config["dim"]))
     merged = config.get("merged") or ()
     if not all(isinstance(one, dict) for one in merged):
         raise TypeError(f"merged is {merged!r}, not a list of tables")
@@ -247,11 +285,36 @@ def _text(values: Mapping[str, Any], key: str) -> str:
 
 
 def plain_word(name: str) -> str:
-    """A name as it may become part of file names in results.
+    """A name that may become part of the names of result files.
 
     Raises:
-        ValueError: it may not.
+        ValueError: it is empty, begins with a dot, or holds a character that file names may not have.
     """
     if not name or name.startswith(".") or any(c in name for c in '/\\:*?"<>|\n\t '):
         raise ValueError(f"name is {name!r}, not a plain word")
     return name
+
+
+def check_panel(names: Sequence[str], genes: int, what: str) -> tuple[str, ...]:
+    """A gene panel, checked to hold one name per column.
+
+    Args:
+        names: in the order of the columns.
+        genes: the number of columns.
+        what: the owner of the columns, for the message.
+
+    Raises:
+        UsageError: another number of names, a repeated name, or a value that is no text.
+    """
+    panel = tuple(names) if not isinstance(names, str) else (names,)
+    bad = [name for name in panel if not isinstance(name, str) or not name.strip()]
+    if bad:
+        raise UsageError(f"the gene panel holds {bad[0]!r}; allowed: one name per column, as text")
+    if len(panel) != genes:
+        raise UsageError(f"the gene panel has {len(panel)} names; {what} has {genes} columns, one name each")
+    seen: set[str] = set()
+    for name in panel:
+        if name in seen:
+            raise UsageError(f"the gene panel names {name} twice; allowed: one column per gene")
+        seen.add(name)
+    return panel

@@ -1,7 +1,7 @@
-"""Where weights come from when they are not on this disk: the Hugging Face Hub, and its cache.
+"""The Hugging Face Hub: files from it or its cache, and folders uploaded to it.
 
-``HF_ENDPOINT``, ``HF_HOME``, ``HF_HUB_CACHE``, ``HF_HUB_OFFLINE`` and ``HF_TOKEN`` mean here what they mean
-to ``huggingface_hub``, and are read when a file is asked for. Nothing is asked while importing.
+``HF_ENDPOINT``, ``HF_HOME``, ``HF_HUB_CACHE``, ``HF_HUB_OFFLINE`` and ``HF_TOKEN`` have the meaning that
+``huggingface_hub`` gives them, and are read when a file is asked for. Importing this module asks for nothing.
 """
 
 from __future__ import annotations
@@ -12,12 +12,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import (
-    constants,
-    get_token,
-    hf_hub_download,
-    try_to_load_from_cache,
-)
+from huggingface_hub import HfApi, constants, get_token, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     FileMetadataError,
@@ -31,7 +26,7 @@ from huggingface_hub.errors import (
     XetDownloadError,
 )
 
-from seal_extract.encoders.found import FoundFile
+from seal_extract.encoders.files import FoundFile
 from seal_extract.errors import (
     GateError,
     HubError,
@@ -51,27 +46,36 @@ _TRUE = {"1", "ON", "YES", "TRUE"}
 def fetch(
     repo_id: str, filenames: Sequence[str], revision: str | None = None, offline: bool = False
 ) -> FoundFile:
-    """Get one file of a repository, from the cache where it is there and current.
+    """Get one file of a repository, from the cache if the cached copy is current.
 
     Args:
         repo_id: ``owner/name``.
-        filenames: spellings of its name; the first that exists is taken.
+        filenames: possible names of the file; the first that exists is taken.
         revision: branch, tag or commit; the main branch by default.
-        offline: take it from the cache, touch no network. ``HF_HUB_OFFLINE=1`` does the same.
+        offline: use the cache only; ``HF_HUB_OFFLINE=1`` has the same effect.
 
     Raises:
         TokenError: no token, an unknown one, or one without the right to read gated repositories.
-        GateError: this account has not been let through the gate.
+        GateError: this account has no access to a gated repository.
         MissingOnHubError: no such repository, revision or file.
-        NetworkError: the Hub cannot be reached, or must not be and the cache has no copy.
+        NetworkError: the Hub is out of reach, or offline and not in the cache.
         OutputError: the cache cannot be written.
-        UsageError: ``repo_id`` is none.
+        UsageError: ``repo_id`` is not of the form ``owner/name``.
     """
     cache_only = _cache_only(offline)
     failure: Exception | None = None
     for filename in filenames:
         try:
-            path = _download(repo_id, filename, revision, cache_only)
+            path = Path(
+                hf_hub_download(
+                    repo_id,
+                    filename,
+                    revision=revision,
+                    endpoint=endpoint(),
+                    cache_dir=cache_folder(),
+                    local_files_only=cache_only,
+                )
+            )
         except LocalEntryNotFoundError as exc:  # not asked or not reached: another spelling may be cached
             failure, cache_only = failure or exc, True
         except EntryNotFoundError as exc:
@@ -92,10 +96,10 @@ def fetch(
 
 
 def fetch_beside(file: FoundFile, filename: str, offline: bool = False) -> Path | None:
-    """A small file beside another one, in its folder or at its commit on the Hub; None where there is none.
+    """A small file in the same folder, or in the same commit on the Hub; None if there is none.
 
-    Offline, a file that was never fetched counts as not there. What the cache knows of that commit, the
-    absence of a file included, is not asked again.
+    Offline, a file that was never downloaded counts as missing. The cache also remembers that a commit lacks
+    a file, so the Hub is asked once.
 
     Raises:
         HubError: the Hub does not say whether it is there.
@@ -118,25 +122,13 @@ def _cache_only(offline: bool) -> bool:
     return offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE
 
 
-def _download(repo_id: str, filename: str, revision: str | None, cache_only: bool) -> Path:
-    path = hf_hub_download(
-        repo_id,
-        filename,
-        revision=revision,
-        endpoint=endpoint(),
-        cache_dir=cache_folder(),
-        local_files_only=cache_only,
-    )
-    return Path(path)
-
-
 def endpoint() -> str:
-    """The Hub that is asked, by the environment of this moment and not of the import."""
+    """URL of the Hub, by the present environment."""
     return os.environ.get("HF_ENDPOINT", "").rstrip("/") or constants.ENDPOINT
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept, by the environment of this moment too."""
+    """Folder of downloads, by the present environment."""
     if cache := os.environ.get("HF_HUB_CACHE"):
         return Path(cache).expanduser()
     if home := os.environ.get("HF_HOME"):
@@ -145,20 +137,20 @@ def cache_folder() -> Path:
 
 
 def is_cached(repo_id: str, filenames: Sequence[str], commit: str | None = None) -> bool:
-    """Whether a file lies in the cache in any spelling, of a commit or of main; asks no network."""
+    """Whether the cache holds a file under any of its names, of a commit or of main; no network is used."""
     asked = [(name, revision) for name in filenames for revision in dict.fromkeys([commit, None])]
     found = (try_to_load_from_cache(repo_id, n, cache_dir=cache_folder(), revision=r) for n, r in asked)
     return any(isinstance(path, str) for path in found)
 
 
 def _commit(path: Path) -> str | None:
-    """The cache keeps files as ``.../snapshots/{commit}/{file}``."""
+    """The cache stores files as ``.../snapshots/{commit}/{file}``."""
     parts = path.parts
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
 
 
 def _promised_sha256(path: Path) -> str | None:
-    """The cache names the content of large files by the hash that the Hub gave, which no download checks."""
+    """The cache names large files by the hash that the Hub announced, which downloads are not held to."""
     content = path.resolve().name
     return content if re.fullmatch("[0-9a-f]{64}", content) else None
 
@@ -166,7 +158,7 @@ def _promised_sha256(path: Path) -> str | None:
 def translate(
     exc: Exception, repo_id: str, filenames: Sequence[str], revision: str | None
 ) -> SealExtractError:
-    """What ``huggingface_hub`` raised, as the error that names the mending step."""
+    """The error of ``huggingface_hub`` as ours, whose message says what to do."""
     files, page = " or ".join(filenames), f"https://huggingface.co/{repo_id}"
     if isinstance(exc, LocalEntryNotFoundError):
         return _not_cached(exc, repo_id, filenames, revision)
@@ -208,7 +200,7 @@ _DISK = {
 def _not_cached(
     exc: LocalEntryNotFoundError, repo_id: str, filenames: Sequence[str], revision: str | None
 ) -> SealExtractError:
-    """No copy in the cache; the cause tells whether the Hub was not asked, not reached, or answered badly."""
+    """Nothing in the cache; the cause tells whether the Hub was not asked, not reached, or refused."""
     cause = exc.__cause__
     if isinstance(cause, (HfHubHTTPError, FileMetadataError)):
         return translate(cause, repo_id, filenames, revision)
@@ -228,7 +220,7 @@ def _not_cached(
 
 
 def _refused(exc: HfHubHTTPError, repo_id: str, page: str) -> HubError:
-    """Tell token, gate and absence apart; the Hub answers 401 to all three when it does not know who asks."""
+    """Distinguish token, gate and absence: the Hub answers 401 to all three without a valid token."""
     status, code = exc.response.status_code, exc.response.headers.get("X-Error-Code", "")
     known = get_token() is not None
     if isinstance(exc, GatedRepoError) and status == 403:
@@ -263,3 +255,43 @@ def _in_trouble(status: int, repo_id: str) -> HubError:
 def _one_line(what: object) -> str:
     text = " ".join(str(what).split()) or type(what).__name__
     return text[:200]
+
+
+def upload(
+    folder: Path, repo_id: str, *, private: bool, revision: str | None, message: str, create_pr: bool
+) -> str:
+    """Commit all files of ``folder`` to a repository, which is created if needed.
+
+    Returns:
+        The page of the commit, or of the pull request.
+
+    Raises:
+        HubError: no token, one that may not write there, or the Hub is out of reach.
+        UsageError: ``repo_id`` is not of the form ``owner/name``, or the Hub refuses the files.
+    """
+    api = HfApi(endpoint=endpoint())
+    try:
+        made = api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=made.repo_id,  # with its owner
+            folder_path=folder,
+            commit_message=message,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    except HfHubHTTPError as exc:
+        if exc.response.status_code not in (401, 403):
+            raise translate(exc, repo_id, [p.name for p in folder.iterdir()], revision) from exc
+        raise TokenError(
+            f"the Hub does not let this token write to {repo_id}: {_one_line(exc.server_message or exc)}; "
+            "type: hf auth login, with a token that may write, from https://huggingface.co/settings/tokens"
+        ) from exc
+    except HFValidationError as exc:
+        raise translate(exc, repo_id, (), revision) from exc
+    except (_TRANSPORT_ERROR, OSError, RuntimeError) as exc:
+        raise NetworkError(
+            f"the upload to {repo_id} at {endpoint()} broke off: {_one_line(exc)}; run it again"
+        ) from exc
+    except ValueError as exc:  # raised by huggingface_hub for a card that the Hub refuses
+        raise UsageError(f"the Hub refuses the files for {repo_id}: {_one_line(exc)}") from exc
+    return str(commit.pr_url or commit.commit_url)

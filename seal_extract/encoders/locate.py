@@ -1,42 +1,58 @@
-"""Which files an encoder and its adapter lie in: beside the user, in a folder of ours, or on the Hub."""
+"""Which files an encoder and its adapter are loaded from: on this disk, in a folder of ours, or on the Hub.
+
+Two kinds of settings files beside the weights are read: the ``config.yaml`` of SEAL's training code
+(``encoder``, ``out_dim``, and ``r`` and ``lora_alpha`` under ``lora``) beside a SEAL file on this disk, and
+the ``config.json`` of timm beside the weights of a base.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from seal_extract.encoders import folder
-from seal_extract.encoders.bundled import bundled
-from seal_extract.encoders.found import FoundFile
-from seal_extract.encoders.registry import ALIASES, ROWS, EncoderSpec, Published, find_spec
-from seal_extract.encoders.settings import with_settings
+from seal_extract.encoders.files import FoundFile
+from seal_extract.encoders.registry import bundled, find_spec
+from seal_extract.encoders.rows import ALIASES, ROWS
+from seal_extract.encoders.spec import FILTERS, EncoderSpec, InputRule, Lora, Published
 from seal_extract.errors import CheckpointError, HubError, MissingOnHubError, NetworkError, UsageError
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_ADAPTER_ALLOWED = f"allowed: a folder of PEFT with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS[0]}"
+_IN_REPOSITORY = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:/(?P<below>\w[\w.-]*(?:/\w[\w.-]*)*))?/?")
+MAX_YAML_BYTES = 2**16
+
+AnyPath = str | os.PathLike[str]
+
+
+# --- encoders -----------------------------------------------------------------------------------------------
 
 
 def locate(
-    name_or_path: str | os.PathLike[str],
-    checkpoint: str | os.PathLike[str] | None = None,
+    name_or_path: AnyPath,
+    checkpoint: AnyPath | None = None,
     revision: str | None = None,
     offline: bool = False,
 ) -> tuple[EncoderSpec, FoundFile]:
-    """The row and the main weight file of what `load_encoder` was asked for, fetched if need be.
+    """The row and the main weight file for the arguments of `load_encoder`, downloaded if needed.
 
     Raises:
         UsageError: an unknown name, or arguments that contradict each other.
-        CheckpointError: a folder that holds no encoder.
-        HubError: the Hub does not give the file.
+        CheckpointError: a folder without an encoder, or a settings file that contradicts the row.
+        HubError: the Hub does not deliver the file.
     """
     if is_name(name_or_path) and str(name_or_path) in bundled():
         name_or_path = bundled()[str(name_or_path)]
     if is_name(name_or_path) or is_timm(name_or_path):
         spec = named_spec(str(name_or_path))
-        return with_settings(spec, _official_file(spec, checkpoint, revision, offline), offline)
+        return _with_settings(spec, _official_file(spec, checkpoint, revision, offline), offline)
     if checkpoint is not None:
         raise UsageError(
             f"checkpoint= goes with the name of an encoder, not with {name_or_path}; leave it out"
@@ -48,55 +64,62 @@ def named_spec(name: str) -> EncoderSpec:
     """The row of a name of `list_encoders`, or of ``timm:NAME``.
 
     Raises:
-        UsageError: no such name.
+        UsageError: there is no such name.
     """
     if not is_timm(name):
         return find_spec(name)
-    from seal_extract.encoders.custom import timm_spec  # imports torch and timm
+    from seal_extract.encoders.tower import timm_spec  # imports torch and timm
 
     return timm_spec(name)
 
 
-def is_timm(asked: str | os.PathLike[str]) -> bool:
-    """A model of timm."""
+def is_timm(asked: AnyPath) -> bool:
+    """Whether this is ``timm:NAME``."""
     return isinstance(asked, str) and asked.startswith("timm:")
 
 
-def is_name(asked: str | os.PathLike[str]) -> bool:
-    """A name of an encoder, or what was meant to be one, and not a path."""
+def is_name(asked: AnyPath) -> bool:
+    """Whether this is, or was meant as, the name of an encoder and not a path."""
     if not isinstance(asked, str) or is_timm(asked):
         return False
     return asked in ROWS or asked in ALIASES or (Path(asked).name == asked and not Path(asked).exists())
 
 
+def is_repository(asked: AnyPath) -> bool:
+    """Whether this has the form ``owner/name``."""
+    return isinstance(asked, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", asked) is not None
+
+
+def layout_of(spec: EncoderSpec) -> Published:
+    """The layout of a row's weight file; by default that of a folder of ours."""
+    return spec.published or Published(files=(folder.WEIGHTS,))
+
+
 def _official_file(
-    spec: EncoderSpec, checkpoint: str | os.PathLike[str] | None, revision: str | None, offline: bool
+    spec: EncoderSpec, checkpoint: AnyPath | None, revision: str | None, offline: bool
 ) -> FoundFile:
+    names = layout_of(spec).files
     if checkpoint is None:
         if not spec.source:
             raise UsageError(f"nobody says where the weights of {spec.name} are; give them as checkpoint=")
-        return fetch_published(spec, layout_of(spec).files, revision, offline)
+        return fetch_published(spec, names, revision, offline)
     if revision is not None:
         raise UsageError("revision= names a revision on the Hub, checkpoint= a file here; leave one out")
     path = Path(checkpoint).expanduser()
-    file = _local(_in_folder(path, spec) if path.is_dir() else path)
-    return replace(file, pins=tuple(layout_of(spec).sha256.values()))
+    if path.is_dir():
+        inside = [path / name for name in names if (path / name).is_file()]
+        if not inside:
+            raise CheckpointError(
+                f"{path} is a folder without a weight file of {spec.name}; allowed: a file, or a folder with "
+                f"one of {', '.join(names)}"
+            )
+        path = inside[0]
+    return _local(path, spec)
 
 
-def _in_folder(path: Path, spec: EncoderSpec) -> Path:
-    """The weight file in a folder, under any name that the authors gave it."""
-    names = layout_of(spec).files
-    for name in names:
-        if (path / name).is_file():
-            return path / name
-    raise CheckpointError(
-        f"{path} is a folder without a weight file of {spec.name}; allowed: a file, or a folder with one of "
-        + ", ".join(names)
-    )
-
-
-def _local(path: Path) -> FoundFile:
-    return FoundFile(path, str(path.absolute().parent))
+def _local(path: Path, row: EncoderSpec | None = None) -> FoundFile:
+    pins = () if row is None else tuple(layout_of(row).sha256.values())
+    return FoundFile(path, str(path.absolute().parent), pins=pins)
 
 
 def fetch_published(
@@ -104,10 +127,10 @@ def fetch_published(
 ) -> FoundFile:
     """A file of a row's repository, at the commit that the row is pinned to unless a revision is asked for.
 
-    Without a network a copy in the cache that is of another commit will do, if it has the pinned content.
+    Without a network, a cached copy of another commit is accepted if it has the pinned content.
 
     Raises:
-        HubError: the Hub does not give the file.
+        HubError: the Hub does not deliver the file.
     """
     layout = layout_of(spec)
     try:
@@ -130,12 +153,16 @@ def fetch_published(
 def locate_base(
     base: EncoderSpec, beside: Path, *, revision: str | None = None, offline: bool = False
 ) -> FoundFile:
-    """The base of an adapter-only checkpoint: beside it, or from the Hub."""
+    """The base for a checkpoint that holds adapters only: beside it, or from the Hub.
+
+    Raises:
+        HubError: it is not beside it, and the Hub does not deliver it.
+    """
     names = layout_of(base).files
     for name in names:
         for candidate in (beside.parent / base.name / name, beside.parent / name):
             if candidate.is_file():
-                return replace(_local(candidate), pins=tuple(layout_of(base).sha256.values()))
+                return _local(candidate, base)
     try:
         return fetch_published(base, names, revision, offline)
     except HubError as exc:
@@ -145,10 +172,8 @@ def locate_base(
         ) from exc
 
 
-def _own_file(
-    name_or_path: str | os.PathLike[str], revision: str | None, offline: bool
-) -> tuple[EncoderSpec, FoundFile]:
-    """Config and weights of a folder, or of a repository at one and the same commit."""
+def _own_file(name_or_path: AnyPath, revision: str | None, offline: bool) -> tuple[EncoderSpec, FoundFile]:
+    """Config and weights of a folder, or of one commit of a repository."""
     path, name = Path(name_or_path).expanduser(), str(name_or_path)
     if path.is_dir():
         if revision is not None:
@@ -158,39 +183,129 @@ def _own_file(
         return folder.read_config(path / folder.CONFIG), _local(path / folder.WEIGHTS)
     if path.is_file():
         raise UsageError(f"{name} is a file; give the encoder's name and this file as checkpoint=")
-    if is_repository(name_or_path):
-        return _own_repository(name, revision, offline)
-    raise CheckpointError(f"there is no folder {name}; give one with {folder.CONFIG} and {folder.WEIGHTS}")
-
-
-def _own_repository(repo_id: str, revision: str | None, offline: bool) -> tuple[EncoderSpec, FoundFile]:
-    names = [row.name for row in ROWS.values() if row.source.lower() == repo_id.lower()]
+    if not is_repository(name_or_path):
+        raise CheckpointError(
+            f"there is no folder {name}; give one with {folder.CONFIG} and {folder.WEIGHTS}"
+        )
+    names = [row.name for row in ROWS.values() if row.source.lower() == name.lower()]
     if names:
         raise UsageError(
-            f"{repo_id} holds its authors' files, which are loaded by name; type {' or '.join(names)}"
+            f"{name} holds its authors' files, which are loaded by name; type {' or '.join(names)}"
         )
     try:
-        config = _fetch(repo_id, [folder.CONFIG], revision, offline)
+        config = _fetch(name, [folder.CONFIG], revision, offline)
     except HubError as exc:
-        raise type(exc)(f"there is no folder {repo_id} here, and as a Hub repository: {exc}") from exc
-    return folder.read_config(config.path), _fetch(repo_id, [folder.WEIGHTS], config.revision, offline)
+        raise type(exc)(f"there is no folder {name} here, and as a Hub repository: {exc}") from exc
+    return folder.read_config(config.path), _fetch(name, [folder.WEIGHTS], config.revision, offline)
 
 
-def layout_of(spec: EncoderSpec) -> Published:
-    """How the authors lay out their file; as in our own folders where the row does not say."""
-    return spec.published or Published(files=(folder.WEIGHTS,))
+def _fetch(repo_id: str, names: Sequence[str], revision: str | None, offline: bool) -> FoundFile:
+    from seal_extract.encoders.hub import fetch  # slow to import, and files on this disk do not need it
+
+    return fetch(repo_id, names, revision, offline)
 
 
-def locate_adapter(adapter: str | os.PathLike[str], offline: bool = False) -> tuple[FoundFile, FoundFile]:
-    """Weights and config of an adapter: of a folder, or of a Hub repository at one and the same commit.
+# --- settings beside the weights ----------------------------------------------------------------------------
+
+
+def _with_settings(spec: EncoderSpec, file: FoundFile, offline: bool) -> tuple[EncoderSpec, FoundFile]:
+    """The row as a settings file states it; the file's ``settings`` is set where that changes the merge."""
+    layout = spec.published
+    if layout is None or layout.settings is None:
+        return spec, file
+    if layout.lora is None:
+        from seal_extract.encoders.hub import fetch_beside
+
+        config = fetch_beside(file, layout.settings, offline)
+        return (spec if config is None else replace(spec, input=_stated_input(config, spec))), file
+    if file.revision is not None:  # the Hub's repository of several encoders has no such file
+        return spec, file
+    base = find_spec(str(layout.base))
+    if base.published is not None and base.published.settings is not None:
+        config = file.path.parent / base.name / base.published.settings
+        spec = replace(spec, input=_stated_input(config, base)) if config.is_file() else spec
+    path = file.path.with_name(layout.settings)
+    if not path.is_file():
+        return spec, file
+    lora = _stated_lora(path, spec, layout.lora)
+    file = file if lora.alpha == layout.lora.alpha else replace(file, settings=path)
+    return replace(spec, published=replace(layout, lora=lora)), file
+
+
+def _stated_lora(path: Path, spec: EncoderSpec, default: Lora) -> Lora:
+    """The adapters' r and alpha in a config.yaml of SEAL's training code, which must be of the same base."""
+    stated, base = _read_yaml(path), str(layout_of(spec).base)
+    encoder, dim = stated.get("encoder", base), stated.get("out_dim", spec.dim)
+    if ALIASES.get(str(encoder), encoder) != base:
+        raise CheckpointError(
+            f"{path} states encoder {encoder!s:.80}, and {spec.name} is built on {base}; type "
+            f"seal-{encoder!s:.80}, or take that file away"
+        )
+    if dim != spec.dim:
+        raise CheckpointError(f"{path} states out_dim {dim!s:.80}, and {spec.name} gives {spec.dim} numbers")
+    lora = stated.get("lora") or {}
+    if not isinstance(lora, dict) or lora.get("use_rslora"):
+        raise CheckpointError(f"{path} states lora {lora!s:.80}; allowed: a table of r and lora_alpha")
+    r, alpha = (_above_0(path, name, lora.get(name)) for name in ("r", "lora_alpha"))
+    if r is not None and r != int(r):
+        raise CheckpointError(f"{path} states r {r}; allowed: a whole number")
+    return Lora(alpha or default.alpha, None if r is None else int(r))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_YAML_BYTES + 1)
+        if len(text) > MAX_YAML_BYTES:
+            raise ValueError(f"it is longer than {MAX_YAML_BYTES:,} bytes")
+        content = yaml.safe_load(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as exc:
+        raise CheckpointError(f"{path} cannot be read as YAML: {' '.join(str(exc).split())[:160]}") from exc
+    return content if isinstance(content, dict) else {}
+
+
+def _above_0(path: Path, name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise CheckpointError(f"{path} states {name} {value!r:.80}; allowed: a number above 0")
+    return float(value)
+
+
+def _stated_input(path: Path, spec: EncoderSpec) -> InputRule:
+    """The input of a row, with filter and crop as the config.json of a timm model states them."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as exc:
+        raise CheckpointError(f"{path} cannot be read as JSON: {exc}") from exc
+    stated = config.get("pretrained_cfg") if isinstance(config, dict) else None
+    side = spec.input.side_px
+    if not isinstance(stated, dict) or side is None or config.get("architecture") != spec.architecture.timm:
+        return spec.input  # of another tool, or another model
+    kind, share = stated.get("interpolation", spec.input.filter), stated.get("crop_pct", 1.0)
+    if kind not in FILTERS:
+        raise CheckpointError(f"{path} states interpolation {kind!r:.80}; allowed: {', '.join(FILTERS)}")
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.05 < share <= 1:
+        raise CheckpointError(f"{path} states crop_pct {share!r:.80}; allowed: above 0.05, at most 1")
+    resize_px = math.floor(side / share)  # as timm rounds it
+    return replace(spec.input, resize_px=resize_px, filter=kind, crop_px=None if resize_px == side else side)
+
+
+# --- adapters of PEFT ---------------------------------------------------------------------------------------
+
+
+def locate_adapter(adapter: AnyPath, offline: bool = False) -> tuple[FoundFile, FoundFile]:
+    """Weights and config of an adapter: of a folder, or of one commit of a Hub repository.
 
     Args:
-        adapter: the folder; or ``owner/repo``, or ``owner/repo/folder`` where the repository holds several.
+        adapter: a folder; or ``owner/repo``, or ``owner/repo/folder`` if the repository holds several.
         offline: take files from the Hub's cache only.
 
     Raises:
         CheckpointError: there is no such folder, or it holds no adapter.
-        HubError: the Hub does not give the files.
+        HubError: the Hub does not deliver the files.
     """
     path, name = Path(adapter).expanduser(), str(adapter)
     if path.is_dir():
@@ -213,26 +328,11 @@ def locate_adapter(adapter: str | os.PathLike[str], offline: bool = False) -> tu
     return _fetch(match["repo"], [below + file for file in ADAPTER_WEIGHTS], config.revision, offline), config
 
 
-_ADAPTER_ALLOWED = f"allowed: a folder of PEFT with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS[0]}"
-_IN_REPOSITORY = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:/(?P<below>\w[\w.-]*(?:/\w[\w.-]*)*))?/?")
-
-
-def adapted(spec: EncoderSpec, adapter: str | os.PathLike[str]) -> EncoderSpec:
-    """The row once an adapter is merged: its results must not pass for those of the base."""
+def adapted(spec: EncoderSpec, adapter: AnyPath) -> EncoderSpec:
+    """The row under another name once an adapter is merged, so that results are not taken for the base's."""
     path = Path(adapter).expanduser()
-    below = _IN_REPOSITORY.fullmatch(str(adapter))
-    if below and below["below"] and not path.exists():  # seed0 of one repository is not that of another
+    match = _IN_REPOSITORY.fullmatch(str(adapter))
+    if match and match["below"] and not path.exists():  # many repositories have a folder seed0
         path = Path("-".join(str(adapter).strip("/").split("/")[1:]))
     word = re.sub(r"[^\w.-]+", "-", path.absolute().name).strip("-.")
     return replace(spec, name=f"{spec.name}+{word or 'adapter'}")
-
-
-def is_repository(asked: str | os.PathLike[str]) -> bool:
-    """A text of the form ``owner/name``."""
-    return isinstance(asked, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", asked) is not None
-
-
-def _fetch(repo_id: str, names: Sequence[str], revision: str | None, offline: bool) -> FoundFile:
-    from seal_extract.encoders.hub import fetch  # its imports are slow, and encoders on this disk need none
-
-    return fetch(repo_id, names, revision, offline)

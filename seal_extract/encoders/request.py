@@ -10,9 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seal_extract.encoders.found import FoundFile
+from seal_extract.encoders.files import FoundFile
 from seal_extract.encoders.locate import ADAPTER_CONFIG, adapted, is_name, locate, locate_adapter
-from seal_extract.encoders.registry import EncoderSpec, check_precision, find_spec
+from seal_extract.encoders.registry import find_spec
+from seal_extract.encoders.spec import EncoderSpec, check_precision
 from seal_extract.errors import UsageError
 
 if TYPE_CHECKING:

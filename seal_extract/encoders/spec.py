@@ -1,17 +1,17 @@
-"""What is known of an encoder before its weights are seen: the record that a row of the registry fills.
-
-Importing this module imports nothing heavy, so that a table of encoders is printed at once.
-"""
+"""The record that describes an encoder before its weights are loaded. Importing it imports nothing slow."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import isclose
 from typing import Any
 
 from seal_extract.errors import UsageError
+
+Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 PRECISION_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -19,19 +19,23 @@ POOLINGS = ("cls", "cls+mean", "conch", "own")
 FILTERS = ("bilinear", "bicubic")
 MPP_BASES = ("", "stated", "magnification", "convention")
 LAYER_NAMES = ("timm", "transformers")
-MOST_PX = 2**16  # of any side or length; what is larger was not meant and would take all memory
-SAME_MPP = 0.02  # relative; what a slide's own µm/px is off from the round number it is called by
+HEAD = "projection_head."  # in front of the projection head's tensors in weight files
+HEAD_KINDS = ("none", "linear", "mlp")
+MOST_MODULES = 64  # of a projection head, activations included
+_HEAD_KEY = re.compile(r"(?:(?P<place>\d{1,3})\.)?(?P<leaf>weight|bias)")
+MOST_PX = 2**16  # of any side or length: a larger one is a mistake and would take all memory
+SAME_MPP = 0.02  # relative difference between a slide's exact µm/px and the round number it is called by
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A timm vision transformer, as JSON could hold it.
+    """A model of timm, in values that JSON can hold.
 
     Attributes:
         timm: name of the model function in timm, without weights.
-        kwargs: its arguments; layers by their timm names.
-        antialias: whether position embeddings are resampled with an antialiased bicubic filter, as timm does,
-            or with a plain one, when the patch has another size than they were trained for.
+        kwargs: its arguments; layers are given by their names in timm.
+        antialias: whether position embeddings are resampled with antialiasing, as timm does, when the patch
+            has another size than they were trained for.
     """
 
     timm: str
@@ -41,14 +45,13 @@ class Architecture:
 
 @dataclass(frozen=True)
 class InputRule:
-    """What happens to a patch before it is normalised.
+    """How a patch is resized and cropped before it is normalised.
 
     Attributes:
-        multiple_of: sides of what the encoder sees, in pixels, are multiples of this.
-        resize_px: the shorter side becomes this many pixels and the middle square is kept;
-            None leaves the patch at its own size.
-        filter: antialiased filter of that resize.
-        crop_px: side of that middle square; by default all of the shorter side.
+        multiple_of: the sides of the image that the encoder gets are multiples of this, in pixels.
+        resize_px: the shorter side is resized to this, and the central square is kept; None: no resize.
+        filter: of that resize, antialiased.
+        crop_px: side of the central square; by default the whole shorter side.
     """
 
     multiple_of: int
@@ -56,7 +59,7 @@ class InputRule:
     filter: str = "bicubic"
     crop_px: int | None = None
 
-    def __str__(self) -> str:
+    def __str__(self) -> str:  # part of the identity in every features file: keep the words
         if self.resize_px is None:
             return f"own size, sides a multiple of {self.multiple_of} px"
         square = f"middle square of {self.crop_px} px" if self.crop_px else "middle square"
@@ -64,19 +67,19 @@ class InputRule:
 
     @property
     def side_px(self) -> int | None:
-        """Side of what the encoder sees; None where that is the patch's own."""
+        """Side of the image that the encoder gets; None: the patch's own side."""
         return self.crop_px or self.resize_px
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters, merged at load: W + (alpha / r) B A (Hu et al., arXiv 2106.09685).
+    """Low-rank adapters, merged while loading: W + (alpha / r) B A (Hu et al., arXiv 2106.09685).
 
-    Which layers are adapted, and with which rank r, is told by the weight file.
+    The weight file tells which layers have adapters, and their rank r.
 
     Attributes:
         alpha: numerator of the scale.
-        r: the rank that a file beside the weights states; None where none does.
+        r: the rank that ``config.yaml`` beside the weights states, if there is one.
     """
 
     alpha: float = 8.0
@@ -85,7 +88,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class Decoder:
-    """The head that predicts expression: Linear(dim, hidden), ReLU, Linear(hidden, genes), ReLU."""
+    """Sizes of the expression decoder: Linear(dim, hidden), ReLU, Linear(hidden, genes), ReLU."""
 
     hidden: int = 512
     genes: int = 2000
@@ -93,23 +96,26 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Published:
-    """How the authors' own weight file is named and laid out.
+    """Name and layout of the authors' own weight file.
 
     Attributes:
-        files: its names on the Hub, the current spelling first.
-        prefix: what stands in front of the tower's keys.
-        other_prefixes: what stands there in other files of theirs.
-        layer_names: whose names the layers have: ``timm``, or ``transformers`` (those of version 4 or of
-            version 5, with q, k and v apart).
+        files: its names on the Hub, the current one first.
+        prefix: in front of the keys of the image tower.
+        other_prefixes: in front of those keys in other files of the same authors.
+        layer_names: the library whose layer names the file uses; "transformers" means those of version 4 or
+            5, where q, k and v are separate.
         ignored: keys that the embedding does not need; one that ends in a dot stands for all below it.
-        base: the encoder that a file holding only adapters and decoder was trained on.
+        base: the encoder that a file with only adapters and decoder was trained on.
         lora: the adapters in the file.
-        decoder: the expression head in the file.
-        settings: a file beside it that may state something of adapters or input; see `settings`.
-        gated: whether the Hub hands it only to accounts that accepted the terms on its page.
-        commit: of the repository, at which its files are taken unless another revision is asked for. A row
-            that is copied for another repository has to set its own, or None.
-        sha256: of the files there, by name, as far as they are known; the beginning of a hash will do.
+        decoder: the expression decoder in the file.
+        settings: a file beside it that may state the adapters' scale or the input; see `locate`.
+        gated: whether the Hub asks for accepted terms before a download.
+        commit: of the repository, used unless another revision is asked for. A row that is copied for
+            another repository has to set its own, or None.
+        sha256: of the files at that commit, by name, where known; 12 or more leading digits are enough.
+
+    Raises:
+        UsageError: ``layer_names`` or a sha256 is outside the allowed values.
     """
 
     files: tuple[str, ...]
@@ -134,30 +140,30 @@ class Published:
 
 @dataclass(frozen=True, repr=False)
 class EncoderSpec:
-    """Everything known of an encoder before its weights are seen.
+    """All facts about an encoder that are known before its weights are loaded.
 
     Attributes:
-        name: what `load_encoder` is asked for.
+        name: as `load_encoder` takes it.
         dim: length of an embedding.
         patch_px: side of the patches it was trained on.
-        mpp: their µm/px; None where nobody says.
+        mpp: µm/px of those patches; None if nobody states it.
         mean: per channel, of RGB in 0..1.
         std: per channel, of RGB in 0..1.
         precision: recommended for computing on a GPU.
-        licence: of the weights, as far as its page states one.
-        source: repository on the Hub, gated where the authors gate it.
-        architecture: the tower.
-        pooling: ``cls``; ``cls+mean`` (CLS beside the mean of the patch tokens, registers left out);
-            ``conch`` (attentional pooler with one query, then LayerNorm); ``own`` (timm's model does it).
-        input: from patch to what the tower sees.
+        licence: of the weights, as their page states it.
+        source: repository on the Hub.
+        architecture: of the image tower.
+        pooling: ``cls``; ``cls+mean`` (CLS, then the mean of the patch tokens without registers); ``conch``
+            (attentional pooler with one query, then LayerNorm); ``own`` (the pooling of timm's model).
+        input: resize and crop.
         paper: where it is described.
         published: the authors' weight file; None for an encoder in this package's own format.
         also_mpp: further µm/px that it was trained at.
-        mpp_basis: what ``mpp`` rests on: ``stated`` by the authors, derived from a ``magnification`` that
-            they state, or ``convention``; empty where nobody says.
+        mpp_basis: source of ``mpp``: ``stated`` by the authors, derived from a stated ``magnification``, or
+            ``convention``; empty if nobody states it.
 
     Raises:
-        UsageError: a value outside what is allowed.
+        UsageError: a value is outside the allowed range.
     """
 
     name: str
@@ -189,8 +195,9 @@ class EncoderSpec:
             "patch_px": self.patch_px,
             "mpp": 1.0 if self.mpp is None else self.mpp,
             "multiple_of": self.input.multiple_of,
+            "resize_px": self.input.resize_px or 1,
         }
-        for what, value in {**sizes, "resize_px": self.input.resize_px or 1}.items():
+        for what, value in sizes.items():
             if not 0 < value <= MOST_PX:
                 raise UsageError(f"{what} is {value!s:.20}; allowed: above 0, at most {MOST_PX}")
         if self.input.crop_px is not None and not 0 < self.input.crop_px <= (self.input.resize_px or 0):
@@ -204,17 +211,17 @@ class EncoderSpec:
 
     @property
     def trained_at(self) -> str:
-        """Side and µm/px of the patches it was trained on, in words."""
+        """Side and µm/px of the patches it was trained on, as text."""
         if self.mpp is None:
             return f"{self.patch_px} px"
         return f"{self.patch_px} px at {', '.join(f'{m:g}' for m in (self.mpp, *self.also_mpp))} µm/px"
 
     def mismatch(self, patch_px: int, mpp: float) -> str | None:
-        """How patches differ from those it was trained on, as one line to warn with; None where they do not.
+        """A one-line warning if patches differ from those it was trained on, else None.
 
         Args:
-            patch_px: side of the patches, in pixels.
-            mpp: their µm/px; within 2 % counts as the same.
+            patch_px: side of the patches.
+            mpp: their µm/px; a difference of up to 2 % is ignored.
         """
         trained = () if self.mpp is None else (self.mpp, *self.also_mpp)
         same_mpp = not trained or any(isclose(mpp, t, rel_tol=SAME_MPP) for t in trained)
@@ -224,15 +231,15 @@ class EncoderSpec:
         return f"{self.name} was trained on patches of {self.trained_at}; these are {asked}"
 
     def precision_for(self, device: str, asked: str | None = None) -> str:
-        """What to compute in on a device type: as asked, or as recommended on a GPU and float32 elsewhere."""
+        """The precision asked for, else the recommended one on a GPU and float32 on other device types."""
         return asked or (self.precision if device == "cuda" else "float32")
 
     def identity(self, sha256: Sequence[str], precision: str) -> dict[str, Any]:
-        """What decides the embedding of a patch, as JSON: encoders of equal identity give equal ones.
+        """Everything that decides the embedding of a patch, as JSON: equal identity, equal embeddings.
 
         Args:
             sha256: of the weight files.
-            precision: computed in.
+            precision: of the computation.
         """
         return {
             "name": self.name,
@@ -244,12 +251,12 @@ class EncoderSpec:
 
     @property
     def page(self) -> str:
-        """The page with the licence, and the gate if there is one; empty without a source."""
+        """The page with licence and terms; empty without a source."""
         return f"https://huggingface.co/{self.source}" if self.source else ""
 
 
 def check_precision(asked: str | None) -> str | None:
-    """The full name of a precision, or None for none.
+    """The full name of a precision; None stays None.
 
     Raises:
         UsageError: there is no such precision.
@@ -258,6 +265,35 @@ def check_precision(asked: str | None) -> str | None:
     if name is not None:
         _allow("precision", name, PRECISIONS)
     return name
+
+
+def head_layers(shapes: Mapping[str, tuple[int, ...]], dim: int) -> dict[int, tuple[int, int]]:
+    """The Linear layers of a projection head: by place in its Sequential, outputs and inputs.
+
+    Args:
+        shapes: of the head's tensors, by name. A single Linear layer has no place; here it gets -1.
+        dim: length of the embedding that the head takes.
+
+    Raises:
+        ValueError: they are not one Linear layer, or Linear layers with an activation between.
+    """
+    found: dict[int, Shapes] = {}
+    for key, shape in shapes.items():
+        match = _HEAD_KEY.fullmatch(key)
+        if match is None:
+            raise ValueError(f"{HEAD}{key} is of no Linear layer")
+        found.setdefault(-1 if match["place"] is None else int(match["place"]), {})[match["leaf"]] = shape
+    places, layers = sorted(found), {}
+    separated = all(b - a > 1 for a, b in pairwise(places))
+    if places not in ([], [-1]) and not (places[0] == 0 and separated and places[-1] < MOST_MODULES):
+        raise ValueError(f"{HEAD}* has layers {places}; allowed: from 0 on, with an activation between")
+    for place in places:
+        rows = found[place].get("weight", ())[:1]
+        if found[place] != {"weight": (*rows, dim), "bias": rows} or not rows:
+            raise ValueError(f"{HEAD}{'' if place < 0 else place} has {found[place]}, not {dim} columns")
+        layers[place] = (rows[0], dim)
+        dim = rows[0]
+    return layers
 
 
 def _allow(what: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -1,37 +1,42 @@
-"""The tower of a row, without weights: names and shapes to check a file against, then to fill."""
+"""The image tower of a row: built by timm without weights, then filled with checked tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import timm
 import timm.layers
 import torch
+from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models import get_pretrained_cfg
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from seal_extract.encoders.conch import ConchTower
-from seal_extract.encoders.positions import with_plain_positions
-from seal_extract.encoders.registry import EncoderSpec
+from seal_extract.encoders.spec import FILTERS, Architecture, EncoderSpec, InputRule, Published, Shapes
 from seal_extract.errors import UsageError
 
-Shapes = dict[str, tuple[int, ...]]
-
-# what a config.json may pass to timm: nothing that fetches or reads a file
+# arguments of timm that a config.json may set: none that fetches or reads a file
 KWARGS = (
     *("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "qk_norm"),
     *("init_values", "class_token", "no_embed_class", "reg_tokens", "pre_norm", "dynamic_img_size"),
     *("mlp_layer", "act_layer", "norm_layer"),
 )
-# more than any vision transformer has: building it would take all memory or hours
+# above those of every vision transformer: building such a model would take all memory, or hours
 MOST = {
     **{"img_size": 4096, "patch_size": 512, "embed_dim": 2**14, "depth": 128, "num_heads": 256},
     **{"mlp_ratio": 64, "reg_tokens": 256},
 }
 MLP_LAYERS = ("Mlp", "SwiGLU", "SwiGLUPacked")
+HEADS = 8  # of CONCH's pooler; the weights do not tell
+TIMM_PREFIX = "timm:"
+_TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
 _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.randn)
 _IN_PLACE = {
     *(Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, Tensor.clamp_),
@@ -39,11 +44,84 @@ _IN_PLACE = {
 }
 
 
-class _NoMemory(TorchFunctionMode):
-    """Parameters are made on the meta device: no memory, no time to initialise.
+# --- parts that timm lacks ----------------------------------------------------------------------------------
 
-    ``torch.device("meta")`` would do it too, but for older timm, which reads numbers back from a linspace.
-    Arithmetic on numbers that are not there is left out: it would take two thirds of the time.
+
+class AttentionalPooler(nn.Module):
+    """One learned query attends to all tokens (Yu et al., CoCa, arXiv 2205.01917, section 3.2)."""
+
+    def __init__(self, dim: int, token_dim: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.empty(1, dim))
+        self.attn = nn.MultiheadAttention(dim, HEADS, kdim=token_dim, vdim=token_dim, batch_first=True)
+        self.ln_q = nn.LayerNorm(dim)
+        self.ln_k = nn.LayerNorm(token_dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, N, token_dim] to [B, dim]."""
+        keys = self.ln_k(tokens)
+        query = self.ln_q(self.query).expand(len(tokens), -1, -1)  # [B, 1, dim]
+        pooled: Tensor = self.attn(query, keys, keys, need_weights=False)[0]  # [B, 1, dim]
+        return pooled[:, 0]
+
+
+class ConchTower(nn.Module):
+    """CONCH's image tower (Lu et al., doi 10.1038/s41591-024-02856-4), with the names of its weight file.
+
+    The tokens of a timm trunk are pooled by attention and normalised.
+    """
+
+    def __init__(self, trunk: Any, token_dim: int, dim: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.attn_pool_contrast = AttentionalPooler(dim, token_dim)
+        self.ln_contrast = nn.LayerNorm(dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images [B, 3, H, W], sides multiples of the trunk's patch, to [B, dim]."""
+        tokens = self.trunk.forward_features(images)  # [B, 1 + N, token_dim]
+        pooled: Tensor = self.ln_contrast(self.attn_pool_contrast(tokens))
+        return pooled
+
+
+class PlainPositions(VisionTransformer):
+    """A vision transformer of timm that resamples its positions as transformers' Dinov2Model does.
+
+    That is bicubic without antialiasing. The two filters differ in enlarging too: the cubic's coefficient is
+    -0.75 without antialiasing and -0.5 with it.
+    """
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """Patch tokens [B, H, W, D] to all tokens [B, prefix + H W, D]."""
+        positions = resample_abs_pos_embed(
+            self.pos_embed,
+            new_size=list(x.shape[1:3]),
+            old_size=list(self.patch_embed.grid_size),
+            num_prefix_tokens=self.num_prefix_tokens,
+            antialias=False,
+        )
+        prefix = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+        dropped: Tensor = self.pos_drop(torch.cat([*prefix, x.flatten(1, 2)], 1) + positions)
+        return dropped
+
+
+def _with_plain_positions(trunk: Any) -> Any:
+    if type(trunk) is not VisionTransformer or not trunk.dynamic_img_size or trunk.no_embed_class:
+        raise UsageError(
+            "antialias is False; allowed: with a VisionTransformer, dynamic_img_size and no no_embed_class"
+        )
+    trunk.__class__ = PlainPositions  # timm's factory takes no class
+    return trunk
+
+
+# --- building -----------------------------------------------------------------------------------------------
+
+
+class _NoMemory(TorchFunctionMode):
+    """Makes parameters on the meta device, which takes no memory and no time to initialise.
+
+    ``torch.device("meta")`` would break older timm, which reads numbers back from a linspace. In-place
+    arithmetic on meta tensors is skipped; it would take two thirds of the time.
     """
 
     def __torch_function__(
@@ -58,7 +136,7 @@ class _NoMemory(TorchFunctionMode):
 
 
 def empty_tower(spec: EncoderSpec) -> nn.Module:
-    """Build the tower of ``spec`` on the meta device, in evaluation mode.
+    """Build the tower of a row on the meta device, in evaluation mode.
 
     Raises:
         UsageError: timm cannot build it, or its embedding is not ``spec.dim`` long.
@@ -67,23 +145,13 @@ def empty_tower(spec: EncoderSpec) -> nn.Module:
     with _building(spec), _NoMemory():
         width, prefix = int(trunk.num_features), 1 if own else int(trunk.num_prefix_tokens)
         tower: nn.Module = ConchTower(trunk, width, spec.dim) if spec.pooling == "conch" else trunk
-    dims = {"cls": width, "cls+mean": 2 * width, "own": _own_dim(trunk)}
-    dim = dims.get(spec.pooling, spec.dim)
-    if dim != spec.dim or not prefix:
+    dims = {"cls": width, "cls+mean": 2 * width, "own": _own_dim(trunk), "conch": spec.dim}
+    if dims[spec.pooling] != spec.dim or not prefix:
         raise UsageError(
-            f"encoder {spec.name}: its {spec.pooling} pooling gives {dim} numbers of {prefix} prefix tokens; "
-            f"allowed: dim {spec.dim}, at least one prefix token"
+            f"encoder {spec.name}: its {spec.pooling} pooling gives {dims[spec.pooling]} numbers of {prefix} "
+            f"prefix tokens; allowed: dim {spec.dim}, at least one prefix token"
         )
     return tower.eval().requires_grad_(False)
-
-
-def own_dim(spec: EncoderSpec) -> int:
-    """Length of what the model of ``spec`` gives, pooling by itself; ``spec.dim`` is not looked at.
-
-    Raises:
-        UsageError: timm cannot build it.
-    """
-    return _own_dim(_timm_model(spec))
 
 
 def _own_dim(model: Any) -> int:
@@ -91,24 +159,22 @@ def _own_dim(model: Any) -> int:
 
 
 def _timm_model(spec: EncoderSpec) -> Any:
-    build = partial(timm.create_model, _model(spec), pretrained=False, num_classes=0, **_kwargs(spec))
+    name = spec.architecture.timm
+    if not name.isidentifier() or not timm.is_model(name):  # neither a URL, nor a path, nor a tag of weights
+        raise UsageError(f"encoder {spec.name} is built on {name!r}, unknown to timm {timm.__version__}")
+    build = partial(timm.create_model, name, pretrained=False, num_classes=0, **_checked_kwargs(spec))
     with _building(spec):
         with _NoMemory():
             model = build()
-        if any(value.is_meta for value in _constants(model)):
-            model = build()  # window tables, rotary frequencies and the like are in no file: made for real
-        return model if spec.architecture.antialias else with_plain_positions(model)
-
-
-def _constants(model: nn.Module) -> list[Tensor]:
-    """Buffers that a weight file does not hold."""
-    held = model.state_dict()
-    return [value for key, value in model.named_buffers() if key not in held]
+        held = model.state_dict()
+        if any(value.is_meta for key, value in model.named_buffers() if key not in held):
+            model = build()  # window tables, rotary frequencies and the like are in no file
+        return model if spec.architecture.antialias else _with_plain_positions(model)
 
 
 @contextmanager
 def _building(spec: EncoderSpec) -> Iterator[None]:
-    """Whatever timm makes of arguments that do not go together, as our one line."""
+    """Turn any error of timm about its arguments into one line."""
     try:
         yield
     except UsageError:
@@ -129,14 +195,7 @@ def _building(spec: EncoderSpec) -> Iterator[None]:
         ) from exc
 
 
-def _model(spec: EncoderSpec) -> str:
-    name = spec.architecture.timm
-    if not name.isidentifier() or not timm.is_model(name):  # no URL, no path, no tag of weights
-        raise UsageError(f"encoder {spec.name} is built on {name!r}, unknown to timm {timm.__version__}")
-    return name
-
-
-def _kwargs(spec: EncoderSpec) -> dict[str, Any]:
+def _checked_kwargs(spec: EncoderSpec) -> dict[str, Any]:
     kwargs = dict(spec.architecture.kwargs)
     refused = sorted(kwargs.keys() - set(KWARGS))
     if refused:
@@ -149,24 +208,20 @@ def _kwargs(spec: EncoderSpec) -> dict[str, Any]:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not (0 <= value <= most):
                 raise UsageError(f"encoder {spec.name} has {name} {values!r:.80}; allowed: at most {most}")
-    if "mlp_layer" in kwargs:  # timm takes activations by name, but this one only as an object
-        kwargs["mlp_layer"] = _mlp(kwargs["mlp_layer"])
+    if "mlp_layer" in kwargs:  # timm takes activations by name, but this layer only as a class
+        if kwargs["mlp_layer"] not in MLP_LAYERS:
+            raise UsageError(f"mlp_layer is {kwargs['mlp_layer']!r}; allowed: {', '.join(MLP_LAYERS)}")
+        kwargs["mlp_layer"] = getattr(timm.layers, kwargs["mlp_layer"])
     return kwargs
 
 
-def _mlp(name: object) -> Any:
-    if name not in MLP_LAYERS:
-        raise UsageError(f"mlp_layer is {name!r}; allowed: {', '.join(MLP_LAYERS)}")
-    return getattr(timm.layers, str(name))
-
-
 def tower_shapes(tower: nn.Module) -> Shapes:
-    """Every tensor that a full weight file of ``tower`` holds."""
+    """Every tensor of a full weight file of ``tower``."""
     return {key: tuple(value.shape) for key, value in tower.state_dict().items()}
 
 
 def fill(tower: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Make ``tensors``, already checked against `tower_shapes`, the tower's own memory, without a copy."""
+    """Use ``tensors``, which were checked against `tower_shapes`, as the tower's memory, without a copy."""
     tower.load_state_dict(tensors, strict=True, assign=True)
     tower.requires_grad_(False)
 
@@ -182,3 +237,81 @@ def embed(tower: nn.Module, pooling: str, images: Tensor) -> Tensor:
     if pooling == "cls":
         return cls
     return torch.cat([cls, tokens[:, trunk.num_prefix_tokens :].mean(1)], dim=1)
+
+
+# --- any model of timm --------------------------------------------------------------------------------------
+
+
+def timm_spec(asked: str) -> EncoderSpec:
+    """The row of ``timm:NAME``; NAME is an architecture of timm, with or without a tag of weights.
+
+    Input and normalisation are those of timm's own evaluation; timm states no µm/px. The embedding is the
+    output of the model without its classifier.
+
+    Raises:
+        UsageError: timm has no such model, or its input is not a square RGB image.
+    """
+    config = _timm_config(asked)
+    side = config.input_size[-1]
+    layers = [config.classifier] if isinstance(config.classifier, str) else config.classifier or ()
+    papers = [config.paper_ids] if isinstance(config.paper_ids, str) else config.paper_ids or ()
+    draft = EncoderSpec(
+        name=f"timm-{config.architecture}" + (f".{config.tag}" if config.tag else ""),
+        dim=1,
+        patch_px=side,
+        mpp=None,
+        mean=tuple(config.mean),
+        std=tuple(config.std),
+        precision="float32",
+        licence=config.license or "not stated",
+        source=config.hf_hub_id or "",
+        # a config may ask for another size than the default of the architecture
+        architecture=Architecture(config.architecture, {"img_size": side} if config.fixed_input_size else {}),
+        pooling="own",
+        input=_timm_input(asked, config, side),
+        paper=", ".join(map(str, papers)),
+        published=Published(
+            files=(config.hf_hub_filename,) if config.hf_hub_filename else _TIMM_FILES,
+            ignored=tuple(f"{layer}." for layer in layers),
+        ),
+    )
+    return replace(draft, dim=_own_dim(_timm_model(draft)))
+
+
+def _timm_config(asked: str) -> Any:
+    name = asked.removeprefix(TIMM_PREFIX)
+    architecture = name.split(".")[0]
+    if not architecture.isidentifier() or not timm.is_model(architecture):
+        near = ", ".join(timm.list_models(f"*{architecture}*")[:3]) if architecture.isidentifier() else ""
+        hint = f"; did you mean {near}" if near else ""
+        raise UsageError(f"{asked}: timm {timm.__version__} has no model {architecture!r}{hint}")
+    try:
+        config = get_pretrained_cfg(name)
+    except RuntimeError as exc:
+        tags = timm.list_models(f"{architecture}.*", pretrained=True)
+        raise UsageError(f"{asked}: timm has no such weights; allowed: {', '.join(tags) or 'none'}") from exc
+    if config is None:
+        raise UsageError(f"{asked}: timm states no input for it; choose a model with pretrained weights")
+    return config
+
+
+def _timm_input(asked: str, config: Any, side: int) -> InputRule:
+    channels, height, width = config.input_size
+    if (channels, height) != (3, width):
+        raise UsageError(f"{asked} takes {list(config.input_size)}; allowed: three channels, squares")
+    if config.interpolation not in FILTERS or config.crop_mode not in ("center", "squash"):
+        raise UsageError(
+            f"{asked} takes a {config.interpolation} resize and a {config.crop_mode} crop; "
+            f"allowed: {' or '.join(FILTERS)}, center"
+        )
+    resize_px = math.floor(side / config.crop_pct)  # as timm rounds it
+    return InputRule(side, resize_px, config.interpolation, None if resize_px == side else side)
+
+
+def as_timm_reads(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Rename the keys of a file of the model's first authors to timm's, by timm's own conversion."""
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    try:
+        return dict(convert(dict(tensors), model)) if convert is not None else dict(tensors)
+    except Exception:  # timm's code met unknown names; the check that follows reports them
+        return dict(tensors)

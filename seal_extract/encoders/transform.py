@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from seal_extract.encoders.registry import EncoderSpec, InputRule
+from seal_extract.encoders.spec import EncoderSpec, InputRule
 from seal_extract.errors import UsageError
 from seal_extract.patches.resample import resample, resize_region
 

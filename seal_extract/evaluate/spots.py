@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.encoders import Encoder
-from seal_extract.encoders.bundled import bundled
+from seal_extract.encoders.registry import bundled
 from seal_extract.errors import OutputError, UsageError
 from seal_extract.evaluate.run import embed, training_of
 from seal_extract.genes.omics import OmicsEncoder, compared_behind_heads

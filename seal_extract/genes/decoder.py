@@ -17,20 +17,20 @@ import torch
 from numpy.typing import NDArray
 
 from seal_extract.encoders import folder
-from seal_extract.encoders.bundled import bundled, names_with_decoder
 from seal_extract.encoders.checkpoint import check_tensors, read_tensors
-from seal_extract.encoders.encoder import WeightFile
-from seal_extract.encoders.expression import (
+from seal_extract.encoders.files import WeightFile
+from seal_extract.encoders.folder import check_panel
+from seal_extract.encoders.heads import (
     ExpressionDecoder,
     decoder_shapes,
     filled_decoder,
+    filled_head,
     official_key,
 )
 from seal_extract.encoders.locate import layout_of, locate
-from seal_extract.encoders.panel import check_panel
-from seal_extract.encoders.projection import filled_head
-from seal_extract.encoders.registry import list_encoders
-from seal_extract.encoders.spellings import as_row_spells
+from seal_extract.encoders.registry import bundled, list_encoders, names_with_decoder
+from seal_extract.encoders.spec import HEAD
+from seal_extract.encoders.state_dict import as_row_spells
 from seal_extract.errors import EncoderError, UsageError
 
 
@@ -259,7 +259,7 @@ def image_head(
     revision = None if checkpoint else recorded_revision(provenance, asked)
     spec, file = locate(asked, checkpoint, revision, offline)
     _check_made_by(provenance, asked, WeightFile.of(file).sha256)
-    tensors = {k: v.clone() for k, v in read_tensors(file.path).items() if k.startswith(folder.HEAD)}
+    tensors = {k: v.clone() for k, v in read_tensors(file.path).items() if k.startswith(HEAD)}
     head = filled_head(tensors, spec.dim)
     assert head is not None, "the hash says that it is the file that has one"
 

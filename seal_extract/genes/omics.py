@@ -14,17 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from seal_extract.encoders.build import pick_device
-from seal_extract.encoders.bundled import bundled, names_with_decoder
 from seal_extract.encoders.checkpoint import check_tensors, looks_like, read_tensors
-from seal_extract.encoders.encoder import WeightFile
-from seal_extract.encoders.expression import as_rows
-from seal_extract.encoders.folder import CONFIG, OMICS, read_config, read_contents
-from seal_extract.encoders.found import FoundFile
+from seal_extract.encoders.files import FoundFile, WeightFile
+from seal_extract.encoders.folder import CONFIG, OMICS, check_panel, read_config, read_contents
+from seal_extract.encoders.heads import as_rows, empty_head, head_shapes
 from seal_extract.encoders.hub import fetch
 from seal_extract.encoders.locate import fetch_published, is_repository
-from seal_extract.encoders.panel import check_panel
-from seal_extract.encoders.projection import empty_head, head_shapes
-from seal_extract.encoders.registry import find_spec
+from seal_extract.encoders.registry import bundled, find_spec, names_with_decoder
 from seal_extract.errors import CheckpointError, UsageError
 
 HIDDEN = (1024, 512)

@@ -28,7 +28,7 @@ from pathlib import Path
 from torch import Tensor
 
 from seal_extract.encoders.checkpoint import check_tensors, read_tensors
-from seal_extract.encoders.digests import sha256_of
+from seal_extract.encoders.files import sha256_of
 from seal_extract.errors import CheckpointError
 from seal_extract.pooling.attention import AttentionPooling, Gate, Linear, RowsAre
 from seal_extract.pooling.top_instance import TopInstance

@@ -12,9 +12,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from seal_extract.encoders.folder import HEAD_KINDS
 from seal_extract.encoders.locate import is_name, is_repository, is_timm, locate, named_spec
-from seal_extract.encoders.spec import check_precision
+from seal_extract.encoders.spec import HEAD_KINDS, check_precision
 from seal_extract.errors import UsageError
 from seal_extract.genes.panel import read_panel
 from seal_extract.patches.grid import MAX_PATCH_PX

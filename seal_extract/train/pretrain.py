@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seal_extract.encoders import Encoder, EncoderSpec
-from seal_extract.encoders.conch import ConchTower
-from seal_extract.encoders.registry import Architecture, InputRule
-from seal_extract.encoders.tower import empty_tower, fill, tower_shapes
+from seal_extract.encoders.spec import Architecture, InputRule
+from seal_extract.encoders.tower import ConchTower, empty_tower, fill, tower_shapes
 from seal_extract.slides.slide import open_slide
 from seal_extract.tissue.mask import find_tissue
 from seal_extract.train.augment import stained, turned

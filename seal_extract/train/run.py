@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from seal_extract.encoders import Encoder, folder, load_encoder
-from seal_extract.encoders.expression import ExpressionDecoder
-from seal_extract.encoders.registry import Decoder
-from seal_extract.encoders.upload import upload
+from seal_extract.encoders.heads import ExpressionDecoder
+from seal_extract.encoders.hub import upload
+from seal_extract.encoders.spec import Decoder
 from seal_extract.errors import OutputError
 from seal_extract.genes.omics import OmicsEncoder
 from seal_extract.genes.panel import read_panel

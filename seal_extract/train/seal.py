@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from seal_extract.encoders.encoder import Encoder
-from seal_extract.encoders.expression import ExpressionDecoder
-from seal_extract.encoders.projection import new_head
-from seal_extract.encoders.registry import Decoder
+from seal_extract.encoders.heads import ExpressionDecoder, new_head
+from seal_extract.encoders.spec import Decoder
 from seal_extract.encoders.transform import fit
 from seal_extract.errors import UsageError
 from seal_extract.genes.omics import OmicsEncoder

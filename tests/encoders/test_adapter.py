@@ -27,8 +27,8 @@ from vit_fixtures import H0, PHIKON, add_tiny_vits
 from vit_fixtures import base_file as vit_base_file
 
 from seal_extract.encoders import load_encoder
-from seal_extract.encoders.layers import find_places
 from seal_extract.encoders.request import EncoderRequest
+from seal_extract.encoders.state_dict import find_places
 from seal_extract.encoders.tower import empty_tower, tower_shapes
 from seal_extract.errors import CheckpointError, MissingOnHubError
 
@@ -151,34 +151,20 @@ SHAPES = tower_shapes(empty_tower(TINY_VIT))
 
 
 @pytest.mark.parametrize(
-    ("layer", "place"),
+    ("layer", "key", "rows"),
     [
-        ("blocks.1.attn.k_proj", ("blocks.1.attn.qkv.weight", 24, 48)),
-        ("blocks.1.attn.q", ("blocks.1.attn.qkv.weight", 0, 24)),
-        ("model.blocks.1.attn.qkv", ("blocks.1.attn.qkv.weight", 0, 72)),
-        ("layers.1.attention.v_proj", ("blocks.1.attn.qkv.weight", 48, 72)),
-        ("dinov2.encoder.layer.1.attention.o_proj", ("blocks.1.attn.proj.weight", 0, 24)),
-        ("encoder.layer.0.attention.output.dense", ("blocks.0.attn.proj.weight", 0, 24)),
-        ("encoder.layer.0.mlp.weights_in", ("blocks.0.mlp.fc1.weight", 0, 96)),
-        ("encoder.layer.0.mlp.gate_proj", ("blocks.0.mlp.fc1.weight", 0, 48)),
-        ("encoder.layer.0.mlp.up_proj", ("blocks.0.mlp.fc1.weight", 48, 96)),
-        ("encoder.layer.0.mlp.down_proj", ("blocks.0.mlp.fc2.weight", 0, 24)),
+        ("model.blocks.1.attn.qkv", "blocks.1.attn.qkv.weight", (0, 72)),
+        ("layer.1.attention.v_proj", "blocks.1.attn.qkv.weight", (48, 72)),
+        ("dinov2.encoder.layer.1.attention.o_proj", "blocks.1.attn.proj.weight", (0, 24)),
+        ("encoder.layer.0.attention.output.dense", "blocks.0.attn.proj.weight", (0, 24)),
+        ("encoder.layer.0.intermediate.dense", "blocks.0.mlp.fc1.weight", (0, 96)),
+        ("encoder.layer.0.mlp.weights_in", "blocks.0.mlp.fc1.weight", (0, 96)),
+        ("encoder.layer.0.mlp.weights_out", "blocks.0.mlp.fc2.weight", (0, 24)),
     ],
 )
-def test_where_layers_of_other_builds_lie(layer, place):
-    key, first, last = place
-    (found,) = find_places({layer: (last - first, SHAPES[key][1])}, SHAPES)[layer]
-    assert (found.key, found.rows) == (key, slice(first, last))
-
-
-def test_a_fused_adapter_on_a_tower_with_q_k_v_apart():
-    tower = {f"blocks.0.attn.{q}_proj.weight": (8, 8) for q in "qkv"}
-    places = find_places({"blocks.0.attn.qkv": (24, 8)}, tower)["blocks.0.attn.qkv"]
-    assert [(p.key[14:15], p.rows, p.of_update) for p in places] == [
-        ("q", slice(0, 8), slice(0, 8)),
-        ("k", slice(0, 8), slice(8, 16)),
-        ("v", slice(0, 8), slice(16, 24)),
-    ]
+def test_where_layers_of_other_builds_lie(layer, key, rows):
+    (found,) = find_places({layer: (rows[1] - rows[0], SHAPES[key][1])}, SHAPES).values()
+    assert (found.key, found.rows) == (key, rows)
 
 
 def test_trained_on_the_trunk_of_conch_alone(tmp_path):

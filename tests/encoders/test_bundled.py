@@ -9,8 +9,7 @@ import torch
 
 from seal_extract import list_encoders, load_encoder, load_omics
 from seal_extract.cli import main
-from seal_extract.encoders.bundled import DEFAULT, bundled
-from seal_extract.encoders.registry import find_spec
+from seal_extract.encoders.registry import DEFAULT, bundled, find_spec
 from seal_extract.synthetic import write_synthetic_slide
 
 

@@ -16,9 +16,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config
 
-from seal_extract.encoders import find_spec, list_encoders, load_encoder, plugins
-from seal_extract.encoders.custom import timm_spec
+from seal_extract.encoders import find_spec, list_encoders, load_encoder, registry
 from seal_extract.encoders.request import EncoderRequest
+from seal_extract.encoders.tower import timm_spec
 from seal_extract.errors import CheckpointError, MissingOnHubError, NetworkError, UsageError
 
 pytestmark = pytest.mark.skipif(
@@ -251,13 +251,13 @@ def install(monkeypatch):
     """Entry points of this module, as if a package had them."""
 
     def entries(**values):
-        found = [EntryPoint(n, f"{__name__}:{v}", plugins.GROUP) for n, v in values.items()]
-        monkeypatch.setattr(plugins, "entry_points", lambda group: found)
-        plugins.plugin_rows.cache_clear()
+        found = [EntryPoint(n, f"{__name__}:{v}", registry.GROUP) for n, v in values.items()]
+        monkeypatch.setattr(registry, "entry_points", lambda group: found)
+        registry.plugin_rows.cache_clear()
 
     yield entries
     monkeypatch.undo()
-    plugins.plugin_rows.cache_clear()
+    registry.plugin_rows.cache_clear()
 
 
 @pytest.mark.parametrize(("value", "names"), [("OURS", ["ours"]), ("both", ["ours", "other"])])

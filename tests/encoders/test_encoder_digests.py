@@ -8,10 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from encoder_fixtures import SEAL_TINY_CONCH, add_tiny_rows, save, seal_file
 
-from seal_extract.encoders import digests, load_encoder
-from seal_extract.encoders.digests import sha256_of
-from seal_extract.encoders.encoder import WeightFile
-from seal_extract.encoders.found import FoundFile
+from seal_extract.encoders import files, load_encoder
+from seal_extract.encoders.files import FoundFile, WeightFile, sha256_of
 from seal_extract.errors import CheckpointError
 
 
@@ -30,10 +28,10 @@ class Hasher:
 def hasher(tmp_path, monkeypatch):
     """Files of any size and age are worth remembering, in an empty memory."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(digests, "WORTH_BYTES", 1)
-    monkeypatch.setattr(digests, "SETTLED_NS", -(10**10))
-    monkeypatch.setattr(digests, "_hash", Hasher())
-    return digests._hash
+    monkeypatch.setattr(files, "WORTH_BYTES", 1)
+    monkeypatch.setattr(files, "SETTLED_NS", -(10**10))
+    monkeypatch.setattr(files, "_hash", Hasher())
+    return files._hash
 
 
 @pytest.fixture
@@ -117,14 +115,14 @@ def test_a_file_that_changed_is_hashed_again(hasher, weights, change):
 
 
 def test_one_that_was_just_written_may_change_unseen_and_is_not_remembered(hasher, weights, monkeypatch):
-    monkeypatch.setattr(digests, "SETTLED_NS", 10**12)
+    monkeypatch.setattr(files, "SETTLED_NS", 10**12)
     sha256_of(weights)
     sha256_of(weights)
     assert hasher.count == 2
 
 
 def test_small_files_are_not_remembered(hasher, weights, monkeypatch, tmp_path):
-    monkeypatch.setattr(digests, "WORTH_BYTES", 20)
+    monkeypatch.setattr(files, "WORTH_BYTES", 20)
     assert sha256_of(weights)[0] == sha256(weights)
     assert not (tmp_path / "cache").exists()
 
@@ -146,7 +144,7 @@ def test_one_that_is_damaged_is_made_anew(hasher, weights, memory, content):
 
 @pytest.mark.parametrize("remembered", ["", "0" * 63, 7, None])
 def test_what_is_no_hash_is_not_believed(hasher, weights, memory, remembered):
-    stamp = digests._stamp(weights.stat())
+    stamp = files._stamp(weights.stat())
     memory.write_text(json.dumps({os.path.realpath(weights): {"stamp": stamp, "sha256": remembered}}))
     assert sha256_of(weights)[0] == sha256(weights)
 
@@ -170,7 +168,7 @@ def test_many_at_once_leave_a_whole_one(hasher, tmp_path, memory):
 
 
 def test_the_oldest_are_forgotten(hasher, tmp_path, memory, monkeypatch):
-    monkeypatch.setattr(digests, "MAX_FILES", 3)
+    monkeypatch.setattr(files, "MAX_FILES", 3)
     paths = [tmp_path / f"{i}.pth" for i in range(5)]
     for path in paths:
         path.write_bytes(b"x")

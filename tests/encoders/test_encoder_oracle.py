@@ -34,9 +34,9 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Norma
 from vit_fixtures import targets
 
 from seal_extract.encoders import find_spec, load_encoder
-from seal_extract.encoders.expression import decoder_shapes, official_key
-from seal_extract.encoders.seal_adapters import read_adapters
-from seal_extract.encoders.spellings import as_row_spells
+from seal_extract.encoders.heads import decoder_shapes, official_key
+from seal_extract.encoders.lora import read_adapters
+from seal_extract.encoders.state_dict import as_row_spells
 from seal_extract.encoders.tower import empty_tower, tower_shapes
 
 IMAGES = {"emb_224": "img_224", "emb_256": "img_256", "emb_448": "img_448", "emb_nolora_224": "img_224"}

@@ -16,7 +16,8 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 from seal_extract.cli import main
 from seal_extract.demo import UNTRAINED, untrained_encoder
 from seal_extract.encoders import find_spec, list_encoders
-from seal_extract.encoders.registry import ALIASES, PRECISIONS, ROWS, Architecture, InputRule
+from seal_extract.encoders.rows import ALIASES, ROWS
+from seal_extract.encoders.spec import PRECISIONS, Architecture, InputRule
 from seal_extract.encoders.tower import empty_tower, tower_shapes
 from seal_extract.encoders.transform import PatchTransform, fit
 from seal_extract.errors import UsageError

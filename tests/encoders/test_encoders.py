@@ -33,10 +33,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from seal_extract.encoders import Encoder, EncoderSpec, find_spec, list_encoders, load_encoder, locate
-from seal_extract.encoders.conch import HEADS, AttentionalPooler
 from seal_extract.encoders.folder import from_config, to_config
-from seal_extract.encoders.registry import CLIP_MEAN, CLIP_STD, Architecture, InputRule
-from seal_extract.encoders.tower import empty_tower
+from seal_extract.encoders.rows import CLIP_MEAN, CLIP_STD
+from seal_extract.encoders.spec import Architecture, InputRule
+from seal_extract.encoders.tower import HEADS, AttentionalPooler, empty_tower
 from seal_extract.encoders.transform import middle, scaled_size
 from seal_extract.errors import EncoderError, UsageError
 

@@ -270,7 +270,8 @@ def test_not_a_repository_id(seal, hub):
 
 
 def test_a_card_that_the_hub_refuses(seal, hub, monkeypatch):
-    monkeypatch.setattr("seal_extract.encoders.card._hub_licence", lambda licence: "nonsense")
+    monkeypatch.setattr("seal_extract.encoders.folder._HUB_LICENCES", {"nonsense"})
+    seal.spec = replace(seal.spec, licence="nonsense")
     with pytest.raises(UsageError, match=r'refuses the files for lab/ours: .*"license" must be one of'):
         seal.push_to_hub("lab/ours")
 

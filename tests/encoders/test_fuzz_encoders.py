@@ -25,7 +25,7 @@ from vit_fixtures import H0, SEAL_H0, seal_file
 from vit_fixtures import base_file as vit_base_file
 
 from seal_extract.encoders import load_encoder
-from seal_extract.encoders.registry import ROWS
+from seal_extract.encoders.rows import ROWS
 from seal_extract.errors import CheckpointError, SealExtractError
 from seal_extract.genes import load_omics
 from seal_extract.genes.decoder import load_decoder
@@ -58,10 +58,9 @@ ADAPTER = {
     "bias": "none",
     "use_rslora": False,
 }
-YAML = """model:
-  encoder: tiny-h0mini
-  out_dim: 48
-  lora: {r: 8, alpha: 8, dropout: 0.1}
+YAML = """encoder: tiny-h0mini
+out_dim: 48
+lora: {r: 8, lora_alpha: 8, lora_dropout: 0.1}
 """
 TIMM = {
     "architecture": H0.architecture.timm,
@@ -246,7 +245,7 @@ def test_a_tower_of_no_sensible_size(kinds, change, words):
     ],
 )
 def test_patterns_that_do_not_come_to_an_end(kinds, change, monkeypatch):
-    monkeypatch.setattr("seal_extract.encoders.patterns.SECONDS", 2)
+    monkeypatch.setattr("seal_extract.encoders.adapter.SECONDS", 2)
     path, value, load = kinds["adapter/adapter_config.json"]
     path.write_text(json.dumps(value | change))
     with pytest.raises(CheckpointError, match="its patterns take more than 2 s"):

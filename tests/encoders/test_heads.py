@@ -13,7 +13,7 @@ from cohort_fixtures import run_here as run
 
 from seal_extract import load_encoder
 from seal_extract.encoders.folder import write
-from seal_extract.encoders.projection import new_head
+from seal_extract.encoders.heads import new_head
 from seal_extract.errors import CheckpointError
 from seal_extract.features.store import list_features
 from seal_extract.genes import load_omics

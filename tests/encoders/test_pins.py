@@ -21,7 +21,7 @@ from hub_server import Repo
 from seal_extract.cli import main
 from seal_extract.encoders import load_encoder
 from seal_extract.encoders.hub import fetch
-from seal_extract.encoders.registry import ROWS
+from seal_extract.encoders.rows import ROWS
 from seal_extract.errors import CheckpointError, MissingOnHubError, UsageError
 from seal_extract.genes.decoder import decoder_of
 
@@ -97,7 +97,7 @@ def test_another_hash_is_refused_with_both_before_anything_is_read(hub, monkeypa
     repo.files[name] = content
     pin(monkeypatch, row, commit=repo.commit, sha256={name: expected})
     with pytest.raises(
-        CheckpointError, match=f"{sha(content)}.*{expected}.*--revision main takes what is there"
+        CheckpointError, match=f"{sha(content)}.*{expected}.*Type --revision main to take the present file"
     ):
         load()
     with pytest.raises(CheckpointError, match="damaged, cut short"):
@@ -129,7 +129,7 @@ def test_a_cache_that_was_filled_from_main_will_do_offline_if_it_holds_the_pinne
     seal.push({FILE: vision(tmp_path, 2)})
     fetch("lab/SEAL", [FILE])
     shutil.rmtree(next((tmp_path / "hf").rglob("models--lab--SEAL")) / "snapshots" / list(seal.history)[1])
-    with pytest.raises(CheckpointError, match="what was checked and is pinned"):
+    with pytest.raises(CheckpointError, match="but the checked and pinned file has"):
         load(offline=True)
 
 

@@ -35,7 +35,7 @@ from vit_fixtures import (
 
 from seal_extract.encoders import find_spec, load_encoder, locate
 from seal_extract.encoders.checkpoint import looks_like
-from seal_extract.encoders.registry import ALIASES, PHIKON2
+from seal_extract.encoders.rows import ALIASES, PHIKON2
 from seal_extract.encoders.spec import Architecture
 from seal_extract.encoders.tower import empty_tower, fill
 from seal_extract.errors import TokenError, UsageError

@@ -16,9 +16,9 @@ from PIL import Image
 from seal_extract.cli import main
 from seal_extract.demo import untrained_encoder
 from seal_extract.encoders import load_encoder
-from seal_extract.encoders.expression import ExpressionDecoder
 from seal_extract.encoders.folder import write as write_folder
-from seal_extract.encoders.registry import Decoder
+from seal_extract.encoders.heads import ExpressionDecoder
+from seal_extract.encoders.spec import Decoder
 from seal_extract.errors import UsageError
 from seal_extract.evaluate import (
     FEATURES,

@@ -16,7 +16,7 @@ from test_layouts import CONSUMER_OF, DIM, SIZE, files_in, grid_of, provenance_o
 
 from seal_extract import extract, open_slide, read_features
 from seal_extract.cli import main
-from seal_extract.encoders.bundled import bundled
+from seal_extract.encoders.registry import bundled
 from seal_extract.errors import UsageError
 from seal_extract.features.export import EXPORTS, export
 from seal_extract.features.layouts import LAYOUTS, layout_of_grid

@@ -13,7 +13,7 @@ from PIL import Image
 
 from seal_extract import ExtractOptions, extract, load_encoder, open_slide, read_features
 from seal_extract.demo import UNTRAINED, untrained_encoder, write_untrained_encoder
-from seal_extract.encoders.registry import Architecture, InputRule
+from seal_extract.encoders.spec import Architecture, InputRule
 from seal_extract.errors import OutputError, UsageError
 from seal_extract.features.layouts import LAYOUTS, check_layout, layout_of_grid, open_layout
 from seal_extract.features.store import PROVENANCE, SlideLabel, grid_fields, read_provenance

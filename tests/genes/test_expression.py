@@ -22,7 +22,7 @@ from encoder_fixtures import (
 
 from seal_extract.encoders import find_spec, load_encoder
 from seal_extract.encoders.encoder import Encoder
-from seal_extract.encoders.expression import decoder_shapes, filled_decoder, official_key, own_key
+from seal_extract.encoders.heads import decoder_shapes, filled_decoder, official_key, own_key
 from seal_extract.errors import CheckpointError, EncoderError, UsageError
 
 

@@ -442,9 +442,9 @@ SCALE = """
 import resource, time
 from pathlib import Path
 import numpy as np, torch
-from seal_extract.encoders.encoder import WeightFile
-from seal_extract.encoders.expression import ExpressionDecoder
-from seal_extract.encoders.registry import Decoder
+from seal_extract.encoders.files import WeightFile
+from seal_extract.encoders.heads import ExpressionDecoder
+from seal_extract.encoders.spec import Decoder
 from seal_extract.genes.decoder import GeneDecoder
 from seal_extract.genes.predict import write_expression
 from seal_extract.patches.grid import PatchGrid

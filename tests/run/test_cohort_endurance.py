@@ -17,7 +17,7 @@ from test_cohort import killed_at_random
 from test_fuzz import metadata_places, mutated
 
 from seal_extract import extract, load_encoder
-from seal_extract.encoders.registry import Architecture
+from seal_extract.encoders.spec import Architecture
 from seal_extract.run.cohort import extract_cohort
 from seal_extract.run.extract import extract_many
 from seal_extract.slides.listing import list_slides

@@ -638,7 +638,7 @@ def test_a_large_slide_stays_small_enough_to_mail(tmp_path, drawn_slides, featur
     import torch
     from test_viewer_size import DIM, PATCHES, timed, write_large_run
 
-    from seal_extract.encoders.expression import ExpressionDecoder
+    from seal_extract.encoders.heads import ExpressionDecoder
     from seal_extract.encoders.spec import Decoder
 
     out = write_large_run(tmp_path, drawn_slides[0], features.path)

@@ -103,8 +103,8 @@ def random_decoder():
     """As large as SEAL's: to 2,000 genes over 512 hidden numbers."""
     import torch
 
-    from seal_extract.encoders.expression import ExpressionDecoder
-    from seal_extract.encoders.registry import Decoder
+    from seal_extract.encoders.heads import ExpressionDecoder
+    from seal_extract.encoders.spec import Decoder
     from seal_extract.genes.decoder import GeneDecoder
 
     torch.manual_seed(0)

@@ -1,0 +1,237 @@
+"""State-dict conversion: the keys of a published file, renamed to the prefix of its row and timm's names.
+
+Nothing is dropped and nothing is guessed. A key that is not understood stays as it is, so that the check that
+follows reports it. Adapters keep the names of their layers; `find_places` and `place` tell where those are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from seal_extract.encoders.spec import Published, Shapes
+
+# Linear layers of a block: name in transformers (version 4 or 5), name in timm, and which part of its rows
+_LINEAR = (
+    (r"attention\.(?:attention\.query|q_proj)", "attn.qkv", 0, 3),
+    (r"attention\.(?:attention\.key|k_proj)", "attn.qkv", 1, 3),
+    (r"attention\.(?:attention\.value|v_proj)", "attn.qkv", 2, 3),
+    (r"attention\.(?:output\.dense|o_proj)", "attn.proj", 0, 1),
+    (r"mlp\.(?:fc1|weights_in)|intermediate\.dense", "mlp.fc1", 0, 1),
+    (r"mlp\.(?:fc2|weights_out)|output\.dense", "mlp.fc2", 0, 1),
+)
+# everything else in transformers' Dinov2Model that timm's vision transformer has under another name
+_RENAMED = (
+    (r"embeddings\.cls_token", "cls_token"),
+    (r"embeddings\.position_embeddings", "pos_embed"),
+    (r"embeddings\.patch_embeddings\.projection\.(.+)", r"patch_embed.proj.\1"),
+    (r"layernorm\.(.+)", r"norm.\1"),
+    (r"encoder\.layer\.(\d+)\.layer_scale([12])\.lambda1", r"blocks.\1.ls\2.gamma"),
+    (r"encoder\.layer\.(\d+)\.(norm[12]\..+)", r"blocks.\1.\2"),
+)
+_TIMM_NAMES = re.compile(r"(cls_token|pos_embed|(patch_embed|blocks|norm)\..+)")
+_BLOCK = re.compile(r"(?:(?<=\.)|^)(?:encoder\.)?(?:blocks|layers?)\.(\d+)\.(.+)$")
+_ADAPTER = re.compile(r"(?P<layer>.+)\.lora_(?P<half>[AB])(?:\.default)?\.weight")
+
+
+def as_row_spells(
+    tensors: Mapping[str, Tensor],
+    layout: Published,
+    read_again: Callable[[], Mapping[str, Tensor]] | None = None,
+) -> dict[str, Tensor]:
+    """Rename the keys of a file to those of its row.
+
+    Args:
+        tensors: as `read_tensors` returned them.
+        layout: of the row.
+        read_again: returns the same tensors from a second mapping of the file. Fused tensors are copied from
+            there, so that the pages they were read from do not stay in memory beside the copy.
+
+    Returns:
+        The tensors under the row's keys. Separate q, k and v are fused where all three are there and alike.
+        A layer that PEFT has wrapped, ``X.base_layer.weight``, is ``X.weight`` if X has adapters.
+    """
+    spelled = _unwrapped(_with_row_prefix(tensors, layout), layout.prefix)
+    if layout.layer_names != "transformers":
+        return spelled
+    again = (
+        spelled if read_again is None else _unwrapped(_with_row_prefix(read_again(), layout), layout.prefix)
+    )
+    return _with_timm_names(spelled, again, layout.prefix)
+
+
+def adapter_keys(keys: Iterable[str], prefix: str = "") -> dict[str, dict[str, str]]:
+    """The keys of the halves "A" [r, in] and "B" [out, r] of each adapted layer, as PEFT names them.
+
+    Args:
+        keys: of a file; other keys are skipped.
+        prefix: in front of those keys; the names of the layers are returned without it.
+    """
+    pairs: dict[str, dict[str, str]] = {}
+    for key in keys:
+        match = _ADAPTER.fullmatch(key.removeprefix(prefix)) if key.startswith(prefix) else None
+        if match is not None:
+            pairs.setdefault(match["layer"], {})[match["half"]] = key
+    return pairs
+
+
+def _with_row_prefix(tensors: Mapping[str, Tensor], layout: Published) -> dict[str, Tensor]:
+    for other in layout.other_prefixes:
+        above = other[: other.rstrip(".").rfind(".") + 1]
+        inside = [key for key in tensors if key.startswith(above)]
+        if inside and all(key.startswith(other) for key in inside):
+            renamed = {key: layout.prefix + key.removeprefix(other) for key in inside}
+            return {renamed.get(key, key): value for key, value in tensors.items()}
+    return dict(tensors)
+
+
+def _unwrapped(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Layers with adapters lose ``.base_layer``; one that has adapters but no such wrapper is marked."""
+    adapted = {prefix + layer for layer in adapter_keys(tensors, prefix)}
+    named: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        module, _, leaf = key.rpartition(".")
+        layer = module.removesuffix(".base_layer")
+        if layer in adapted:
+            key = f"{layer}.{leaf}" if layer != module else f"{key} (not wrapped)"
+        named[key] = value
+    return named
+
+
+def _with_timm_names(
+    tensors: Mapping[str, Tensor], again: Mapping[str, Tensor], prefix: str
+) -> dict[str, Tensor]:
+    """``tensors`` under timm's names; fused tensors are copied from ``again``, which holds the same ones."""
+    named: dict[str, Tensor] = {}
+    separate: dict[str, dict[int, str]] = {}  # key of the fused tensor -> part -> key in the file
+    for key, value in tensors.items():
+        if not key.startswith(prefix) or ".lora_" in key:
+            named[key] = value
+            continue
+        inner, part = _timm_key(key.removeprefix(prefix))
+        if part is not None and separate.setdefault(prefix + inner, {}).setdefault(part, key) == key:
+            continue
+        spelled = key if part is not None else prefix + inner
+        named[key if spelled in named else spelled] = value  # the second of two spellings is unexpected
+    for fused, keys in separate.items():
+        parts = [again[keys[part]] for part in range(3) if part in keys]
+        if len(parts) == 3 and _alike(parts) and fused not in named:
+            named[fused] = torch.cat(parts)
+        else:
+            named |= {key: tensors[key] for key in keys.values()}
+    return named
+
+
+def _timm_key(key: str) -> tuple[str, int | None]:
+    """The timm name of a tensor of transformers, and which part of q, k and v it is, if any."""
+    # UNI has the shapes of Phikon-v2, tensor by tensor: its names must not pass for transformers'
+    if _TIMM_NAMES.fullmatch(key):
+        return f"{key} (as timm names it)", None
+    for pattern, new in _RENAMED:
+        if match := re.fullmatch(pattern, key):
+            return match.expand(new), None
+    module, _, leaf = key.rpartition(".")
+    layer = _timm_layer(module)
+    if layer is None or leaf not in ("weight", "bias"):
+        return key, None
+    name, part, parts = layer
+    return f"{name}.{leaf}", part if parts > 1 else None
+
+
+def _timm_layer(name: str) -> tuple[str, int, int] | None:
+    """The timm name of a Linear layer of transformers: part number ``[1]`` of ``[2]`` parts of its rows."""
+    block = _BLOCK.search(name)
+    for pattern, ending, part, parts in _LINEAR if block else ():
+        if block and re.fullmatch(pattern, block[2]):
+            return f"{name[: block.start()]}blocks.{block[1]}.{ending}", part, parts
+    return None
+
+
+def _alike(parts: list[Tensor]) -> bool:
+    """Whether tensors can be fused; an expanded number only claims its size, and the copy would take it."""
+    first = parts[0]
+    return first.ndim > 0 and all(
+        p.shape == first.shape
+        and p.dtype == first.dtype
+        and p.layout == torch.strided
+        and p.is_contiguous()
+        and not p.is_meta
+        for p in parts
+    )
+
+
+# --- places of adapted layers -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """Rows of one weight of a tower that a layer's update is added to.
+
+    Attributes:
+        key: the weight.
+        rows: first and last + 1 row of it; part of the rows for q, k or v of a fused layer.
+    """
+
+    key: str
+    rows: tuple[int, int]
+
+
+def find_places(layers: Mapping[str, tuple[int, ...]], tower: Shapes) -> dict[str, Place]:
+    """The place in a tower of each layer of an adapter that was trained on another build of the same network.
+
+    Names may be those of timm or transformers, and the whole network may have been wrapped in further
+    modules, or have been the trunk of the tower alone.
+
+    Args:
+        layers: [out, in] of each, by the name that it had there.
+        tower: shape of every tensor.
+
+    Raises:
+        ValueError: layers are missing in the tower, or have another shape there; the message says which.
+    """
+    if not layers:
+        raise ValueError("there are no layers in it")
+    words = [layer.split(".") for layer in layers]
+    wrapped = 0  # number of first words that all names share
+    while all(len(w) > wrapped + 1 and w[wrapped] == words[0][wrapped] for w in words):
+        wrapped += 1
+    attempts = [
+        {layer: place(front + ".".join(w[off:]), tower) for layer, w in zip(layers, words, strict=True)}
+        for front in ("", "trunk.")
+        for off in range(wrapped + 1)
+    ]
+    places = min(attempts, key=lambda attempt: sum(spot is None for spot in attempt.values()))
+    found = {layer: spot for layer, spot in places.items() if spot is not None}
+    if len(found) < len(layers):
+        raise ValueError(f"it has no layer {_first([layer for layer in layers if layer not in found])}")
+    wrong = [layer for layer, spot in found.items() if not fits(layers[layer], spot, tower)]
+    if wrong:
+        there = list(tower[found[wrong[0]].key])
+        raise ValueError(
+            f"{_first(wrong)} was adapted as {list(layers[wrong[0]])}, and its weight is {there}"
+        )
+    return found
+
+
+def place(name: str, tower: Shapes) -> Place | None:
+    """The place of a Linear layer, by its name in timm or transformers; None if the tower lacks it."""
+    layer = (name, 0, 1) if f"{name}.weight" in tower else _timm_layer(name)
+    if layer is None or f"{layer[0]}.weight" not in tower:
+        return None
+    key, part, parts = f"{layer[0]}.weight", layer[1], layer[2]
+    rows = tower[key][0]
+    return Place(key, (part * rows // parts, (part + 1) * rows // parts))
+
+
+def fits(shape: tuple[int, ...], spot: Place, tower: Shapes) -> bool:
+    """Whether an update [out, in] has the shape of its place, which must be of a Linear layer."""
+    weight = tower[spot.key]
+    return len(weight) == 2 and shape == (spot.rows[1] - spot.rows[0], weight[1])
+
+
+def _first(layers: list[str]) -> str:
+    return layers[0] + (f" and {len(layers) - 1} more" if len(layers) > 1 else "")
