@@ -6,10 +6,10 @@ import argparse
 import shlex
 from pathlib import Path
 
-from seal_extract.cli.genes import genes_parser
+from seal_extract.cli import genes, search
 from seal_extract.cli.options import Parser, add, add_common
-from seal_extract.cli.search import search_parser
 from seal_extract.cli.slide_options import slides_parser
+from seal_extract.cli.slides import run_slides
 from seal_extract.cli.terminal import echo
 
 GENE = "COL3A1"  # a collagen: predicted high in the demo slide's connective tissue, low in its epithelium
@@ -40,19 +40,17 @@ def run_demo(args: argparse.Namespace) -> int:
     for option in ("slide_mpp", "override_mpp"):
         if (value := getattr(args, option)) is not None:
             embed += [f"--{option.replace('_', '-')}", value]
-    genes = [out, "--genes", GENE, "--write", "png", "-o", out / "genes", *common]
-    search = [out, "--gene", GENE, "-k", 12, "-o", out / "search", *common]
+    map_gene = [out, "--genes", GENE, "--write", "png", "-o", out / "genes", *common]
+    find = [out, "--gene", GENE, "-k", 12, "-o", out / "search", *common]
     echo("This demo uses seal-tiny, an encoder for trying the tool. Do not use it for science.")
-    for name, parser, words in (
-        ("", slides_parser, embed),
-        ("genes", genes_parser, genes),
-        ("search", search_parser, search),
+    for name, parser, run, words in (
+        ("", slides_parser, run_slides, embed),
+        ("genes", genes.genes_parser, genes.run, map_gene),
+        ("search", search.search_parser, search.run, find),
     ):
         typed = [str(word) for word in words]
         echo("", f"$ {shlex.join(['seal-extract', *[name] * bool(name), *typed])}")
-        parsed = parser().parse_args(typed)
-        status: int = parsed.handler(parsed)
-        if status:
+        if status := run(parser().parse_args(typed)):
             return status
     (features,) = out.glob(f"*/features_seal-tiny/{slide.stem}.h5")
     (overlay,) = out.glob(f"overlays/*/{slide.stem}.jpg")
