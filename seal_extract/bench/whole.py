@@ -25,8 +25,7 @@ from seal_extract.bench.encoding import (
 from seal_extract.bench.measure import Ratio, Stage, Timing, forget_peak, peak_mb, take_turns, timed
 from seal_extract.bench.sample import Sample
 from seal_extract.encoders import Encoder
-from seal_extract.features.layouts.pixels import write_pixel_coords, write_pixel_features
-from seal_extract.features.store import SlideLabel
+from seal_extract.features.feature_file import SlideLabel, write_pixel_coords, write_pixel_features
 from seal_extract.run.embed import open_embedder
 from seal_extract.run.extract import extract_many
 from seal_extract.run.options import ExtractOptions

@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.errors import UsageError, how_to_install
-from seal_extract.features.store import CHUNK_BYTES, PIXELS, PROVENANCE, SlideFeatures, read_pieces
+from seal_extract.features.feature_file import CHUNK_BYTES, PIXELS, PROVENANCE
+from seal_extract.features.store import SlideFeatures, read_pieces
 from seal_extract.hdf5 import DAMAGED, new_hdf5, open_hdf5
 from seal_extract.names import shown
 from seal_extract.publish import claimed, writing

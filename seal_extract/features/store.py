@@ -21,43 +21,15 @@ from numpy.typing import NDArray
 
 from seal_extract.encoders.folder import plain_word
 from seal_extract.errors import OutputError
-from seal_extract.hdf5 import Disk, new_hdf5, open_hdf5
+from seal_extract.features.feature_file import BARCODE, MICROMETRES, PIXELS, PROVENANCE
+from seal_extract.hdf5 import open_hdf5
 from seal_extract.names import is_export, origin_of, written_twice
 from seal_extract.patches.grid import PatchGrid
-from seal_extract.publish import writing
 
-PROVENANCE = "seal_extract"  # at the root; "encoder" and "stamp_version" there would mislead STAMP
-PIXELS, MICROMETRES = "features", "feats"  # datasets of rows; STAMP's has coords in µm
-BARCODE = "barcode"  # dataset of the patches' names, where they have some
-CHUNK_BYTES = 2**18  # a chunk of features is some hundred rows, never one; it has one checksum
 PIECE_BYTES = 2**24  # rows copied from file to file at a time
 
 NO_FEATURES = ("patches", "expression_", "slide_features_")  # folders of other files of ours
-Describe = Callable[[h5py.File], None]
-Keep = Callable[[Path], bool]
 Found = TypeVar("Found")
-
-
-@dataclass(frozen=True)
-class SlideLabel:
-    """What files say of a slide.
-
-    Attributes:
-        name: of its files, without suffix.
-        size_l0: (width, height) in level-0 pixels.
-        mpp: its true µm/px at level 0.
-        barcodes: one per patch, where patches have names; they go into every file beside the rows.
-    """
-
-    name: str
-    size_l0: tuple[int, int]
-    mpp: float
-    barcodes: tuple[str, ...] | None = None
-
-    def add_barcodes(self, file: h5py.File) -> None:
-        """Write ``barcode``, UTF-8 [N], where there are any."""
-        if self.barcodes is not None:
-            file.create_dataset(BARCODE, data=list(self.barcodes), dtype=h5py.string_dtype())
 
 
 @dataclass(frozen=True)
@@ -96,101 +68,6 @@ class SlideFeatures:
     def __repr__(self) -> str:
         name = self.provenance["encoder"]["name"]
         return f"SlideFeatures({self.path.name}: {len(self.grid)} patches, {name}, {self.grid.mpp:.4g} µm/px)"
-
-
-class FeatureWriter:
-    """Takes rows of features in grid order; made by `write_rows`."""
-
-    def __init__(self, path: Path, dataset: h5py.Dataset, disk: Disk) -> None:
-        self.path = path
-        self.rows = 0
-        self._dataset, self._disk = dataset, disk
-
-    def append(self, features: NDArray[np.float32]) -> None:
-        """Write the next rows: float32 [B, D].
-
-        Raises:
-            OutputError: rows of another width, more than expected, or beyond what the file's type can hold.
-        """
-        expected = (min(len(features), len(self._dataset) - self.rows), self._dataset.shape[1])
-        if features.shape != expected:
-            raise OutputError(
-                f"{self.path}: row {self.rows} on is {list(features.shape)}, the file takes "
-                f"{list(expected)}; nothing was kept"
-            )
-        with writing(self.path):
-            self._dataset[self.rows : self.rows + len(features)] = self._fitting(features)
-            self._disk.check()
-        self.rows += len(features)
-
-    def check(self) -> None:
-        """Raise if rows are missing.
-
-        Raises:
-            OutputError: not as many came as the file is to have.
-        """
-        if self.rows != len(self._dataset):
-            raise OutputError(
-                f"{self.path}: {self.rows} rows came for {len(self._dataset)} patches; nothing was kept"
-            )
-
-    def _fitting(self, features: NDArray[np.float32]) -> NDArray[Any]:
-        dtype = self._dataset.dtype
-        largest = float(np.abs(features).max(initial=0))
-        if dtype == np.float16 and largest > float(np.finfo(np.float16).max):
-            raise OutputError(
-                f"{self.path}: a feature of {largest:.4g} does not fit float16, which holds up to 65504; "
-                "choose another --layout, all of which are float32"
-            )
-        return features.astype(dtype, copy=False)
-
-
-@contextmanager
-def write_rows(
-    path: Path,
-    dataset: str,
-    shape: tuple[int, int],
-    dtype: type[np.floating[Any]],
-    provenance: dict[str, Any],
-    describe: Describe,
-    keep: Keep | None = None,
-) -> Iterator[FeatureWriter]:
-    """Open a file of rows; it appears under its name when the block ends with all rows in.
-
-    Args:
-        path: its final name.
-        dataset: name of the rows.
-        shape: (N, D).
-        dtype: of the rows in the file.
-        provenance: written last, as it then is.
-        describe: adds coordinates and attributes to the open file.
-        keep: see `publish`.
-
-    Raises:
-        OutputError: it cannot be written, or not as many rows came as ``shape`` says.
-    """
-    with new_hdf5(path, keep) as (file, disk):
-        rows = max(1, min(shape[0], CHUNK_BYTES // max(1, np.dtype(dtype).itemsize * shape[1])))
-        chunks = (rows, shape[1]) if all(shape) else None  # HDF5 has no chunks of nothing
-        checked = file.create_dataset(dataset, shape, dtype, chunks=chunks, fletcher32=chunks is not None)
-        writer = FeatureWriter(path, checked, disk)
-        describe(file)
-        yield writer
-        writer.check()
-        file.attrs[PROVENANCE] = json.dumps(provenance)
-
-
-def write_described(
-    path: Path, provenance: dict[str, Any], describe: Describe, keep: Keep | None = None
-) -> None:
-    """Write a file without rows, such as coordinates; for ``keep`` see `publish`.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    with new_hdf5(path, keep) as (file, _):
-        describe(file)
-        file.attrs[PROVENANCE] = json.dumps(provenance)
 
 
 def read_features(path: str | os.PathLike[str]) -> SlideFeatures:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from seal_extract.encoders.registry import list_encoders
 from seal_extract.errors import UsageError
-from seal_extract.features.consumers import (
+from seal_extract.features.checks import (
     Check,
     Finding,
     Seen,

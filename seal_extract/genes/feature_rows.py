@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.errors import OutputError
-from seal_extract.features.store import MICROMETRES, PIXELS, SlideFeatures
+from seal_extract.features.feature_file import MICROMETRES, PIXELS
+from seal_extract.features.store import SlideFeatures
 from seal_extract.hdf5 import DAMAGED, open_hdf5
 
 LAYABLE = ("<f4", "<f2")

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.errors import OutputError, UsageError
-from seal_extract.features.store import SlideFeatures, read_pieces, read_provenance, write_rows
+from seal_extract.features.feature_file import write_rows
+from seal_extract.features.store import SlideFeatures, read_pieces, read_provenance
 from seal_extract.genes.contents import EXPRESSION, Contents, file_provenance, to_write
 from seal_extract.genes.decoder import GeneDecoder
 from seal_extract.genes.signature import FittedSignature, Signature

@@ -27,15 +27,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.errors import OutputError, UsageError
-from seal_extract.features.layouts.pixels import HERE, create_coords
-from seal_extract.features.store import (
+from seal_extract.features.feature_file import (
+    HERE,
     PIXELS,
     PROVENANCE,
-    SlideFeatures,
     SlideLabel,
-    read_pieces,
+    create_coords,
     write_described,
 )
+from seal_extract.features.store import SlideFeatures, read_pieces
 from seal_extract.hdf5 import DAMAGED, checked, open_hdf5
 from seal_extract.names import shareable
 from seal_extract.patches.grid import PatchGrid

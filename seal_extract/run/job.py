@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from seal_extract.encoders import Encoder
-from seal_extract.features.layouts import Layout
-from seal_extract.features.store import SlideFeatures, SlideLabel
+from seal_extract.features.feature_file import SlideLabel
+from seal_extract.features.layout import Layout
+from seal_extract.features.store import SlideFeatures
 from seal_extract.patches.regions import PatchReader
 from seal_extract.patches.tiles import open_patch_reader
 from seal_extract.run.options import ExtractOptions, SlidePlan

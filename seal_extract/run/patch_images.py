@@ -14,8 +14,9 @@ import torch
 
 from seal_extract.encoders import Encoder
 from seal_extract.errors import EncoderError, OutputError
+from seal_extract.features.feature_file import SlideLabel
 from seal_extract.features.layouts import check_layout, layout_of_grid
-from seal_extract.features.store import SlideFeatures, SlideLabel, find_features, grid_fields, read_features
+from seal_extract.features.store import SlideFeatures, find_features, grid_fields, read_features
 from seal_extract.patches.grid import PatchGrid
 from seal_extract.run.embed import open_embedder
 from seal_extract.run.provenance import PIPELINE, first_difference, library_versions

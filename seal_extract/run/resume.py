@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from seal_extract.encoders.request import EncoderRequest
 from seal_extract.errors import OutputError
-from seal_extract.features.layouts import Layout, layout_of_grid, open_layout
+from seal_extract.features.layout import Layout
+from seal_extract.features.layouts import layout_of_grid, open_layout
 from seal_extract.features.store import SlideFeatures, find_features, read_provenance
 from seal_extract.names import SEPARATOR
 from seal_extract.patches.grid import read_grid

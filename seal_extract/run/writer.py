@@ -13,7 +13,8 @@ import numpy as np
 
 from seal_extract.encoders import Encoder
 from seal_extract.errors import EncoderError, ReadError
-from seal_extract.features.store import FeatureWriter, SlideFeatures
+from seal_extract.features.feature_file import FeatureWriter
+from seal_extract.features.store import SlideFeatures
 from seal_extract.patches.stream import PatchBatch
 from seal_extract.run.embed import Embeddings, Pending
 from seal_extract.run.job import Output, PlannedSlide, draw

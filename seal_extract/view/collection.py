@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from seal_extract.errors import OutputError, SlideOpenError, UsageError
-from seal_extract.features.layouts import CONTOURS, OVERLAYS, of_grid
+from seal_extract.features.layout import CONTOURS, OVERLAYS, of_grid
 from seal_extract.features.origin import open_origin
 from seal_extract.features.store import SlideFeatures, read_features, read_provenance, scan_features
 from seal_extract.names import written_twice

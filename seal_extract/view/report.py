@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 
 from seal_extract.errors import OutputError, UsageError
-from seal_extract.features.layouts import CONTOURS, of_grid
+from seal_extract.features.layout import CONTOURS, of_grid
 from seal_extract.features.store import SlideFeatures
 from seal_extract.names import shown
 from seal_extract.publish import publish

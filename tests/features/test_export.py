@@ -19,8 +19,9 @@ from seal_extract.cli import main
 from seal_extract.encoders.registry import bundled
 from seal_extract.errors import UsageError
 from seal_extract.features.export import EXPORTS, export
+from seal_extract.features.feature_file import SlideLabel
 from seal_extract.features.layouts import LAYOUTS, layout_of_grid
-from seal_extract.features.store import SlideLabel, list_features, read_provenance
+from seal_extract.features.store import list_features, read_provenance
 from seal_extract.run.options import ExtractOptions
 from seal_extract.run.provenance import describe_request
 from seal_extract.run.resume import find_finished

@@ -15,8 +15,9 @@ from seal_extract import ExtractOptions, extract, load_encoder, open_slide, read
 from seal_extract.demo import UNTRAINED, untrained_encoder, write_untrained_encoder
 from seal_extract.encoders.spec import Architecture, InputRule
 from seal_extract.errors import OutputError, UsageError
+from seal_extract.features.feature_file import PROVENANCE, SlideLabel
 from seal_extract.features.layouts import LAYOUTS, check_layout, layout_of_grid, open_layout
-from seal_extract.features.store import PROVENANCE, SlideLabel, grid_fields, read_provenance
+from seal_extract.features.store import grid_fields, read_provenance
 from seal_extract.features.verify import verify
 from seal_extract.patches.grid import PatchGrid, read_grid
 from seal_extract.run.extract import extract_many
@@ -414,7 +415,7 @@ def test_a_tensor_that_cannot_be_written_is_one_line_and_leaves_none(tmp_path, m
     place, _, _ = write(tmp_path, "clam")
     (tensor,) = place.derived("a", "tiny")
     tensor.unlink()
-    monkeypatch.setattr("seal_extract.features.layouts.clam.Disk.write", fill_up)
+    monkeypatch.setattr("seal_extract.features.layouts.Disk.write", fill_up)
     with pytest.raises(OutputError, match=r"a\.pt: the disk is full"):
         place.complete("a", "tiny")
     assert [name for name in files_in(tmp_path) if "pt_files" in name] == []

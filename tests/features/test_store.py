@@ -10,17 +10,15 @@ import numpy as np
 import pytest
 
 from seal_extract.errors import GeometryError, OutputError
+from seal_extract.features.feature_file import SlideLabel, write_pixel_features, write_rows
 from seal_extract.features.layouts import layout_of_grid
-from seal_extract.features.layouts.pixels import write_pixel_features
 from seal_extract.features.store import (
-    SlideLabel,
     find_features,
     grid_fields,
     list_features,
     read_features,
     read_pieces,
     read_provenance,
-    write_rows,
 )
 from seal_extract.features.verify import verify
 from seal_extract.genes.feature_rows import RowPlaces
@@ -273,7 +271,7 @@ def test_a_folder_without_permission_is_one_line(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("seal_extract.features.store.Disk.__init__", refuse)
+    monkeypatch.setattr("seal_extract.hdf5.Disk.__init__", refuse)
     with pytest.raises(OutputError, match=r"this user may not write there; choose another -o"):
         write(tmp_path / "a.h5", grid_of(3))
 

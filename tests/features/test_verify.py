@@ -10,8 +10,8 @@ from test_layouts import CONSUMER_OF, DIM, SIZE, provenance_of, short_of, write
 
 from seal_extract.cli import main
 from seal_extract.errors import UsageError
+from seal_extract.features.feature_file import PROVENANCE, SlideLabel
 from seal_extract.features.layouts import layout_of_grid
-from seal_extract.features.store import PROVENANCE, SlideLabel
 from seal_extract.features.verify import CONSUMERS, LOOKED_FOR, verify
 from seal_extract.patches.grid import PatchGrid
 

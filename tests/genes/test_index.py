@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from seal_extract.errors import OutputError, UsageError
-from seal_extract.features.store import grid_fields, read_features, write_rows
+from seal_extract.features.feature_file import write_rows
+from seal_extract.features.store import grid_fields, read_features
 from seal_extract.genes.faiss_manifest import MANIFEST
 from seal_extract.genes.feature_rows import RowPlaces
 from seal_extract.genes.index import METRICS, ExactIndex, Hits, unit_pieces
@@ -169,7 +170,7 @@ def test_the_exact_search_holds_a_piece_in_memory_and_not_the_cohort(tmp_path):
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("compression", [None, "gzip"])
 def test_single_rows_are_those_of_the_file(tmp_path, monkeypatch, dtype, compression):
-    monkeypatch.setattr("seal_extract.features.store.CHUNK_BYTES", 200)
+    monkeypatch.setattr("seal_extract.features.feature_file.CHUNK_BYTES", 200)
     rows = np.random.default_rng(0).normal(size=(100, DIM)).astype(dtype)
     slide = features_file(tmp_path / "a.h5", rows, dtype=dtype)
     if compression:  # as another tool may have packed it again

@@ -12,7 +12,8 @@ from PIL import Image
 
 from seal_extract import extract, open_slide
 from seal_extract.errors import OutputError, UsageError
-from seal_extract.features.store import grid_fields, list_features, read_features, write_rows
+from seal_extract.features.feature_file import write_rows
+from seal_extract.features.store import grid_fields, list_features, read_features
 from seal_extract.genes.index import ExactIndex
 from seal_extract.genes.omics import load_omics
 from seal_extract.genes.predict import predict_genes

@@ -18,8 +18,9 @@ from torch import nn
 from seal_extract.cli import main
 from seal_extract.errors import CheckpointError, OutputError, UsageError
 from seal_extract.features.export import export
+from seal_extract.features.feature_file import SlideLabel
 from seal_extract.features.layouts import LAYOUTS, layout_of_grid
-from seal_extract.features.store import SlideLabel, read_features, read_provenance
+from seal_extract.features.store import read_features, read_provenance
 from seal_extract.pooling import open_pooling, pool_slide, read_slide_level
 
 FEATURES = "features_untrained-demo"

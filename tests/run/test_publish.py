@@ -142,17 +142,18 @@ def test_two_runs_of_one_request_both_succeed(tmp_path):
 
 
 def test_another_grid_of_a_run_at_once_is_not_replaced(tmp_path, monkeypatch):
-    from seal_extract.features.layouts import pixels
+
+    from seal_extract.features import feature_file
 
     place = layout_of_grid("trident", tmp_path, grid_of(9))
-    describe = pixels.create_coords
+    describe = feature_file.create_coords
 
     def meanwhile(*args):
-        monkeypatch.setattr(pixels, "create_coords", describe)
+        monkeypatch.setattr(feature_file, "create_coords", describe)
         place.write_coords(SLIDE, grid_of(5), {"slide": {}})
         describe(*args)
 
-    monkeypatch.setattr(pixels, "create_coords", meanwhile)
+    monkeypatch.setattr(feature_file, "create_coords", meanwhile)
     with pytest.raises(OutputError, match="by another run meanwhile"):
         place.write_coords(SLIDE, grid_of(9), {"slide": {}})
     with h5py.File(place.coords("drawn")) as file:

@@ -9,8 +9,8 @@ import pytest
 from viewer_fixtures import Page, gallery_of, serving
 
 from seal_extract import open_slide, read_features
+from seal_extract.features.feature_file import SlideLabel
 from seal_extract.features.layouts import open_layout
-from seal_extract.features.store import SlideLabel
 from seal_extract.patches.grid import PatchGrid
 from seal_extract.view.gene_maps import GeneMaps
 

@@ -15,8 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.errors import OutputError
-from seal_extract.features.layouts.pixels import write_pixel_coords, write_pixel_features
-from seal_extract.features.store import PIXELS, PROVENANCE, FeatureWriter, Keep, SlideLabel, read_provenance
+from seal_extract.features.feature_file import (
+    PIXELS,
+    PROVENANCE,
+    FeatureWriter,
+    Keep,
+    SlideLabel,
+    write_pixel_coords,
+    write_pixel_features,
+)
+from seal_extract.features.store import read_provenance
 from seal_extract.hdf5 import DAMAGED, open_hdf5
 from seal_extract.names import shareable
 from seal_extract.patches.grid import PatchGrid

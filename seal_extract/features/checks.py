@@ -16,7 +16,8 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from seal_extract.features.store import PIECE_BYTES, PROVENANCE
+from seal_extract.features.feature_file import PROVENANCE
+from seal_extract.features.store import PIECE_BYTES
 from seal_extract.hdf5 import open_hdf5
 
 TRIDENT_COORDS = (

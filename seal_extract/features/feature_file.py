@@ -1,0 +1,208 @@
+"""Writing a feature file: HDF5 rows streamed in, with coordinates and the attributes that other tools read.
+
+The root attribute ``seal_extract`` holds, as JSON, how the file was made: the provenance.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from seal_extract.errors import OutputError
+from seal_extract.hdf5 import Disk, checked, new_hdf5
+from seal_extract.names import shown
+from seal_extract.patches.grid import PatchGrid
+from seal_extract.publish import writing
+
+PROVENANCE = "seal_extract"  # STAMP would be misled by the root attributes "encoder" and "stamp_version"
+PIXELS, MICROMETRES = "features", "feats"  # datasets of rows; STAMP's file has coords in µm
+BARCODE = "barcode"  # dataset of the names of patches, where they have names
+CHUNK_BYTES = 2**18  # a chunk holds some hundred rows of features and has one checksum
+
+Describe = Callable[[h5py.File], None]
+Keep = Callable[[Path], bool]
+HERE = "."  # other tools expect a folder here; a path of this machine would be given away
+
+
+@dataclass(frozen=True)
+class SlideLabel:
+    """What files say of a slide.
+
+    Attributes:
+        name: of its files, without suffix.
+        size_l0: (width, height) in level-0 pixels.
+        mpp: its true µm/px at level 0.
+        barcodes: one per patch, where patches have names; they go into every file beside the rows.
+    """
+
+    name: str
+    size_l0: tuple[int, int]
+    mpp: float
+    barcodes: tuple[str, ...] | None = None
+
+    def add_barcodes(self, file: h5py.File) -> None:
+        """Write ``barcode``, UTF-8 [N], where there are any."""
+        if self.barcodes is not None:
+            file.create_dataset(BARCODE, data=list(self.barcodes), dtype=h5py.string_dtype())
+
+
+class FeatureWriter:
+    """Takes rows of features in grid order; made by `write_rows`."""
+
+    def __init__(self, path: Path, dataset: h5py.Dataset, disk: Disk) -> None:
+        self.path = path
+        self.rows = 0
+        self._dataset, self._disk = dataset, disk
+
+    def append(self, features: NDArray[np.float32]) -> None:
+        """Write the next rows: float32 [B, D].
+
+        Raises:
+            OutputError: rows of another width, more than expected, or beyond what the file's type can hold.
+        """
+        expected = (min(len(features), len(self._dataset) - self.rows), self._dataset.shape[1])
+        if features.shape != expected:
+            raise OutputError(
+                f"{self.path}: row {self.rows} on is {list(features.shape)}, the file takes "
+                f"{list(expected)}; nothing was kept"
+            )
+        with writing(self.path):
+            self._dataset[self.rows : self.rows + len(features)] = self._fitting(features)
+            self._disk.check()
+        self.rows += len(features)
+
+    def check(self) -> None:
+        """Raise if rows are missing.
+
+        Raises:
+            OutputError: not as many came as the file is to have.
+        """
+        if self.rows != len(self._dataset):
+            raise OutputError(
+                f"{self.path}: {self.rows} rows came for {len(self._dataset)} patches; nothing was kept"
+            )
+
+    def _fitting(self, features: NDArray[np.float32]) -> NDArray[Any]:
+        dtype = self._dataset.dtype
+        largest = float(np.abs(features).max(initial=0))
+        if dtype == np.float16 and largest > float(np.finfo(np.float16).max):
+            raise OutputError(
+                f"{self.path}: a feature of {largest:.4g} does not fit float16, which holds up to 65504; "
+                "choose another --layout, all of which are float32"
+            )
+        return features.astype(dtype, copy=False)
+
+
+@contextmanager
+def write_rows(
+    path: Path,
+    dataset: str,
+    shape: tuple[int, int],
+    dtype: type[np.floating[Any]],
+    provenance: dict[str, Any],
+    describe: Describe,
+    keep: Keep | None = None,
+) -> Iterator[FeatureWriter]:
+    """Open a file of rows; it appears under its name when the block ends with all rows in.
+
+    Args:
+        path: its final name.
+        dataset: name of the rows.
+        shape: (N, D).
+        dtype: of the rows in the file.
+        provenance: written last, as it then is.
+        describe: adds coordinates and attributes to the open file.
+        keep: see `publish`.
+
+    Raises:
+        OutputError: it cannot be written, or not as many rows came as ``shape`` says.
+    """
+    with new_hdf5(path, keep) as (file, disk):
+        rows = max(1, min(shape[0], CHUNK_BYTES // max(1, np.dtype(dtype).itemsize * shape[1])))
+        chunks = (rows, shape[1]) if all(shape) else None  # HDF5 has no chunks of nothing
+        checked = file.create_dataset(dataset, shape, dtype, chunks=chunks, fletcher32=chunks is not None)
+        writer = FeatureWriter(path, checked, disk)
+        describe(file)
+        yield writer
+        writer.check()
+        file.attrs[PROVENANCE] = json.dumps(provenance)
+
+
+def write_described(
+    path: Path, provenance: dict[str, Any], describe: Describe, keep: Keep | None = None
+) -> None:
+    """Write a file without rows, such as coordinates; for ``keep`` see `publish`.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with new_hdf5(path, keep) as (file, _):
+        describe(file)
+        file.attrs[PROVENANCE] = json.dumps(provenance)
+
+
+def write_pixel_features(
+    path: Path,
+    label: SlideLabel,
+    grid: PatchGrid,
+    encoder: str,
+    dim: int,
+    provenance: dict[str, Any],
+    keep: Keep | None = None,
+) -> AbstractContextManager[FeatureWriter]:
+    """Open a file of ``features`` float32 [N, D] and ``coords`` int64 [N, 2]; see `write_rows`."""
+
+    def describe(file: h5py.File) -> None:
+        file[PIXELS].attrs.update(name=shown(label.name), savetodir=HERE, encoder=encoder)
+        create_coords(file, label, grid)
+
+    return write_rows(path, PIXELS, (len(grid), dim), np.float32, provenance, describe, keep)
+
+
+def write_pixel_coords(
+    path: Path, label: SlideLabel, grid: PatchGrid, provenance: dict[str, Any], keep: Keep | None = None
+) -> None:
+    """Write a file of ``coords`` int64 [N, 2]; for ``keep`` see `publish`.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    write_described(path, provenance, lambda file: create_coords(file, label, grid), keep)
+
+
+def create_coords(file: h5py.File, label: SlideLabel, grid: PatchGrid) -> None:
+    """``coords`` int64 [N, 2] with the nine attributes, and ``padding`` where there is some."""
+    label.add_barcodes(file)
+    write_padding(file, grid)
+    coords = file.create_dataset("coords", data=grid.xy_l0, **checked(grid.xy_l0))
+    coords.attrs.update(
+        patch_size=grid.patch_px,
+        patch_size_level0=grid.patch_size_l0,
+        level0_magnification=_magnification(grid.nominal_mpp_l0),
+        target_magnification=_magnification(grid.mpp),
+        overlap=grid.overlap_px,
+        name=shown(label.name),
+        savetodir=HERE,
+        level0_width=label.size_l0[0],
+        level0_height=label.size_l0[1],
+    )
+
+
+def write_padding(file: h5py.File, grid: PatchGrid) -> None:
+    """The share of each patch beyond the slide, float32 [N], where patches were kept that reach there."""
+    if grid.inside_l0 is not None:
+        file["padding"] = grid.padding.astype(np.float32)
+
+
+def _magnification(mpp: float) -> int | float:
+    """10 / µm/px, the field's convention (0.5 µm/px = 20x), whole where it is."""
+    value = round(10 / mpp, 2)
+    return int(value) if value == int(value) else value
