@@ -21,14 +21,15 @@ if TYPE_CHECKING:
     from seal_extract.run.patch_images import extract_patches
     from seal_extract.slides.listing import SlideList, list_slides
     from seal_extract.slides.slide import Slide, open_slide
-    from seal_extract.tissue.mask import TissueMask, find_tissue
+    from seal_extract.tissue.mask import TissueMask
+    from seal_extract.tissue.segmentation import find_tissue
 
     __version__: str
 
 _HOME = {
     "open_slide": "slides.slide",
     "Slide": "slides.slide",
-    "find_tissue": "tissue.mask",
+    "find_tissue": "tissue.segmentation",
     "TissueMask": "tissue.mask",
     "make_grid": "patches.grid",
     "read_grid": "patches.grid",

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import shapely
 import torch
 from numpy.typing import NDArray
 
@@ -21,7 +22,7 @@ from seal_extract.features.store import SlideFeatures
 from seal_extract.genes.decoder import GeneDecoder, column_names
 from seal_extract.genes.predict import predicted
 from seal_extract.patches.grid import PatchGrid
-from seal_extract.tissue.geojson import Polygon, fill_polygons, inside_polygons
+from seal_extract.tissue.geojson import fill_polygons, inside_polygons
 
 PERMUTATIONS = 999
 CELLS = 2048  # a side, of the raster that areas are counted on
@@ -135,36 +136,31 @@ def benjamini_hochberg(p: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def areas_mm2(
-    region: Sequence[Polygon], tissue: Sequence[Polygon] | None, mpp: float
+    region: Sequence[shapely.Polygon], tissue: Sequence[shapely.Polygon] | None, mpp: float
 ) -> tuple[float, float | None]:
     """Area of a region, and of the tissue in it, mm²; None where no tissue outline is known.
 
-    Polygons that overlap count once. Counted on 2,048 x 2,048 cells: a compact region to about 0.1 %.
+    Polygons that overlap count once. Counted on 2,048 x 2,048 cells, a compact region to about 0.1 %: exact
+    union takes minutes where outlines cross themselves often.
 
     Args:
         region: in level-0 pixels.
         tissue: likewise.
         mpp: µm/px at level 0.
     """
-    corners = np.concatenate([polygon.exterior for polygon in region])
-    origin = corners.min(0)
-    scale = CELLS / np.maximum(corners.max(0) - origin, 1e-9)  # cells per level-0 pixel, of x and of y
+    x0, y0, x1, y1 = shapely.total_bounds(region)
+    origin = np.array([x0, y0])
+    scale = CELLS / np.maximum([x1 - x0, y1 - y0], 1e-9)  # cells per level-0 pixel, of x and of y
     mm2 = (mpp / 1000) ** 2 / scale.prod()
     inside, on_tissue = (
-        fill_polygons(
-            [
-                Polygon((p.exterior - origin) * scale, tuple((hole - origin) * scale for hole in p.holes))
-                for p in polygons
-            ],
-            (CELLS, CELLS),
-        )
+        fill_polygons(shapely.transform(polygons, lambda xy: (xy - origin) * scale), (CELLS, CELLS))
         for polygons in (region, tissue or ())
     )
     in_tissue = None if tissue is None else float((inside & on_tissue).sum() * mm2)
     return float(inside.sum() * mm2), in_tissue
 
 
-def patches_inside(grid: PatchGrid, polygons: list[Polygon]) -> Membership:
+def patches_inside(grid: PatchGrid, polygons: Sequence[shapely.Polygon]) -> Membership:
     """Patches whose centre lies in one of the polygons, level-0 pixels: bool [N]."""
     return inside_polygons(polygons, grid.xy_l0 + grid.patch_size_l0 / 2)
 

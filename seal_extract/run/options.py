@@ -172,10 +172,8 @@ def plan_slide(
         if options.edges == "keep":
             grid = replace(grid, inside_l0=slide.bounds_l0)
         return SlidePlan(slide, None, grid)
-    from seal_extract.tissue.mask import (  # with OpenCV, which finished slides do without
-        TissueMask,
-        find_tissue,
-    )
+    from seal_extract.tissue.mask import TissueMask  # with OpenCV, which finished slides do without
+    from seal_extract.tissue.segmentation import find_tissue
 
     if options.roi is not None:
         path = roi_file(slide.path, options.roi, name)
@@ -198,7 +196,7 @@ def plan_slide(
 
 
 def _warn_if_beside_tissue(path: Path, drawn: TissueMask, slide: Slide) -> None:
-    from seal_extract.tissue.mask import find_tissue
+    from seal_extract.tissue.segmentation import find_tissue
 
     with suppress(SlideError):  # whoever draws tissue may have a slide on which none is found
         found = find_tissue(slide).mask

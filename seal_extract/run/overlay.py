@@ -10,6 +10,7 @@ from typing import Literal
 
 import cv2
 import numpy as np
+import shapely
 from PIL import Image, ImageDraw
 
 from seal_extract.patches.grid import PatchGrid
@@ -109,7 +110,7 @@ def _box(x: int, y: int, size_l0: int, scale: float) -> tuple[tuple[int, int], t
 
 
 def _draw_tissue(canvas: Array, mask: TissueMask, scale: float) -> None:
-    rings = [ring for p in mask.polygons_l0 for ring in (p.exterior, *p.holes)]
+    rings = [shapely.get_coordinates(ring)[:-1] for ring in shapely.get_rings(mask.polygons_l0)]
     lines = [np.round(ring * scale).astype(np.int32) for ring in rings]
     cv2.polylines(canvas, lines, True, TISSUE_RGB, 2, cv2.LINE_AA)
 

@@ -187,7 +187,7 @@ atexit.register(_shared.kill)
 
 def serve() -> None:
     """Answer what comes through standard input, until it ends."""
-    import seal_extract.tissue.mask  # noqa: F401  # now, not within the first slide's limits
+    import seal_extract.tissue.segmentation  # noqa: F401  # now, not within the first slide's limits
 
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing that a library prints gets among the answers

@@ -1,50 +1,44 @@
-"""Polygons between a mask, level-0 pixels and QuPath: traced, filled, written to GeoJSON, read back.
+"""Tissue outlines as polygons: traced from a mask, filled into a mask, written as GeoJSON and read from it.
 
-Rings follow the edges between pixels, so that a mask traced and filled again is the same mask. Orientation
-is RFC 7946's (exterior counter-clockwise, holes clockwise, by the formula; on a screen, with y downwards, it
-looks the other way round).
+Polygons are those of shapely. Their rings follow the edges between pixels, so that a mask that is traced and
+filled again is the same mask. Exteriors run counter-clockwise and holes clockwise by the formula of RFC 7946
+(on a screen, where y points down, it looks the other way round).
 """
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import cv2
 import numpy as np
+import shapely
 from numpy.typing import NDArray
 
 from seal_extract.errors import GeometryError
 from seal_extract.publish import publish
 
 Mask: TypeAlias = NDArray[np.bool_]
-Ring: TypeAlias = NDArray[np.float64]  # [K, 2], (x, y), the first point not repeated
+Points: TypeAlias = NDArray[np.float64]  # [K, 2] of (x, y)
 
-ALLOWED = "Polygon, MultiPolygon and collections of these"
-MOST_BYTES = 2**27  # of a file, which takes ten times as much to read
+MOST_BYTES = 2**27  # of a file; reading it takes ten times as much memory
 MOST_CROSSINGS = 2**28  # of outlines with rows of pixels: half a minute
 CROSSINGS_AT_A_TIME = 2**20
-MOST_DEPTH = 50  # of collections
-FARTHEST_PX = 2**40  # coordinates beyond are no slide's
-IN_QUPATH = "in QuPath: select the annotations, File > Export objects as GeoJSON"
+MOST_DEPTH = 50  # of nested collections
+FARTHEST_PX = 2**40  # no slide has coordinates beyond
+EXPORT = "export areas from QuPath: select the annotations, File > Export objects as GeoJSON"
 TISSUE_RGB = (0, 128, 128)
-MADE_OF = "seal_extract"  # a member of our own, which RFC 7946 (6.1) allows and QuPath passes over
+MADE_OF = "seal_extract"  # a member of our own, which RFC 7946 (6.1) allows and QuPath ignores
 MOST_HEAD = 2**24  # characters of the first line
-
-
-class Polygon(NamedTuple):
-    """A ring and the rings of its holes, each [K, 2] of (x, y)."""
-
-    exterior: Ring
-    holes: tuple[Ring, ...] = ()
 
 
 # --- mask to polygons and back ----------------------------------------------------------------
 
 
-def trace_polygons(mask: Mask) -> list[Polygon]:
+def trace_polygons(mask: Mask) -> list[shapely.Polygon]:
     """Trace the connected parts of ``mask`` along pixel edges.
 
     Args:
@@ -55,29 +49,12 @@ def trace_polygons(mask: Mask) -> list[Polygon]:
         corner is cut off by half a pixel, because a ring that touches itself is no valid polygon.
     """
     contours, hierarchy = cv2.findContours(_tripled(mask), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    polygons = []
-    for index, contour in enumerate(contours):
-        _, _, child, parent = hierarchy[0][index]
-        if parent >= 0:
-            continue
-        holes = []
-        while child >= 0:
-            holes.append(_corners(np.asarray(contours[child]), counter_clockwise=False))
-            child = hierarchy[0][child][0]
-        polygons.append(Polygon(_corners(np.asarray(contour), counter_clockwise=True), tuple(holes)))
-    return polygons
-
-
-def fill_polygons(polygons: Iterable[Polygon], shape: tuple[int, int]) -> Mask:
-    """Set the pixels whose centre lies in any of ``polygons``, given in pixels of the mask: bool [h, w]."""
-    mask = np.zeros(shape, np.bool_)
-    for exterior, holes in polygons:
-        left, top = np.clip(np.floor(exterior.min(axis=0)), 0, shape[::-1]).astype(int)
-        right, bottom = np.clip(np.ceil(exterior.max(axis=0)), 0, shape[::-1]).astype(int)
-        if right > left and bottom > top:
-            rings = [ring - (left, top) for ring in (exterior, *holes)]
-            mask[top:bottom, left:right] |= _fill_even_odd(rings, (bottom - top, right - left))
-    return mask
+    rings = [_corners(np.asarray(contour)) for contour in contours]
+    parents = hierarchy[0, :, 3].tolist() if rings else []  # -1 of an exterior
+    inside = defaultdict(list)
+    for ring, parent in zip(rings, parents, strict=True):
+        inside[parent].append(ring)
+    return [shapely.Polygon(ring, inside[i]) for i, ring in enumerate(rings) if parents[i] < 0]
 
 
 def _tripled(mask: Mask) -> NDArray[np.uint8]:
@@ -91,30 +68,43 @@ def _tripled(mask: Mask) -> NDArray[np.uint8]:
     return np.asarray(fine, np.uint8)
 
 
-def _corners(contour: NDArray[np.integer], *, counter_clockwise: bool) -> Ring:
+def _corners(contour: NDArray[np.integer]) -> Points:
     """The corners of a contour of the tripled mask, in pixels of the mask.
 
     Of the three pixels 3i, 3i + 1, 3i + 2 the outer ones border the edges i and i + 1, the middle one lies
     between: so they go to i, i + 0.5, i + 1, and the contour lies on the edges instead of inside them.
+    OpenCV's contours are oriented the other way round than RFC 7946's rings.
     """
     ring = contour[:, 0] // 3 + contour[:, 0] % 3 / 2
     ring = ring[(ring != np.roll(ring, 1, axis=0)).any(axis=1)]
     before, after = ring - np.roll(ring, 1, axis=0), np.roll(ring, -1, axis=0) - ring
-    ring = ring[before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]]
-    return np.asarray(ring if (signed_area(ring) > 0) == counter_clockwise else ring[::-1])
+    return np.asarray(ring[before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]][::-1])
 
 
-def signed_area(ring: Ring) -> float:
-    """Area of a ring, positive where it runs counter-clockwise (shoelace formula)."""
-    following = np.roll(ring, -1, axis=0)
-    return float((ring[:, 0] * following[:, 1] - following[:, 0] * ring[:, 1]).sum() / 2)
+def fill_polygons(polygons: Iterable[shapely.Polygon], shape: tuple[int, int]) -> Mask:
+    """Set the pixels whose centre lies in any of ``polygons``, given in pixels of the mask: bool [h, w].
+
+    Each polygon is filled by the even-odd rule. OpenCV's own filling would add the pixels of the outline.
+
+    Raises:
+        GeometryError: the outlines are too long to be those of tissue.
+    """
+    mask = np.zeros(shape, np.bool_)
+    for polygon in polygons:
+        x0, y0, x1, y1 = polygon.bounds
+        left, right = np.clip((np.floor(x0), np.ceil(x1)), 0, shape[1]).astype(int)
+        top, bottom = np.clip((np.floor(y0), np.ceil(y1)), 0, shape[0]).astype(int)
+        if right > left and bottom > top:
+            rings = [shapely.get_coordinates(ring) - (left, top) for ring in shapely.get_rings(polygon)]
+            mask[top:bottom, left:right] |= _fill_even_odd(rings, (bottom - top, right - left))
+    return mask
 
 
-def _fill_even_odd(rings: Sequence[Ring], shape: tuple[int, int]) -> Mask:
+def _fill_even_odd(rings: Sequence[Points], shape: tuple[int, int]) -> Mask:
     """Pixels whose centre has an odd number of edges to its left."""
     height, width = shape
-    start = np.concatenate(rings)
-    end = np.concatenate([np.roll(ring, -1, axis=0) for ring in rings])
+    start = np.concatenate([ring[:-1] for ring in rings])
+    end = np.concatenate([ring[1:] for ring in rings])
     ends_y = np.stack([start[:, 1], end[:, 1]])
     first, stop = (
         np.clip(np.ceil(y - 0.5), 0, height).astype(int) for y in (ends_y.min(axis=0), ends_y.max(axis=0))
@@ -122,8 +112,8 @@ def _fill_even_odd(rings: Sequence[Ring], shape: tuple[int, int]) -> Mask:
     reached = np.cumsum(stop - first)  # rows whose centre line each edge and those before it cross
     if reached[-1] > MOST_CROSSINGS:
         raise GeometryError(
-            f"outlines that cross {reached[-1]:.3g} rows of pixels are no tissue's; "
-            f"allowed: {MOST_CROSSINGS:.3g}; draw them anew"
+            f"its outlines cross {reached[-1]:.3g} rows of pixels, too many for tissue; "
+            f"allowed: {MOST_CROSSINGS:.3g}; draw them again, simpler"
         )
     toggles = np.zeros(height * (width + 1), np.uint8)
     for begin in range(0, reached[-1], CROSSINGS_AT_A_TIME):
@@ -138,25 +128,23 @@ def _fill_even_odd(rings: Sequence[Ring], shape: tuple[int, int]) -> Mask:
     return np.asarray(np.bitwise_xor.accumulate(toggles.reshape(height, -1), axis=1)[:, :width] > 0)
 
 
-def inside_polygons(polygons: Iterable[Polygon], points: NDArray[np.floating]) -> NDArray[np.bool_]:
-    """Points that lie in one of the polygons, by the even-odd rule: float [N, 2] to bool [N]."""
-    found = np.zeros(len(points), np.bool_)
-    for polygon in polygons:
-        odd = np.zeros(len(points), np.bool_)
-        for ring in (polygon.exterior, *polygon.holes):
-            for (x0, y0), (x1, y1) in zip(ring, np.roll(ring, -1, axis=0), strict=True):
-                if y0 != y1:
-                    crosses = (points[:, 1] < y0) != (points[:, 1] < y1)
-                    at = x0 + (points[:, 1] - y0) * ((x1 - x0) / (y1 - y0))
-                    odd ^= crosses & (points[:, 0] < at)
-        found |= odd
-    return found
+def inside_polygons(polygons: Sequence[shapely.Polygon], points: NDArray[np.number]) -> Mask:
+    """Points that lie in one of the polygons, by the even-odd rule: [N, 2] of (x, y) to bool [N].
+
+    A point on an edge belongs to the polygon on the right of the edge, or below it, so that polygons with a
+    common edge have no point in common.
+    """
+    inside = np.zeros(len(points), np.bool_)
+    just_beyond = np.array([2**-20, 2**-30])  # of an edge on which a point lies, px
+    tree = shapely.STRtree(shapely.points(points + just_beyond))
+    inside[tree.query(polygons, predicate="contains")[1]] = True
+    return inside
 
 
 # --- GeoJSON ----------------------------------------------------------------------------------
 
 
-def write_polygons(path: Path, polygons: Iterable[Polygon], name: str = "Tissue") -> None:
+def write_polygons(path: Path, polygons: Iterable[shapely.Polygon], name: str = "Tissue") -> None:
     """Write level-0 polygons as annotations that QuPath imports, classified ``name``.
 
     Raises:
@@ -166,13 +154,17 @@ def write_polygons(path: Path, polygons: Iterable[Polygon], name: str = "Tissue"
     features = [
         {
             "type": "Feature",
-            "geometry": {"type": "Polygon", "coordinates": [_closed(ring) for ring in (exterior, *holes)]},
+            "geometry": {"type": "Polygon", "coordinates": [*map(_positions, shapely.get_rings(polygon))]},
             "properties": properties,
         }
-        for exterior, holes in polygons
+        for polygon in polygons
     ]
     with publish(path) as part:
         part.write_text(json.dumps({"type": "FeatureCollection", "features": features}), encoding="utf-8")
+
+
+def _positions(ring: shapely.LinearRing) -> list[list[float]]:
+    return [[int(v) if v == int(v) else v for v in point] for point in shapely.get_coordinates(ring).tolist()]
 
 
 def write_patches(
@@ -221,7 +213,7 @@ def read_made_of(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def read_polygons(path: Path) -> tuple[list[Polygon], list[Polygon]]:
+def read_polygons(path: Path) -> tuple[list[shapely.Polygon], list[shapely.Polygon]]:
     """Read the polygons of a GeoJSON file: a FeatureCollection, a Feature, a geometry, or a list of these.
 
     Returns:
@@ -230,60 +222,58 @@ def read_polygons(path: Path) -> tuple[list[Polygon], list[Polygon]]:
     Raises:
         GeometryError: not GeoJSON, or a geometry other than polygons.
     """
-    kept: list[Polygon] = []
-    ignored: list[Polygon] = []
-    for geometry, properties in _geometries(path, _load(path), {}):
-        polygons = ignored if _is_ignored(properties) else kept
-        several = geometry["type"] == "MultiPolygon"
-        for rings in _list(path, geometry.get("coordinates")) if several else [geometry.get("coordinates")]:
-            exterior, *holes = (_open(path, ring) for ring in _list(path, rings) or [None])
-            polygons.append(Polygon(exterior, tuple(holes)))
-    return kept, ignored
+    found: tuple[list[shapely.Polygon], list[shapely.Polygon]] = ([], [])
+    try:
+        for polygon, properties in _polygons(_load(path), None):
+            found[_is_ignored(properties)].append(polygon)
+    except GeometryError as exc:
+        raise GeometryError(f"{path}: {exc}") from exc
+    return found
 
 
 def _load(path: Path) -> Any:
     try:
         if not path.is_file() and path.exists():
-            raise GeometryError(f"cannot read {path}: it is no regular file; give a GeoJSON file")
+            raise GeometryError("it is no regular file; give a GeoJSON file")
         if path.stat().st_size > MOST_BYTES:
             raise GeometryError(
-                f"{path} has {path.stat().st_size / 1e6:.0f} MB; allowed: {MOST_BYTES / 1e6:.0f} MB; "
+                f"it has {path.stat().st_size / 1e6:.0f} MB; allowed: {MOST_BYTES / 1e6:.0f} MB; "
                 "export the outlines of the tissue only, not its cells"
             )
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as exc:
-        raise GeometryError(f"cannot read {path}: {exc.strerror or exc}; give a GeoJSON file") from exc
+        raise GeometryError(f"it cannot be read ({exc.strerror or exc}); give a GeoJSON file") from exc
     except (ValueError, RecursionError) as exc:  # both JSON and UTF-8
-        raise GeometryError(f"{path} is not GeoJSON ({exc}); {IN_QUPATH}") from exc
+        raise GeometryError(f"it is not GeoJSON ({exc}); {EXPORT}") from exc
 
 
-def _geometries(
-    path: Path, node: Any, properties: Any, depth: int = 0
-) -> Iterator[tuple[dict[str, Any], Any]]:
-    """Walk to the polygons; each comes with the properties of the feature it belongs to."""
-    members: Any
-    if isinstance(node, list):
-        members = node
-    elif not isinstance(node, dict):
-        raise GeometryError(
-            f"{path} holds a {type(node).__name__} where a GeoJSON object belongs; {IN_QUPATH}"
-        )
-    elif node.get("type") in ("Polygon", "MultiPolygon"):
-        yield node, properties
-        return
-    elif node.get("type") == "Feature":
-        members, properties = [node.get("geometry")], node.get("properties")
-    elif node.get("type") == "FeatureCollection":
-        members = _list(path, node.get("features"))
-    elif node.get("type") == "GeometryCollection":
-        members = _list(path, node.get("geometries"))
-    else:
-        kind = " ".join(str(node.get("type")).split())[:40]
-        raise GeometryError(f"{path} holds a {kind}; allowed: {ALLOWED}; {IN_QUPATH} of areas only")
+def _polygons(node: Any, properties: Any, depth: int = 0) -> Iterator[tuple[shapely.Polygon, Any]]:
+    """All polygons below a node of GeoJSON, each with the properties of the feature it belongs to."""
+    kind = node.get("type") if isinstance(node, dict) else type(node).__name__
+    match node:
+        case {"type": "Polygon"}:
+            yield _polygon(node.get("coordinates")), properties
+            return
+        case {"type": "MultiPolygon"}:
+            yield from ((_polygon(rings), properties) for rings in _list(node.get("coordinates")))
+            return
+        case {"type": "Feature"}:
+            members, properties = [node.get("geometry")], node.get("properties")
+        case {"type": "FeatureCollection"}:
+            members = _list(node.get("features"))
+        case {"type": "GeometryCollection"}:
+            members = _list(node.get("geometries"))
+        case list():
+            members = node
+        case _:
+            raise GeometryError(
+                f"it holds a {' '.join(str(kind).split())[:40]}; "
+                f"allowed: Polygon, MultiPolygon and collections of these; {EXPORT}"
+            )
     if depth == MOST_DEPTH:
-        raise GeometryError(f"{path} nests its collections deeper than {MOST_DEPTH}; {IN_QUPATH}")
+        raise GeometryError(f"its collections are nested deeper than {MOST_DEPTH}; {EXPORT}")
     for member in members:
-        yield from _geometries(path, member, properties, depth + 1)
+        yield from _polygons(member, properties, depth + 1)
 
 
 def _is_ignored(properties: Any) -> bool:
@@ -292,32 +282,31 @@ def _is_ignored(properties: Any) -> bool:
     if not isinstance(found, dict):
         return False
     names = found.get("names")
-    if not isinstance(names, list) or not names:
-        names = [found.get("name")]
-    return any(str(name).endswith("*") for name in names)
+    return any(
+        str(name).endswith("*")
+        for name in (names if names and isinstance(names, list) else [found.get("name")])
+    )
 
 
-def _list(path: Path, value: Any) -> list[Any]:
+def _list(value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise GeometryError(f"{path}: a {type(value).__name__} where GeoJSON has a list; {IN_QUPATH}")
+        raise GeometryError(f"it has a {type(value).__name__} where GeoJSON has a list; {EXPORT}")
     return value
 
 
-def _open(path: Path, ring: Any) -> Ring:
-    """[[x, y], ...] with the first point repeated at the end -> float64 [K, 2] without it."""
+def _polygon(rings: Any) -> shapely.Polygon:
+    """A polygon of rings [[x, y], ...], closed or not."""
+    exterior, *holes = map(_ring, _list(rings) or [None])
+    return shapely.Polygon(exterior, holes)
+
+
+def _ring(points: Any) -> Points:
     try:
-        points = np.array([point[:2] for point in ring], np.float64)
+        ring = np.array([point[:2] for point in points], np.float64)
     except (TypeError, ValueError, IndexError, KeyError, OverflowError):
-        points = np.empty(0)
-    if points.ndim == 2 and len(points) > 1 and (points[0] == points[-1]).all():
-        points = points[:-1]
-    if points.ndim != 2 or points.shape[1] != 2 or len(points) < 3 or not (abs(points) < FARTHEST_PX).all():
-        raise GeometryError(
-            f"{path}: a ring is not a list of 3 or more points [x, y] in level-0 pixels; {IN_QUPATH}"
-        )
-    return points
-
-
-def _closed(ring: Ring) -> list[list[float]]:
-    points = [[int(v) if v == int(v) else v for v in point] for point in ring.tolist()]
-    return [*points, points[0]]
+        ring = np.empty(0)
+    if ring.ndim == 2 and len(ring) > 1 and (ring[0] == ring[-1]).all():
+        ring = ring[:-1]
+    if ring.ndim != 2 or ring.shape[1] != 2 or len(ring) < 3 or not (abs(ring) < FARTHEST_PX).all():
+        raise GeometryError(f"a ring is not a list of 3 or more points [x, y] in level-0 pixels; {EXPORT}")
+    return ring

@@ -1,7 +1,4 @@
-"""Where the tissue is: a mask at a stated µm/px, found in the slide or drawn in QuPath.
-
-Stages: `read_overview` -> `gather_evidence` (what each place looks like) -> connected pieces of tissue.
-"""
+"""The tissue of a slide as a mask at a stated µm/px, with its outlines and the share of tissue in patches."""
 
 from __future__ import annotations
 
@@ -13,41 +10,16 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import shapely
 from numpy.typing import NDArray
 
 from seal_extract.errors import GeometryError, UsageError
-from seal_extract.slides.overview import read_overview
-from seal_extract.slides.readers import Array
 from seal_extract.slides.slide import Slide
-from seal_extract.tissue.appearance import (
-    COLOURED,
-    COLOURLESS,
-    FADING_INK,
-    INK,
-    MIN_TEXTURE,
-    TEXTURED,
-    UNSCANNED,
-    WINDOW_UM,
-    disc,
-    gather_evidence,
-    has,
-)
-from seal_extract.tissue.geojson import (
-    Mask,
-    Polygon,
-    fill_polygons,
-    read_polygons,
-    trace_polygons,
-    write_polygons,
-)
+from seal_extract.tissue.geojson import Mask, fill_polygons, read_polygons, trace_polygons, write_polygons
 
 WORK_MPP = 4.0  # µm/px to look at: walls of fat cells still show, ink is still seen to be blurred
 MAX_WORK_PX = 64_000_000  # larger slides are looked at more coarsely: 200 MB of pixels at most
 MPP_RANGE = (1.0, 20.0)  # of masks, µm/px; coarser pixels would be wider than what is taken off the outline
-HALO_UM = 12.0  # of the width that pooling adds to texture, this is left, in favour of pale borders
-PEN_UM = 30.0  # half the width of the thinnest stroke
-OUTLINE_UM = 12.0  # half the width of the threads that are trimmed off
-SMOOTH_HOLES = 20  # smooth stained holes (colloid, mucin) are filled up to this many times the size of others
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,12 +63,13 @@ class TissueMask:
         return int(np.count_nonzero(self.mask)) * self.mpp**2 / 1e6
 
     @cached_property
-    def polygons_l0(self) -> tuple[Polygon, ...]:
-        """Exterior and holes of each connected part in level-0 pixels (or halves), along mask pixels."""
-        return tuple(
-            Polygon(self._to_l0(exterior), tuple(self._to_l0(hole) for hole in holes))
-            for exterior, holes in trace_polygons(self.mask)
-        )
+    def polygons_l0(self) -> tuple[shapely.Polygon, ...]:
+        """One polygon per connected part, along mask pixels, in level-0 pixels or halves of them."""
+
+        def to_l0(points: NDArray[np.float64]) -> NDArray[np.float64]:
+            return np.minimum(np.round(points * self.downsample * 2) / 2, self.size_l0)
+
+        return tuple(shapely.transform(polygon, to_l0) for polygon in trace_polygons(self.mask))
 
     def share(self, xy_l0: NDArray[np.int64], size_l0: int) -> NDArray[np.float64]:
         """The share of square patches that is tissue; what lies outside the slide is none.
@@ -150,13 +123,6 @@ class TissueMask:
             above = below
         return float(np.clip(1 - covered / tissue, 0, 1).round(9)) if tissue else 0.0
 
-    def contains(self, xy_l0: NDArray[np.number]) -> Mask:
-        """Whether points lie in tissue, [N, 2] of (x, y) in level-0 pixels: bool [N]."""
-        inside = np.logical_and(xy_l0 >= 0, xy_l0 < np.array(self.size_l0)).all(axis=1)
-        last = np.array(self.mask.shape[::-1]) - 1
-        column, row = np.clip(np.floor(xy_l0 / self.downsample), 0, last).astype(np.int64).T
-        return np.asarray(inside & self.mask[row, column])
-
     def to_geojson(self, path: str | os.PathLike[str]) -> None:
         """Write `polygons_l0` as annotations of class Tissue, for QuPath to import.
 
@@ -182,19 +148,19 @@ class TissueMask:
             UsageError: a µm/px that no mask can have.
         """
         path = Path(path)
-        kept, ignored = read_polygons(path)
-        _check_on_slide(path, kept, slide)
-        work_mpp, factor = _resolution(slide, mpp)
+        work_mpp, factor = work_resolution(slide, mpp)
         downsample = work_mpp * factor / slide.mpp
+        polygons = read_polygons(path)
+        _check_on_slide(path, polygons[0], slide)
         # rounded as by read_overview, so that the mask has the shape of find_tissue's
         read_px = (max(1, round(side * slide.mpp / work_mpp)) for side in slide.size_l0)
         width, height = (math.ceil(side / factor) for side in read_px)
+        in_mask = (shapely.transform(part, lambda xy: xy * (1 / downsample)) for part in polygons)
         try:
-            mask = fill_polygons(_scaled(kept, 1 / downsample), (height, width))
-            mask &= ~fill_polygons(_scaled(ignored, 1 / downsample), (height, width))
+            kept, ignored = (fill_polygons(part, (height, width)) for part in in_mask)
         except GeometryError as exc:
             raise GeometryError(f"{path}: {exc}") from exc
-        return cls(mask, slide.mpp * downsample, downsample, slide.size_l0)
+        return cls(kept & ~ignored, slide.mpp * downsample, downsample, slide.size_l0)
 
     @cached_property
     def _integral(self) -> NDArray[np.int32]:
@@ -208,9 +174,6 @@ class TissueMask:
         """(width, height) of the slide in mask pixels."""
         return np.asarray(np.minimum(np.array(self.size_l0) / self.downsample, self.mask.shape[::-1]))
 
-    def _to_l0(self, ring: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.minimum(np.round(ring * self.downsample * 2) / 2, self.size_l0)
-
     def _area_before(self, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
         """Tissue above and to the left of points, in mask pixels."""
         column = np.minimum(x.astype(np.int64), self.mask.shape[1] - 1)
@@ -222,41 +185,7 @@ class TissueMask:
         return np.asarray(upper * (1 - below) + lower * below)
 
 
-def find_tissue(
-    slide: Slide,
-    *,
-    mpp: float = 8.0,
-    min_texture: float = MIN_TEXTURE,
-    min_area_mm2: float = 0.0125,
-    max_hole_mm2: float = 0.05,
-) -> TissueMask:
-    """Find the tissue of a brightfield slide (H&E, or IHC with DAB), in bounded memory.
-
-    Pale stroma and fat belong to it; bare glass, washes of stain, pen, dust, edges and what was never scanned
-    do not. Pigment and blood are tissue too, unless in smooth pools wider than a pen stroke.
-
-    Args:
-        slide: an open slide.
-        mpp: µm/px of the mask, 1 to 20; coarser where the slide itself is, or is very large.
-        min_texture: optical density (rms, on the scale of cells) from which on something is tissue.
-        min_area_mm2: smaller pieces are dropped; by default those below a patch of 224 px at 0.5 µm/px.
-        max_hole_mm2: smaller holes are filled; by default lumina and clefts up to 250 µm across.
-
-    Raises:
-        UsageError: a µm/px that no mask can have.
-        UnsupportedSlideError: fluorescence, or an empty scan.
-        ReadError: a region of the slide cannot be read.
-    """
-    work_mpp, factor = _resolution(slide, mpp)
-    overview = read_overview(slide, work_mpp)
-    evidence = gather_evidence(overview, factor, min_texture)
-    downsample = overview.downsample * factor
-    px_per_mm2 = 1e6 / (slide.mpp * downsample) ** 2
-    mask = _connect(evidence, slide.mpp * downsample, min_area_mm2 * px_per_mm2, max_hole_mm2 * px_per_mm2)
-    return TissueMask(mask, slide.mpp * downsample, downsample, slide.size_l0)
-
-
-def _resolution(slide: Slide, mpp: float) -> tuple[float, int]:
+def work_resolution(slide: Slide, mpp: float) -> tuple[float, int]:
     """µm/px to look at, and how many of its pixels make one of the mask along a side."""
     low, high = MPP_RANGE
     if not low <= mpp <= high:
@@ -267,62 +196,14 @@ def _resolution(slide: Slide, mpp: float) -> tuple[float, int]:
     return max(mpp / factor, finest), factor
 
 
-def _connect(evidence: Array, mpp: float, min_area_px: float, max_hole_px: float) -> Mask:
-    """Evidence at ``mpp`` -> bool [h, w]: textured, but no ink; whole, without threads and specks."""
-    excluded = np.logical_or(_strokes(evidence, mpp), has(evidence, UNSCANNED))
-    tissue = _morph(cv2.MORPH_ERODE, has(evidence, TEXTURED), (WINDOW_UM - HALO_UM) / mpp)
-    tissue = _morph(cv2.MORPH_OPEN, tissue & ~excluded, max(1, OUTLINE_UM / mpp))
-    tissue |= _holes(tissue, excluded, has(evidence, COLOURED), max_hole_px)
-    return _pieces(tissue, has(evidence, COLOURLESS), min(min_area_px, tissue.size / 4))
-
-
-def _strokes(evidence: Array, mpp: float) -> Mask:
-    """Pen strokes: sure ink as wide as a pen, the fading ink connected to it, and their rims."""
-    sure = _morph(cv2.MORPH_OPEN, has(evidence, INK), PEN_UM / mpp)
-    count, label = cv2.connectedComponents((sure | has(evidence, FADING_INK)).view(np.uint8))
-    keep = np.zeros(count, np.bool_)
-    keep[label[sure]] = True
-    return _morph(cv2.MORPH_DILATE, np.asarray(keep[label]), max(1, HALO_UM / mpp))
-
-
-def _holes(tissue: Mask, excluded: Mask, coloured: Mask, max_px: float) -> Mask:
-    """Holes to fill: enclosed, neither ink nor unscanned; small, or smooth and stained."""
-    count, label, stats, _ = cv2.connectedComponentsWithStats((~tissue).view(np.uint8), connectivity=4)
-    x, y, w, h, area = stats.T
-    enclosed = (x > 0) & (y > 0) & (x + w < tissue.shape[1]) & (y + h < tissue.shape[0])
-    clear = np.bincount(label[excluded], minlength=count) < 0.2 * area
-    stained = np.bincount(label[coloured], minlength=count) > 0.5 * area
-    fill = enclosed & clear & (area < np.where(stained, SMOOTH_HOLES, 1) * max_px)
-    fill[0] = False  # the tissue itself
-    return np.asarray(fill[label])
-
-
-def _pieces(tissue: Mask, colourless: Mask, min_px: float) -> Mask:
-    """Connected pieces that are large enough and not grey all over, as edges of glass and bubbles are."""
-    count, label, stats, _ = cv2.connectedComponentsWithStats(tissue.view(np.uint8), connectivity=4)
-    area = stats[:, cv2.CC_STAT_AREA]
-    keep = (area >= min_px) & (np.bincount(label[colourless], minlength=count) < 0.5 * area)
-    keep[0] = False  # the background
-    return np.asarray(keep[label])
-
-
-def _morph(operation: int, mask: Mask, radius_px: float) -> Mask:
-    """Erode, open and so on by a disc; what lies outside the image changes nothing."""
-    return np.asarray(cv2.morphologyEx(mask.view(np.uint8), operation, disc(radius_px))).view(np.bool_)
-
-
-def _scaled(polygons: list[Polygon], scale: float) -> list[Polygon]:
-    return [Polygon(exterior * scale, tuple(hole * scale for hole in holes)) for exterior, holes in polygons]
-
-
-def _check_on_slide(path: Path, polygons: list[Polygon], slide: Slide) -> None:
+def _check_on_slide(path: Path, polygons: list[shapely.Polygon], slide: Slide) -> None:
     if not polygons:
         raise GeometryError(f"{path} holds no polygons; draw the tissue in QuPath and export it as GeoJSON")
-    points = np.concatenate([polygon.exterior for polygon in polygons])
-    (x0, y0), (x1, y1) = points.min(axis=0), points.max(axis=0)
+    x0, y0, x1, y1 = shapely.total_bounds(polygons)
     width, height = slide.size_l0
     if x1 <= 0 or y1 <= 0 or x0 >= width or y0 >= height:
         raise GeometryError(
             f"{path}: polygons span x {x0:.0f} to {x1:.0f}, y {y0:.0f} to {y1:.0f}, but "
-            f"{slide.path.name} has x 0 to {width}, y 0 to {height}; give this slide's, in level-0 pixels"
+            f"{slide.path.name} has x 0 to {width}, y 0 to {height}; "
+            "give polygons that were drawn on this slide, in level-0 pixels"
         )

@@ -20,7 +20,7 @@ from seal_extract.encoders import Encoder, EncoderSpec
 from seal_extract.encoders.spec import Architecture, InputRule
 from seal_extract.encoders.tower import ConchTower, empty_tower, fill, tower_shapes
 from seal_extract.slides.slide import open_slide
-from seal_extract.tissue.mask import find_tissue
+from seal_extract.tissue.segmentation import find_tissue
 from seal_extract.train.augment import stained, turned
 from seal_extract.train.losses import info_nce
 from seal_extract.train.sections import Section

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import shapely
 from numpy.typing import NDArray
 
 from seal_extract.errors import SealExtractError, UsageError
@@ -18,7 +19,7 @@ from seal_extract.features.store import SlideFeatures, sample_rows
 from seal_extract.names import shown
 from seal_extract.patches.grid import PatchGrid
 from seal_extract.slides.drawing import read_thumbnail
-from seal_extract.tissue.geojson import Polygon, read_polygons
+from seal_extract.tissue.geojson import read_polygons
 from seal_extract.view.cache import BoundedCache
 from seal_extract.view.collection import Collection, ShownSlide
 from seal_extract.view.colours import CLUSTERS, Components
@@ -271,8 +272,7 @@ class Gallery:
         from seal_extract.genes.region import areas_mm2, patches_inside
 
         features = self._read(index)
-        corners = np.asarray(polygon, np.float64)
-        drawn = [Polygon(corners)]
+        drawn = [shapely.Polygon(polygon)]
         inside = patches_inside(features.grid, drawn)
         outline = read_outline(self._shown(index).tissue)
         area, tissue = areas_mm2(drawn, outline, self._slide(index).slide.mpp)
@@ -316,11 +316,11 @@ def _raster(grid: PatchGrid) -> PatchRaster | None:
 def tissue_rings(path: Path) -> list[list[list[int]]]:
     """The outline's rings in level-0 pixels; none where it was never written or was damaged since."""
     polygons = read_outline(path) or ()
-    rings = [ring for polygon in polygons for ring in (polygon.exterior, *polygon.holes)]
+    rings = [shapely.get_coordinates(ring)[:-1] for ring in shapely.get_rings(polygons)]
     return [np.round(ring).astype(int).tolist() for ring in rings]
 
 
-def read_outline(path: Path) -> list[Polygon] | None:
+def read_outline(path: Path) -> list[shapely.Polygon] | None:
     """The tissue's polygons in level-0 pixels; None where they were never written or were damaged since."""
     try:
         return read_polygons(path)[0]

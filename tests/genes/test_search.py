@@ -6,6 +6,7 @@ import json
 import h5py
 import numpy as np
 import pytest
+import shapely
 from cohort_fixtures import link_cohort
 from cohort_fixtures import run_here as run
 from PIL import Image
@@ -29,7 +30,7 @@ from seal_extract.genes.search import (
 from seal_extract.genes.signature import Signature
 from seal_extract.patches.grid import PatchGrid
 from seal_extract.run.cohort import extract_cohort
-from seal_extract.tissue.geojson import Polygon, inside_polygons
+from seal_extract.tissue.geojson import inside_polygons
 from seal_extract.view.contact_sheet import (
     GAP_PX,
     QUERY_RGB,
@@ -283,7 +284,7 @@ def test_points_in_polygons_with_holes():
     square = np.array([[0.0, 0], [10, 0], [10, 10], [0, 10]])
     hole = np.array([[4.0, 4], [6, 4], [6, 6], [4, 6]])
     points = np.array([[1.0, 1], [5, 5], [11, 5], [9.9, 9.9]])
-    assert inside_polygons([Polygon(square, (hole,))], points).tolist() == [True, False, False, True]
+    assert inside_polygons([shapely.Polygon(square, [hole])], points).tolist() == [True, False, False, True]
 
 
 class Linear:
@@ -346,9 +347,8 @@ def test_q_values_are_those_of_benjamini_and_hochberg():
 
 
 def test_the_area_of_a_region_and_of_the_tissue_in_it():
-    region = [Polygon(np.array([[100.0, 100], [1100, 100], [1100, 600], [100, 600]]))]
-    hole = np.array([[200.0, 200], [400, 200], [400, 400], [200, 400]])
-    tissue = [Polygon(np.array([[-500.0, 0], [600, 0], [600, 5000], [-500, 5000]]), (hole,))]
+    region = [shapely.box(100, 100, 1100, 600)]
+    tissue = [shapely.box(-500, 0, 600, 5000) - shapely.box(200, 200, 400, 400)]
     area, on_tissue = areas_mm2(region, tissue, 0.5)
     assert area == pytest.approx(1000 * 500 * 0.25e-6, rel=1e-9)
     assert on_tissue == pytest.approx((500 * 500 - 200 * 200) * 0.25e-6, rel=2e-3)
@@ -408,7 +408,7 @@ def test_the_command_tells_the_genes_of_a_region(out, slides, tmp_path):
     (tmp_path / "r.geojson").write_text(json.dumps(drawn))
     asked = f"{slides[0].path.stem}:{tmp_path / 'r.geojson'}"
     done = run("search", out, "--region", asked, "-o", tmp_path, "--permutations", 19)
-    if patches_inside(grid, [Polygon(np.array(ring[:-1], float), ())]).all():
+    if patches_inside(grid, [shapely.Polygon(ring)]).all():
         pytest.skip("the drawn slide has one patch only")
     assert done.returncode == 0, done.stderr
     with (tmp_path / "genes.csv").open(newline="") as file:

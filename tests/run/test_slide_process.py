@@ -15,7 +15,7 @@ from seal_extract.run.cohort import extract_cohort
 HOSTILE = """
 import os, sys
 if "serve" in " ".join(sys.orig_argv):
-    import numpy, seal_extract.tissue.mask as tissue
+    import numpy, seal_extract.tissue.segmentation as tissue
     find = tissue.find_tissue
 
     def find_tissue(slide, *args, **kwargs):

@@ -1,10 +1,12 @@
-"""What each place of an overview looks like: structured, stained, inked.
+"""Tissue segmentation: which pixels of a slide's overview are tissue.
 
-Whatever is in the section is structured on the scale of cells, even pale stroma and fat: its optical density
-varies by 0.014 (rms) and more within some ten µm. Glass, a wash of eosin or a shadow is smooth there, below
-0.004, as dark or as coloured as it may be. Three things are structured and no tissue: dust and the edges of
-glass, which are colourless or small, and pen, told by colours that no stain has and by its smoothness: ink is
-out of focus, for it lies on top of the cover slip.
+Stages: `read_overview` -> `flag_pixels` (is a pixel textured, stained, inked?) -> connected pieces of tissue.
+
+All tissue, even pale stroma and fat, has texture on the scale of cells: its optical density varies by 0.014
+(rms) and more within about ten µm. Glass, a wash of eosin or a shadow is smooth there, below 0.004, however
+dark or coloured it is. Three things have texture and are no tissue. Dust and the edges of glass are
+colourless or small. Pen has colours that no stain has, and it is smooth, because ink lies on top of the cover
+slip, out of focus.
 
 Method and thresholds are this package's own, measured on her2st, TCGA and CMU slides; optical density after
 Ruifrok and Johnston, Anal Quant Cytol Histol 23 (2001) 291.
@@ -19,9 +21,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from seal_extract.slides.overview import Overview
+from seal_extract.slides.overview import Overview, read_overview
 from seal_extract.slides.readers import Array
+from seal_extract.slides.slide import Slide
 from seal_extract.tissue.geojson import Mask
+from seal_extract.tissue.mask import TissueMask, work_resolution
 
 Floats: TypeAlias = NDArray[np.float32]
 
@@ -40,20 +44,62 @@ GREY = 0.03  # optical density from which on a lack of colour can be told
 DARKEST_GLASS = 0.25  # optical density of bare glass under a dim or coloured lamp
 COLOUR_ONLY_MPP = 10.0  # µm/px above which texture tells nothing, for cells cannot be seen
 STRIP_PX = 2_000_000  # pixels turned into floats at a time
+GLASS_SAMPLE_PX = 2_000_000  # pixels that the glass is looked for among
+HALO_UM = 12.0  # of the width that pooling adds to texture, this is left, in favour of pale borders
+PEN_UM = 30.0  # half the width of the thinnest stroke
+OUTLINE_UM = 12.0  # half the width of the threads that are trimmed off
+SMOOTH_HOLES = 20  # smooth stained holes (colloid, mucin) are filled up to this many times the size of others
 
 _OD = -np.log10(np.maximum(np.arange(256), 1) / 255).astype(np.float32)
 
-# bits of the evidence
+# the flags of a pixel
 TEXTURED, COLOURED, COLOURLESS, INK, FADING_INK, UNSCANNED = (np.uint8(1 << bit) for bit in range(6))
 
 
-def gather_evidence(overview: Overview, factor: int = 1, min_texture: float = MIN_TEXTURE) -> Array:
-    """Judge an overview, a strip at a time.
+def find_tissue(
+    slide: Slide,
+    *,
+    mpp: float = 8.0,
+    min_texture: float = MIN_TEXTURE,
+    min_area_mm2: float = 0.0125,
+    max_hole_mm2: float = 0.05,
+) -> TissueMask:
+    """Find the tissue of a brightfield slide (H&E, or IHC with DAB), in bounded memory.
+
+    Pale stroma and fat belong to it; bare glass, washes of stain, pen, dust, edges and what was never scanned
+    do not. Pigment and blood are tissue too, unless in smooth pools wider than a pen stroke.
+
+    Args:
+        slide: an open slide.
+        mpp: µm/px of the mask, 1 to 20; coarser where the slide itself is, or is very large.
+        min_texture: optical density (rms, on the scale of cells) from which on something is tissue.
+        min_area_mm2: smaller pieces are dropped; by default those below a patch of 224 px at 0.5 µm/px.
+        max_hole_mm2: smaller holes are filled; by default lumina and clefts up to 250 µm across.
+
+    Raises:
+        UsageError: a µm/px that no mask can have.
+        UnsupportedSlideError: fluorescence, or an empty scan.
+        ReadError: a region of the slide cannot be read.
+    """
+    work_mpp, factor = work_resolution(slide, mpp)
+    overview = read_overview(slide, work_mpp)
+    flags = flag_pixels(overview, factor, min_texture)
+    downsample = overview.downsample * factor
+    px_per_mm2 = 1e6 / (slide.mpp * downsample) ** 2
+    mask = _connect(flags, slide.mpp * downsample, min_area_mm2 * px_per_mm2, max_hole_mm2 * px_per_mm2)
+    return TissueMask(mask, slide.mpp * downsample, downsample, slide.size_l0)
+
+
+def flag_pixels(
+    overview: Overview, factor: int = 1, min_texture: float = MIN_TEXTURE, strip_px: int = STRIP_PX
+) -> Array:
+    """Flag the pixels of an overview, a strip at a time.
 
     Args:
         overview: the slide at 4 µm/px or so; finer tells nothing new, coarser loses fat and the blur of ink.
         factor: this many of its pixels, squared, become one of the result.
         min_texture: rms optical density from which on texture is tissue's.
+        strip_px: pixels turned into floats at a time.
 
     Returns:
         uint8 [h, w] of the bits ``TEXTURED`` (widened by ``WINDOW_UM`` onto its surroundings), ``COLOURED``,
@@ -62,23 +108,22 @@ def gather_evidence(overview: Overview, factor: int = 1, min_texture: float = MI
     glass = _glass_od(overview)
     height, width = (math.ceil(side / factor) for side in overview.scanned.shape)
     halo = math.ceil((WINDOW_UM + 4 * DETAIL_UM) / (overview.mpp * factor))
-    rows = max(halo, STRIP_PX // (width * factor**2))
-    evidence = np.empty((height, width), np.uint8)
+    rows = max(halo, strip_px // (width * factor**2))
+    flags = np.empty((height, width), np.uint8)
     for top in range(0, height, rows):
         bottom, first = min(top + rows, height), max(0, top - halo)
         strip = slice(first * factor, (bottom + halo) * factor)
         rgb, unscanned = _padded(overview.rgb[strip], ~overview.scanned[strip], factor)
-        judged = _judge(rgb, unscanned, glass, overview.mpp, factor, min_texture)
-        evidence[top:bottom] = judged[top - first : bottom - first]
-    return evidence
+        found = _flags_of(rgb, unscanned, glass, overview.mpp, factor, min_texture)
+        flags[top:bottom] = found[top - first : bottom - first]
+    return flags
 
 
-def has(evidence: Array, bit: np.uint8) -> Mask:
-    """Where a bit of the evidence is set: bool [h, w]."""
-    return np.asarray(evidence & bit != 0)
+def _has(flags: Array, flag: np.uint8) -> Mask:
+    return np.asarray(flags & flag != 0)
 
 
-def disc(radius_px: float) -> Array:
+def _disc(radius_px: float) -> Array:
     """Pixels whose centre lies within the radius: uint8 [k, k]."""
     reach = int(radius_px + 0.5)
     y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
@@ -91,7 +136,7 @@ def _glass_od(overview: Overview) -> Floats:
 
     Where hardly any glass is to be seen these are pale tissue, which does not shift the colour of the rest.
     """
-    step = math.ceil(math.sqrt(overview.scanned.size / STRIP_PX))  # a sample is enough
+    step = math.ceil(math.sqrt(overview.scanned.size / GLASS_SAMPLE_PX))  # a sample is enough
     rgb = overview.rgb[::step, ::step][overview.scanned[::step, ::step]]
     if not len(rgb):
         return np.zeros(3, np.float32)
@@ -105,8 +150,10 @@ def _padded(rgb: Array, unscanned: Mask, factor: int) -> tuple[Array, Mask]:
     return np.pad(rgb, (*pad, (0, 0)), mode="edge"), np.pad(unscanned, pad, mode="edge")
 
 
-def _judge(rgb: Array, unscanned: Mask, glass: Floats, mpp: float, factor: int, min_texture: float) -> Array:
-    """Evidence for a strip at ``mpp``: uint8 [H / factor, W / factor]."""
+def _flags_of(
+    rgb: Array, unscanned: Mask, glass: Floats, mpp: float, factor: int, min_texture: float
+) -> Array:
+    """The flags of a strip at ``mpp``: uint8 [H / factor, W / factor]."""
     od = _OD[rgb] - glass  # float32 [H, W, 3]
     rim = cv2.dilate(unscanned.view(np.uint8), np.ones((5, 5), np.uint8))  # blended with the scanner's black
     od[rim > 0] = 0
@@ -124,7 +171,7 @@ def _judge(rgb: Array, unscanned: Mask, glass: Floats, mpp: float, factor: int, 
     ink, fading = _ink(density, np.asarray(_rms(fine) / np.maximum(_rms(density), 1e-4)))
     never = unscanned[factor // 2 :: factor, factor // 2 :: factor]
 
-    evidence = np.zeros(ink.shape, np.uint8)
+    flags = np.zeros(ink.shape, np.uint8)
     for where, bit in (
         (textured, TEXTURED),
         (coloured, COLOURED),
@@ -133,8 +180,8 @@ def _judge(rgb: Array, unscanned: Mask, glass: Floats, mpp: float, factor: int, 
         (fading, FADING_INK),
         (never, UNSCANNED),
     ):
-        evidence[where] |= bit
-    return evidence
+        flags[where] |= bit
+    return flags
 
 
 def _shrunk(values: Floats, factor: int) -> Floats:
@@ -153,7 +200,7 @@ def _denser(od: Floats, sigma_px: float) -> Floats:
 
 def _pooled(values: Floats, mpp: float) -> Floats:
     """Mean over a disc of ``WINDOW_UM``."""
-    kernel = disc(WINDOW_UM / mpp).astype(np.float32)
+    kernel = _disc(WINDOW_UM / mpp).astype(np.float32)
     kernel /= kernel.sum()
     return np.asarray(cv2.filter2D(values, -1, kernel, borderType=cv2.BORDER_REFLECT), np.float32)
 
@@ -201,3 +248,47 @@ def _ink(density: Floats, roughness: Floats) -> tuple[Mask, Mask]:
     sure: Mask = foreign | (smooth & ((reddish & (red < 0.13 * green)) | bluish))
     fading: Mask = foreign | (smooth & ((reddish & (red < 0.25 * green)) | bluish))
     return faint | (sure & (high > STRONG_INK)), faint | (fading & (high > FAINT_INK))
+
+
+def _connect(flags: Array, mpp: float, min_area_px: float, max_hole_px: float) -> Mask:
+    """Flags at ``mpp`` -> bool [h, w]: textured and no ink, with holes filled, without threads and specks."""
+    excluded = np.logical_or(_strokes(flags, mpp), _has(flags, UNSCANNED))
+    tissue = _morph(cv2.MORPH_ERODE, _has(flags, TEXTURED), (WINDOW_UM - HALO_UM) / mpp)
+    tissue = _morph(cv2.MORPH_OPEN, tissue & ~excluded, max(1, OUTLINE_UM / mpp))
+    tissue |= _holes(tissue, excluded, _has(flags, COLOURED), max_hole_px)
+    return _pieces(tissue, _has(flags, COLOURLESS), min(min_area_px, tissue.size / 4))
+
+
+def _strokes(flags: Array, mpp: float) -> Mask:
+    """Pen strokes: sure ink as wide as a pen, the fading ink connected to it, and their rims."""
+    sure = _morph(cv2.MORPH_OPEN, _has(flags, INK), PEN_UM / mpp)
+    count, label = cv2.connectedComponents((sure | _has(flags, FADING_INK)).view(np.uint8))
+    keep = np.zeros(count, np.bool_)
+    keep[label[sure]] = True
+    return _morph(cv2.MORPH_DILATE, np.asarray(keep[label]), max(1, HALO_UM / mpp))
+
+
+def _holes(tissue: Mask, excluded: Mask, coloured: Mask, max_px: float) -> Mask:
+    """Holes to fill: enclosed, neither ink nor unscanned; small, or smooth and stained."""
+    count, label, stats, _ = cv2.connectedComponentsWithStats((~tissue).view(np.uint8), connectivity=4)
+    x, y, w, h, area = stats.T
+    enclosed = (x > 0) & (y > 0) & (x + w < tissue.shape[1]) & (y + h < tissue.shape[0])
+    clear = np.bincount(label[excluded], minlength=count) < 0.2 * area
+    stained = np.bincount(label[coloured], minlength=count) > 0.5 * area
+    fill = enclosed & clear & (area < np.where(stained, SMOOTH_HOLES, 1) * max_px)
+    fill[0] = False  # the tissue itself
+    return np.asarray(fill[label])
+
+
+def _pieces(tissue: Mask, colourless: Mask, min_px: float) -> Mask:
+    """Connected pieces that are large enough and not grey all over, as edges of glass and bubbles are."""
+    count, label, stats, _ = cv2.connectedComponentsWithStats(tissue.view(np.uint8), connectivity=4)
+    area = stats[:, cv2.CC_STAT_AREA]
+    keep = (area >= min_px) & (np.bincount(label[colourless], minlength=count) < 0.5 * area)
+    keep[0] = False  # the background
+    return np.asarray(keep[label])
+
+
+def _morph(operation: int, mask: Mask, radius_px: float) -> Mask:
+    """Erode, open and so on by a disc; what lies outside the image changes nothing."""
+    return np.asarray(cv2.morphologyEx(mask.view(np.uint8), operation, _disc(radius_px))).view(np.bool_)
