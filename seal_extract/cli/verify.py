@@ -1,4 +1,4 @@
-"""``seal-extract verify`` and ``export``: one line per file, the exit status of what they found."""
+"""``seal-extract verify`` and ``export``: one line per file."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import argparse
 from pathlib import Path
 
 from seal_extract.cli.options import Parser, add_common
-from seal_extract.cli.terminal import echo, fail
+from seal_extract.cli.terminal import echo, exit_status, fail
 
 
 def verify_parser() -> argparse.ArgumentParser:
     """The parser of ``seal-extract verify``."""
     p = Parser(
         prog="seal-extract verify",
-        description="Read every file of a folder as another tool does, and print what falls short of it.",
+        description="Read every file of a folder as another tool does, and print its problems.",
     )
     p.set_defaults(handler=run_verify)
-    p.add_argument("folder", type=Path, metavar="FOLDER", help="the folder that tool would be given")
+    p.add_argument("folder", type=Path, metavar="FOLDER", help="the folder that you would give to that tool")
     p.add_argument(
         "--for",
         required=True,
@@ -29,17 +29,17 @@ def verify_parser() -> argparse.ArgumentParser:
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    """One line per file and problem; 1 if anything falls short, 2 where there is nothing to look at."""
+    """Print one line per problem; the exit status is 1 if a file has one, 2 if there is no file."""
     from seal_extract.features.verify import files_for, verify
 
     files, consumer = files_for(args.folder, args.consumer), args.consumer
-    findings = verify(args.folder, consumer)
-    for finding in findings:
-        echo(finding)
-    short = {f.path for f in findings if not f.is_warning}
+    problems = verify(args.folder, consumer)
+    for problem in problems:
+        echo(problem)
+    short = {f.path for f in problems if not f.is_warning}
     if short:
-        return fail(f"not as {consumer} takes them: {len(short)} of {len(files)} files", 1)
-    echo(f"as {consumer} takes them: {len(files)} of {len(files)} files")
+        return fail(f"{len(short)} of {len(files)} files are not as {consumer} expects", 1)
+    echo(f"{len(files)} of {len(files)} files are as {consumer} expects")
     return 0
 
 
@@ -47,7 +47,7 @@ def export_parser() -> argparse.ArgumentParser:
     """The parser of ``seal-extract export``."""
     p = Parser(
         prog="seal-extract export",
-        description="Copy the features of a finished run into another layout, without encoding again.",
+        description="Convert the features of a finished run to another layout, without encoding again.",
     )
     p.set_defaults(handler=run_export)
     p.add_argument("folder", type=Path, metavar="FOLDER", help="the -o of a finished run, or a part of it")
@@ -63,14 +63,14 @@ def export_parser() -> argparse.ArgumentParser:
         "--slides",
         type=Path,
         metavar="FOLDER",
-        help="that holds the slides, if they have moved; anndata and spatialdata hold a picture of the slide",
+        help="the folder of the slides, if they have moved; anndata and spatialdata hold a picture of one",
     )
     add_common(p)
     return p
 
 
 def run_export(args: argparse.Namespace) -> int:
-    """One line per features file; 1 if any could not be exported."""
+    """Print one line per feature file; the exit status is 1 if one could not be exported."""
     from seal_extract.features.export import export
 
     failed = total = 0
@@ -81,4 +81,4 @@ def run_export(args: argparse.Namespace) -> int:
         else:
             failed += 1
             fail(str(exported), 1)
-    return fail(f"{failed} of {total} files failed", 1) if failed else 0
+    return exit_status(failed, total, "files")

@@ -1,6 +1,6 @@
-"""What the readers of other tools take from one file, and what a file lacks of it.
+"""Checks of one file: does it hold what the loader of another tool reads?
 
-The facts are those tools' own loaders'; every file is read to its end, whoever wrote it.
+The facts come from the loaders of those tools. Every file is read to its end, also files of other tools.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ TRIDENT_COORDS = (
     *("name", "savetodir", "level0_width", "level0_height"),
 )
 TRIDENT_FEATURES = ("name", "savetodir", "encoder")
-MIN_GAPS = 8  # neighbours in a row that must be seen before their distance means something
+MIN_GAPS = 8  # least number of neighbours in a row whose median distance is meaningful
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One thing about one file; a warning is read all the same, but worth a thought.
+class Problem:
+    """A problem of one file. Warnings do not stop the reader from loading the file.
 
     Attributes:
         path: the file.
-        problem: what is there, and what the reader takes.
-        is_warning: it does not fall short.
+        problem: what the file holds, and what the reader expects.
+        is_warning: whether the reader loads the file all the same.
     """
 
     path: Path
@@ -47,11 +47,11 @@ class Finding:
 
 
 @dataclass
-class Seen:
-    """What was found in one file, and what has to be compared between files."""
+class CheckedFile:
+    """A checked file: its problems, and its facts that are compared between files."""
 
     path: Path
-    findings: list[Finding] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
     rows: int | None = None
     dim: int | None = None
     patch_size_l0: int | None = None
@@ -59,33 +59,33 @@ class Seen:
     clam_resize: str | None = None
 
     def short(self, problem: str) -> None:
-        """It falls short."""
-        self.findings.append(Finding(self.path, problem))
+        """Add a problem that stops the reader."""
+        self.problems.append(Problem(self.path, problem))
 
     def warn(self, problem: str) -> None:
-        """It does not, but is worth a thought."""
-        self.findings.append(Finding(self.path, problem, is_warning=True))
+        """Add a warning."""
+        self.problems.append(Problem(self.path, problem, is_warning=True))
 
 
-Check = Callable[[Seen], None]
+Check = Callable[[CheckedFile], None]
 
 
-def in_hdf5(check: Callable[[Seen, h5py.File], None]) -> Check:
-    """A check of what is in an HDF5 file."""
+def in_hdf5(check: Callable[[CheckedFile, h5py.File], None]) -> Check:
+    """Make a check of an HDF5 file from a check of its contents."""
 
-    def look(seen: Seen) -> None:
+    def look(seen: CheckedFile) -> None:
         with open_hdf5(seen.path) as file:
             check(seen, file)
 
     return look
 
 
-def look(path: Path, check: Check) -> Seen:
-    """Open one file as its reader does."""
-    seen = Seen(path)
+def look(path: Path, check: Check) -> CheckedFile:
+    """Check one file; any error while it is read is a problem of the file."""
+    seen = CheckedFile(path)
     try:
         check(seen)
-    except Exception as exc:  # h5py raises whatever the bytes lead it to
+    except Exception as exc:  # h5py raises many kinds of errors on damaged files
         seen.short(f"cannot be read to its end: truncated, damaged or no HDF5 ({_first_line(exc)})")
     return seen
 
@@ -93,8 +93,8 @@ def look(path: Path, check: Check) -> Seen:
 # --- a check per kind of file -----------------------------------------------------------------------
 
 
-def trident_coords(seen: Seen, file: h5py.File) -> None:
-    """TRIDENT's coordinates."""
+def trident_coords(seen: CheckedFile, file: h5py.File) -> None:
+    """Check TRIDENT's coordinates."""
     coords = _coords(seen, file)
     if coords is not None:
         _attributes(seen, coords, TRIDENT_COORDS)
@@ -104,15 +104,15 @@ def trident_coords(seen: Seen, file: h5py.File) -> None:
             seen.warn("no patches")
 
 
-def trident_features(seen: Seen, file: h5py.File) -> None:
-    """TRIDENT's features."""
+def trident_features(seen: CheckedFile, file: h5py.File) -> None:
+    """Check TRIDENT's features."""
     patho_bench(seen, file, empty_is_short=False)
     if isinstance(file.get("features"), h5py.Dataset):
         _attributes(seen, file["features"], TRIDENT_FEATURES)
 
 
-def patho_bench(seen: Seen, file: h5py.File, *, empty_is_short: bool = True) -> None:
-    """Features with their coordinates, as Patho-Bench fuses them, or a slide's embedding."""
+def patho_bench(seen: CheckedFile, file: h5py.File, *, empty_is_short: bool = True) -> None:
+    """Check features with coordinates, as Patho-Bench reads them, or the embedding of a slide."""
     if _is_pooled(seen, file):
         return _patho_bench_pooled(seen, file)
     _rows(seen, file, "features", np.float32, empty_is_short=empty_is_short)
@@ -122,30 +122,30 @@ def patho_bench(seen: Seen, file: h5py.File, *, empty_is_short: bool = True) -> 
         _level0(seen, coords)
 
 
-def _is_pooled(seen: Seen, file: h5py.File) -> bool:
-    """Whether it is a file of a whole slide: ours, or in a folder that has TRIDENT's name for those."""
+def _is_pooled(seen: CheckedFile, file: h5py.File) -> bool:
+    """Whether the file holds the embedding of a whole slide: ours, or in a folder named as TRIDENT does."""
     return "pooling" in _provenance(file) or seen.path.parent.name.startswith("slide_features_")
 
 
-def _patho_bench_pooled(seen: Seen, file: h5py.File) -> None:
-    """One row for the slide: what Patho-Bench reads from ``pooled_embeddings_dir``."""
+def _patho_bench_pooled(seen: CheckedFile, file: h5py.File) -> None:
+    """Check the one row that Patho-Bench reads from ``pooled_embeddings_dir``."""
     rows = file.get("features")
     if isinstance(rows, h5py.Dataset) and (rows.ndim != 2 or len(rows) != 1):
         return seen.short(
-            f"'features' is {rows.dtype} {list(rows.shape)}; Patho-Bench takes float32 [1, D] of a whole "
-            f"slide: if an older version wrote the file, delete it and type the same --slide-level again"
+            f"'features' is {rows.dtype} {list(rows.shape)}; Patho-Bench expects float32 [1, D] of a whole "
+            f"slide; if an older version wrote the file, delete it and run the same --slide-level again"
         )
     _rows(seen, file, "features", np.float32)
 
 
-def clam_features(seen: Seen, file: h5py.File) -> None:
-    """What CLAM loads from ``h5_files``."""
+def clam_features(seen: CheckedFile, file: h5py.File) -> None:
+    """Check features that CLAM loads from ``h5_files``."""
     _rows(seen, file, "features", np.float32)
     _coords(seen, file)
 
 
-def clam_coords(seen: Seen, file: h5py.File) -> None:
-    """What CLAM extracts from."""
+def clam_coords(seen: CheckedFile, file: h5py.File) -> None:
+    """Check coordinates that CLAM extracts from."""
     coords = _coords(seen, file)
     if coords is None:
         return
@@ -156,11 +156,11 @@ def clam_coords(seen: Seen, file: h5py.File) -> None:
         step *= 1 - coords.attrs.get("overlap", 0) / coords.attrs.get("target_patch_size", 1)
         _distances(seen, coords[()], float(step), "level-0 pixels", "patch_size")
     if not len(coords):
-        seen.short("no patches; CLAM's extraction stops at it: leave it out")
+        seen.short("no patches; CLAM's extraction stops at this file: leave it out")
 
 
-def _clam_resize(seen: Seen, coords: h5py.Dataset, ours: dict[str, Any] | None) -> None:
-    """Note where CLAM reads other pixels at a patch of ours than the encoder is to see."""
+def _clam_resize(seen: CheckedFile, coords: h5py.Dataset, ours: dict[str, Any] | None) -> None:
+    """Note where CLAM reads other pixels for one of our patches than the encoder expects."""
     level, read_px = (coords.attrs.get(name) for name in ("patch_level", "patch_size"))
     if ours is not None and (level, read_px) != (ours["level"], ours["patch_px"]):
         patch_px = ours["patch_px"]
@@ -175,52 +175,54 @@ def _clam_resize(seen: Seen, coords: h5py.Dataset, ours: dict[str, Any] | None) 
             )
 
 
-def mil_lab(seen: Seen, file: h5py.File) -> None:
-    """A bag float32 [M, D], as MIL-Lab's models take it."""
+def mil_lab(seen: CheckedFile, file: h5py.File) -> None:
+    """Check a bag float32 [M, D], as MIL-Lab's models read it."""
     if _is_pooled(seen, file):
-        seen.short("is the embedding of a whole slide; MIL-Lab takes those of its patches")
+        seen.short("is the embedding of a whole slide; MIL-Lab expects the embeddings of its patches")
     _rows(seen, file, "features", np.float32)
 
 
-def stamp(seen: Seen, file: h5py.File) -> None:
-    """STAMP's features."""
+def stamp(seen: CheckedFile, file: h5py.File) -> None:
+    """Check STAMP's features."""
     _rows(seen, file, "feats", np.float16, np.float32, empty_is_short=False)
     root = file.attrs
     for name in ("encoder", "stamp_version"):
         if name in root:
-            seen.short(f"root attribute {name!r}; STAMP takes the file for something else: leave it out")
+            seen.short(f"root attribute {name!r}; STAMP mistakes the file for another kind: leave it out")
     if root.get("unit") != "um":
-        seen.short(f"root attribute unit is {_plain(root.get('unit'))!r}; STAMP takes 'um'")
+        seen.short(f"root attribute unit is {_plain(root.get('unit'))!r}; STAMP expects 'um'")
     size_um = root.get("tile_size_um")
     for name in ("tile_size_um", "tile_size_px"):
         if not _is_number(root.get(name)):
-            seen.short(f"root attribute {name} is {_plain(root.get(name))!r}; STAMP takes a number")
+            seen.short(f"root attribute {name} is {_plain(root.get(name))!r}; STAMP expects a number")
     seen.feature_type = str(root.get("feat_type", "tile"))
     if seen.feature_type != "tile":
-        seen.short(f"root attribute feat_type is {seen.feature_type!r}; STAMP takes 'tile' for patches")
+        seen.short(f"root attribute feat_type is {seen.feature_type!r}; STAMP expects 'tile' for patches")
     coords = _coords(seen, file, np.floating)
     if coords is not None and _is_number(size_um):
         _distances(seen, coords[()], float(size_um), "micrometres", "tile_size_um")
 
 
-def check_tensor(seen: Seen) -> None:
-    """A ``.pt`` as CLAM loads it; nothing but tensors is ever unpickled."""
+def check_tensor(seen: CheckedFile) -> None:
+    """Check a ``.pt`` file as CLAM loads it; only tensors are ever unpickled."""
     import torch
 
     try:
         tensor = torch.load(seen.path, map_location="cpu", weights_only=True)
-    except Exception as exc:  # torch raises whatever the bytes lead it to
-        seen.short(f"torch.load takes no tensor: truncated, or other objects ({_first_line(exc)})")
+    except Exception as exc:  # torch raises many kinds of errors on damaged files
+        seen.short(
+            f"torch.load finds no tensor: the file is truncated or holds other objects ({_first_line(exc)})"
+        )
         return
     if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float32 or tensor.ndim != 2:
         what = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor)
-        seen.short(f"holds {what}; taken: a tensor float32 [N, D]")
+        seen.short(f"holds {what}; expected: a tensor float32 [N, D]")
         return
     seen.rows, seen.dim = tensor.shape
     _count(seen, (tensor.numpy(),), recorded=0)
-    with ZipFile(seen.path) as archive:  # torch.load looks at no checksum
+    with ZipFile(seen.path) as archive:  # torch.load does not verify checksums
         if archive.testzip() is not None:
-            seen.short("its values are not those that were written: damaged on the disk; export it again")
+            seen.short("a checksum is wrong: the file was damaged on the disk; export it again")
     if not seen.rows:
         seen.short("no patches; a bag without rows cannot be trained on: leave the slide out")
 
@@ -229,21 +231,21 @@ def check_tensor(seen: Seen) -> None:
 
 
 def _rows(
-    seen: Seen,
+    seen: CheckedFile,
     file: h5py.File,
     name: str,
     *dtypes: type[np.floating[Any]],
     empty_is_short: bool = True,
 ) -> None:
-    """Features of the right form, finite, and as many as coordinates."""
+    """Check that features have the right form, are finite, and are as many as the coordinates."""
     rows = file.get(name)
     taken = " or ".join(np.dtype(t).name for t in dtypes)
     if not isinstance(rows, h5py.Dataset):
         what = "a group" if rows is not None else "missing"
-        seen.short(f"{name!r} is {what}, there is {sorted(file)}; taken: a dataset {taken} [N, D]")
+        seen.short(f"{name!r} is {what}, there is {sorted(file)}; expected: a dataset {taken} [N, D]")
         return
     if rows.ndim != 2 or rows.dtype not in dtypes:
-        seen.short(f"{name!r} is {rows.dtype} {list(rows.shape)}; taken: {taken} [N, D]")
+        seen.short(f"{name!r} is {rows.dtype} {list(rows.shape)}; expected: {taken} [N, D]")
     if rows.ndim != 2 or rows.dtype.kind != "f":
         return
     seen.rows, seen.dim = rows.shape
@@ -256,8 +258,8 @@ def _rows(
         seen.warn("no patches")
 
 
-def _count(seen: Seen, pieces: Iterable[NDArray[Any]], recorded: int) -> None:
-    """Rows that are no embedding: NaN or infinite, or all zeros."""
+def _count(seen: CheckedFile, pieces: Iterable[NDArray[Any]], recorded: int) -> None:
+    """Count rows that cannot be embeddings: NaN or infinite, or all zeros."""
     bad = zeros = rows = 0
     for piece in pieces:
         rows += len(piece)
@@ -279,39 +281,39 @@ def _provenance(file: h5py.File) -> dict[str, Any]:
     return dict(json.loads(text)) if isinstance(text, str) else {}
 
 
-def _coords(seen: Seen, file: h5py.File, kind: Any = np.integer) -> h5py.Dataset | None:
+def _coords(seen: CheckedFile, file: h5py.File, kind: Any = np.integer) -> h5py.Dataset | None:
     coords = file.get("coords")
     wanted = "integers [N, 2] in level-0 pixels" if kind is np.integer else "float32 [N, 2] in micrometres"
     if not isinstance(coords, h5py.Dataset):
-        seen.short(f"'coords' is missing, there is {sorted(file)}; taken: {wanted}")
+        seen.short(f"'coords' is missing, there is {sorted(file)}; expected: {wanted}")
         return None
     if coords.ndim != 2 or coords.shape[1] != 2 or not np.issubdtype(coords.dtype, kind):
-        seen.short(f"'coords' is {coords.dtype} {list(coords.shape)}; taken: {wanted}")
+        seen.short(f"'coords' is {coords.dtype} {list(coords.shape)}; expected: {wanted}")
         return None
-    coords[()]  # raises where a checksum is wrong
+    coords[()]  # raises an error if a checksum is wrong
     if seen.rows is not None and len(coords) != seen.rows:
         seen.short(f"{len(coords)} coordinates for {seen.rows} rows of features; they must be as many")
     return coords
 
 
-def _attributes(seen: Seen, dataset: h5py.Dataset, names: Sequence[str]) -> None:
+def _attributes(seen: CheckedFile, dataset: h5py.Dataset, names: Sequence[str]) -> None:
     missing = [name for name in names if name not in dataset.attrs]
     if missing:
         where = dataset.name.strip("/")
         seen.short(f"attributes missing on {where!r}: {', '.join(missing)}")
 
 
-def _sizes(seen: Seen, coords: h5py.Dataset, names: Sequence[str], smallest: int = 1) -> None:
+def _sizes(seen: CheckedFile, coords: h5py.Dataset, names: Sequence[str], smallest: int = 1) -> None:
     for name in names:
         value = _plain(coords.attrs.get(name))
         if not _is_number(value) or value != int(value) or value < smallest:
-            seen.short(f"attribute {name} on 'coords' is {value!r}; taken: a whole number")
+            seen.short(f"attribute {name} on 'coords' is {value!r}; expected: a whole number")
         elif name == "patch_size_level0":
             seen.patch_size_l0 = int(value)
 
 
-def _level0(seen: Seen, coords: h5py.Dataset) -> None:
-    """Coordinates must lie on the slide, a patch apart: those of another level lie closer together."""
+def _level0(seen: CheckedFile, coords: h5py.Dataset) -> None:
+    """Check that coordinates lie on the slide, one patch apart; those of another level lie closer."""
     attrs, xy = coords.attrs, coords[()]
     size = [attrs.get("level0_width"), attrs.get("level0_height")]
     if all(map(_is_number, size)) and len(xy):
@@ -325,8 +327,8 @@ def _level0(seen: Seen, coords: h5py.Dataset) -> None:
         _distances(seen, xy, seen.patch_size_l0 * share, "level-0 pixels", "patch_size_level0")
 
 
-def _distances(seen: Seen, xy: NDArray[Any], step: float, unit: str, said: str) -> None:
-    """Neighbours in a row of patches are a step apart, or the coordinates are of another unit."""
+def _distances(seen: CheckedFile, xy: NDArray[Any], step: float, unit: str, said: str) -> None:
+    """Check that neighbours in a row are one step apart; otherwise the coordinates have another unit."""
     ordered = xy[np.lexsort((xy[:, 0], xy[:, 1]))].astype(np.float64)
     gaps = np.diff(ordered[:, 0])[np.diff(ordered[:, 1]) == 0]
     gaps = gaps[gaps > 0]
@@ -340,7 +342,7 @@ def _distances(seen: Seen, xy: NDArray[Any], step: float, unit: str, said: str) 
 
 
 def _plain(value: Any) -> Any:
-    """An attribute as it is printed: 512, not np.int64(512)."""
+    """An attribute as a plain Python value, which prints as 512 and not as np.int64(512)."""
     return value.item() if isinstance(value, np.generic) else value
 
 

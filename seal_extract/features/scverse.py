@@ -1,7 +1,7 @@
 """Features for the scverse tools: one AnnData file or one SpatialData store per slide.
 
-The ``.h5ad`` is written row by row in the form that anndata documents, without anndata, so that a slide's
-features need not fit into memory. Reading it, and SpatialData, take the ``[scverse]`` extra.
+AnnData needs the package anndata, SpatialData the ``[scverse]`` extra. Rows are copied piece by piece,
+so that the features of a slide need not fit into memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,34 +29,34 @@ from seal_extract.names import shown
 from seal_extract.publish import claimed, writing
 from seal_extract.slides.overview import Overview
 
-LOWRES_PX = 600  # longest side of the smaller picture, as of Space Ranger's
+LOWRES_PX = 600  # longest side of the smaller picture, as in Space Ranger's output
 
 
 @dataclass(frozen=True)
 class ScverseForm:
-    """A file or store per slide.
+    """A form of file or store, one per slide.
 
     Attributes:
-        suffix: of its name.
+        suffix: suffix of the file name.
         write: ``write(features, path, overview)``.
-        read_provenance: what made the file, or None where this package did not.
-        needs: module that has to be installed, or None.
+        read_provenance: reads how a file was made; None for files of other tools.
+        needs: the module that has to be installed.
         takes_empty: whether a slide without patches can be written.
     """
 
     suffix: str
     write: Callable[[SlideFeatures, Path, Overview | None], None]
     read_provenance: Callable[[Path], dict[str, Any] | None]
-    needs: str | None = None
+    needs: str
     takes_empty: bool = True
 
     def check_installed(self) -> None:
-        """Refuse before any work where the extra is missing.
+        """Refuse before any work if the module is missing.
 
         Raises:
-            UsageError: it is.
+            UsageError: it is not installed.
         """
-        if self.needs is not None and find_spec(self.needs) is None:
+        if find_spec(self.needs) is None:
             raise UsageError(f"{self.needs} is not installed; {how_to_install('scverse')}")
 
 
@@ -74,66 +73,73 @@ def write_h5ad(
     observed: dict[str, NDArray[np.float32]] | None = None,
     provenance: dict[str, Any] | None = None,
 ) -> None:
-    """Write an AnnData file: a patch is an observation, a feature a variable.
+    """Write an AnnData file, in which each patch is an observation and each feature a variable.
 
-    ``X`` float32 [N, D]; ``obsm["spatial"]`` float64 [N, 2], the patches' centres in level-0 pixels;
-    ``obs`` ``x_l0``, ``y_l0``, their top-left corners, and what was ``observed``; ``uns`` ``mpp`` (µm/px at
-    level 0), ``patch_size_l0``, ``patch_um``, ``encoder``, ``slide`` and ``seal_extract``, the provenance as
-    JSON; and ``spatial``, the slide's picture with its scale factors, by which scanpy and squidpy plot.
+    ``X`` is float32 [N, D]. ``obsm["spatial"]``, float64 [N, 2], holds the centres of the patches in level-0
+    pixels. ``obs`` holds their top-left corners ``x_l0`` and ``y_l0``, and ``observed``. ``uns`` holds
+    ``mpp`` (µm/px at level 0), ``patch_size_l0``, ``patch_um``, ``encoder``, ``slide``, ``seal_extract`` (the
+    provenance as JSON), and ``spatial``, the picture of the slide that scanpy and squidpy plot.
 
     Args:
-        features: of the slide.
+        features: features of the slide.
         path: the file.
-        overview: the slide; without it there is no ``spatial``.
-        variables: names of the columns of ``X``, where it is another table of the same patches, such as their
-            expression; the columns of the features by default.
-        pieces: its rows in order, float32 [B, D], some at a time.
+        overview: the slide at low resolution; without it there is no ``spatial``.
+        variables: names of the columns of ``X``, if it is another table of the same patches, such as their
+            expression; by default the columns of the features.
+        pieces: the rows of that table in order, float32 [B, D] each.
         observed: further columns of ``obs``, [N] each; a ``/`` in a name becomes ``_``.
-        provenance: of that table; the features' own by default.
+        provenance: provenance of that table; by default that of the features.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the file cannot be written.
+        UsageError: anndata is not installed, or a column has no possible name.
     """
-    grid, slide, encoder = features.grid, shown(path.stem), features.provenance["encoder"]["name"]
-    further = _as_columns(observed or {})
+    SCVERSE["anndata"].check_installed()
+    from anndata.io import write_elem
+    from pandas import DataFrame
+
+    slide = shown(path.stem)
+    x, y = features.grid.xy_l0.T
+    columns = {"x_l0": x, "y_l0": y} | _as_columns(observed or {})
+    encoder = features.provenance["encoder"]["name"]
+    names = [f"{encoder}_{i}" for i in range(features.dim)] if variables is None else list(variables)
+    uns = _facts(features, slide)
+    uns[PROVENANCE] = json.dumps(features.provenance if provenance is None else provenance)
+    if overview is not None:
+        uns["spatial"] = {slide: _picture(features, overview)}
     with new_hdf5(path) as (file, _):
-        _tag(file, "anndata", "0.1.0")
-        names = [f"{encoder}_{i}" for i in range(features.dim)] if variables is None else list(variables)
-        rows = read_pieces(features.path) if pieces is None else pieces
-        _write_rows(file, (len(grid), len(names)), rows)
-        x, y = grid.xy_l0.T
-        _frame(file, "obs", _patch_names(slide, features), {"x_l0": x, "y_l0": y} | further)
-        _frame(file, "var", names, {})
-        _array(_dict(file, "obsm"), "spatial", _centres(features))
+        file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+        shape = (len(features.grid), len(names))
+        chunks = (max(1, min(shape[0], CHUNK_BYTES // (4 * shape[1]))), shape[1]) if all(shape) else None
+        rows = file.create_dataset("X", shape, np.float32, chunks=chunks, fletcher32=chunks is not None)
+        rows.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+        done = 0
+        for piece in read_pieces(features.path) if pieces is None else pieces:
+            rows[done : done + len(piece)] = piece
+            done += len(piece)
+        write_elem(file, "obs", DataFrame(columns, index=_patch_names(slide, features)))
+        write_elem(file, "var", DataFrame(index=names))
+        write_elem(file, "obsm", {"spatial": _centres(features)})
+        write_elem(file, "uns", uns, dataset_kwargs={"compression": "gzip"})
         for empty in ("layers", "obsp", "varm", "varp"):
-            _dict(file, empty)
-        uns = _dict(file, "uns")
-        made_of = json.dumps(features.provenance if provenance is None else provenance)
-        for key, value in (_facts(features, slide) | {PROVENANCE: made_of}).items():
-            text = isinstance(value, str)
-            dataset = uns.create_dataset(key, data=value, dtype=h5py.string_dtype() if text else None)
-            _tag(dataset, "string" if text else "numeric-scalar", "0.2.0")
-        if overview is not None:
-            _write_picture(_dict(_dict(uns, "spatial"), slide), features, overview)
+            write_elem(file, empty, {})
 
 
-def _write_picture(group: h5py.Group, features: SlideFeatures, overview: Overview) -> None:
-    """The slide as scanpy and squidpy read it of Space Ranger: two pictures and their scales."""
+def _picture(features: SlideFeatures, overview: Overview) -> dict[str, dict[str, Any]]:
+    """Two pictures and their scales, in the form of Space Ranger that scanpy and squidpy read."""
     height, width = overview.rgb.shape[:2]
     shrunk = min(1.0, LOWRES_PX / max(height, width))
     size = (max(1, round(width * shrunk)), max(1, round(height * shrunk)))
-    lowres = cv2.resize(overview.rgb, size, interpolation=cv2.INTER_AREA)
-    images, scales = _dict(group, "images"), _dict(group, "scalefactors")
-    for name, rgb in (("hires", overview.rgb), ("lowres", lowres)):
-        _tag(images.create_dataset(name, data=rgb, compression="gzip"), "array", "0.2.0")
-        scale = rgb.shape[1] / width / overview.downsample  # pixels per level-0 pixel
-        _tag(scales.create_dataset(f"tissue_{name}_scalef", data=scale), "numeric-scalar", "0.2.0")
-    diameter = float(features.grid.patch_size_l0)
-    _tag(scales.create_dataset("spot_diameter_fullres", data=diameter), "numeric-scalar", "0.2.0")
+    images = {"hires": overview.rgb, "lowres": cv2.resize(overview.rgb, size, interpolation=cv2.INTER_AREA)}
+    scales = {  # pixels per level-0 pixel
+        f"tissue_{name}_scalef": rgb.shape[1] / width / overview.downsample for name, rgb in images.items()
+    }
+    diameter = {"spot_diameter_fullres": float(features.grid.patch_size_l0)}
+    return {"images": images, "scalefactors": scales | diameter}
 
 
 def read_h5ad_provenance(path: Path) -> dict[str, Any] | None:
-    """What made an ``.h5ad``, or None where this package did not."""
+    """How an ``.h5ad`` was made; None if this package did not write it."""
     try:
         with open_hdf5(path) as file:
             return dict(json.loads(file["uns"][PROVENANCE].asstr()[()]))
@@ -141,52 +147,15 @@ def read_h5ad_provenance(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _write_rows(file: h5py.File, shape: tuple[int, int], pieces: Iterable[NDArray[np.float32]]) -> None:
-    n, dim = shape
-    chunks = (max(1, min(n, CHUNK_BYTES // (4 * dim))), dim) if n and dim else None
-    rows, done = file.create_dataset("X", shape, np.float32, chunks=chunks, fletcher32=chunks is not None), 0
-    for piece in pieces:
-        rows[done : done + len(piece)] = piece
-        done += len(piece)
-    _tag(rows, "array", "0.2.0")
-
-
-def _frame(file: h5py.File, name: str, index: list[str], columns: dict[str, NDArray[Any]]) -> None:
-    group = file.create_group(name)
-    _tag(group, "dataframe", "0.2.0")
-    group.attrs["_index"] = "_index"
-    group.attrs.create("column-order", np.array(list(columns), object), dtype=h5py.string_dtype())
-    names = group.create_dataset("_index", data=np.array(index, object), dtype=h5py.string_dtype())
-    _tag(names, "string-array", "0.2.0")
-    for key, values in columns.items():
-        _array(group, key, values)
-
-
 def _as_columns(observed: dict[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
-    """By names that HDF5 takes, none of them twice or one of our own."""
+    """Replace ``/`` in names, and refuse names that HDF5 or `write_h5ad` cannot take."""
     columns: dict[str, NDArray[np.float32]] = {}
     for name, values in observed.items():
         column = name.replace("/", "_")
         if column in {"", ".", "_index", "x_l0", "y_l0", *columns}:
-            raise UsageError(
-                f"AnnData has no place for a column {column!r} of that name; give it another name"
-            )
+            raise UsageError(f"AnnData cannot hold a column named {column!r}; give it another name")
         columns[column] = values
     return columns
-
-
-def _dict(parent: h5py.Group, name: str) -> h5py.Group:
-    group = parent.create_group(name)
-    _tag(group, "dict", "0.1.0")
-    return group
-
-
-def _array(group: h5py.Group, name: str, values: NDArray[Any]) -> None:
-    _tag(group.create_dataset(name, data=values), "array", "0.2.0")
-
-
-def _tag(item: h5py.Group | h5py.Dataset, kind: str, version: str) -> None:
-    item.attrs.update({"encoding-type": kind, "encoding-version": version})
 
 
 # --- SpatialData ------------------------------------------------------------------------------------
@@ -195,14 +164,14 @@ def _tag(item: h5py.Group | h5py.Dataset, kind: str, version: str) -> None:
 def write_spatialdata(features: SlideFeatures, path: Path, overview: Overview | None = None) -> None:
     """Write a SpatialData store: ``shapes["patches"]``, squares in level-0 pixels, annotated by a table.
 
-    An overview of the slide becomes ``images["slide"]``. Coordinate systems: ``global``, level-0 pixels, and
-    ``um``, micrometres. The table is `write_h5ad`'s.
+    An overview of the slide becomes ``images["slide"]``. The coordinate system ``global`` is in level-0
+    pixels, ``um`` in micrometres. The table is the one of `write_h5ad`.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the store cannot be written.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what these libraries tell one another of their next releases
+        warnings.simplefilter("ignore")  # deprecations that these libraries announce to each other
         _write_store(features, path, overview)
 
 
@@ -254,7 +223,7 @@ def _write_store(features: SlideFeatures, path: Path, overview: Overview | None)
 
 
 def read_store_provenance(path: Path) -> dict[str, Any] | None:
-    """What made a SpatialData store, or None where this package did not."""
+    """How a SpatialData store was made; None if this package did not write it."""
     for name in ("zarr.json", ".zattrs"):
         try:
             entries = json.loads((path / name).read_text())
@@ -266,7 +235,7 @@ def read_store_provenance(path: Path) -> dict[str, Any] | None:
 
 
 def _publish_store(store: Any, path: Path) -> None:
-    """A folder with its final name is complete, as a file is."""
+    """Write beside the final name and rename, so that a folder with its final name is complete."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with claimed(path.parent, as_folder=True) as part:
@@ -299,6 +268,6 @@ def _facts(features: SlideFeatures, slide: str) -> dict[str, Any]:
 
 
 SCVERSE = {
-    "anndata": ScverseForm(".h5ad", write_h5ad, read_h5ad_provenance),
+    "anndata": ScverseForm(".h5ad", write_h5ad, read_h5ad_provenance, "anndata"),
     "spatialdata": ScverseForm(".zarr", write_spatialdata, read_store_provenance, "spatialdata", False),
 }

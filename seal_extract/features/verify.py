@@ -1,4 +1,4 @@
-"""A folder of features held to what a consumer reads: TRIDENT, Patho-Bench, CLAM, STAMP, MIL-Lab."""
+"""Verify a folder of features for a tool: TRIDENT, Patho-Bench, CLAM, STAMP or MIL-Lab."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from seal_extract.encoders.registry import list_encoders
 from seal_extract.errors import UsageError
 from seal_extract.features.checks import (
     Check,
-    Finding,
-    Seen,
+    CheckedFile,
+    Problem,
     check_tensor,
     clam_coords,
     clam_features,
@@ -26,21 +26,21 @@ from seal_extract.features.checks import (
 )
 
 
-def verify(folder: str | os.PathLike[str], consumer: str) -> tuple[Finding, ...]:
-    """All that falls short, or is worth a warning, of what the reader of ``consumer`` takes.
+def verify(folder: str | os.PathLike[str], consumer: str) -> tuple[Problem, ...]:
+    """All problems and warnings of the files that ``consumer`` would read.
 
     Args:
-        folder: the folder that one would give to that tool.
+        folder: the folder that you would give to that tool.
         consumer: ``"trident"``, ``"patho-bench"``, ``"clam"``, ``"stamp"`` or ``"mil-lab"``.
 
     Raises:
-        UsageError: no such consumer, or no file in the folder that it would read.
+        UsageError: there is no such tool, or it would read no file of the folder.
     """
     files = files_for(folder, consumer)
     seen = [look(path, check) for path, check in files.items()]
     if consumer == "clam":
         seen += [*_unpaired(files, seen), *_resized(seen)]
-    return tuple(f for s in [*seen, *_compare(seen, consumer)] for f in s.findings)
+    return tuple(f for s in [*seen, *_compare(seen, consumer)] for f in s.problems)
 
 
 def files_for(folder: str | os.PathLike[str], consumer: str) -> dict[Path, Check]:
@@ -50,18 +50,18 @@ def files_for(folder: str | os.PathLike[str], consumer: str) -> dict[Path, Check
         UsageError: see `verify`.
     """
     folder = Path(folder)
-    if folder.name in ("", ".."):  # names of folders are looked at
+    if folder.name in ("", ".."):  # the check depends on folder names
         folder = folder.resolve()
     if consumer not in CONSUMERS:
         raise UsageError(f"--for is {consumer!r}; allowed: {', '.join(CONSUMERS)}")
     if not folder.is_dir():
-        raise UsageError(f"{folder} is no folder; give the one that {consumer} would read")
+        raise UsageError(f"{folder} is not a folder; give the one that {consumer} would read")
     files = CONSUMERS[consumer](folder)
     if not files:
         layout = LAYOUT_FOR.get(consumer, consumer)
         raise UsageError(
             f"{folder} holds nothing that {consumer} reads: looked for {LOOKED_FOR[consumer]}; "
-            f"a finished run becomes that by: seal-extract export {folder} --layout {layout} -o {layout}"
+            f"convert a finished run with: seal-extract export {folder} --layout {layout} -o {layout}"
         )
     return files
 
@@ -116,7 +116,7 @@ CONSUMERS: dict[str, Callable[[Path], dict[Path, Check]]] = {
     "stamp": _stamp_files,
     "mil-lab": _mil_files,
 }
-LAYOUT_FOR = {"patho-bench": "trident", "mil-lab": "flat"}  # the others are called as their layouts
+LAYOUT_FOR = {"patho-bench": "trident", "mil-lab": "flat"}  # the other tools have the names of their layouts
 LOOKED_FOR = {
     "clam": "h5_files/*.h5, pt_files/*.pt and patches/*.h5",
     "trident": "patches/*_patches.h5 and features_*/*.h5",
@@ -129,17 +129,17 @@ LOOKED_FOR = {
 # --- between files ----------------------------------------------------------------------------------
 
 
-def _compare(seen: Sequence[Seen], consumer: str) -> Iterator[Seen]:
-    """Files that differ from most of those that go together with them."""
+def _compare(seen: Sequence[CheckedFile], consumer: str) -> Iterator[CheckedFile]:
+    """Find files that differ from most files of their folder."""
     for folder in dict.fromkeys(s.path.parent for s in seen):
         together = [s for s in seen if s.path.parent == folder]
         for one, usual in _unlike(together, lambda s: s.dim):
-            found = Seen(one.path)
+            found = CheckedFile(one.path)
             found.short(f"features of {one.dim} columns, most files have {usual}; one model takes one width")
             yield found
         if consumer in ("trident", "patho-bench"):
             for one, usual in _unlike(together, lambda s: s.patch_size_l0):
-                found = Seen(one.path)
+                found = CheckedFile(one.path)
                 found.warn(
                     f"patch_size_level0 is {one.patch_size_l0}, most files have {usual}; "
                     f"Patho-Bench fuses slides of one patient only if it is the same"
@@ -147,19 +147,21 @@ def _compare(seen: Sequence[Seen], consumer: str) -> Iterator[Seen]:
                 yield found
 
 
-def _unlike(seen: Sequence[Seen], of: Callable[[Seen], int | None]) -> Iterator[tuple[Seen, int]]:
+def _unlike(
+    seen: Sequence[CheckedFile], of: Callable[[CheckedFile], int | None]
+) -> Iterator[tuple[CheckedFile, int]]:
     counts = Counter(value for s in seen if (value := of(s)) is not None)
     if len(counts) > 1:
         usual = counts.most_common(1)[0][0]
         yield from ((s, usual) for s in seen if of(s) not in (None, usual))
 
 
-def _unpaired(files: Iterable[Path], seen: Sequence[Seen]) -> Iterator[Seen]:
-    """CLAM trains on ``pt_files``: one for every file in ``h5_files``, with as many rows."""
+def _unpaired(files: Iterable[Path], seen: Sequence[CheckedFile]) -> Iterator[CheckedFile]:
+    """Find files of ``h5_files`` without a file of ``pt_files`` with as many rows, on which CLAM trains."""
     rows = {s.path: s.rows for s in seen}
     for path in [p for p in files if p.parent.name == "h5_files"]:
         tensor = path.parent.parent / "pt_files" / f"{path.stem}.pt"
-        found = Seen(tensor)
+        found = CheckedFile(tensor)
         if tensor not in rows:
             found.short(f"missing, though {path.parent.name}/{path.name} is there; CLAM trains on it")
         elif None not in (rows[tensor], rows[path]) and rows[tensor] != rows[path]:
@@ -167,14 +169,14 @@ def _unpaired(files: Iterable[Path], seen: Sequence[Seen]) -> Iterator[Seen]:
         yield found
 
 
-def _resized(seen: Sequence[Seen]) -> Iterator[Seen]:
-    """Coordinates at which CLAM sees another scale unless its transform resizes, once per folder."""
+def _resized(seen: Sequence[CheckedFile]) -> Iterator[CheckedFile]:
+    """Warn once per folder where CLAM would see another scale unless its transform resizes."""
     own_size = ", ".join(spec.name for spec in list_encoders() if spec.input.resize_px is None)
     for (folder, said), files in Counter((s.path.parent, s.clam_resize) for s in seen).items():
         if said is not None:
-            found = Seen(folder)
+            found = CheckedFile(folder)
             found.warn(
-                f"in {files} files {said}. Otherwise encoders that do not resize ({own_size}) see a wrong "
-                f"scale in silence, and the others another filter"
+                f"in {files} files {said}. Otherwise encoders that do not resize ({own_size}) silently "
+                f"see a wrong scale, and the others see another resampling filter"
             )
             yield found

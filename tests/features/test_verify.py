@@ -83,15 +83,18 @@ def test_an_empty_slide_of_ours_is_not_in_clams_way_and_a_foreign_one_is(tmp_pat
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"features": None}, "'features' is missing, there is ['coords']; taken: a dataset float32 [N, D]"),
-        ({"features": np.zeros((1, 30, DIM), np.float32)}, "'features' is float32 [1, 30, 24]; taken"),
-        ({"features": np.ones((30, DIM), np.float16)}, "'features' is float16 [30, 24]; taken: float32"),
+        (
+            {"features": None},
+            "'features' is missing, there is ['coords']; expected: a dataset float32 [N, D]",
+        ),
+        ({"features": np.zeros((1, 30, DIM), np.float32)}, "'features' is float32 [1, 30, 24]; expected"),
+        ({"features": np.ones((30, DIM), np.float16)}, "'features' is float16 [30, 24]; expected: float32"),
         ({"features": np.ones((29, DIM), np.float32)}, "30 coordinates for 29 rows of features"),
         ({"features": np.full((30, DIM), np.nan, np.float32)}, "30 of 30 rows hold NaN or infinity"),
-        ({"coords": np.zeros((30, 2), np.float32)}, "'coords' is float32 [30, 2]; taken: integers [N, 2]"),
-        ({"coords": np.zeros((30, 5), np.int32)}, "'coords' is int32 [30, 5]; taken: integers [N, 2]"),
-        ({"patch_size_level0": None}, "attribute patch_size_level0 on 'coords' is None; taken: a whole"),
-        ({"patch_size_level0": 511.5}, "attribute patch_size_level0 on 'coords' is 511.5; taken: a whole"),
+        ({"coords": np.zeros((30, 2), np.float32)}, "'coords' is float32 [30, 2]; expected: integers [N, 2]"),
+        ({"coords": np.zeros((30, 5), np.int32)}, "'coords' is int32 [30, 5]; expected: integers [N, 2]"),
+        ({"patch_size_level0": None}, "attribute patch_size_level0 on 'coords' is None; expected: a whole"),
+        ({"patch_size_level0": 511.5}, "attribute patch_size_level0 on 'coords' is 511.5; expected: a whole"),
     ],
 )
 def test_what_falls_short_in_a_foreign_file_is_one_line(tmp_path, changes, problem):
@@ -105,7 +108,7 @@ def test_a_group_in_place_of_features_is_named(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["features/uni"] = np.zeros((3, DIM), np.float32)
     assert lines(tmp_path, "mil-lab") == [
-        ("a.h5", "'features' is a group, there is ['features']; taken: a dataset float32 [N, D]")
+        ("a.h5", "'features' is a group, there is ['features']; expected: a dataset float32 [N, D]")
     ]
 
 
@@ -204,9 +207,9 @@ def test_clam_misses_tensors_and_takes_no_others(tmp_path):
     (tensors / "d.pt").write_bytes((tensors / "d.pt").read_bytes()[:900])
     found = dict(lines(tmp_path, "clam", warnings=False))
     assert found["a.pt"] == "missing, though h5_files/a.h5 is there; CLAM trains on it"
-    assert found["b.pt"] == "holds torch.float16 [50, 24]; taken: a tensor float32 [N, D]"
+    assert found["b.pt"] == "holds torch.float16 [50, 24]; expected: a tensor float32 [N, D]"
     assert found["c.pt"] == "49 rows, but h5_files/c.h5 has 50"
-    assert found["d.pt"].startswith("torch.load takes no tensor: truncated, or other objects")
+    assert found["d.pt"].startswith("torch.load finds no tensor")
     assert len(found) == 4
 
 
@@ -217,7 +220,7 @@ def test_coordinates_at_which_clam_needs_a_resize_are_told_once_per_folder(tmp_p
     assert folder == "patches"
     assert line.startswith("in 2 files CLAM reads 512 px for a patch of 256 px and does not resize")
     assert "encoder.transform_for(256), not encoder.transform" in line
-    assert "(seal-conch, seal-phikon2, conch, phikon2) see a wrong scale" in line
+    assert "(seal-conch, seal-phikon2, conch, phikon2) silently see a wrong scale" in line
     assert "level" not in line
 
 
@@ -250,15 +253,15 @@ def test_a_pickle_is_never_run(tmp_path):
     torch.save(Trap(), tmp_path / "pt_files/a.pt")
     ((name, line),) = lines(tmp_path, "clam")
     assert name == "a.pt"
-    assert line.startswith("torch.load takes no tensor")
+    assert line.startswith("torch.load finds no tensor")
     assert not (tmp_path / "sprung").exists()
 
 
 def test_tridents_coordinates_are_not_clams(tmp_path):
     write_foreign(tmp_path / "patches/a.h5", features=None)
     assert lines(tmp_path, "clam") == [
-        ("a.h5", "attribute patch_size on 'coords' is None; taken: a whole number"),
-        ("a.h5", "attribute patch_level on 'coords' is None; taken: a whole number"),
+        ("a.h5", "attribute patch_size on 'coords' is None; expected: a whole number"),
+        ("a.h5", "attribute patch_level on 'coords' is None; expected: a whole number"),
     ]
 
 
@@ -294,13 +297,13 @@ def test_root_attributes_that_mislead_stamp_are_found(tmp_path):
 def test_the_command_prints_a_line_per_problem_and_exits_with_1_only_if_one_falls_short(tmp_path, capsys):
     write(tmp_path, "flat")
     assert main(["verify", str(tmp_path), "--for", "patho-bench"]) == 0
-    assert capsys.readouterr().out == "as patho-bench takes them: 1 of 1 files\n"
+    assert capsys.readouterr().out == "1 of 1 files are as patho-bench expects\n"
     write_foreign(tmp_path / "b.h5", features=None)
     assert main(["verify", str(tmp_path), "--for", "patho-bench"]) == 1
     out, err = capsys.readouterr()
     assert out.startswith(f"{tmp_path / 'b.h5'}: 'features' is missing")
     assert out.count("\n") == 1
-    assert err == "seal-extract: not as patho-bench takes them: 1 of 2 files\n"
+    assert err == "seal-extract: 1 of 2 files are not as patho-bench expects\n"
 
 
 @pytest.mark.parametrize("consumer", CONSUMERS)
@@ -309,7 +312,7 @@ def test_a_foreign_folder_exits_with_2_and_says_what_was_looked_for(tmp_path, co
     assert main(["verify", str(tmp_path), "--for", consumer]) == 2
     assert capsys.readouterr().err == (
         f"seal-extract: {tmp_path} holds nothing that {consumer} reads: looked for {LOOKED_FOR[consumer]}; "
-        f"a finished run becomes that by: seal-extract export {tmp_path} --layout {SERVES[consumer]} "
+        f"convert a finished run with: seal-extract export {tmp_path} --layout {SERVES[consumer]} "
         f"-o {SERVES[consumer]}\n"
     )
 
@@ -317,7 +320,7 @@ def test_a_foreign_folder_exits_with_2_and_says_what_was_looked_for(tmp_path, co
 def test_unknown_consumers_and_folders_are_refused(tmp_path):
     with pytest.raises(UsageError, match="--for is 'clem'; allowed: clam, trident, patho-bench, stamp"):
         verify(tmp_path, "clem")
-    with pytest.raises(UsageError, match="no is no folder; give the one that clam would read"):
+    with pytest.raises(UsageError, match="no is not a folder; give the one that clam would read"):
         verify(tmp_path / "no", "clam")
 
 
