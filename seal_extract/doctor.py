@@ -184,8 +184,7 @@ def _slide(path: Path, slide_mpp: float | None, override_mpp: float | None) -> t
     from seal_extract.patches.stream import stream_batches
     from seal_extract.patches.tiles import open_patch_reader
     from seal_extract.run.options import ExtractOptions, plan_slide
-    from seal_extract.slides.listing import SlideEntry
-    from seal_extract.slides.mpp import open_entry
+    from seal_extract.slides.entry import SlideEntry, open_entry
 
     with open_entry(SlideEntry.of(path), slide_mpp, override_mpp) as slide:
         plan = plan_slide(slide, ExtractOptions(allow_upsampling=True))

@@ -18,8 +18,7 @@ from seal_extract.patches.stream import JOB_BYTES, ROWS_PER_JOB
 from seal_extract.patches.tiled import Unsuitable
 from seal_extract.patches.tiles import TileReader, open_patch_reader
 from seal_extract.run.options import ExtractOptions, plan_slide
-from seal_extract.slides.listing import SlideEntry
-from seal_extract.slides.mpp import open_entry
+from seal_extract.slides.entry import SlideEntry, open_entry
 from seal_extract.slides.slide import Slide
 
 

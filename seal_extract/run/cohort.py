@@ -30,7 +30,8 @@ from seal_extract.run.status_table import (
     StatusRow,
     read_status_rows,
 )
-from seal_extract.slides.listing import SlideEntry, SlideList, list_slides, refuse_uncopied
+from seal_extract.slides.entry import SlideEntry, refuse_uncopied
+from seal_extract.slides.listing import SlideList, list_slides
 
 if TYPE_CHECKING:
     from seal_extract.encoders import Encoder

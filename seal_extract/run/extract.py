@@ -30,7 +30,7 @@ from seal_extract.run.resume import keep_names, resume
 from seal_extract.run.staging import Stage
 from seal_extract.run.status_table import Progress, SlideResult
 from seal_extract.run.writer import Writer
-from seal_extract.slides.listing import SlideEntry
+from seal_extract.slides.entry import SlideEntry
 
 SLIDES_AHEAD = 2  # opened, and their tissue found, before their turn
 

@@ -18,8 +18,8 @@ from seal_extract.run.overlay import Style, draw_overlay
 from seal_extract.run.provenance import describe, describe_request
 from seal_extract.run.resume import find_finished, layout_for
 from seal_extract.run.slide_process import open_within, plan_within
+from seal_extract.slides.entry import SlideEntry
 from seal_extract.slides.identity import FileStamp, file_stamp
-from seal_extract.slides.listing import SlideEntry
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 from seal_extract.errors import GeometryError, SlideError, UsageError
 from seal_extract.features.layouts import check_layout
 from seal_extract.patches.grid import MPP_TOLERANCE, Edges, PatchGrid, check_request, make_grid, read_grid
-from seal_extract.slides.listing import SlideEntry
-from seal_extract.slides.readers import PLAUSIBLE_MPP
+from seal_extract.slides.entry import SlideEntry
+from seal_extract.slides.mpp import PLAUSIBLE_MPP
 from seal_extract.slides.slide import Slide, absolute
 
 if TYPE_CHECKING:

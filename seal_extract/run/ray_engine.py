@@ -21,7 +21,7 @@ from seal_extract.encoders.request import EncoderRequest
 from seal_extract.errors import SlideOpenError, UsageError, how_to_install
 from seal_extract.run.options import ExtractOptions
 from seal_extract.run.status_table import Progress, SlideResult
-from seal_extract.slides.listing import SlideEntry
+from seal_extract.slides.entry import SlideEntry
 
 if TYPE_CHECKING:
     from seal_extract.encoders import Encoder

@@ -20,8 +20,9 @@ from seal_extract.run.options import ExtractOptions, coords_file
 from seal_extract.run.provenance import PIPELINE, describe_options, describe_request, first_difference
 from seal_extract.run.slide_process import open_within
 from seal_extract.run.status_table import read_status_rows
+from seal_extract.slides.entry import SlideEntry
 from seal_extract.slides.identity import content, sizes_and_times
-from seal_extract.slides.listing import SlideEntry, with_names
+from seal_extract.slides.listing import with_names
 from seal_extract.slides.mpp import same_mpp
 from seal_extract.slides.remote import address, look, place
 from seal_extract.slides.slide import Slide

@@ -23,9 +23,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from seal_extract.errors import SealExtractError, SlideOpenError, as_ours
 from seal_extract.run.options import ExtractOptions, SlidePlan, plan_slide
+from seal_extract.slides.entry import SlideEntry, open_entry
 from seal_extract.slides.identity import file_stamp
-from seal_extract.slides.listing import SlideEntry
-from seal_extract.slides.mpp import open_entry
 from seal_extract.slides.slide import Slide
 
 if TYPE_CHECKING:

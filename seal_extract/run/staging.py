@@ -22,8 +22,8 @@ from seal_extract.errors import SealExtractError, SlideOpenError, UsageError
 from seal_extract.publish import try_lock, writing
 from seal_extract.run.options import ExtractOptions
 from seal_extract.run.slide_process import open_within
+from seal_extract.slides.entry import SlideEntry
 from seal_extract.slides.identity import file_stamp
-from seal_extract.slides.listing import SlideEntry
 from seal_extract.slides.remote import fetch, look
 from seal_extract.slides.slide import Slide
 

@@ -13,7 +13,7 @@ from seal_extract.errors import SealExtractError
 from seal_extract.features.store import SlideFeatures
 from seal_extract.names import cell, from_cell
 from seal_extract.publish import publish, writing
-from seal_extract.slides.listing import SlideEntry
+from seal_extract.slides.entry import SlideEntry
 
 Progress = Callable[[Path, int, int], None]  # slide, patches done, patches in all
 

@@ -10,91 +10,28 @@ import csv
 import errno
 import glob
 import os
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from seal_extract.errors import SealExtractError, SlideOpenError, UsageError, as_ours
-from seal_extract.names import choose_names
+from seal_extract.errors import SlideOpenError, UsageError
+from seal_extract.names import choose_names, shown
 from seal_extract.slides import remote
-from seal_extract.slides.folders import files_below, is_own
-from seal_extract.slides.slide import absolute, check_path
+from seal_extract.slides.entry import SEVERAL_FILES, SlideEntry
+from seal_extract.slides.slide import check_path
 
 SLIDE_SUFFIXES = {
     *(".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide"),
     *(".dcm", ".png", ".jpg", ".jpeg"),
 }
-SEVERAL_FILES = (".mrxs", ".vms", ".vmu", ".dcm")
 SLIDE_COLUMNS = ("slide", "slide_id", "wsi")  # ours, CLAM's, TRIDENT's
 OWN = "made by seal-extract"
+RUN_FOLDERS = re.compile(r"overlays|contours.*|thumbnails|(slide_)?features_.*|expression_.*|.*px_overlap")
+PICTURES = {"contact_sheet.png": "found.csv", "curves.png": "metrics.csv"}  # each with what lies beside it
 
 Ignored = list[tuple[Path | str, str]]  # files, each with the reason
-
-
-@dataclass(frozen=True)
-class SlideEntry:
-    """A slide to embed.
-
-    Attributes:
-        path: of the slide; of a URL something alike, for names only.
-        name: of its results; unique in its list.
-        mpp: µm/px at level 0 that a table gives; it counts where it contradicts the file.
-        case_id: the patient, if a table says so.
-        roi: GeoJSON of its tissue, if a table says so.
-        copy: of the slide, on faster storage, that is read in its place.
-        url: of a slide that is no file; only a copy of it can be read.
-        version: of what is at the URL, as its storage said when it was copied.
-    """
-
-    path: Path
-    name: str
-    mpp: float | None = None
-    case_id: str | None = None
-    roi: Path | None = None
-    copy: Path | None = None
-    url: str | None = field(default=None, repr=False)  # with all its secrets
-    version: str = ""
-
-    @property
-    def file(self) -> Path:
-        """The file to read."""
-        return self.copy or self.path
-
-    @property
-    def source(self) -> str:
-        """Where the slide lies, as tables and messages say it."""
-        return str(self.path) if self.url is None else remote.public(self.url)
-
-    @classmethod
-    def of(cls, source: str | os.PathLike[str]) -> SlideEntry:
-        """A slide by itself, a file or a URL, named as its file.
-
-        Raises:
-            UsageError: the URL of a slide of several files.
-        """
-        where = remote.address(source)
-        if isinstance(where, Path):
-            return cls(where, where.stem)
-        path = remote.place(where)
-        if path.suffix.lower() in SEVERAL_FILES:
-            raise UsageError(
-                f"{remote.public(where)}: slides of several files are not read from URLs; copy it with all "
-                "that belongs to it to a folder, and give that"
-            )
-        return cls(path, path.stem, url=where)
-
-    def resolved(self) -> SlideEntry:
-        """The same, independent of the working folder."""
-        path = self.path if self.url is not None else absolute(self.path)
-        return replace(self, path=path, roi=self.roi and absolute(self.roi))
-
-    def blame(self, error: Exception) -> SealExtractError:
-        """What stopped this slide, whatever it was, as one of our errors that names the slide."""
-        ours = as_ours(error, self.source)
-        if self.copy is not None:
-            ours.args = (str(ours).replace(str(self.copy), self.source),)
-        return ours
 
 
 @dataclass(frozen=True)
@@ -162,19 +99,6 @@ def list_slides(
         remote.check_protocol(url)
     _refuse_twice(entries)
     return SlideList(tuple(with_names(entries)), tuple(ignored))
-
-
-def refuse_uncopied(entry: SlideEntry) -> None:
-    """Refuse a slide at a URL that has no copy.
-
-    Raises:
-        UsageError: it is one.
-    """
-    if entry.url is not None and entry.copy is None:
-        raise UsageError(
-            f"{entry.source} is a URL, which is copied before it is read; type --stage-dir FOLDER, "
-            "and --stage-gb GB for what copies may fill"
-        )
 
 
 # --- folders ------------------------------------------------------------------------------------------
@@ -256,6 +180,47 @@ def _at_url(url: str) -> tuple[list[SlideEntry], Ignored]:
             f"{' '.join(sorted(SLIDE_SUFFIXES.difference(SEVERAL_FILES)))}"
         )
     return found, ignored
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files below, in order, through links but in no circle; not the inside of a slide of many files.
+
+    A folder that `is_own` is yielded itself, and nothing of what is in it.
+    """
+    seen: set[str] = set()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(here)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        slides = {Path(name).stem for name in files if name.lower().endswith(".mrxs")}
+        wanted = [name for name in sorted(folders) if not name.startswith(".") and name not in slides]
+        own = [name for name in wanted if is_own(Path(here, name))]
+        folders[:] = [name for name in wanted if name not in own]
+        yield from (Path(here, name) for name in own)
+        yield from (Path(here, name) for name in sorted(files) if not name.startswith("."))
+
+
+def is_own(path: Path) -> bool:
+    """Whether a run wrote this file or folder: its pictures would be taken for slides otherwise."""
+    beside = PICTURES.get(path.name)
+    if beside is not None and path.with_name(beside).exists():
+        return True
+    path = path.absolute()
+    return any(RUN_FOLDERS.fullmatch(p.name) and _is_run(p.parent) for p in (path, *path.parents))
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether results lie here: a table of what became of slides, or pictures of them beside their files."""
+    try:
+        names = [path.name for path in folder.iterdir()]
+        tables = [folder / name for name in names if re.fullmatch(r"status.*\.csv", name)]
+        if any(table.read_bytes()[:11] == b"slide,name," for table in tables):
+            return True
+    except OSError:
+        return False
+    return "overlays" in names and sum(bool(RUN_FOLDERS.fullmatch(name)) for name in names) > 1
 
 
 # --- tables -------------------------------------------------------------------------------------------
@@ -346,7 +311,7 @@ def _refuse_twice(entries: Sequence[SlideEntry]) -> None:
     twice = {entry.path: entry.source for entry in resolved if counts[entry.path] > 1}
     if twice:
         more = f" and {len(twice) - 1} more" if len(twice) > 1 else ""
-        raise UsageError(f"{next(iter(twice.values()))}{more} given twice; name each slide once")
+        raise UsageError(f"{shown(next(iter(twice.values())))}{more} given twice; name each slide once")
 
 
 def with_names(entries: Sequence[SlideEntry], given: Mapping[Path, str] | None = None) -> list[SlideEntry]:

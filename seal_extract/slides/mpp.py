@@ -1,58 +1,77 @@
-"""The µm/px of a slide, settled among its table, its file and the command."""
+"""µm/px: which values can be true, and those that HEST-1k (Jaume et al. 2024) gives its slides.
+
+HEST keeps them in ``metadata/NAME.json`` beside ``wsis/NAME.tif``.
+"""
 
 from __future__ import annotations
 
-import warnings
+import json
+from pathlib import Path
+from typing import Any
 
-from seal_extract.errors import ResolutionError
-from seal_extract.slides.listing import SlideEntry, refuse_uncopied
-from seal_extract.slides.readers import check_mpp
-from seal_extract.slides.slide import Slide, open_slide
+from seal_extract.errors import ResolutionError, UsageError
 
+PLAUSIBLE_MPP = (0.05, 20.0)  # finer than any brightfield scanner, coarser than any thumbnail
+STATED_MPP = (0.1, 10.0)  # believed of a file: HEST's TIFFs state a tenth of the true µm/px
 MPP_TOLERANCE = 0.05  # by which two statements of a µm/px may differ
+HEST_KEYS = ("pixel_size_um_estimated", "pixel_size_um_embedded")  # HEST takes the first itself
+MOST_BYTES = 2**24  # a file of HEST has some 2,000
 
 
-def open_entry(entry: SlideEntry, slide_mpp: float | None = None, override_mpp: float | None = None) -> Slide:
-    """Open a slide and settle its µm/px: by its table, else by its file, else by ``slide_mpp``.
-
-    A table that agrees with the file within 5 % leaves the file's number as it is. A larger contradiction is
-    told in a warning, and by the slide's ``mpp_conflict``.
-
-    Args:
-        entry: the slide.
-        slide_mpp: µm/px at level 0 where neither table nor file has one.
-        override_mpp: µm/px at level 0 that counts in place of everything else.
-
-    Raises:
-        SlideError: see `open_slide`.
-        UsageError: it is a URL, and there is no copy.
-    """
-    refuse_uncopied(entry)
-    claims = {"--override-mpp": override_mpp, "table": entry.mpp, "file": None, "--slide-mpp": slide_mpp}
-    given = [(source, mpp) for source, mpp in claims.items() if mpp is not None]
-    for source, mpp in given:
-        check_mpp(mpp, source, entry.file)
-    try:
-        slide = open_slide(entry.file, origin=entry.path)
-    except ResolutionError:  # the file does not know it
-        if not given:
-            raise
-        slide = open_slide(entry.file, mpp=given[0][1])
-        slide.mpp_source = given[0][0]
-    else:
-        claims["file"] = slide.mpp
-        if override_mpp is not None or (entry.mpp is not None and not same_mpp(entry.mpp, slide.mpp)):
-            source, mpp = given[0]
-            slide.mpp_source = f"{source} (file: {slide.mpp:.4g}, {slide.mpp_source})"
-            slide.mpp = mpp
-    others = [f"{name} {mpp:.4g}" for name, mpp in claims.items() if mpp and not same_mpp(mpp, slide.mpp)]
-    if others:
-        slide.mpp_conflict = f"{slide.mpp:.4g} µm/px by {slide.mpp_source}, against {' and '.join(others)}"
-        hint = f"; type --override-mpp {slide_mpp:.4g} if the file is wrong" if slide_mpp is not None else ""
-        warnings.warn(f"{entry.source}: {slide.mpp_conflict}{hint}", stacklevel=1)
-    return slide
+def check_mpp(mpp: float, source: str, path: Path, allowed: tuple[float, float] = PLAUSIBLE_MPP) -> None:
+    """Refuse a µm/px that no brightfield scan can have."""
+    low, high = allowed
+    if not low <= mpp <= high:  # also refuses NaN
+        tenth = f" (files of HEST state a tenth of the true one, which would be {mpp * 10:.4g})"
+        raise ResolutionError(
+            f"{path}: {source} gives {mpp:.4g} µm/px, which cannot be true (allowed: {low} to {high})"
+            f"{tenth if low <= mpp * 10 < 10 * low else ''}; look it up and type --slide-mpp VALUE"
+        )
 
 
 def same_mpp(one: float, other: float) -> bool:
     """Whether two statements of a µm/px agree."""
     return abs(one / other - 1) <= MPP_TOLERANCE
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata of a section; nothing where the file is missing.
+
+    Raises:
+        UsageError: it is no JSON.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES} bytes")
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as exc:
+        raise UsageError(f"{path} is no JSON: {exc}; download it again") from exc
+    return meta if isinstance(meta, dict) else {}
+
+
+def stated_mpp(meta: dict[str, Any]) -> tuple[str, float] | None:
+    """The first µm/px that metadata give, with its key."""
+    for key in HEST_KEYS:
+        value = meta.get(key)
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e6:  # NaN is not
+            return key, float(value)
+    return None
+
+
+def hest_mpp(slide: Path) -> tuple[str, float] | None:
+    """The µm/px that HEST's metadata give a slide of a HEST folder, and where; None for any other slide.
+
+    Raises:
+        UsageError: the metadata are no JSON.
+        ResolutionError: they give a µm/px that cannot be true.
+    """
+    if slide.parent.name != "wsis":
+        return None
+    path = slide.parent.parent / "metadata" / f"{slide.stem}.json"
+    stated = stated_mpp(read_metadata(path))
+    if stated is None:
+        return None
+    check_mpp(stated[1], stated[0], path, STATED_MPP)
+    return f"{stated[0]} of metadata/{path.name}", stated[1]

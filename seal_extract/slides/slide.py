@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Protocol
 
 from seal_extract.errors import ResolutionError, SlideError, SlideOpenError
-from seal_extract.slides.hest import hest_mpp
 from seal_extract.slides.images import ImageReader
+from seal_extract.slides.mpp import check_mpp, hest_mpp
 from seal_extract.slides.patch_files import TABLES
-from seal_extract.slides.readers import Array, Level, OpenSlideReader, TiffSlideReader, check_mpp
+from seal_extract.slides.readers import Array, Level, OpenSlideReader, TiffSlideReader
 from seal_extract.slides.remote import address, public
 from seal_extract.slides.tiff import TIFF_HEADS, refuse_impossible, refuse_truncated
 from seal_extract.slides.tiff_pixels import check_ome, has_jpeg_tiles

@@ -17,7 +17,7 @@ from seal_extract.encoders.spec import HEAD_KINDS, check_precision
 from seal_extract.errors import UsageError
 from seal_extract.genes.panel import read_panel
 from seal_extract.patches.grid import MAX_PATCH_PX
-from seal_extract.slides.readers import PLAUSIBLE_MPP
+from seal_extract.slides.mpp import PLAUSIBLE_MPP
 from seal_extract.train.formats import checked_sources
 
 if sys.version_info >= (3, 11):

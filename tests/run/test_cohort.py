@@ -165,7 +165,7 @@ def test_a_finished_cohort_is_recognised_without_opening_a_slide(
     def refuse(*args, **kwargs):
         raise AssertionError("a slide was opened")
 
-    monkeypatch.setattr("seal_extract.slides.mpp.open_slide", refuse)
+    monkeypatch.setattr("seal_extract.slides.entry.open_slide", refuse)
     report = extract_cohort(cohort, EncoderRequest(encoder_folder), tmp_path / "out")
     assert [row.status for row in report.rows] == ["done"] * 5
     assert all(row.seconds is None for row in report.rows)

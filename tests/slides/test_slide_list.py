@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from seal_extract.errors import UsageError
 from seal_extract.names import choose_names
-from seal_extract.slides.listing import SlideEntry, list_slides
+from seal_extract.slides.entry import SlideEntry
+from seal_extract.slides.listing import list_slides
 
 
 @pytest.fixture

@@ -15,8 +15,7 @@ from slide_helpers import Damage
 
 from seal_extract import open_slide
 from seal_extract.errors import ResolutionError, SlideOpenError, UnsupportedSlideError
-from seal_extract.slides.listing import SlideEntry
-from seal_extract.slides.mpp import open_entry
+from seal_extract.slides.entry import SlideEntry, open_entry
 from seal_extract.synthetic import write_synthetic_slide
 
 NOISE = np.random.default_rng(0).integers(90, 256, (200, 300, 4), dtype=np.uint8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from seal_extract.slides.hest import read_metadata, stated_mpp
+from seal_extract.slides.mpp import read_metadata, stated_mpp
 from seal_extract.train.formats.anndata import array_places, open_h5ad, pixel_places, section_of
 from seal_extract.train.formats.matching import held_to_pitch, lattice_of, mpp_by_pitch, there
 from seal_extract.train.sections import Section
