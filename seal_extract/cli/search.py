@@ -251,7 +251,7 @@ def _region(text: str) -> tuple[str, Path]:
 def _genes_of_region(slide: SlideFeatures, args: argparse.Namespace) -> None:
     from seal_extract.genes.region import areas_mm2, patches_inside, region_genes
     from seal_extract.tissue.geojson import read_polygons
-    from seal_extract.view.gallery import read_outline
+    from seal_extract.view.collection import read_outline
     from seal_extract.view.report import outline_path
 
     polygons, _ = read_polygons(_region(args.region)[1])

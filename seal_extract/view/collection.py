@@ -8,14 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from seal_extract.errors import OutputError, SlideOpenError, UsageError
+import numpy as np
+import shapely
+
+from seal_extract.errors import OutputError, SealExtractError, SlideOpenError, UsageError
 from seal_extract.features.layout import CONTOURS, OVERLAYS, of_grid
 from seal_extract.features.origin import open_origin
 from seal_extract.features.store import SlideFeatures, read_features, read_provenance, scan_features
-from seal_extract.names import written_twice
+from seal_extract.names import shown, written_twice
 from seal_extract.patches.grid import grid_name
 from seal_extract.run.status_table import DONE, IGNORED, StatusRow, read_status_rows
+from seal_extract.slides.drawing import FOR_TRYING
 from seal_extract.slides.slide import Slide
+from seal_extract.tissue.geojson import read_polygons
+from seal_extract.view.heatmap import PatchRaster
+from seal_extract.view.tiles import zooms_of
+
+Rings = list[list[list[int]]]  # of points (x, y), level-0 pixels
 
 
 @dataclass(frozen=True)
@@ -181,7 +190,7 @@ def _shown(
     for path in sorted(root.rglob("slide_features_*/*.h5")):
         attention.setdefault(path.stem, []).append(path)
 
-    def shown(name: str, grid: str, features: Path | None, provenance: dict[str, Any]) -> ShownSlide:
+    def one(name: str, grid: str, features: Path | None, provenance: dict[str, Any]) -> ShownSlide:
         slide = Path(provenance["slide"]["path"]) if provenance else None
         if slide is not None and moved is not None:
             slide = moved.get(slide.name, slide)
@@ -200,7 +209,61 @@ def _shown(
     for path, provenance in sorted(found, key=lambda f: f[0].stem):
         grid = provenance["grid"]
         name = grid_name(grid["patch_px"], grid["mpp"], grid["overlap_px"])
-        yield shown(path.stem, name, path, provenance)
+        yield one(path.stem, name, path, provenance)
     for (name, grid), row in sorted(rows.items()):
         if name not in done and row.status not in (DONE, IGNORED):
-            yield shown(name, grid, None, {})
+            yield one(name, grid, None, {})
+
+
+# --- a slide as its page shows it -----------------------------------------------------------------
+
+
+def describe_slide(slide: Slide, features: SlideFeatures, tissue: Rings) -> dict[str, Any]:
+    """What the page of a slide needs, in the viewer and in a report; places are in level-0 pixels."""
+    grid, made = features.grid, features.provenance
+    return {
+        "name": shown(features.path.stem),
+        "encoder": made["encoder"]["name"],
+        "size_l0": list(slide.size_l0),
+        "mpp": slide.mpp,
+        "zooms": zooms_of(slide),
+        "patches": len(grid),
+        "patch_px": grid.patch_px,
+        "patch_mpp": grid.mpp,
+        "patch_size_l0": grid.patch_size_l0,
+        "dim": features.dim,
+        "bounds_l0": list(PatchRaster.of(grid).bounds_l0) if len(grid) else None,
+        "tissue": tissue,
+        "tissue_mm2": (made.get("tissue") or {}).get("area_mm2"),
+        "unread": [patch["row"] for patch in made.get("unreadable", [])],
+        "notes": _notes(features),
+    }
+
+
+def _notes(features: SlideFeatures) -> list[str]:
+    encoder = features.provenance["encoder"]
+    unread = len(features.provenance.get("unreadable", []))
+    notes = [FOR_TRYING[encoder["name"]]] if encoder["name"] in FOR_TRYING else []
+    if encoder.get("mismatch"):
+        notes.append(f"{encoder['mismatch']}.")
+    if unread:
+        words = "1 patch" if unread == 1 else f"{unread:,} patches"
+        notes.append(f"{words} could not be read: what is shown there means nothing.")
+    if features.grid.overlap_px:
+        notes.append("Patches overlap: a colour fills the middle of its patch, as wide as their distance.")
+    return notes
+
+
+def tissue_rings(path: Path) -> Rings:
+    """The rings of an outline in level-0 pixels; none if it was never written or is damaged."""
+    polygons = read_outline(path) or ()
+    rings = [shapely.get_coordinates(ring)[:-1] for ring in shapely.get_rings(polygons)]
+    return [np.round(ring).astype(int).tolist() for ring in rings]
+
+
+def read_outline(path: Path) -> list[shapely.Polygon] | None:
+    """The tissue's polygons in level-0 pixels; None if they were never written or are damaged."""
+    try:
+        return read_polygons(path)[0]
+    except SealExtractError:
+        return None

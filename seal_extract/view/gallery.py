@@ -1,40 +1,45 @@
 """The slides of a collection as a viewer asks for them, by number: opened, read and computed when asked, and
-kept in bounded memory.
+held in bounded memory.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from seal_extract.errors import SealExtractError, UsageError
+from seal_extract.errors import OutputError, UsageError
 from seal_extract.features.store import SlideFeatures, sample_rows
 from seal_extract.names import shown
-from seal_extract.patches.grid import PatchGrid
 from seal_extract.slides.drawing import read_thumbnail
-from seal_extract.tissue.geojson import read_polygons
-from seal_extract.view.cache import BoundedCache
-from seal_extract.view.collection import Collection, ShownSlide
-from seal_extract.view.colours import CLUSTERS, Components
+from seal_extract.view.collection import (
+    Collection,
+    ShownSlide,
+    describe_slide,
+    read_outline,
+    tissue_rings,
+)
 from seal_extract.view.gene_maps import GeneMaps
 from seal_extract.view.heatmap import PatchRaster
 from seal_extract.view.layers import (
+    CLUSTERS,
     Attention,
+    Components,
     Layer,
     cluster_layer,
     embedding_layer,
     find_attention,
     scale_layer,
 )
-from seal_extract.view.neighbours import alike_in_others, alike_in_slide
-from seal_extract.view.tiles import SlideTiles, jpeg, png
+from seal_extract.view.tiles import SlideTiles, jpeg
 
 if TYPE_CHECKING:
     from seal_extract.genes.search import Found
@@ -44,6 +49,9 @@ MOST_OPEN = 8  # slides at a time
 SAMPLED_SLIDES, SAMPLED_ROWS = 64, 8192  # of a cohort, for colours
 PATCH_IMAGE_PX = 160
 ALIKE = 8  # neighbours shown
+LOOKED_AT = 512  # nearest patches of an index; those of the slide itself are left out of them
+
+V = TypeVar("V")
 
 
 class Gallery:
@@ -51,17 +59,17 @@ class Gallery:
 
     def __init__(self, collection: Collection, genes: GeneMaps) -> None:
         self.collection, self.genes = collection, genes
-        self._version = secrets.token_hex(4)  # in addresses: nothing is taken for an answer of another run
-        self._open: BoundedCache[SlideTiles] = BoundedCache(MOST_OPEN)
-        self._tiles: BoundedCache[tuple[bytes, str]] = BoundedCache(TILE_BYTES, lambda t: len(t[0]))
-        self._features: BoundedCache[SlideFeatures] = BoundedCache(FEATURE_BYTES, _bytes_of)
-        self._layers: BoundedCache[Layer] = BoundedCache(LAYER_BYTES, lambda y: y.rgb.nbytes * 3)
-        self._small: BoundedCache[Any] = BoundedCache(64)  # of a slide or the cohort: colours, means
+        self._version = secrets.token_hex(4)  # in addresses, so that no answer of another run is taken
+        self._open: LruCache[SlideTiles] = LruCache(MOST_OPEN)
+        self._tiles: LruCache[tuple[bytes, str]] = LruCache(TILE_BYTES, lambda tile: len(tile[0]))
+        self._features: LruCache[SlideFeatures] = LruCache(FEATURE_BYTES, _bytes_of)
+        self._layers: LruCache[Layer] = LruCache(LAYER_BYTES, lambda layer: layer.rgb.nbytes * 3)
+        self._small: LruCache[Any] = LruCache(64)  # of a slide or the cohort: components, attention, means
 
-    # --- the list -------------------------------------------------------------------------------------
+    # --- slides ---------------------------------------------------------------------------------------
 
     def slides(self) -> dict[str, Any]:
-        """Every slide in a line."""
+        """The list of slides."""
         return {
             "version": self._version,
             "out": shown(self.collection.out.resolve().name),
@@ -77,8 +85,6 @@ class Gallery:
             "status": "failed" if slide.features is None else "done",
             "problem": slide.problem and shown(slide.problem),
             "patches": row.patches if row else None,
-            "tissue_mm2": row.tissue_mm2 if row else None,
-            "case": shown(row.case_id) if row else "",
             "read_errors": row.read_errors if row else None,
             "thumbnail": os.path.exists(slide.overlay),  # a name may be too long to be looked for
         }
@@ -94,33 +100,19 @@ class Gallery:
             raise UsageError(f"{self._shown(index).name} has no overlay")
         return picture
 
-    # --- one slide ------------------------------------------------------------------------------------
-
     def slide(self, index: int) -> dict[str, Any]:
         """What the page needs to show a slide.
 
         Raises:
             SealExtractError: it has moved, or cannot be opened.
         """
-        this, tiles, features = self._shown(index), self._slide(index), self._read(index)
-        grid, raster = features.grid, _raster(features.grid)
-        attention = self._attention(index)
-        return {
+        this, features = self._shown(index), self._read(index)
+        described = describe_slide(self._slide(index).slide, features, tissue_rings(this.tissue))
+        return described | {
             "index": index,
-            "name": shown(this.name),
-            "size_l0": list(tiles.slide.size_l0),
-            "mpp": tiles.slide.mpp,
-            "mpp_source": this.provenance["slide"]["mpp_source"],
-            "zooms": tiles.zooms,
-            "patches": len(grid),
-            "patch_px": grid.patch_px,
-            "patch_mpp": grid.mpp,
-            "patch_size_l0": grid.patch_size_l0,
-            "dim": features.dim,
-            "bounds_l0": None if raster is None else list(raster.bounds_l0),
-            "tissue": tissue_rings(this.tissue),
-            "attention": [a.title for a in attention],
-            "clusters": [CLUSTERS[0], min(CLUSTERS[1], max(CLUSTERS[0], len(grid)))],
+            "case": shown(this.status.case_id) if this.status else "",
+            "attention": [a.title for a in self._attention(index)],
+            "clusters": [CLUSTERS[0], min(CLUSTERS[1], max(CLUSTERS[0], len(features.grid)))],
         }
 
     def tile(self, index: int, zoom: int, column: int, row: int) -> tuple[bytes, str]:
@@ -149,13 +141,11 @@ class Gallery:
 
     def layer_png(self, index: int, kind: str, of: str) -> bytes:
         """A layer as a picture of a pixel per patch."""
-        raster = _raster(self._read(index).grid)
-        if raster is None:
-            raise UsageError(f"{self._shown(index).name} has no patches")
-        return png(raster.paint(self.layer(index, kind, of).rgb))
+        layer = self.layer(index, kind, of)
+        return layer.png(PatchRaster.of(self._read(index).grid))
 
     def layer_values(self, index: int, kind: str, of: str) -> bytes:
-        """What a layer's colours stand for, float32 [N], little-endian; nothing where it is no number."""
+        """The numbers behind a layer's colours, float32 [N], little-endian; nothing if there are none."""
         values = self.layer(index, kind, of).values
         return b"" if values is None else values.astype("<f4").tobytes()
 
@@ -164,48 +154,43 @@ class Gallery:
         if not len(features.grid):
             raise UsageError(f"{self._shown(index).name} has no patches to colour")
         if kind == "embedding":
-            return embedding_layer(self._components(), features.features, self._finished())
+            return embedding_layer(self._components(), features.features, len(self._finished()))
         if kind == "clusters":
             k = _number(of, "clusters", CLUSTERS)
-            return cluster_layer(self._components(), features.features, k, self._finished())
+            return cluster_layer(self._components(), features.features, k, len(self._finished()))
         if kind == "genes":
             return scale_layer(*self.genes.values(features, of))
         if kind == "attention":
             found = self._attention(index)
-            chosen = _number(of, "attention", (0, len(found) - 1))
-            return found[chosen].layer(features.grid.xy_l0)
+            return found[_number(of, "attention", (0, len(found) - 1))].layer(features.grid.xy_l0)
         raise UsageError(f"the layer is {kind!r}; allowed: embedding, clusters, genes, attention")
 
     def _components(self) -> Components:
-        """Fitted to the cohort: the same for all its slides."""
-        kept: Components = self._small.get("components", lambda: Components.of(self._sample()))
-        return kept
+        """Fitted to embeddings of the whole cohort."""
 
-    def _sample(self) -> NDArray[np.float32]:
-        """Embeddings from over the cohort, float32 [M, D]."""
-        files = [s.features for s in self.collection.slides if s.features is not None]
-        chosen = files[:: max(1, -(-len(files) // SAMPLED_SLIDES))]
-        rows = [sample_rows(path, -(-SAMPLED_ROWS // len(chosen))) for path in chosen]
-        return np.concatenate(rows)
+        def fit() -> Components:
+            files = self._finished()
+            chosen = files[:: max(1, -(-len(files) // SAMPLED_SLIDES))]
+            each = -(-SAMPLED_ROWS // len(chosen))
+            return Components.of(np.concatenate([sample_rows(path, each) for path in chosen]))
 
-    def _finished(self) -> int:
-        return sum(slide.features is not None for slide in self.collection.slides)
+        components: Components = self._small.get("components", fit)
+        return components
 
     def _attention(self, index: int) -> tuple[Attention, ...]:
         files = self._shown(index).attention
-        kept: tuple[Attention, ...] = self._small.get(("attention", index), lambda: find_attention(files))
-        return kept
+        found: tuple[Attention, ...] = self._small.get(("attention", index), lambda: find_attention(files))
+        return found
 
     # --- a patch --------------------------------------------------------------------------------------
 
     def patch(self, index: int, row: int) -> dict[str, Any]:
-        """Where a patch lies and the genes predicted for it.
+        """The place of a patch, and the genes predicted for it.
 
         Raises:
             UsageError: there is no such patch.
         """
-        features = self._read(index)
-        self._check_row(index, row)
+        features = self._patch(index, row)
         genes: list[dict[str, Any]] = []
         if self.genes.state()["named"]:
             baseline = self._small.get(("baseline", index), lambda: self.genes.baseline(features))
@@ -219,11 +204,10 @@ class Gallery:
             UsageError: there is no such patch.
             ReadError: the slide is damaged there.
         """
-        self._check_row(index, row)
-        tiles, grid = self._slide(index), self._read(index).grid
+        grid = self._patch(index, row).grid
         x, y = grid.xy_l0[row].tolist()
         box = (x, y, x + grid.patch_size_l0, y + grid.patch_size_l0)
-        return jpeg(tiles.picture(box, (PATCH_IMAGE_PX, PATCH_IMAGE_PX)))
+        return jpeg(self._slide(index).picture(box, (PATCH_IMAGE_PX, PATCH_IMAGE_PX)))
 
     def alike(self, index: int, row: int, scope: str) -> list[dict[str, Any]]:
         """The patches that look most like one, in its slide or in all others.
@@ -234,41 +218,36 @@ class Gallery:
             scope: ``"slide"`` or ``"cohort"``.
 
         Raises:
-            UsageError: there is no such patch or scope.
+            UsageError: there is no such patch or scope, or its embedding is 0, as if it could not be read.
         """
-        self._check_row(index, row)
+        features, cohort = self._patch(index, row), self._cohort()
         if scope == "slide":
-            found = alike_in_slide(self._read(index), row, ALIKE)
+            found = alike_in_slide(features, row, ALIKE)
         elif scope == "cohort":
-            found = alike_in_others(self._read(index), row, list(self._cohort().values()), ALIKE)
+            found = alike_in_others(features, row, list(cohort.values()), ALIKE)
         else:
             raise UsageError(f"the scope is {scope!r}; allowed: slide, cohort")
-        numbers = {features.path: number for number, features in self._cohort().items()}
-        return [self._neighbour(numbers[one.slide.path], one) for one in found]
-
-    def _neighbour(self, index: int, found: Found) -> dict[str, Any]:
-        name = shown(self._shown(index).name)
-        return {"slide": index, "name": name, "row": found.row, "cosine": found.score}
+        numbers = {other.path: number for number, other in cohort.items()}
+        return [
+            {"slide": number, "name": shown(self._shown(number).name), "row": one.row, "cosine": one.score}
+            for one in found
+            for number in [numbers[one.slide.path]]
+        ]
 
     def _cohort(self) -> dict[int, SlideFeatures]:
         """The features of all slides that have patches, by their number; none of their rows is held."""
-        finished = [(i, s) for i, s in enumerate(self.collection.slides) if s.features is not None]
-        kept: dict[int, SlideFeatures] = self._small.get(
-            "cohort", lambda: {i: f for i, s in finished if len((f := s.read()).grid)}
-        )
-        return kept
 
-    def _check_row(self, index: int, row: int) -> None:
-        count = len(self._read(index).grid)
-        if not 0 <= row < count:
-            raise UsageError(
-                f"there is no patch {row}; {self._shown(index).name} has {count}, counted from 0"
-            )
+        def read() -> dict[int, SlideFeatures]:
+            slides = enumerate(self.collection.slides)
+            return {i: f for i, s in slides if s.features is not None and len((f := s.read()).grid)}
+
+        cohort: dict[int, SlideFeatures] = self._small.get("cohort", read)
+        return cohort
 
     # --- a region -------------------------------------------------------------------------------------
 
     def region(self, index: int, polygon: Sequence[Sequence[float]]) -> dict[str, Any]:
-        """How large a polygon in level-0 pixels is, how many patches have their centre in it, their genes."""
+        """The area of a polygon in level-0 pixels, the count of patches centred in it, and their genes."""
         from seal_extract.genes.region import areas_mm2, patches_inside
 
         features = self._read(index)
@@ -276,21 +255,14 @@ class Gallery:
         inside = patches_inside(features.grid, drawn)
         outline = read_outline(self._shown(index).tissue)
         area, tissue = areas_mm2(drawn, outline, self._slide(index).slide.mpp)
-        answer: dict[str, Any] = {
-            "patches": int(inside.sum()),
-            "area_mm2": area,
-            "tissue_mm2": tissue,
-            "genes": [],
-            "why": "",
-        }
+        answer: dict[str, Any] = {"patches": int(inside.sum()), "area_mm2": area, "tissue_mm2": tissue}
+        answer |= {"genes": [], "why": ""}
         if not inside.any() or inside.all():
             return answer | {"why": "draw it around some of the patches, not around none or all"}
         state = self.genes.state()
-        if not state["named"]:
-            return answer | {"why": state["why"]}
-        return answer | self.genes.of_region(features, inside)
+        return answer | (self.genes.of_region(features, inside) if state["named"] else {"why": state["why"]})
 
-    # --- what is kept ---------------------------------------------------------------------------------
+    # --- what is held ---------------------------------------------------------------------------------
 
     def _shown(self, index: int) -> ShownSlide:
         slides = self.collection.slides
@@ -298,34 +270,26 @@ class Gallery:
             raise UsageError(f"there is no slide {index}; there are {len(slides)}, counted from 0")
         return slides[index]
 
+    def _finished(self) -> list[Path]:
+        return [slide.features for slide in self.collection.slides if slide.features is not None]
+
     def _slide(self, index: int) -> SlideTiles:
         return self._open.get(index, lambda: SlideTiles(self._shown(index).open()))
 
     def _read(self, index: int) -> SlideFeatures:
         return self._features.get(index, self._shown(index).read)
 
+    def _patch(self, index: int, row: int) -> SlideFeatures:
+        """The features of a slide that has such a patch."""
+        features = self._read(index)
+        if not 0 <= row < len(features.grid):
+            name, patches = self._shown(index).name, len(features.grid)
+            raise UsageError(f"there is no patch {row}; {name} has {patches}, counted from 0")
+        return features
+
 
 def _bytes_of(features: SlideFeatures) -> int:
     return len(features.grid) * (features.dim * 4 + 16)
-
-
-def _raster(grid: PatchGrid) -> PatchRaster | None:
-    return PatchRaster.of(grid) if len(grid) else None
-
-
-def tissue_rings(path: Path) -> list[list[list[int]]]:
-    """The outline's rings in level-0 pixels; none where it was never written or was damaged since."""
-    polygons = read_outline(path) or ()
-    rings = [shapely.get_coordinates(ring)[:-1] for ring in shapely.get_rings(polygons)]
-    return [np.round(ring).astype(int).tolist() for ring in rings]
-
-
-def read_outline(path: Path) -> list[shapely.Polygon] | None:
-    """The tissue's polygons in level-0 pixels; None where they were never written or were damaged since."""
-    try:
-        return read_polygons(path)[0]
-    except SealExtractError:
-        return None
 
 
 def _number(text: str, what: str, allowed: tuple[int, int]) -> int:
@@ -333,3 +297,89 @@ def _number(text: str, what: str, allowed: tuple[int, int]) -> int:
     if not text.isascii() or not text.isdigit() or len(text) > 9 or not low <= int(text) <= high:
         raise UsageError(f"{what} is {text[:20]!r}; allowed: {low} to {high}")
     return int(text)
+
+
+class LruCache(Generic[V]):
+    """Thread-safe, size-limited LRU cache; each key is computed once, however many threads ask for it."""
+
+    def __init__(self, limit: int, size: Callable[[V], int] = lambda _: 1) -> None:
+        """Hold values whose ``size`` adds up to ``limit``; the newest is held even if it alone is larger."""
+        self._limit, self._size, self.filled = limit, size, 0
+        self._values: OrderedDict[Hashable, V] = OrderedDict()
+        self._lock = threading.Lock()
+        self._computing: dict[Hashable, threading.Lock] = {}
+
+    def get(self, key: Hashable, compute: Callable[[], V]) -> V:
+        """The value of a key, computed if it is missing; other threads wait for it.
+
+        A computation that fails is not held: the next thread tries again.
+        """
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+                return self._values[key]
+            turn = self._computing.setdefault(key, threading.Lock())
+        with turn:
+            with self._lock:
+                if key in self._values:
+                    return self._values[key]
+            try:
+                value = compute()
+                self._put(key, value)
+            finally:
+                with self._lock:
+                    self._computing.pop(key, None)
+        return value
+
+    def _put(self, key: Hashable, value: V) -> None:
+        with self._lock:
+            self._values[key] = value
+            self.filled += self._size(value)
+            while self.filled > self._limit and len(self._values) > 1:
+                _, dropped = self._values.popitem(last=False)
+                self.filled -= self._size(dropped)
+
+
+# --- look-alikes ----------------------------------------------------------------------------------
+
+
+def alike_in_slide(slide: SlideFeatures, row: int, most: int) -> list[Found]:
+    """The patches of a slide most like its patch ``row``, without itself, the nearest first.
+
+    Raises:
+        UsageError: the embedding is 0, as of a patch that could not be read.
+    """
+    from seal_extract.genes.index import ExactIndex
+    from seal_extract.genes.search import Found
+
+    return ExactIndex([slide]).search(slide.features[row], most, skip=Found(slide, row, 1.0))
+
+
+def alike_in_others(
+    slide: SlideFeatures, row: int, cohort: Sequence[SlideFeatures], most: int
+) -> list[Found]:
+    """The patches of other slides most like one, the nearest first.
+
+    The run's FAISS index is asked if there is one that is up to date, else every row is compared.
+
+    Args:
+        slide: that has the patch.
+        row: the patch.
+        cohort: all slides, by one encoder.
+        most: how many to return.
+
+    Raises:
+        UsageError: the embedding is 0, or slides were made with other weights.
+    """
+    from seal_extract.genes.faiss_index import index_folder, open_index
+    from seal_extract.genes.index import ExactIndex
+
+    query: NDArray[np.float32] = slide.features[row]
+    if (folder := index_folder(cohort)).exists():
+        try:
+            found = open_index(cohort, folder).search(query, LOOKED_AT)
+            return [one for one in found if one.slide.path != slide.path][:most]
+        except (UsageError, OutputError):  # it is older than the features, of another encoder, or lacks FAISS
+            pass
+    others = [other for other in cohort if other.path != slide.path]
+    return ExactIndex(others).search(query, most) if others else []

@@ -1,12 +1,18 @@
-"""What every request must pass, a token and this machine's own address, and every response carries."""
+"""What may reach the viewer: requests with its token, from its own page, in time, with values in limits."""
 
 from __future__ import annotations
 
 import json
+import math
 from hmac import compare_digest
 from http.cookies import CookieError, SimpleCookie
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
+
+from seal_extract.errors import UsageError
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -20,7 +26,11 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
 }
 NAMES = ("127.0.0.1", "localhost")
-REQUEST_S = 5.0  # for a request to come in whole
+REQUEST_S = 5.0  # in which a whole request has to come
+MOST_BODY = 64 * 1024
+MOST_CORNERS = 1000
+MOST_TYPED = 4000  # characters of a list of genes
+LARGEST_L0 = 1e7
 
 
 class Guard:
@@ -44,8 +54,8 @@ class Guard:
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1008})
             return
-        said: dict[str, str] = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
-        why = self._refusal(scope, said)
+        headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
+        why = self._refusal(scope, headers)
         if why is not None:
             await _refuse(send, why)
             return
@@ -60,26 +70,26 @@ class Guard:
 
         await self._app(scope, receive, guarded)
 
-    def _refusal(self, scope: Any, said: dict[str, str]) -> str | None:
-        if said.get("host", "").lower() not in self._hosts:
+    def _refusal(self, scope: Any, headers: dict[str, str]) -> str | None:
+        if headers.get("host", "").lower() not in self._hosts:
             return f"this viewer answers as {sorted(self._hosts)[0]} only"
-        if said.get("origin", "").removeprefix("http://") not in self._hosts | {""}:
+        foreign = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
+        other_origin = headers.get("origin", "").removeprefix("http://") not in self._hosts | {""}
+        if other_origin or (foreign and scope["path"] != "/"):
             return "this viewer answers its own page only"
-        foreign = said.get("sec-fetch-site", "none") not in ("none", "same-origin")
-        if foreign and scope["path"] != "/":
-            return "this viewer answers its own page only"
-        if not any(compare_digest(text.encode(), self._token.encode()) for text in self._tokens(scope, said)):
+        given = self._tokens(scope, headers)
+        if not any(compare_digest(text.encode(), self._token.encode()) for text in given):
             return "this viewer answers its user only; open the whole address that the command printed"
         return None
 
-    def _tokens(self, scope: Any, said: dict[str, str]) -> list[str]:
-        """What a request gives as the token: in its address, or as the cookie."""
-        asked = parse_qs(scope["query_string"].decode("latin-1")).get("token", [])
+    def _tokens(self, scope: Any, headers: dict[str, str]) -> list[str]:
+        """The tokens in the address and in the cookie of a request."""
+        tokens = parse_qs(scope["query_string"].decode("latin-1")).get("token", [])
         try:
-            cookie = SimpleCookie(said.get("cookie", "")).get(self._cookie)
+            cookie = SimpleCookie(headers.get("cookie", "")).get(self._cookie)
         except CookieError:
             cookie = None
-        return asked if cookie is None else [*asked, cookie.value]
+        return tokens if cookie is None else [*tokens, cookie.value]
 
 
 async def _refuse(send: Any, why: str) -> None:
@@ -93,12 +103,12 @@ def _encoded(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
     return [(name.lower().encode(), value.encode()) for name, value in headers.items()]
 
 
-def prompt_protocol() -> type[Any]:
-    """HTTP that drops a connection on which no whole request comes in time, since half-open ones pile up."""
+def http_with_time_limit() -> type[Any]:
+    """HTTP for uvicorn that drops a connection if no whole request comes in time: half-open ones pile up."""
     import h11
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    class Prompt(H11Protocol):
+    class TimeLimited(H11Protocol):
         overdue: Any = None
 
         def connection_made(self, transport: Any) -> None:
@@ -120,4 +130,75 @@ def prompt_protocol() -> type[Any]:
                 self.overdue.cancel()
                 self.overdue = None
 
-    return Prompt
+    return TimeLimited
+
+
+# --- values in a request --------------------------------------------------------------------------
+
+
+class NotFound(Exception):
+    """There is nothing at the address of a request."""
+
+
+class Query:
+    """The values in the address and the body of a request, each checked when it is read."""
+
+    def __init__(self, request: Request, body: bytes) -> None:
+        self._request, self._body = request, body
+
+    @classmethod
+    async def read(cls, request: Request) -> Query:
+        """Take in a request.
+
+        Raises:
+            UsageError: its body is too long; no more of it is read.
+        """
+        body = b""
+        async for piece in request.stream():
+            body += piece
+            if len(body) > MOST_BODY:
+                raise UsageError(f"the request has more than {MOST_BODY} bytes; draw a simpler region")
+        return cls(request, body)
+
+    def number(self, name: str) -> int:
+        """A whole number in the address.
+
+        Raises:
+            NotFound: there is something else.
+        """
+        text = self.word(name)
+        if not text.isascii() or not text.isdigit() or len(text) > 9:
+            raise NotFound
+        return int(text)
+
+    def word(self, name: str) -> str:
+        """A part of the address."""
+        return str(self._request.path_params[name])
+
+    def text(self, name: str) -> str:
+        """A value of the query string; empty if it is missing.
+
+        Raises:
+            UsageError: it is too long.
+        """
+        text = self._request.query_params.get(name, "")
+        if len(text) > MOST_TYPED:
+            raise UsageError(f"{name} has {len(text)} characters; allowed: {MOST_TYPED}")
+        return text
+
+    def polygon(self) -> list[list[float]]:
+        """The body's polygon: corners (x, y) in level-0 pixels.
+
+        Raises:
+            UsageError: it is not JSON, no polygon, or has too many corners or impossible ones.
+        """
+        try:
+            corners = json.loads(self._body)["polygon"]
+            polygon = [[float(x), float(y)] for x, y in corners]
+        except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as exc:
+            raise UsageError('the request is no region; allowed: {"polygon": [[x, y], ...]}') from exc
+        if not 3 <= len(polygon) <= MOST_CORNERS:
+            raise UsageError(f"the region has {len(polygon)} corners; allowed: 3 to {MOST_CORNERS}")
+        if not all(math.isfinite(v) and abs(v) <= LARGEST_L0 for corner in polygon for v in corner):
+            raise UsageError("the region has a corner that is no place on a slide; allowed: level-0 pixels")
+        return polygon

@@ -86,10 +86,10 @@ class PatchRaster:
         x0, y0 = (float(v) + (grid.patch_size_l0 - side * step) / 2 for v in first)
         return cls((height, width), (x0, y0, x0 + width * step, y0 + height * step), float(step), boxes)
 
-    def paint(self, rgb: NDArray[np.uint8], alpha: int = 255) -> Array:
+    def paint(self, rgb: NDArray[np.uint8]) -> Array:
         """Colours of patches, uint8 [N, 3], to uint8 [h, w, 4], transparent where no patch is."""
         picture = np.zeros((*self.shape, 4), np.uint8)
-        colours = np.concatenate([rgb, np.full((len(rgb), 1), alpha, np.uint8)], axis=1)
+        colours = np.concatenate([rgb, np.full((len(rgb), 1), 255, np.uint8)], axis=1)
         if np.array_equal(self.boxes[:, 2:], self.boxes[:, :2] + 1):
             picture[self.boxes[:, 1], self.boxes[:, 0]] = colours
             return picture
@@ -104,10 +104,10 @@ def limits(values: Values) -> tuple[float, float]:
     return (low, high) if high > low else (low, low + max(abs(low), 1.0) * 1e-6)
 
 
-def colour(values: Values, low: float, high: float) -> NDArray[np.uint8]:
-    """Values to colours, uint8 [N, 3] RGB; those beyond the ends get the colours of the ends."""
+def colour(values: Values, low: float, high: float, count: int = 256) -> NDArray[np.uint8]:
+    """Values to ``count`` colours, uint8 [N, 3] RGB; those beyond the ends get the colours of the ends."""
     share = np.clip((np.asarray(values, np.float64) - low) / (high - low), 0, 1)
-    return _table()[np.round(255 * share).astype(np.int64)]
+    return _table(count)[np.round((count - 1) * share).astype(np.int64)]
 
 
 def draw_heatmap(
@@ -264,9 +264,9 @@ def legend_of(title: str, unit: str, source: str, values: Values) -> Legend:
     return Legend(f"{title}   {unit}".strip(), source, span if below or above else "", ends)
 
 
-def _table() -> NDArray[np.uint8]:
-    """The 256 colours, uint8 [256, 3] RGB."""
-    steps = np.arange(256, dtype=np.uint8)[:, None]
+def _table(count: int = 256) -> NDArray[np.uint8]:
+    """Viridis in so many steps, uint8 [count, 3] RGB."""
+    steps = np.linspace(0, 255, count).round().astype(np.uint8)[:, None]
     return np.asarray(cv2.applyColorMap(steps, cv2.COLORMAP_VIRIDIS)[:, 0, ::-1], np.uint8)
 
 

@@ -1,14 +1,19 @@
-"""HTML from the jinja2 templates in ``web/``. Every text that is filled in is escaped."""
+"""HTML from the jinja2 templates in ``web/``, in which every text that is filled in is escaped.
+
+The viewer and the report of a slide share one template, ``slide.html``, and the scripts for it.
+"""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from seal_extract.errors import UsageError, how_to_install
 from seal_extract.names import shown
 
 if TYPE_CHECKING:
@@ -16,6 +21,9 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 WEB = Path(__file__).with_name("web")
+SLIDE_SCRIPTS = ("parts.js", "figure.js", "legend.js", "combo.js", "map.js", "slide.js")
+VIEWER_SCRIPTS = (*SLIDE_SCRIPTS, "server.js", "regions.js", "viewer.js")
+REPORT_SCRIPTS = (*SLIDE_SCRIPTS, "inlined.js")
 
 
 def render(template: str, **values: object) -> Iterator[str]:
@@ -28,18 +36,47 @@ def render(template: str, **values: object) -> Iterator[str]:
     return _environment().get_template(template).generate(**values)
 
 
-def web_file(name: str) -> str:
-    """The text of a file in ``web/``."""
-    return (WEB / name).read_text(encoding="utf-8")
+def render_report(**values: object) -> Iterator[str]:
+    """The page of a slide as a report, which loads nothing; ``values`` as for `render`.
+
+    Raises:
+        UsageError: Leaflet is not installed.
+    """
+    from markupsafe import Markup
+
+    leaflet = (leaflet_folder("report") / "leaflet.js").read_text(encoding="utf-8")
+    style = (leaflet_folder("report") / "leaflet.css").read_text(encoding="utf-8")
+    return render(
+        "slide.html",
+        report=True,
+        leaflet=Markup(re.sub(r"^//# sourceMappingURL=.*$", "", leaflet, flags=re.M)),
+        style=Markup(re.sub(r"url\(images/[^)]*\)", "none", style) + web_text("slide.css")),
+        script=Markup(web_text(*REPORT_SCRIPTS)),
+        **values,
+    )
+
+
+def web_text(*names: str) -> str:
+    """The text of files in ``web/``, one after the other."""
+    return "\n".join((WEB / name).read_text(encoding="utf-8") for name in names)
+
+
+def leaflet_folder(what: str) -> Path:
+    """Where the files of Leaflet lie, which draws the map of ``what``.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        from xstatic.pkg import leaflet
+    except ImportError as exc:
+        raise UsageError(f"the {what} needs Leaflet; {how_to_install('view')}") from exc
+    return Path(leaflet.BASE_DIR)
 
 
 @cache
 def _environment() -> Environment:  # jinja2 is imported here because most commands write no page
-    from jinja2 import (
-        Environment,
-        FileSystemLoader,
-        StrictUndefined,
-    )  # 0.1 s, and most commands write no page
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     def printable(value: object) -> object:
@@ -53,8 +90,9 @@ def _environment() -> Environment:  # jinja2 is imported here because most comma
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals["own"] = lambda name: Markup(web_file(name))
+    environment.globals["own"] = lambda name: Markup(web_text(name))
     environment.filters["allowed"] = _allowed
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     return environment
 
 

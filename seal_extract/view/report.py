@@ -1,4 +1,4 @@
-"""One slide with all that was found on it as one HTML file, to mail to a colleague.
+"""One slide with its embedding, clusters, genes and attention as one HTML file, to mail to a colleague.
 
 The file opens without a server and without a network. A slide of 50,000 patches with 50 genes takes about
 12 MB: 9 MB for the genes, 1 to 3 MB for its picture.
@@ -6,8 +6,9 @@ The file opens without a server and without a network. A slide of 50,000 patches
 
 from __future__ import annotations
 
+import base64
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -17,42 +18,46 @@ from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from seal_extract.errors import OutputError, UsageError
 from seal_extract.features.layout import CONTOURS, of_grid
-from seal_extract.features.store import SlideFeatures
-from seal_extract.names import shown
+from seal_extract.features.store import SlideFeatures, sample_rows
 from seal_extract.publish import publish
-from seal_extract.slides.drawing import FOR_TRYING
 from seal_extract.slides.overview import Overview, read_overview
 from seal_extract.slides.slide import Slide
-from seal_extract.view.gallery import tissue_rings
-from seal_extract.view.layers import find_attention
-from seal_extract.view.markup import Markup, fill_text
-from seal_extract.view.report_layers import (
-    LayerParts,
-    Part,
-    base64_of,
-    choose_genes,
-    most_numbers,
+from seal_extract.view.collection import Rings, describe_slide, tissue_rings
+from seal_extract.view.gene_maps import UNIT, GeneMaps
+from seal_extract.view.heatmap import PatchRaster
+from seal_extract.view.layers import (
+    Components,
+    Layer,
+    cluster_layer,
+    embedding_layer,
+    find_attention,
+    scale_layer,
 )
-from seal_extract.view.report_page import page_html
-from seal_extract.view.tiles import TILE_PX, jpeg
+from seal_extract.view.pages import render_report
+from seal_extract.view.tiles import jpeg
 
 if TYPE_CHECKING:
     from seal_extract.genes.decoder import GeneDecoder
     from seal_extract.genes.signature import Signature
 
-GENERATOR = '<meta name="generator" content="seal-extract report">'
+GENERATOR = "seal-extract report"  # in the page, by which it is known
 HEAD_BYTES = 4096  # within which it stands
 SIDE_PX = (256, 3000, 8000)  # longest side of the slide's picture: least, default, most
 QUALITY = 80  # of its JPEG
 COARSE_MPP = 1.0  # beyond which nuclei cannot be judged
-Rings = list[list[list[int]]]  # of points (x, y), level-0 pixels
+MOST_VALUES = 3_000_000  # patches times numbers of each; 4 bytes of the file each
+DEFAULT_GENES = 24
+CLUSTER_COUNTS = (3, 5, 8, 12)
+SAMPLED_ROWS = 8192  # embeddings, for colours
+HALF_BELOW = 2048  # where steps of float16 reach 1
 
 
 def report_path(features: SlideFeatures, out: Path | None = None) -> Path:
-    """Where a slide's report lies: ``reports_ENCODER/SLIDE.html`` beside the folder of its features."""
+    """The path of a slide's report: ``reports_ENCODER/SLIDE.html`` beside the folder of its features."""
     folder = out or features.path.parent.parent / f"reports_{features.provenance['encoder']['name']}"
     return folder / f"{features.path.stem}.html"
 
@@ -71,7 +76,7 @@ def write_slide_report(
     """Write one slide as one HTML file.
 
     Attention is taken from ``slide_features_*/SLIDE.h5`` and the tissue outline from ``contours_geojson`` of
-    the run, where they are.
+    the run, if they exist.
 
     Args:
         features: from `read_features`.
@@ -98,20 +103,22 @@ def write_slide_report(
         raise OutputError(
             f"{path} exists and is no report of seal-extract; type --overwrite to replace it, or another -o"
         )
-    layers = _layers(features, decoder, genes, signatures)
+    shown = _layers(features, decoder, genes, signatures)
     overview = read_overview(slide, slide.mpp * max(slide.size_l0) / max_px, holes=True)
     outline = _outline(features, overview.downsample / 2)
-    if not outline:
-        layers.notes.append("There is no tissue outline: none was found beside the features.")
-    html = page_html(
-        _data(features, slide, overview, layers, outline),
-        generator=Markup(GENERATOR),
-        name=features.path.stem,
-        notes=_lines(layers.notes + _notes(features, overview)),
-        footer=_footer(features),
-    )
-    with publish(path) as part:
-        part.write_text(html, encoding="utf-8", newline="\n")
+    described = describe_slide(slide, features, outline)
+    described["notes"] += [*shown.notes, *_notes(features, overview, outline)]
+    data = {
+        "slide": described,
+        "most_zoom": max(0, 3 - ceil(log2(overview.downsample))),
+        "picture": _base64(jpeg(overview.rgb, QUALITY)),
+        "xy": _base64(features.grid.xy_l0.astype("<i4").tobytes()),
+        "kinds": {kind: layers for kind, layers in shown.kinds.items() if layers},
+        "genes": {"named": not shown.no_genes, "why": shown.no_genes, "are": shown.genes_are},
+    }
+    page = render_report(generator=GENERATOR, name=features.path.stem, data=data, made_by=_made_by(features))
+    with publish(path) as part, part.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(page)
     return path
 
 
@@ -119,7 +126,7 @@ def is_report(path: Path) -> bool:
     """Whether `write_slide_report` wrote the file."""
     try:
         with path.open("rb") as file:
-            return GENERATOR.encode() in file.read(HEAD_BYTES)
+            return f'name="generator" content="{GENERATOR}"'.encode() in file.read(HEAD_BYTES)
     except OSError:
         return False
 
@@ -143,24 +150,23 @@ def _check(features: SlideFeatures, slide: Slide, decoder: GeneDecoder | None, m
             f"the slide has {slide.size_l0[0]} x {slide.size_l0[1]} px and {features.path.name} was made of "
             f"{made_of[0]} x {made_of[1]}; give its own slide"
         )
-    encoder = features.provenance["encoder"]
-    if decoder is not None and decoder.weights.sha256 not in [w["sha256"] for w in encoder["weights"]]:
+    weights = [file["sha256"] for file in features.provenance["encoder"]["weights"]]
+    if decoder is not None and decoder.weights.sha256 not in weights:
         raise UsageError(
             f"the decoder has weights {decoder.weights.sha256[:12]} and {features.path.name} was made "
             "by others; give the decoder of its own encoder, as decoder_of finds it"
         )
 
 
-# --- layers -------------------------------------------------------------------------------------------
+# --- layers ---------------------------------------------------------------------------------------
 
 
 @dataclass
-class _Layers:
-    """What can be shown: its kinds in order, and what is to be said about them."""
+class _Shown:
+    """The layers of a page by their kind, and what the page says about them."""
 
-    kinds: dict[str, list[Part]] = field(default_factory=dict)
-    bounds_l0: tuple[float, float, float, float] | None = None
-    no_genes: str = ""  # why
+    kinds: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    no_genes: str = ""  # the reason why there are none
     genes_are: str = ""  # how they were chosen
     notes: list[str] = field(default_factory=list)
 
@@ -170,157 +176,158 @@ def _layers(
     decoder: GeneDecoder | None,
     genes: Sequence[str] | None,
     signatures: Sequence[Signature],
-) -> _Layers:
-    encoder, found = features.provenance["encoder"]["name"], _Layers()
-    found.no_genes = _why_no_genes(encoder, decoder)
-    if found.no_genes and (genes or signatures):
-        raise UsageError(f"{found.no_genes[:-1]}; leave out --genes and --signature, or give its --panel")
-    if not len(features.grid):
-        found.notes.append("No patch was cut of this slide: there is nothing to show but its picture.")
-        return found
-    parts = LayerParts(features)
-    found.bounds_l0 = parts.bounds_l0
-    found.kinds = {"embedding": parts.embedding(), "clusters": parts.clusters()}
-    attention = find_attention(tuple(_beside(features)))
-    others, room = len(signatures) + len(attention), most_numbers(len(features.grid))
+) -> _Shown:
+    encoder, patches, shown = features.provenance["encoder"]["name"], len(features.grid), _Shown()
+    shown.no_genes = _why_no_genes(encoder, decoder)
+    if shown.no_genes and (genes or signatures):
+        asked = "leave out --genes and --signature, or give its --panel"
+        raise UsageError(f"No genes: {shown.no_genes.rstrip('.')}; {asked}")
+    if not patches:
+        shown.notes.append("No patch was cut of this slide: there is nothing to show but its picture.")
+        return shown
+    raster = PatchRaster.of(features.grid)
+    components = Components.of(sample_rows(features.path, SAMPLED_ROWS))
+    counts = [k for k in CLUSTER_COUNTS if k <= len(components.sample)]
+    clusters = [cluster_layer(components, features.features, k, slides=1) for k in counts]
+    shown.kinds["embedding"] = [_packed(embedding_layer(components, features.features, slides=1), raster)]
+    shown.kinds["clusters"] = [_packed(layer, raster) for layer in clusters]
+    attention = find_attention(tuple(sorted(_slide_level_files(features))))
+    room, others = max(1, MOST_VALUES // patches), len(signatures) + len(attention)
     if others > room:
         raise UsageError(
-            f"{len(signatures)} signatures and {len(attention)} attentions of {len(features.grid):,} patches "
-            f"would make a page too large to mail; allowed: {room} in all"
+            f"{len(signatures)} signatures and {len(attention)} attentions of {patches:,} patches would make "
+            f"a page too large to mail; allowed: {room} in all"
         )
-    if decoder is not None and not found.no_genes:
-        chosen = choose_genes(features, decoder, genes, others)
-        found.kinds["genes"] = parts.genes(decoder, chosen.columns) if chosen.columns else []
-        found.kinds["signatures"] = parts.signatures(decoder, signatures)
-        count = f"{len(chosen.columns)} of {decoder.n_genes:,} genes"
-        found.genes_are = (
-            f"The {count} whose prediction varies most over this slide."
-            if chosen.by_variance
-            else f"{count}, chosen by whoever made this page."
-        )
-        found.notes.append(
+    if decoder is not None and not shown.no_genes:
+        columns = choose_genes(features, decoder, genes, room - others)
+        count = f"{len(columns)} of {decoder.n_genes:,} genes"
+        varying = f"The {count} whose prediction varies most over this slide."
+        shown.genes_are = varying if genes is None else f"{count}, chosen by whoever made this page."
+        shown.kinds["genes"] = list(_gene_layers(features, decoder, columns, raster))
+        maps = [(one.name, GeneMaps(lambda: decoder, {one.name: one})) for one in signatures]
+        scores = [scale_layer(*own.values(features, name)) for name, own in maps]
+        shown.kinds["signatures"] = [_packed(layer, raster) for layer in scores]
+        shown.notes.append(
             f"Genes and signatures are predicted from the stained picture by {encoder}. Nothing was measured."
         )
-    found.kinds["attention"] = []
+    shown.kinds["attention"] = []
     for one in attention:
         try:
-            found.kinds["attention"].append(parts.attention(one))
-        except UsageError:  # its line names a path of this machine
-            found.notes.append(f"The attention of {one.title} is left out: it is over other patches.")
-    return found
+            shown.kinds["attention"].append(_packed(one.layer(features.grid.xy_l0), raster))
+        except UsageError:  # its message names a path of this machine
+            shown.notes.append(f"The attention of {one.title} is left out: it is over other patches.")
+    return shown
 
 
 def _why_no_genes(encoder: str, decoder: GeneDecoder | None) -> str:
     if decoder is None:
-        return f"No genes: this page was made without an expression decoder of {encoder}."
+        return f"this page was made without an expression decoder of {encoder}."
     if decoder.genes is None:
-        return f"No genes: the {decoder.n_genes:,} columns that {encoder} predicts have no names."
+        return f"the {decoder.n_genes:,} columns that {encoder} predicts have no names."
     return ""
 
 
-def _beside(features: SlideFeatures) -> list[Path]:
-    """Slide-level files of the same slide and grid."""
-    return sorted(features.path.parent.parent.glob(f"slide_features_*/{features.path.name}"))
+def choose_genes(
+    features: SlideFeatures, decoder: GeneDecoder, genes: Sequence[str] | None, room: int
+) -> list[int]:
+    """Columns of the decoder: the genes asked for, or the 24 whose prediction varies most over the slide.
+
+    Args:
+        features: of the slide.
+        decoder: with named columns.
+        genes: by name; None chooses.
+        room: most genes that the page may hold.
+
+    Raises:
+        UsageError: an unknown gene, or more than the page has room for.
+    """
+    if genes is None:
+        from seal_extract.genes.predict import moments
+
+        _, deviation = moments([features], decoder)
+        varying: list[int] = np.argsort(-deviation, kind="stable").tolist()
+        return varying[: max(0, min(DEFAULT_GENES, room))]
+    columns = list(decoder.columns(list(dict.fromkeys(genes))))
+    if len(columns) > room:
+        raise UsageError(
+            f"{len(columns)} genes of {len(features.grid):,} patches would make a page too large to mail; "
+            f"allowed: {max(0, room)} for this slide; type fewer --genes"
+        )
+    return columns
+
+
+def _gene_layers(
+    features: SlideFeatures, decoder: GeneDecoder, columns: Sequence[int], raster: PatchRaster
+) -> Iterator[dict[str, Any]]:
+    """Each gene with its mean and standard deviation over the slide."""
+    if not columns:
+        return
+    from seal_extract.genes.predict import predict_genes
+
+    names = decoder.named()
+    for column, values in zip(columns, predict_genes(features, decoder, columns).T, strict=True):
+        mean, deviation = values.mean(dtype=np.float64), values.std(dtype=np.float64)
+        layer = _packed(scale_layer(names[column], UNIT, values), raster)
+        yield layer | {"mean": float(mean), "sd": float(deviation)}
+
+
+def _packed(layer: Layer, raster: PatchRaster) -> dict[str, Any]:
+    """A layer as the page's script takes it."""
+    values = None if layer.values is None else pack_numbers(layer.values)
+    return {"legend": layer.legend, "picture": _base64(layer.png(raster)), "values": values}
+
+
+def pack_numbers(values: NDArray[np.float32]) -> dict[str, str]:
+    """Numbers for a page: float16, or float32 if there are large ones."""
+    kind = "f2" if np.abs(values).max(initial=0) < HALF_BELOW else "f4"
+    return {"type": kind, "base64": _base64(values.astype(f"<{kind}").tobytes())}
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+# --- files beside the features, and words ----------------------------------------------------------
+
+
+def _slide_level_files(features: SlideFeatures) -> Iterator[Path]:
+    """Those of the same slide and grid."""
+    return features.path.parent.parent.glob(f"slide_features_*/{features.path.name}")
 
 
 def outline_path(features: SlideFeatures) -> Path:
-    """Where a slide's tissue outline lies, if anywhere."""
+    """The file of a slide's tissue outline, which may not exist."""
     name, grid = f"{features.path.stem}.geojson", features.grid.name
     places = (of_grid(folder / CONTOURS, grid, name) for folder in features.path.resolve().parents[:4])
     return next((place for place in places if place.exists()), Path(name))
 
 
 def _outline(features: SlideFeatures, apart_l0: float) -> Rings:
-    """The tissue's rings in level-0 pixels, no finer than the picture; none where they were never written."""
+    """The tissue's rings in level-0 pixels, no finer than the picture; none if they were never written."""
     rings = tissue_rings(outline_path(features))
     thinned = (cv2.approxPolyDP(np.asarray(ring, np.int32), apart_l0, True)[:, 0].tolist() for ring in rings)
     return [ring for ring in thinned if len(ring) > 2]
 
 
-# --- the page -----------------------------------------------------------------------------------------
-
-
-def _data(
-    features: SlideFeatures, slide: Slide, overview: Overview, layers: _Layers, outline: Rings
-) -> dict[str, Any]:
-    """All that the page's script needs."""
-    grid = features.grid
-    return {
-        "slide": {
-            "name": shown(features.path.stem),
-            "encoder": features.provenance["encoder"]["name"],
-            "size_l0": list(slide.size_l0),
-            "mpp": slide.mpp,
-            "zooms": ceil(log2(max(1.0, max(slide.size_l0) / TILE_PX))) + 1,
-            "most_zoom": max(0, 3 - ceil(log2(overview.downsample))),
-            "patches": len(grid),
-            "patch_size_l0": grid.patch_size_l0,
-            "bounds_l0": layers.bounds_l0,
-            "tissue": outline,
-            "unread": [patch["row"] for patch in features.provenance["unreadable"]],
-        },
-        "facts": _facts(features, slide),
-        "picture": base64_of(jpeg(overview.rgb, QUALITY)),
-        "xy": base64_of(grid.xy_l0.astype("<i4").tobytes()),
-        "kinds": {kind: parts for kind, parts in layers.kinds.items() if parts},
-        "no_genes": layers.no_genes,
-        "genes_are": layers.genes_are,
-    }
-
-
-def _facts(features: SlideFeatures, slide: Slide) -> list[tuple[str, str]]:
-    (width, height), grid = slide.size_l0, features.grid
-    tissue = features.provenance.get("tissue") or {}
-    mm = slide.mpp / 1000
-    facts = [
-        ("Size", f"{width * mm:.1f} × {height * mm:.1f} mm"),
-        ("Level 0", f"{width:,} × {height:,} px"),
-        ("Resolution", f"{slide.mpp:.3g} µm/px"),
-        ("Patches", f"{len(grid):,} of {grid.patch_px} px at {grid.mpp:.3g} µm/px"),
-    ]
-    if tissue.get("area_mm2") is not None:
-        facts.insert(1, ("Tissue", f"{tissue['area_mm2']:.1f} mm²"))
-    return facts
-
-
-def _notes(features: SlideFeatures, overview: Overview) -> list[str]:
-    encoder, height, width = features.provenance["encoder"], *overview.scanned.shape
-    unread = len(features.provenance["unreadable"])
-    notes = [FOR_TRYING[encoder["name"]]] if encoder["name"] in FOR_TRYING else []
-    if encoder.get("mismatch"):
-        notes.append(f"{encoder['mismatch']}.")
-    if unread:
-        words = "1 patch" if unread == 1 else f"{unread:,} patches"
-        notes.append(f"{words} could not be read: what is shown there means nothing.")
-    if features.grid.overlap_px:
-        notes.append("Patches overlap: a colour fills the middle of its patch, as wide as their distance.")
+def _notes(features: SlideFeatures, overview: Overview, outline: Rings) -> Iterator[str]:
+    height, width = overview.scanned.shape
+    if not outline:
+        yield "There is no tissue outline: none was found beside the features."
     if len(features.grid):
-        notes.append(
-            "Colours of embedding and clusters are fitted to this slide alone; on another they differ."
-        )
+        yield "Colours of embedding and clusters are fitted to this slide alone; on another they differ."
     coarse = ": too coarse to judge cells by" if overview.mpp > COARSE_MPP else ""
-    notes.append(
-        f"The slide is here as a picture of {width:,} × {height:,} px, {overview.mpp:.3g} µm each{coarse}."
-    )
-    return notes
+    yield f"The slide is here as a picture of {width:,} × {height:,} px, {overview.mpp:.3g} µm each{coarse}."
 
 
-def _footer(features: SlideFeatures) -> Markup:
+def _made_by(features: SlideFeatures) -> list[tuple[str, str | None]]:
     encoder = features.provenance["encoder"]
-    weights = ", ".join(w["sha256"][:12] for w in encoder["weights"])
-    pairs = [
+    weights = ", ".join(file["sha256"][:12] for file in encoder["weights"])
+    return [
         ("Encoder", encoder["name"]),
-        ("Weights", f"sha256 {weights}" if weights else "–"),
-        ("Licence", encoder.get("licence") or "–"),
+        ("Weights", f"sha256 {weights}" if weights else None),
+        ("Licence", encoder.get("licence") or None),
         ("Level 0", f"{features.provenance['slide']['mpp']:.4g} µm/px"),
         ("Features", str(features.provenance.get("written", "–"))[:10]),
         ("Page", f"{datetime.now(timezone.utc):%Y-%m-%d}"),
         ("By", f"seal-extract {version('seal-extract')}"),
     ]
-    return Markup(
-        "".join(fill_text("<span>{{name}} <b>{{value}}</b></span>", name=n, value=v) for n, v in pairs)
-    )
-
-
-def _lines(texts: Sequence[str]) -> Markup:
-    return Markup("".join(fill_text("<li>{{text}}</li>", text=text) for text in texts))

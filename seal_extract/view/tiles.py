@@ -31,7 +31,7 @@ class SlideTiles:
 
     def __init__(self, slide: Slide) -> None:
         self.slide = slide
-        self.zooms = 1 + max(0, ceil(log2(max(slide.size_l0) / TILE_PX)))
+        self.zooms = zooms_of(slide)
         self._overview_downsample = max(self._first_large(), max(slide.size_l0) / OVERVIEW_PX)
         self._overview: Overview | None = None
         self._lock = threading.Lock()
@@ -99,6 +99,11 @@ class SlideTiles:
             if (TILE_PX * (1 << zoom) / level.downsample) ** 2 > MOST_READ_PX:
                 return 1 << zoom
         return 1 << self.zooms
+
+
+def zooms_of(slide: Slide) -> int:
+    """How many times a slide is there, each half as large as the one before."""
+    return 1 + max(0, ceil(log2(max(slide.size_l0) / TILE_PX)))
 
 
 def jpeg(rgb: Array, quality: int = JPEG_QUALITY) -> bytes:

@@ -26,8 +26,9 @@ from seal_extract.features.origin import open_origin
 from seal_extract.genes.predict import moments, predict_genes, signature_scores
 from seal_extract.genes.signature import Signature
 from seal_extract.patches.grid import PatchGrid
-from seal_extract.view import report_layers
+from seal_extract.view import report
 from seal_extract.view.heatmap import PatchRaster, colour, limits
+from seal_extract.view.layers import Layer
 from seal_extract.view.report import is_report, report_path, write_slide_report
 
 pytest.importorskip("xstatic.pkg.leaflet")
@@ -142,8 +143,8 @@ def test_the_foot_says_what_made_it(html):
     assert re.search(r"Page \d{4}-\d\d-\d\d", foot)
 
 
-def test_it_says_that_genes_are_predicted_and_what_seal_tiny_is_for(html):
-    notes = re.search(r'<ul id="notes">.*?</ul>', html, re.S)[0]
+def test_it_says_that_genes_are_predicted_and_what_seal_tiny_is_for(data):
+    notes = " ".join(data["slide"]["notes"])
     assert "predicted" in notes
     assert "Nothing was measured" in notes
     assert "seal-tiny is for trying" in notes
@@ -158,7 +159,7 @@ def test_the_genes_are_those_that_vary_most(data, features, decoder):
     _, deviation = moments([features], decoder)
     expected = [decoder.genes[i] for i in np.argsort(-deviation, kind="stable")[:24]]
     assert [layer["legend"]["title"] for layer in data["kinds"]["genes"]] == expected
-    assert data["genes_are"] == "The 24 of 500 genes whose prediction varies most over this slide."
+    assert data["genes"]["are"] == "The 24 of 500 genes whose prediction varies most over this slide."
 
 
 def test_values_are_those_predicted(data, features, decoder):
@@ -215,7 +216,7 @@ def test_the_picture_is_as_large_as_asked_for(features, tmp_path):
 
 def test_float16_holds_what_it_can_and_float32_the_rest():
     for values, kind in (([0, 1.5, -2047], "f2"), ([0, 70_000], "f4"), ([], "f2")):
-        packed = report_layers.packed(np.array(values, np.float32))
+        packed = report.pack_numbers(np.array(values, np.float32))
         assert packed["type"] == kind
         np.testing.assert_array_equal(numbers(packed), values)
 
@@ -223,9 +224,7 @@ def test_float16_holds_what_it_can_and_float32_the_rest():
 def test_patches_that_lie_on_no_common_grid_are_all_in_the_picture():
     xy = np.array([[0, 0], [224, 3], [460, 229]])
     raster = PatchRaster.of(PatchGrid(xy, 224, 0.5, 224, 0, 0, 224))
-    parts = report_layers.LayerParts.__new__(report_layers.LayerParts)
-    parts._raster = raster
-    png = parts._palette(np.array([0, 1, 2], np.uint8), np.array([[9, 0, 0], [0, 9, 0], [0, 0, 9]], np.uint8))
+    png = Layer(np.array([[9, 0, 0], [0, 9, 0], [0, 0, 9]], np.uint8), {}).png(raster)
     rgba = np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
     assert [int((rgba[..., channel] == 9).sum()) for channel in range(3)] == [64, 64, 64]
 
@@ -236,13 +235,13 @@ def test_patches_that_lie_on_no_common_grid_are_all_in_the_picture():
 def test_without_a_decoder_the_page_says_so_and_has_no_genes(features, tmp_path):
     data = data_of(write(features, tmp_path / "a.html", None).read_text(encoding="utf-8"))
     assert set(data["kinds"]) == {"embedding", "clusters", "attention"}
-    assert data["no_genes"] == "No genes: this page was made without an expression decoder of seal-tiny."
+    assert data["genes"]["why"] == "this page was made without an expression decoder of seal-tiny."
 
 
 def test_without_names_the_page_says_so_and_has_no_genes(features, decoder, tmp_path):
     html = write(features, tmp_path / "a.html", replace(decoder, genes=None)).read_text(encoding="utf-8")
     assert "genes" not in data_of(html)["kinds"]
-    assert data_of(html)["no_genes"] == "No genes: the 500 columns that seal-tiny predicts have no names."
+    assert data_of(html)["genes"]["why"] == "the 500 columns that seal-tiny predicts have no names."
     assert "Nothing was measured" not in html
 
 
@@ -299,7 +298,7 @@ def test_a_slide_without_patches_is_shown_as_it_is(features, decoder, tmp_path):
 
 
 def test_more_genes_than_a_page_has_room_for(features, decoder, tmp_path, monkeypatch):
-    monkeypatch.setattr(report_layers, "MOST_VALUES", 5 * len(features.grid))
+    monkeypatch.setattr(report, "MOST_VALUES", 5 * len(features.grid))
     with pytest.raises(UsageError, match=r"^4 genes .* allowed: 3 for this slide; type fewer --genes$"):
         write(features, tmp_path / "a.html", decoder, genes=decoder.genes[:4])  # attention takes two
     assert not list(tmp_path.iterdir())

@@ -24,12 +24,11 @@ from viewer_fixtures import SLIDES, gallery_of, serving
 
 from seal_extract import open_slide, read_features
 from seal_extract.errors import EncoderError, SealExtractError, UsageError
-from seal_extract.view.cache import BoundedCache
 from seal_extract.view.collection import Collection
-from seal_extract.view.colours import Components, cluster_centres, cluster_colours, nearest_centre
+from seal_extract.view.gallery import LruCache, alike_in_others, alike_in_slide
 from seal_extract.view.gene_maps import GeneMaps
 from seal_extract.view.guard import REQUEST_S
-from seal_extract.view.neighbours import alike_in_others, alike_in_slide
+from seal_extract.view.layers import Components, cluster_centres, cluster_colours, nearest_centre
 from seal_extract.view.tiles import SlideTiles
 from seal_extract.view.viewer import make_app
 
@@ -37,7 +36,8 @@ pytest.importorskip("uvicorn")
 
 
 def picture(body):
-    return np.asarray(Image.open(io.BytesIO(body)))
+    picture = Image.open(io.BytesIO(body))
+    return np.asarray(picture.convert("RGBA") if picture.mode == "P" else picture)
 
 
 # --- what it answers ------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def test_localhost_is_our_own_name(client):
 
 
 PATHS = (
-    *("/", "/static/viewer.js", "/api/slides", "/api/genes", "/api/slides/0", "/nothing"),
+    *("/", "/static/slide.js", "/api/slides", "/api/genes", "/api/slides/0", "/nothing"),
     *("/api/slides/0/thumbnail", "/api/slides/0/tiles/0/0/0", "/api/slides/0/patches"),
 )
 
@@ -237,7 +237,7 @@ def test_the_address_with_the_token_gives_a_cookie_that_serves_for_the_rest(clie
     assert attributes == ["Path=/", "HttpOnly", "SameSite=Strict"]
     assert client.ask("/api/slides", Cookie=f"other=1; {cookie}")[0] == 200
     assert client.ask(f"/api/slides?token={client.token}", Cookie="")[0] == 200
-    assert client.token not in str(client.ask("/static/viewer.js")[1])
+    assert client.token not in str(client.ask("/static/slide.js")[1])
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_other_sites_pages_are_refused(client):
 
 
 def test_everything_carries_a_policy_without_other_sites_or_inline_script(client):
-    for path in ("/", "/api/slides", "/nothing", "/static/viewer.js"):
+    for path in ("/", "/api/slides", "/nothing", "/static/slide.js"):
         policy = client.ask(path)[1]["Content-Security-Policy"]
         assert "default-src 'none'" in policy
         assert "unsafe" not in policy
@@ -413,10 +413,10 @@ def test_who_has_left_is_not_worked_for(viewer_out, monkeypatch):
 
 
 def test_a_cache_keeps_to_its_size_and_makes_nothing_twice_at_once():
-    cache = BoundedCache(100, len)
+    cache = LruCache(100, len)
     for i in range(50):
         cache.get(i, lambda: b"x" * 10)
-    assert (len(cache), cache.filled) == (10, 100)
+    assert cache.filled == 100
     made = []
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: cache.get("one", lambda: made.append(1) or b"y"), range(64)))
@@ -424,7 +424,7 @@ def test_a_cache_keeps_to_its_size_and_makes_nothing_twice_at_once():
 
 
 def test_what_could_not_be_made_is_tried_again():
-    cache = BoundedCache(10)
+    cache = LruCache(10)
     with pytest.raises(ZeroDivisionError):
         cache.get("a", lambda: 1 / 0)
     assert cache.get("a", lambda: 5) == 5

@@ -1,6 +1,4 @@
 // The stage: a slide, patches and colours of one slide in level-0 pixels, x to the right and y downwards.
-/* global L */
-import { $ } from "./viewer_parts.js";
 
 const ACCENT = "#58c7b8";
 const CRS = L.extend({}, L.CRS.Simple, { transformation: new L.Transformation(1, 0, 1, 0) });
@@ -34,7 +32,7 @@ const PatchGrid = L.GridLayer.extend({
 });
 
 /** Patches of a slide, found by place. */
-export class Patches {
+class Patches {
   constructor(xy, side) {
     this.xy = xy;
     this.side = side;
@@ -110,7 +108,7 @@ export class Patches {
 }
 
 /** The map, and what lies on it. */
-export class Stage {
+class Stage {
   /** `ground` makes the layer that shows a slide, of the slide and its span of zooms. */
   constructor(ground) {
     this.ground = ground;

@@ -1,9 +1,8 @@
 // A text field that suggests: arrows choose, Enter takes, Escape closes. It completes the last of several genes.
-import { $, element } from "./viewer_parts.js";
 
 const WAIT_MS = 90;
 
-export class Combo {
+class Combo {
   /** `suggest` gives the names for what was typed, or a promise of them; `taken` is told what was entered. */
   constructor(field, list, suggest, taken) {
     this.field = field;
@@ -89,5 +88,3 @@ export class Combo {
     this.field.value = [...before, name].join(", ");
   }
 }
-
-export const geneCombo = (suggest, taken) => new Combo($("gene"), $("gene-list"), suggest, taken);

@@ -1,7 +1,6 @@
 // What the colours mean, and which of them the chosen patch has.
-import { $, element, fixed } from "./viewer_parts.js";
 
-export class Legend {
+class Legend {
   constructor() {
     this.legend = null;
   }

@@ -1,19 +1,18 @@
 // The view as a PNG picture: the slide and all that lies on it, and below it what the colours mean.
-import { $, element, fixed } from "./viewer_parts.js";
 
 const PANES = [".leaflet-tile-pane", ".leaflet-colours-pane", ".leaflet-grid-pane", ".leaflet-overlay-pane"];
 const MARGIN = 16; // all lengths in pixels of the page
 const LINE = 20;
 
 /** Offer any content for saving under a file name. */
-export function save(content, name) {
+function save(content, name) {
   const link = element("a", { href: URL.createObjectURL(content), download: name.replace(/[^\w.-]+/g, "_") });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
 }
 
 /** Save what is on the stage, with `lines` of text and `legend` (null where there are no colours). */
-export function saveFigure(name, lines, legend) {
+function saveFigure(name, lines, legend) {
   const map = $("map");
   const { width, height } = map.getBoundingClientRect();
   const ratio = Math.max(2, window.devicePixelRatio || 1);

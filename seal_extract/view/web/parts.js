@@ -1,0 +1,24 @@
+// Small parts of the document. The scripts of a page are joined in order: each uses those before it.
+
+const $ = (id) => document.getElementById(id);
+
+/** An element with properties and children. */
+function element(tag, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+}
+
+const count = (n, word, words = `${word}s`) => `${n.toLocaleString("en")} ${n === 1 ? word : words}`;
+const fixed = (value, digits = 2) => value.toFixed(digits).replace("-", "−");
+const signed = (value) => `${value >= 0 ? "+" : ""}${fixed(value, 1)}`;
+
+/** A button that shows a gene on the slide: it calls `take`. */
+function geneButton(gene, take) {
+  return element("button", { type: "button", onclick: () => take(gene), title: `Show ${gene} on the slide` }, gene);
+}
+
+function table(head, rows) {
+  const cells = (tag, values) => element("tr", {}, ...values.map((value) => element(tag, {}, value)));
+  return element("table", {}, element("thead", {}, cells("th", head)), element("tbody", {}, ...rows.map((row) => cells("td", row))));
+}
