@@ -73,24 +73,36 @@ def make_section(lattice="square", array_rc=None, **over):
 
 
 def write_st_tables(folder, name="A1", counts=None, pitch_px=400.0, drop_places=0, drop_counts=0):
-    """her2st's three folders; 200 µm are ``pitch_px``."""
+    """A section in her2st's three folders; 200 µm are ``pitch_px``."""
     array_rc = square(3, 4) + 2
-    xy = places(array_rc - 2, "square", pitch_px)
     counts = counts_of(len(array_rc)) if counts is None else counts
-    for part in ("counts", "spots", "images"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    lines = ["\t".join(["", *GENES[: counts.shape[1]]])] + [
-        "\t".join([f"{c}x{r}", *map(str, row)])
-        for (r, c), row in list(zip(array_rc, counts, strict=True))[drop_counts:]
-    ]
-    with gzip.open(folder / f"counts/{name}.tsv.gz", "wt") as file:
-        file.write("\n".join(lines) + "\n")
-    rows = [f"{c}\t{r}\t{c + 0.1}\t{r - 0.1}\t{x}\t{y}" for (r, c), (x, y) in zip(array_rc, xy, strict=True)]
-    head = "x\ty\tnew_x\tnew_y\tpixel_x\tpixel_y"
-    text = "\n".join([head, *rows[: len(rows) - drop_places]]) + "\n"
-    (folder / f"spots/{name}_selection.tsv").write_text(text)
+    xy = places(array_rc - 2, "square", pitch_px)
+    _write_tables(folder, name, GENES, counts, array_rc, xy, drop_places, drop_counts)
     draw(folder / f"images/{name}.jpg", (200, 200))
     return counts
+
+
+def write_study(folder, names, pitch_px, genes, counts_by):
+    """Sections in tables of 6 x 6 spots; each lies on a square of one colour, from which its counts come."""
+    rng, array_rc = np.random.default_rng(0), square(6, 6) + 1
+    for name in names:
+        colours = rng.integers(60, 220, (8, 8, 3), dtype=np.uint8)
+        counts = np.array([counts_by(rng, colours[r, c].astype(int)) for r, c in array_rc])
+        _write_tables(folder, name, genes, counts, array_rc, (array_rc[:, ::-1] + 0.5) * pitch_px)
+        image = colours.repeat(pitch_px, 0).repeat(pitch_px, 1)
+        (folder / "images").mkdir(exist_ok=True)
+        Image.fromarray(image).save(folder / f"images/{name}.png")
+
+
+def _write_tables(folder, name, genes, counts, array_rc, xy, drop_places=0, drop_counts=0):
+    for part in ("counts", "spots"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    lines = [f"{c}x{r}\t" + "\t".join(map(str, row)) for (r, c), row in zip(array_rc, counts, strict=True)]
+    with gzip.open(folder / f"counts/{name}.tsv.gz", "wt") as file:
+        file.write("\n".join(["\t" + "\t".join(genes), *lines[drop_counts:]]) + "\n")
+    rows = [f"{c}\t{r}\t{c + 0.1}\t{r - 0.1}\t{x}\t{y}" for (r, c), (x, y) in zip(array_rc, xy, strict=True)]
+    text = "\n".join(["x\ty\tnew_x\tnew_y\tpixel_x\tpixel_y", *rows[: len(rows) - drop_places]]) + "\n"
+    (folder / f"spots/{name}_selection.tsv").write_text(text)
 
 
 def write_10x(path, counts, genes=GENES, ids=None, kinds=None):

@@ -18,14 +18,8 @@ TINY = EncoderSpec(
     source="",
     architecture=Architecture(
         "vit_tiny_patch16_224",
-        {
-            "img_size": 32,
-            "patch_size": 8,
-            "embed_dim": 32,
-            "depth": 2,
-            "num_heads": 2,
-            "dynamic_img_size": True,
-        },
+        {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+        | {"dynamic_img_size": True},
     ),
     pooling="cls",
     input=InputRule(multiple_of=8),

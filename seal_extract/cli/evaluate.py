@@ -11,7 +11,6 @@ from seal_extract.cli.terminal import echo, progress_line
 
 if TYPE_CHECKING:
     from seal_extract.encoders.request import EncoderRequest
-    from seal_extract.train.sections import Section
 
 
 def evaluate_parser() -> argparse.ArgumentParser:
@@ -55,16 +54,17 @@ def evaluate_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Print the tables, then where they were written."""
-    from seal_extract.evaluate.run import EvaluateOptions, check_free, evaluate
+    from seal_extract.evaluate.run import EvaluateOptions, evaluate, output_files
+    from seal_extract.train.config import sections_of
 
     options = EvaluateOptions(args.by, args.genes, args.patch_px, args.mpp, args.batch_size, args.seeds)
-    check_free(args.out, args.overwrite)
+    output_files(args.out, args.overwrite)
     encoder = _request(args.encoder, args)
     base = None if args.base is None else _request(args.base, args)
-    sections = _sections(args.sections)
+    sections = sections_of(args.sections)
     tell = progress_line(args.quiet)
     try:
-        found = evaluate(sections, encoder, base, options=options, say=tell)
+        found = evaluate(sections, encoder, base, options=options, log=tell)
     finally:
         tell("")
     echo(*found.to_markdown().split("\n"))
@@ -77,18 +77,3 @@ def _request(name: str, args: argparse.Namespace) -> EncoderRequest:
     from seal_extract.encoders.request import EncoderRequest
 
     return EncoderRequest(name, device=args.device, precision=args.precision, offline=args.offline)
-
-
-def _sections(source: Path) -> list[Section]:
-    """The sections of a training's config, or all of a folder that have an image and counts.
-
-    Raises:
-        UsageError: it is neither.
-    """
-    from seal_extract.train.formats import find_sections, load_sections
-
-    if source.suffix == ".toml":
-        from seal_extract.train.config import read_config
-
-        return load_sections(read_config(source).data.sections)
-    return find_sections(source)

@@ -12,7 +12,6 @@ from seal_extract.errors import CheckpointError, SealExtractError, UsageError
 
 if TYPE_CHECKING:
     from seal_extract.genes.omics import OmicsEncoder
-    from seal_extract.train.sections import Section
 
 
 def spots_parser() -> argparse.ArgumentParser:
@@ -55,11 +54,13 @@ def run(args: argparse.Namespace) -> int:
     """A line for each section; one that fails stops no other, and makes the exit status 1."""
     from seal_extract.encoders import load_encoder
     from seal_extract.evaluate.spots import embed_spots, was_smoothed
+    from seal_extract.train.config import sections_of
 
     for name, least in (("batch_size", 1), ("patch_px", 1)):
         if getattr(args, name) < least:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}; allowed: {least} or more")
-    sections = _sections(args)
+    names = None if args.names is None else [name.strip() for name in args.names.split(",")]
+    sections = sections_of(args.source, names, slide=args.slide, mpp=args.slide_mpp)
     omics = None if args.image_only else _omics(args)
     encoder = load_encoder(
         args.encoder,
@@ -91,19 +92,6 @@ def run(args: argparse.Namespace) -> int:
         both = "image and expression" if omics is not None else "image"
         echo(f"{section.name}: {both} embeddings by {encoder.spec.name} -> {path}")
     return 1 if failed else 0
-
-
-def _sections(args: argparse.Namespace) -> list[Section]:
-    from seal_extract.train.formats import find_sections, load_sections
-
-    if args.source.suffix == ".toml":
-        from seal_extract.train.config import read_config
-
-        if args.slide or args.slide_mpp or args.names:
-            raise UsageError("--slide, --slide-mpp and --names are for folders; the config says them itself")
-        return load_sections(read_config(args.source).data.sections)
-    names = None if args.names is None else [name.strip() for name in args.names.split(",")]
-    return find_sections(args.source, names, slide=args.slide, mpp=args.slide_mpp)
 
 
 def _omics(args: argparse.Namespace) -> OmicsEncoder:

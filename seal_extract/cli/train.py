@@ -36,6 +36,6 @@ def run_train(args: argparse.Namespace) -> int:
         return 0
     from seal_extract.train.run import run
 
-    trained = run(config, tell=lambda line: None if args.quiet else echo(line))
+    trained = run(config, log=lambda line: None if args.quiet else echo(line))
     echo(f"use it with  seal-extract slide.svs --encoder {trained.path}")
     return 0

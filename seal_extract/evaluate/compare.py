@@ -1,8 +1,8 @@
-"""Lines of a comparison over the same folds: encoders, hand-made features, and rows permuted."""
+"""Encoders and handcrafted features compared on the same folds, and with their rows permuted."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,60 +13,59 @@ from seal_extract.errors import UsageError
 from seal_extract.evaluate.expression import HEST, TUNED, Fold, FoldScore, Probe, score_fold
 from seal_extract.evaluate.retrieval import Retrieval, retrieve
 
-SEEDS = 10  # one permutation reaches ±0.07: genes vary together, so r does too
+SEEDS = 10  # one permutation reaches ±0.07: genes vary together, and r with them
+Array = NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
-class Line:
-    """One row of the table.
+class Embeddings:
+    """All rows, embedded by one encoder.
 
     Attributes:
-        name: as it is printed.
-        embeddings: [N, D] of all rows; or one such array for each fold, by its name, where the encoder was
-            trained for the fold.
-        expression: embeddings of the expression in the same space, [N, D], given in the same way: the encoder
-            was aligned with them, and retrieval is asked for.
-        aligned: the images in that space, where a projection head brings them there; else the embeddings.
+        images: [N, D], of the patches.
+        expression: [N, E], of the spots' expression, in a space shared with ``aligned``; None without one.
+        aligned: [N, E], the images in that space; None where it is that of ``images``.
+    """
+
+    images: Array
+    expression: Array | None = None
+    aligned: Array | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Contender:
+    """What is compared: an encoder, or handcrafted features.
+
+    Attributes:
+        name: in tables.
+        embeddings: of all folds; or of each fold by its name, where an encoder was trained for each.
     """
 
     name: str
-    embeddings: NDArray[Any] | Mapping[str, NDArray[Any]]
-    expression: NDArray[Any] | Mapping[str, NDArray[Any]] | None = None
-    aligned: NDArray[Any] | Mapping[str, NDArray[Any]] | None = None
+    embeddings: Embeddings | Mapping[str, Embeddings]
 
-    def of(self, fold: str) -> NDArray[Any]:
+    def of(self, fold: str) -> Embeddings:
         """The embeddings for a fold."""
-        return _of(self.embeddings, fold, self.name)
-
-    def expression_of(self, fold: str) -> NDArray[Any] | None:
-        """The expression's embeddings for a fold."""
-        return None if self.expression is None else _of(self.expression, fold, self.name)
-
-    def aligned_of(self, fold: str) -> NDArray[Any]:
-        """The images in the space of the expression, for a fold."""
-        return _of(self.embeddings if self.aligned is None else self.aligned, fold, self.name)
-
-
-def _of(given: NDArray[Any] | Mapping[str, NDArray[Any]], fold: str, name: str) -> NDArray[Any]:
-    if not isinstance(given, Mapping):
-        return given
-    if fold not in given:
-        raise UsageError(f"{name} has no embeddings for fold {fold}; it has those for {', '.join(given)}")
-    return given[fold]
+        if isinstance(self.embeddings, Embeddings):
+            return self.embeddings
+        if fold not in self.embeddings:
+            known = ", ".join(self.embeddings)
+            raise UsageError(f"{self.name} has no embeddings for fold {fold}; it has those for {known}")
+        return self.embeddings[fold]
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """What `compare` found.
+    """The scores of all contenders.
 
     Attributes:
         folds: names, in order.
-        scores: of each line by each probe, in the order of the folds.
-        permuted: r of the permuted line by each probe, float64 [seeds, folds].
-        permuted_name: the line whose rows were permuted.
-        predicted_retrieval: by the expression that the last probe predicts; for each line and fold, a
-            `Retrieval` for each held-out section.
-        joint_retrieval: by embeddings of one space, of the lines that have them.
+        permuted_name: the contender whose rows were permuted.
+        scores: by contender and probe, in the order of the folds.
+        permuted: r with permuted rows by probe, float64 [seeds, folds].
+        predicted_retrieval: by contender; for each fold, a `Retrieval` for each held-out section, through
+            the expression that the last probe predicts.
+        joint_retrieval: the same through embeddings of one space, for contenders that have them.
     """
 
     folds: tuple[str, ...]
@@ -76,68 +75,63 @@ class Comparison:
     predicted_retrieval: dict[str, list[list[Retrieval]]] = field(default_factory=dict)
     joint_retrieval: dict[str, list[list[Retrieval]]] = field(default_factory=dict)
 
-    def mean(self, line: str, probe: Probe = HEST) -> float:
+    def mean(self, name: str, probe: Probe = HEST) -> float:
         """Mean over the folds of the mean over genes."""
-        return float(np.mean([score.mean for score in self.scores[line, probe.name]]))
+        return float(np.mean([score.mean for score in self.scores[name, probe.name]]))
 
 
 def compare(
-    lines: Sequence[Line],
+    contenders: Sequence[Contender],
     folds: Sequence[Fold],
     *,
     probes: Sequence[Probe] = (HEST, TUNED),
     seeds: int = SEEDS,
 ) -> Comparison:
-    """Score every line on every fold by every probe; permute the rows of the first line.
+    """Score every contender on every fold by every probe; permute the rows of the first one.
 
     Args:
-        lines: the encoder first, then what it is held against.
+        contenders: the encoder first, then what it is compared with.
         folds: each with its own panel.
         probes: ways to predict expression.
         seeds: permutations of each fold.
 
     Raises:
-        UsageError: no line, no fold, two of one name, or as `score_fold`.
+        UsageError: no contender, no fold, two of one name, or as `score_fold`.
     """
-    for what, names in (("lines", [line.name for line in lines]), ("folds", [fold.name for fold in folds])):
+    for what, names in (("contenders", [c.name for c in contenders]), ("folds", [f.name for f in folds])):
         if not names or len(set(names)) != len(names):
             raise UsageError(f"{what} are {names}; allowed: one or more, each of another name")
-    found = Comparison(tuple(fold.name for fold in folds), lines[0].name)
-    for line in lines:
+    found = Comparison(tuple(fold.name for fold in folds), contenders[0].name)
+    for one in contenders:
         for probe in probes:
-            found.scores[line.name, probe.name] = [score_fold(line.of(f.name), f, probe) for f in folds]
-        last = found.scores[line.name, probes[-1].name]
-        found.predicted_retrieval[line.name] = [
-            _retrieve_predicted(score, fold) for score, fold in zip(last, folds, strict=True)
+            scores = [score_fold(one.of(fold.name).images, fold, probe) for fold in folds]
+            found.scores[one.name, probe.name] = scores
+        found.predicted_retrieval[one.name] = [
+            _retrieve_predicted(score, fold) for score, fold in zip(scores, folds, strict=True)
         ]
-        if line.expression is not None:
-            found.joint_retrieval[line.name] = [_retrieve_joint(line, fold) for fold in folds]
+        if one.of(folds[0].name).expression is not None:
+            found.joint_retrieval[one.name] = [_retrieve_joint(one.of(fold.name), fold) for fold in folds]
     for probe in probes:
-        found.permuted[probe.name] = _permuted(lines[0], folds, probe, seeds)
+        r = np.empty((seeds, len(folds)))
+        for seed in range(seeds):
+            for column, fold in enumerate(folds):
+                images = permuted_rows(contenders[0].of(fold.name).images, fold, seed)
+                r[seed, column] = score_fold(images, fold, probe).mean
+        found.permuted[probe.name] = r
     return found
 
 
-def _permuted(line: Line, folds: Sequence[Fold], probe: Probe, seeds: int) -> NDArray[np.float64]:
-    """Mean r with the training rows shuffled within their sections, [seeds, folds].
+def permuted_rows(images: Array, fold: Fold, seed: int) -> Array:
+    """[N, D] with the training rows shuffled within their sections; held-out rows stay.
 
-    A section keeps its own mean, so that what is left is what neither chance nor the section explains.
+    A section keeps its own mean, so that the remaining r is explained neither by chance nor by the section.
     """
-    scores = np.empty((seeds, len(folds)))
-    for seed in range(seeds):
-        for column, fold in enumerate(folds):
-            embeddings = permuted_rows(line.of(fold.name), fold, seed)
-            scores[seed, column] = score_fold(embeddings, fold, probe).mean
-    return scores
-
-
-def permuted_rows(embeddings: NDArray[Any], fold: Fold, seed: int) -> NDArray[Any]:
-    """[N, D] with each section's training rows in another order; held-out rows stay."""
     rng = np.random.default_rng(seed)
-    order = np.arange(len(embeddings))
+    order = np.arange(len(images))
     for section in np.unique(fold.sections[fold.train]):
         rows = fold.train[fold.sections[fold.train] == section]
         order[rows] = rng.permutation(rows)
-    return embeddings[order]
+    return images[order]
 
 
 def _retrieve_predicted(score: FoldScore, fold: Fold) -> list[Retrieval]:
@@ -146,17 +140,11 @@ def _retrieve_predicted(score: FoldScore, fold: Fold) -> list[Retrieval]:
     mean, sd = train.mean(0), train.std(0)
     sd = np.where(sd > 0, sd, 1.0)
     predicted, observed = (score.predicted - mean) / sd, (fold.expression[fold.held_out] - mean) / sd
-    return [retrieve(predicted[rows], observed[rows]) for rows in _sections(fold)]
+    return [retrieve(predicted[rows], observed[rows]) for rows in fold.held_out_sections()]
 
 
-def _retrieve_joint(line: Line, fold: Fold) -> list[Retrieval]:
-    images, expression = line.aligned_of(fold.name)[fold.held_out], line.expression_of(fold.name)
-    assert expression is not None
-    return [retrieve(images[rows], expression[fold.held_out][rows]) for rows in _sections(fold)]
-
-
-def _sections(fold: Fold) -> Iterator[NDArray[np.bool_]]:
-    """Rows of each held-out section, among the held-out rows."""
-    of = fold.sections[fold.held_out]
-    for section in dict.fromkeys(of.tolist()):
-        yield of == section
+def _retrieve_joint(embeddings: Embeddings, fold: Fold) -> list[Retrieval]:
+    images = embeddings.images if embeddings.aligned is None else embeddings.aligned
+    assert embeddings.expression is not None
+    images, expression = images[fold.held_out], embeddings.expression[fold.held_out]
+    return [retrieve(images[rows], expression[rows]) for rows in fold.held_out_sections()]

@@ -1,4 +1,4 @@
-"""Gene expression from embeddings: the HEST-Benchmark's protocol, a ridge on principal components.
+"""Gene expression predicted from embeddings by the HEST-Benchmark's ridge on principal components.
 
 Source: Jaume et al., HEST-1k (arXiv 2406.16192), and the benchmark's published settings.
 """
@@ -12,21 +12,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from seal_extract.errors import UsageError
+from seal_extract.errors import UsageError, how_to_install
+
+try:
+    from sklearn.decomposition import PCA
+    from sklearn.linear_model import Ridge
+    from sklearn.pipeline import Pipeline, make_pipeline
+    from sklearn.preprocessing import StandardScaler
+except ImportError as exc:
+    raise UsageError(f"scikit-learn is not installed; {how_to_install('train')}") from exc
 
 Floats = NDArray[np.float64]
-BLOCKS = 5  # of consecutive rows: how one group's rows are parted to choose alpha
+BLOCKS = 5  # of consecutive rows: the inner folds where all rows are of one group
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What is fitted to predict expression.
+    """The regression from embeddings to expression.
 
     Attributes:
         name: in tables.
         components: principal components at most.
-        alphas: of the ridge, to choose from within the training rows; empty: the benchmark's own, which is
-            100 / (components x genes).
+        alphas: of the ridge, to choose from within the training rows; empty for the benchmark's own, which
+            is 100 / (components x genes).
     """
 
     name: str
@@ -41,41 +49,8 @@ class Probe:
 
 
 HEST = Probe("HEST-Benchmark")
-# the benchmark's alpha is next to none: a few hundred spots on 256 components are then fitted to their noise
+# the benchmark's alpha hardly regularises: with a few hundred spots, 256 components are fitted to their noise
 TUNED = Probe("alpha chosen within the training rows", alphas=(1.0, 10.0, 100.0, 1e3, 1e4, 1e5))
-
-
-@dataclass(frozen=True, eq=False)
-class FittedProbe:
-    """Predicts expression from embeddings; made by `fit_probe`.
-
-    Attributes:
-        mean, scale: of each feature in the training rows, float64 [D].
-        weights: from standardised features to expression, float64 [D, P].
-        offset: mean expression of the training rows, float64 [P].
-        alpha: of the ridge.
-        components: principal components that were kept.
-    """
-
-    mean: Floats
-    scale: Floats
-    weights: Floats
-    offset: Floats
-    alpha: float
-    components: int
-
-    def __repr__(self) -> str:
-        features, genes = self.weights.shape
-        return (
-            f"FittedProbe({features} features by {self.components} components to {genes} genes, "
-            f"alpha {self.alpha:.4g})"
-        )
-
-    def predict(self, embeddings: NDArray[Any]) -> Floats:
-        """[M, D] to [M, P]."""
-        standardised = (embeddings - self.mean) / self.scale
-        predicted: Floats = standardised @ self.weights + self.offset
-        return predicted
 
 
 def fit_probe(
@@ -83,29 +58,32 @@ def fit_probe(
     expression: NDArray[Any],
     probe: Probe = HEST,
     groups: NDArray[Any] | None = None,
-) -> FittedProbe:
+) -> Pipeline:
     """Standardise the features, keep the first principal components, fit a ridge.
 
     The benchmark fits without an intercept to expression that is not centred. Its components have mean 0 over
-    the training rows, so an intercept changes neither weights nor Pearson's r; here predictions carry the
-    training mean. The components are orthogonal, so the ridge is exact: s / (s² + alpha) of each.
+    the training rows, so an intercept changes neither weights nor Pearson's r; here predictions include the
+    training mean.
 
     Args:
         embeddings: [N, D].
         expression: [N, P], log1p.
         probe: settings.
-        groups: [N], the section or patient of each row: where alpha is chosen, it is the one with the best
-            mean Pearson r over groups left out in turn. One group only, or None: over blocks of consecutive
-            rows.
+        groups: [N], the section or patient of each row. A chosen alpha has the best mean Pearson r over
+            groups left out in turn; with one group only, or None, over blocks of consecutive rows.
+
+    Returns:
+        A pipeline of scikit-learn; its ``predict`` takes [M, D] to [M, P].
 
     Raises:
         UsageError: shapes that do not fit, fewer than two rows, NaN or infinity.
     """
     x, y = _checked(embeddings, expression)
-    alpha = 100 / (_count(x, probe) * y.shape[1])
+    alpha = 100 / (min(probe.components, *x.shape) * y.shape[1])
     if probe.alphas:
-        alpha = _choose_alpha(x, y, probe, _blocks(len(x)) if groups is None else np.asarray(groups))
-    return _Components.of(x, y, probe).at(alpha)
+        alpha = _choose_alpha(x, y, probe, groups)
+    reduction = _reduction(x, probe)
+    return make_pipeline(*reduction, Ridge(alpha).fit(reduction.transform(x), y))
 
 
 def _checked(embeddings: NDArray[Any], expression: NDArray[Any]) -> tuple[Floats, Floats]:
@@ -125,63 +103,33 @@ def _checked(embeddings: NDArray[Any], expression: NDArray[Any]) -> tuple[Floats
     return x, y
 
 
-def _count(x: Floats, probe: Probe) -> int:
-    """Components to keep: fewer than asked for where there are fewer features or rows."""
-    return int(min(probe.components, *x.shape))
+def _reduction(x: Floats, probe: Probe) -> Pipeline:
+    """Features to principal components, fewer than asked for where there are fewer features or rows."""
+    components = min(probe.components, *x.shape)
+    return make_pipeline(StandardScaler(), PCA(components, svd_solver="full")).fit(x)
 
 
-@dataclass(frozen=True, eq=False)
-class _Components:
-    """Training rows by their principal components: every alpha's ridge is a product away."""
-
-    mean: Floats
-    scale: Floats
-    axes: Floats  # [K, D]
-    sizes: Floats  # [K], singular values
-    shares: Floats  # [K, P], of each component in the expression
-    offset: Floats
-
-    @classmethod
-    def of(cls, x: Floats, y: Floats, probe: Probe) -> _Components:
-        mean, scale, offset = x.mean(0), x.std(0), y.mean(0)
-        scale = np.where(scale > 1e-9 * np.maximum(1.0, np.abs(mean)), scale, 1.0)  # a constant stays 0
-        left, sizes, axes = np.linalg.svd((x - mean) / scale, full_matrices=False)
-        k = _count(x, probe)
-        return cls(mean, scale, axes[:k], sizes[:k], left[:, :k].T @ (y - offset), offset)
-
-    def at(self, alpha: float) -> FittedProbe:
-        shrunk = (self.sizes / (self.sizes**2 + alpha))[:, None] * self.shares
-        return FittedProbe(self.mean, self.scale, self.axes.T @ shrunk, self.offset, alpha, len(self.sizes))
-
-
-def _blocks(rows: int) -> NDArray[np.int64]:
-    return np.arange(rows) * min(BLOCKS, rows) // rows
-
-
-def _choose_alpha(x: Floats, y: Floats, probe: Probe, groups: NDArray[Any]) -> float:
-    """The alpha with the best mean r over inner folds; of equals the largest."""
-    if len(np.unique(groups)) < 2:
-        groups = _blocks(len(x))
-    scores = []
+def _choose_alpha(x: Floats, y: Floats, probe: Probe, groups: NDArray[Any] | None) -> float:
+    """The alpha with the best mean r over inner folds; the largest of equals."""
+    if groups is None or len(np.unique(groups)) < 2:
+        groups = np.arange(len(x)) * min(BLOCKS, len(x)) // len(x)
+    total = np.zeros(len(probe.alphas))
     for _, train, held_out in leave_one_out(groups):
         if min(len(train), len(held_out)) < 2:
             continue
-        parts = _Components.of(x[train], y[train], probe)
-        scores.append([mean_r(pearson(parts.at(a).predict(x[held_out]), y[held_out])) for a in probe.alphas])
-    means = np.nan_to_num(np.array(scores).reshape(-1, len(probe.alphas))).sum(0)  # a fold without any r: 0
-    return max(zip(means.tolist(), probe.alphas, strict=True))[1]
+        reduction = _reduction(x[train], probe)
+        z, z_held_out = reduction.transform(x[train]), reduction.transform(x[held_out])
+        for i, alpha in enumerate(probe.alphas):
+            predicted = Ridge(alpha).fit(z, y[train]).predict(z_held_out)
+            total[i] += np.nan_to_num(mean_r(pearson(predicted.reshape(len(held_out), -1), y[held_out])))
+    return max(zip(total.tolist(), probe.alphas, strict=True))[1]
 
 
 def pearson(predicted: NDArray[Any], observed: NDArray[Any]) -> Floats:
-    """Pearson's r of each column.
+    """Pearson's r of each column: two arrays [N, P] to float64 [P].
 
-    Args:
-        predicted: [N, P].
-        observed: [N, P].
-
-    Returns:
-        float64 [P]. NaN where the observed column is constant: no prediction is right or wrong about it;
-        0 where only the prediction is constant, so that nobody gains by predicting nothing.
+    NaN where the observed column is constant, as no prediction of it is right or wrong; 0 where only the
+    predicted column is constant.
 
     Raises:
         UsageError: different shapes.
@@ -199,10 +147,9 @@ def pearson(predicted: NDArray[Any], observed: NDArray[Any]) -> Floats:
 
 
 def _varies(values: Floats) -> NDArray[np.bool_]:
-    """Columns that are more than rounding of one number."""
-    size = np.abs(values).max(0, initial=0)
+    """Columns that are not constant but for rounding."""
     span = values.max(0, initial=-np.inf) - values.min(0, initial=np.inf)
-    varies: NDArray[np.bool_] = span > 1e-9 * size
+    varies: NDArray[np.bool_] = span > 1e-9 * np.abs(values).max(0, initial=0)
     return varies
 
 
@@ -217,17 +164,17 @@ def mean_r(per_gene: Floats) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """Which rows are trained on and which are held out, and the expression to predict.
+    """Rows to train on, rows held out, and the expression to predict.
 
-    The panel is the fold's own: genes are chosen from its training rows alone.
+    The panel is the fold's own: its genes are chosen from the training rows only.
 
     Attributes:
-        name: what is held out.
+        name: of the section or patient that is held out.
         train: int64 [T], rows.
         held_out: int64 [H], rows.
         expression: float32 [N, P], log1p, of all rows.
         panel: gene of each column.
-        groups: [N], what is left out in turn: the section or patient of each row.
+        groups: [N], the section or patient of each row, whichever is held out in turn.
         sections: [N], the section of each row: retrieval stays within one.
     """
 
@@ -254,21 +201,15 @@ class Fold:
                 f"{len(both)} of them in both; allowed: 2 or more of each, none in both"
             )
 
-    def __repr__(self) -> str:
-        return (
-            f"Fold({self.name}: {len(self.train)} rows to train on, {len(self.held_out)} held out, "
-            f"{len(self.panel)} genes)"
-        )
+    def held_out_sections(self) -> Iterator[NDArray[np.bool_]]:
+        """For each held-out section: which of the held-out rows are of it."""
+        sections = self.sections[self.held_out]
+        for section in dict.fromkeys(sections.tolist()):
+            yield sections == section
 
 
 def leave_one_out(groups: Sequence[Any] | NDArray[Any]) -> Iterator[tuple[str, NDArray[Any], NDArray[Any]]]:
-    """Each group held out in turn, in the order of first appearance.
-
-    Args:
-        groups: [N], section or patient of each row.
-
-    Yields:
-        Its name, int64 rows of all others, int64 rows of its own.
+    """Each group of rows held out in turn: its name, the rows of all others, its own rows (int64).
 
     Raises:
         UsageError: fewer than two groups.
@@ -289,18 +230,12 @@ class FoldScore:
         fold: its name.
         per_gene: float64 [P], Pearson's r, NaN for genes that are constant in the held-out rows.
         panel: gene of each.
-        alpha: of the ridge.
-        components: principal components.
-        rows: trained on and held out.
         predicted: float64 [H, P], of the held-out rows.
     """
 
     fold: str
     per_gene: Floats
     panel: tuple[str, ...]
-    alpha: float
-    components: int
-    rows: tuple[int, int]
     predicted: Floats
 
     @property
@@ -310,23 +245,12 @@ class FoldScore:
 
     @property
     def constant(self) -> int:
-        """Genes without an r."""
+        """Number of genes without an r."""
         return int(np.isnan(self.per_gene).sum())
-
-    def __repr__(self) -> str:
-        return (
-            f"FoldScore({self.fold}: r {self.mean:.3f} over {len(self.panel) - self.constant} genes, "
-            f"{self.constant} constant, {self.rows[0]} rows trained on, {self.rows[1]} held out)"
-        )
 
 
 def score_fold(embeddings: NDArray[Any], fold: Fold, probe: Probe = HEST) -> FoldScore:
-    """Fit on the fold's training rows, predict the held-out ones.
-
-    Args:
-        embeddings: [N, D], of all rows: an encoder trained for this fold gives other ones for another.
-        fold: rows and expression.
-        probe: settings.
+    """Fit to the embeddings [N, D] of the fold's training rows, predict the held-out ones.
 
     Raises:
         UsageError: as `fit_probe`.
@@ -336,10 +260,8 @@ def score_fold(embeddings: NDArray[Any], fold: Fold, probe: Probe = HEST) -> Fol
             f"embeddings are {len(embeddings)}, fold {fold.name} has {len(fold.expression)} rows; "
             "give one for each row"
         )
-    train, held_out = fold.train, fold.held_out
+    train = fold.train
     fitted = fit_probe(embeddings[train], fold.expression[train], probe, fold.groups[train])
-    _checked(embeddings[held_out], fold.expression[held_out])
-    predicted = fitted.predict(embeddings[held_out])
-    r = pearson(predicted, fold.expression[held_out])
-    rows = (len(train), len(held_out))
-    return FoldScore(fold.name, r, fold.panel, fitted.alpha, fitted.components, rows, predicted)
+    x, y = _checked(embeddings[fold.held_out], fold.expression[fold.held_out])
+    predicted = fitted.predict(x).reshape(y.shape)
+    return FoldScore(fold.name, pearson(predicted, y), fold.panel, predicted)

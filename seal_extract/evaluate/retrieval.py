@@ -1,4 +1,4 @@
-"""Retrieval between images and expression: is a spot's own expression among those most like its image?
+"""Retrieval between images and expression: is a spot's own expression among the most similar to its image?
 
 Source: SEAL (arXiv 2602.14177) and CLIP (arXiv 2103.00020): cosine similarity of unit vectors.
 """
@@ -19,10 +19,10 @@ KS = (1, 5, 10)
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where the right partner came, in one direction.
+    """Ranks of the queries' own partners, in one direction.
 
     Attributes:
-        recall: share of the queries whose partner is among the first k, by k.
+        recall: by k, the share of queries whose partner is among the first k.
         median_rank: 1 is the best.
     """
 
@@ -32,46 +32,29 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Both directions within one section.
+    """Both directions within one section, and a random order.
 
     Attributes:
-        to_expression: images ask, expression is ranked.
-        to_image: expression asks, images are ranked.
-        spots: of the section, N.
+        to_expression: an image is the query, expression is ranked.
+        to_image: expression is the query, images are ranked.
+        chance: of a random order: recall k / N, median rank (N + 1) / 2.
     """
 
     to_expression: Ranks
     to_image: Ranks
-    spots: int
-
-    @property
-    def chance(self) -> dict[int, float]:
-        """Recall of a random order, by k: k / N."""
-        return {k: min(k, self.spots) / self.spots for k in self.to_expression.recall}
-
-    @property
-    def chance_rank(self) -> float:
-        """Median rank of a random order."""
-        return (self.spots + 1) / 2
-
-    def __repr__(self) -> str:
-        recall = ", ".join(
-            f"recall@{k} {r:.3f} (chance {self.chance[k]:.3f})" for k, r in self.to_expression.recall.items()
-        )
-        rank = f"median rank {self.to_expression.median_rank:g} of {self.spots}"
-        return f"Retrieval(image to expression: {recall}, {rank})"
+    chance: Ranks
 
 
 def retrieve(images: NDArray[Any], expression: NDArray[Any], ks: Sequence[int] = KS) -> Retrieval:
     """Rank the spots of one section by cosine similarity, from image to expression and back.
 
-    Spots that are equally similar share the mean of their ranks: embeddings that are all alike come out in
-    the middle, not first.
+    Spots of equal similarity share the mean of their ranks, so that constant embeddings rank in the middle,
+    not first.
 
     Args:
-        images: [N, D], row i of the spot i.
+        images: [N, D], a row per spot.
         expression: [N, D], in the same space.
-        ks: how many of the first count.
+        ks: numbers of first results for the recall.
 
     Raises:
         UsageError: shapes that do not fit, NaN or infinity, or a k below 1.
@@ -85,7 +68,9 @@ def retrieve(images: NDArray[Any], expression: NDArray[Any], ks: Sequence[int] =
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise UsageError("images or expression hold NaN or infinity; allowed: finite embeddings")
     similarity = _unit(a) @ _unit(b).T  # [N, N]
-    return Retrieval(_ranks(similarity, ks), _ranks(similarity.T, ks), len(a))
+    n = len(a)
+    chance = Ranks({k: min(k, n) / n for k in ks}, (n + 1) / 2)
+    return Retrieval(_ranks(similarity, ks), _ranks(similarity.T, ks), chance)
 
 
 def _unit(rows: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""The comparison on sections: patches cut once, embedded by every encoder; every fold chooses its panel."""
+"""The evaluation of an encoder on sections: patches are cut once, every fold has its own panel."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from seal_extract.encoders import Encoder
 from seal_extract.encoders.folder import CONFIG, OMICS
 from seal_extract.encoders.request import EncoderRequest
 from seal_extract.errors import OutputError, UsageError
-from seal_extract.evaluate.compare import SEEDS, Comparison, Line, compare
+from seal_extract.evaluate.compare import SEEDS, Comparison, Contender, Embeddings, compare
 from seal_extract.evaluate.expression import Fold, leave_one_out
-from seal_extract.evaluate.handmade import handmade_features
+from seal_extract.evaluate.handcrafted import handcrafted_features
 from seal_extract.evaluate.table import Table, tables, to_csv
 from seal_extract.genes import load_omics
 from seal_extract.genes.omics import compared_behind_heads
@@ -28,8 +28,9 @@ from seal_extract.train.pairs import Pairs, make_pairs
 from seal_extract.train.sections import Section, choose_panel
 
 FOLD = "{fold}"  # in an encoder's path: one encoder for each fold
-HANDMADE = "hand-made features"
+HANDCRAFTED = "hand-made features"  # as the tables call them
 BY = ("section", "patient")
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class EvaluateOptions:
         genes: of each fold's panel, the most variable of its training sections.
         patch_px: side of the patches that are cut.
         mpp: µm/px of those patches.
-        batch_size: patches per forward.
+        batch_size: patches per forward pass.
         seeds: permutations.
     """
 
@@ -63,13 +64,13 @@ class EvaluateOptions:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What `evaluate` found.
+    """The result of `evaluate`.
 
     Attributes:
         found: every score.
         tables: for reading.
         about: options, sections and encoders, as JSON.
-        warnings: what weakens the numbers: an encoder that saw held-out sections.
+        warnings: what weakens the numbers: an encoder that saw held-out sections in training.
     """
 
     found: Comparison
@@ -82,16 +83,16 @@ class Evaluation:
         return "\n".join([*(f"**{w}**\n" for w in self.warnings), *(t.to_markdown() for t in self.tables)])
 
     def to_json(self) -> dict[str, Any]:
-        """All numbers, those of single genes included."""
+        """All numbers, including those of single genes."""
         per_gene = {
-            f"{line}, {probe}": {
+            f"{name}, {probe}": {
                 score.fold: {
                     gene: None if np.isnan(r) else round(float(r), 6)
                     for gene, r in zip(score.panel, score.per_gene, strict=True)
                 }
                 for score in scores
             }
-            for (line, probe), scores in self.found.scores.items()
+            for (name, probe), scores in self.found.scores.items()
         }
         made = [table.to_json() for table in self.tables]
         return {**self.about, "warnings": self.warnings, "tables": made, "pearson_r_per_gene": per_gene}
@@ -100,9 +101,9 @@ class Evaluation:
         """Write ``evaluation.md``, ``.csv`` and ``.json``.
 
         Raises:
-            OutputError: they are there already, or cannot be written.
+            OutputError: as `output_files`; or they cannot be written.
         """
-        files = check_free(folder, overwrite)
+        files = output_files(folder, overwrite)
         texts = (self.to_markdown(), to_csv(self.tables), json.dumps(self.to_json(), indent=1) + "\n")
         for file, text in zip(files, texts, strict=True):
             with publish(file) as part:
@@ -110,16 +111,16 @@ class Evaluation:
         return files
 
 
-def check_free(folder: Path, overwrite: bool) -> list[Path]:
-    """The files of an evaluation, none of which is there yet unless they may be replaced.
+def output_files(folder: Path, overwrite: bool) -> list[Path]:
+    """The files of an evaluation.
 
     Raises:
-        OutputError: one is there.
+        OutputError: one of them exists and must not be replaced.
     """
     files = [folder / f"evaluation{suffix}" for suffix in (".md", ".csv", ".json")]
-    there = [file for file in files if file.exists()]
-    if there and not overwrite:
-        raise OutputError(f"{there[0]} is there already; give --overwrite or another -o")
+    existing = [file for file in files if file.exists()]
+    if existing and not overwrite:
+        raise OutputError(f"{existing[0]} exists already; give --overwrite or another -o")
     return files
 
 
@@ -129,16 +130,16 @@ def evaluate(
     base: EncoderRequest | None = None,
     *,
     options: EvaluateOptions = EvaluateOptions(),
-    say: Callable[[str], None] = lambda what: None,
+    log: Log = lambda what: None,
 ) -> Evaluation:
-    """Hold out each section or patient; compare an encoder with its base, hand-made features, permuted rows.
+    """Compare an encoder with its base, handcrafted features and permuted rows, on held-out sections.
 
     Args:
-        sections: with expression and slides.
+        sections: with expression and slides; each, or each patient, is held out in turn.
         encoder: a name or folder; with ``{fold}`` in it, one for each fold, by the name of what is held out.
         base: the encoder before alignment.
         options: choices.
-        say: told what is being done.
+        log: called with the name of each step.
 
     Raises:
         UsageError: fewer than two sections or patients, a panel larger than what is measured.
@@ -151,74 +152,48 @@ def evaluate(
             f"all {len(sections)} sections are of one {options.by}, {next(iter(groups.values()), 'none')}; "
             f"allowed: two {options.by}s or more to leave one out"
         )
-    say("cutting patches")
-    panels = _panels(sections, groups, options.genes)
-    first = next(iter(panels.values()))
-    pairs = make_pairs(sections, first, patch_px=options.patch_px, mpp=options.mpp)
-    folds = _folds(sections, pairs, groups, panels)
+    log("cutting patches")
+    panels = {
+        held_out: choose_panel([s for s in sections if groups[s.name] != held_out], options.genes)
+        for held_out in dict.fromkeys(groups.values())
+    }
+    pairs = make_pairs(sections, next(iter(panels.values())), patch_px=options.patch_px, mpp=options.mpp)
+    names = np.array(pairs.names)[pairs.section]  # [N]
+    held_out_by = np.array([groups[name] for name in pairs.names])[pairs.section]
+    folds = [
+        Fold(name, train, held_out, expression_of(sections, pairs, panel), panel, held_out_by, names)
+        for name, train, held_out in leave_one_out(held_out_by)
+        for panel in [panels[name]]
+    ]
     requests = [request for request in (encoder, base) if request is not None]
-    warnings = [w for request in requests for w in _seen(request, folds)]
-    lines = [_line(request, sections, pairs, folds, options, say) for request in requests]
+    contenders = [_embedded(request, sections, pairs, folds, options.batch_size, log) for request in requests]
     if base is not None:
-        lines[1] = replace(lines[1], name=f"{lines[1].name}, before alignment")
-    say(HANDMADE)
-    lines.append(Line(HANDMADE, _in_batches(pairs.patches, handmade_features, options.batch_size)))
-    say("predicting expression")
-    found = compare(lines, folds, seeds=options.seeds)
+        contenders[1] = replace(contenders[1], name=f"{contenders[1].name}, before alignment")
+    log("handcrafted features")
+    contenders.append(Contender(HANDCRAFTED, Embeddings(handcrafted_features(pairs.patches))))
+    log("predicting expression")
+    found = compare(contenders, folds, seeds=options.seeds)
     about = {
         "by": options.by,
         "genes": options.genes,
         "patch_px": options.patch_px,
         "mpp": options.mpp,
-        "sections": {
-            s.name: {"patient": s.patient, "spots": int(_rows_of(pairs, s).sum())} for s in sections
-        },
+        "sections": {s.name: {"patient": s.patient, "spots": int((names == s.name).sum())} for s in sections},
         "encoder": os.fspath(encoder.name_or_path),
         "base": None if base is None else os.fspath(base.name_or_path),
     }
+    warnings = [warning for request in requests for warning in _seen(request, folds)]
     return Evaluation(found, tables(found), about, warnings)
-
-
-# --- folds --------------------------------------------------------------------------------------------
-
-
-def _panels(sections: Sequence[Section], groups: dict[str, str], genes: int) -> dict[str, tuple[str, ...]]:
-    """Each fold's genes, from its training sections alone."""
-    return {
-        held_out: choose_panel([s for s in sections if groups[s.name] != held_out], genes)
-        for held_out in dict.fromkeys(groups.values())
-    }
-
-
-def _folds(
-    sections: Sequence[Section],
-    pairs: Pairs,
-    groups: dict[str, str],
-    panels: dict[str, tuple[str, ...]],
-) -> list[Fold]:
-    of = np.array(pairs.names)[pairs.section]  # [N]
-    by = np.array([groups[name] for name in pairs.names])[pairs.section]
-    return [
-        Fold(name, train, held_out, expression_of(sections, pairs, panels[name]), panels[name], by, of)
-        for name, train, held_out in leave_one_out(by)
-    ]
 
 
 def expression_of(
     sections: Sequence[Section], pairs: Pairs, panel: Sequence[str], *, smooth: bool = False
 ) -> NDArray[np.float32]:
-    """log1p of a panel for the rows of the pairs, float32 [N, P]: spots without a patch are left out.
-
-    Args:
-        sections: those of the pairs.
-        pairs: for their rows.
-        panel: genes.
-        smooth: half of each spot's expression is the mean of its neighbours'.
-    """
+    """log1p of a panel for the rows of the pairs, float32 [N, P]: spots without a patch are left out."""
     expression = np.empty((len(pairs), len(panel)), np.float32)
     barcodes = np.asarray(pairs.barcodes)
     for section in sections:
-        rows = _rows_of(pairs, section)
+        rows = pairs.section == pairs.names.index(section.name)
         at = {barcode: row for row, barcode in enumerate(section.barcodes)}
         values = section.log1p(panel)
         values = section.smoothed(values) if smooth else values
@@ -226,75 +201,53 @@ def expression_of(
     return expression
 
 
-def _rows_of(pairs: Pairs, section: Section) -> NDArray[np.bool_]:
-    rows: NDArray[np.bool_] = pairs.section == pairs.names.index(section.name)
-    return rows
+# --- encoders -----------------------------------------------------------------------------------------
 
 
-# --- lines --------------------------------------------------------------------------------------------
-
-
-def _line(
+def _embedded(
     request: EncoderRequest,
     sections: Sequence[Section],
     pairs: Pairs,
     folds: Sequence[Fold],
-    options: EvaluateOptions,
-    say: Callable[[str], None],
-) -> Line:
+    batch_size: int,
+    log: Log,
+) -> Contender:
     """Embeddings by one encoder for all folds, or by one for each."""
     name = os.fspath(request.name_or_path)
-    images: dict[str, NDArray[Any]] = {}
-    expression: dict[str, NDArray[Any]] = {}
-    aligned: dict[str, NDArray[Any]] = {}
+    parts = [part for part in Path(name).parts if FOLD not in part]
+    label = parts[-1] if parts else name
+    by_fold: dict[str, Embeddings] = {}
     for fold in folds if FOLD in name else folds[:1]:
         own = _for_fold(request, fold.name)
-        say(f"embedding by {own.name_or_path}")
+        log(f"embedding by {own.name_or_path}")
         encoder = own.load()
-        images[fold.name] = embed(encoder, pairs.patches, options.batch_size)
-        joint = _embed_expression(own, encoder, sections, pairs)
-        if joint is not None:
-            expression[fold.name] = joint
-            made = images[fold.name]
-            aligned[fold.name] = made if encoder.projection is None else encoder.project(made).cpu().numpy()
+        images = embed(encoder, pairs.patches, batch_size)
+        expression = _embed_expression(own, encoder, sections, pairs)
+        aligned = None
+        if expression is not None and encoder.projection is not None:
+            aligned = encoder.project(images).cpu().numpy()
+        by_fold[fold.name] = Embeddings(images, expression, aligned)
     if FOLD not in name:
-        one = folds[0].name
-        return Line(_label(name), images[one], expression.get(one), aligned.get(one))
-    if len(expression) < len(folds):
-        return Line(_label(name), images)
-    return Line(_label(name), images, expression, aligned)
+        return Contender(label, by_fold[folds[0].name])
+    if any(embeddings.expression is None for embeddings in by_fold.values()):
+        by_fold = {fold: Embeddings(embeddings.images) for fold, embeddings in by_fold.items()}
+    return Contender(f"{label}, one per fold", by_fold)
 
 
 def _for_fold(request: EncoderRequest, fold: str) -> EncoderRequest:
     return replace(request, name_or_path=os.fspath(request.name_or_path).replace(FOLD, fold))
 
 
-def _label(name: str) -> str:
-    """A folder is known by its own name; one for each fold by what comes before."""
-    parts = [part for part in Path(name).parts if FOLD not in part]
-    return f"{parts[-1] if parts else name}{', one per fold' if FOLD in name else ''}"
-
-
 def embed(encoder: Encoder, patches: NDArray[np.uint8], batch_size: int) -> NDArray[np.float32]:
     """uint8 [N, 3, S, S] to float32 [N, D]."""
-
-    def one(batch: NDArray[np.uint8]) -> NDArray[np.float32]:
-        made: NDArray[np.float32] = encoder.encode(torch.from_numpy(np.array(batch))).cpu().numpy()
-        return made
-
-    return _in_batches(patches, one, batch_size)
-
-
-def _in_batches(
-    patches: NDArray[np.uint8], describe: Callable[[NDArray[np.uint8]], NDArray[np.float32]], size: int
-) -> NDArray[np.float32]:
-    return np.concatenate([describe(patches[i : i + size]) for i in range(0, len(patches), size)])
+    batches = torch.split(torch.from_numpy(patches), batch_size)
+    return np.concatenate([encoder.encode(batch).cpu().numpy() for batch in batches])
 
 
 def _embed_expression(
     request: EncoderRequest, encoder: Encoder, sections: Sequence[Section], pairs: Pairs
 ) -> NDArray[np.float32] | None:
-    """By the expression half beside the encoder, smoothed as in its training; None where there is none."""
+    """By the expression encoder in the same folder, smoothed as in its training; None where there is none."""
     folder = Path(request.name_or_path)
     if not (folder / OMICS).is_file():
         return None
@@ -309,7 +262,7 @@ def _embed_expression(
 
 
 def training_of(folder: Path) -> dict[str, Any]:
-    """What an encoder's folder says of its training; nothing where it says nothing, or is no folder."""
+    """What an encoder's folder states about its training; empty where it states nothing, or is no folder."""
     file = folder / CONFIG
     if not file.is_file():
         return {}
@@ -318,17 +271,16 @@ def training_of(folder: Path) -> dict[str, Any]:
 
 
 def _seen(request: EncoderRequest, folds: Sequence[Fold]) -> list[str]:
-    """Encoders whose folder says that they were trained, or stopped, on what is held out."""
+    """A warning for each encoder that was trained, or whose best epoch was chosen, on what is held out."""
     warnings = []
     for fold in folds:
         folder = Path(_for_fold(request, fold.name).name_or_path)
         training = training_of(folder)
         validation = training.get("config", {}).get("data", {}).get("validation", ())
-        seen = {*training.get("sections", ()), *validation}
-        both = seen & set(fold.sections[fold.held_out].tolist())
-        if both:
+        seen = {*training.get("sections", ()), *validation} & set(fold.sections[fold.held_out].tolist())
+        if seen:
             warnings.append(
-                f"{folder} saw {', '.join(sorted(both))} in training, held out in fold {fold.name}: that "
-                "number says what it remembers"
+                f"{folder} saw {', '.join(sorted(seen))} in training, held out in fold {fold.name}: that "
+                "number does not show how it generalises"
             )
     return warnings

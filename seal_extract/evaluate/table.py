@@ -1,4 +1,4 @@
-"""The comparison as tables: lines down, folds across, the mean and its spread; Markdown, CSV and JSON."""
+"""A comparison as tables: contenders by folds, the mean and its spread; as Markdown, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from seal_extract.evaluate.compare import Comparison
-from seal_extract.evaluate.retrieval import KS, Retrieval
+from seal_extract.evaluate.retrieval import KS, Ranks, Retrieval
 from seal_extract.names import cell
 
 
@@ -37,7 +37,7 @@ class Row:
 
     @property
     def sd(self) -> float:
-        """Over the folds, of the sample; NaN for a single fold."""
+        """Sample standard deviation over the folds; NaN for a single fold."""
         return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else math.nan
 
     def cells(self) -> list[str]:
@@ -49,15 +49,13 @@ class Row:
 def _number(value: float, sd: float = math.nan) -> str:
     if math.isnan(value):
         return "-"
-    text = f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
-    if math.isnan(sd):
-        return text
-    return f"{text} ± {sd:.1f}" if abs(value) >= 10 else f"{text} ± {sd:.3f}"
+    digits = 1 if abs(value) >= 10 else 3
+    return f"{value:.{digits}f}" + ("" if math.isnan(sd) else f" ± {sd:.{digits}f}")
 
 
 @dataclass(frozen=True)
 class Table:
-    """Lines by folds.
+    """Rows by folds.
 
     Attributes:
         title: what the numbers are.
@@ -71,9 +69,6 @@ class Table:
     rows: tuple[Row, ...]
     note: str = ""
 
-    def __repr__(self) -> str:
-        return f"Table({self.title}: {len(self.rows)} lines, {len(self.columns)} folds)"
-
     def to_markdown(self) -> str:
         """Title, table and note."""
         head = ["", *self.columns, "mean ± sd"]
@@ -82,7 +77,7 @@ class Table:
         return "\n".join([f"**{self.title}**", "", *body, *(["", self.note] if self.note else []), ""])
 
     def to_json(self) -> dict[str, Any]:
-        """Numbers in full; what is not defined is null."""
+        """Numbers in full; null for NaN."""
         rows = [
             {
                 "line": row.name,
@@ -109,9 +104,8 @@ def to_csv(tables: Sequence[Table]) -> str:
         for row in table.rows:
             spread = row.spread or ("",) * len(row.values)
             for fold, value, sd in zip(table.columns, row.values, spread, strict=True):
-                writer.writerow(
-                    [*map(cell, (table.title, row.name, fold)), "" if math.isnan(value) else value, sd]
-                )
+                names = map(cell, (table.title, row.name, fold))
+                writer.writerow([*names, "" if math.isnan(value) else value, sd])
             writer.writerow([*map(cell, (table.title, row.name)), "mean", row.mean, row.sd])
     return text.getvalue()
 
@@ -123,14 +117,17 @@ def tables(found: Comparison) -> list[Table]:
         ("through predicted expression", found.predicted_retrieval),
         ("in the space of the alignment", found.joint_retrieval),
     ):
-        if retrieval:
-            made += [_recall(found, retrieval, k, where) for k in KS] + [_rank(found, retrieval, where)]
+        if not retrieval:
+            continue
+        for k in KS:
+            made.append(_retrieval(found, retrieval, f"Recall at {k}, {where}", lambda r, k=k: r.recall[k]))  # type: ignore[misc]
+        made.append(_retrieval(found, retrieval, f"Median rank, {where}", lambda r: r.median_rank))
     return made
 
 
 def _expression(found: Comparison, probe: str) -> Table:
-    scores = {line: folds for (line, by), folds in found.scores.items() if by == probe}
-    rows = [Row(line, tuple(score.mean for score in folds)) for line, folds in scores.items()]
+    scores = {name: folds for (name, by), folds in found.scores.items() if by == probe}
+    rows = [Row(name, tuple(score.mean for score in folds)) for name, folds in scores.items()]
     permuted = found.permuted[probe]
     spread = tuple(permuted.std(0, ddof=1)) if len(permuted) > 1 else None
     rows.insert(1, Row(f"{found.permuted_name}, rows permuted", tuple(permuted.mean(0)), spread))
@@ -143,37 +140,25 @@ def _expression(found: Comparison, probe: str) -> Table:
     return Table(f"Pearson r of predicted expression, ridge: {probe}", found.folds, tuple(rows), note)
 
 
-def _recall(found: Comparison, by_line: dict[str, list[list[Retrieval]]], k: int, where: str) -> Table:
-    return _retrieval(
-        found,
-        by_line,
-        f"Recall at {k}, {where}",
-        lambda r: (r.to_expression.recall[k], r.to_image.recall[k], r.chance[k]),
-    )
-
-
-def _rank(found: Comparison, by_line: dict[str, list[list[Retrieval]]], where: str) -> Table:
-    return _retrieval(
-        found,
-        by_line,
-        f"Median rank, {where}",
-        lambda r: (r.to_expression.median_rank, r.to_image.median_rank, r.chance_rank),
-    )
-
-
 def _retrieval(
     found: Comparison,
-    by_line: dict[str, list[list[Retrieval]]],
+    retrievals: dict[str, list[list[Retrieval]]],
     title: str,
-    numbers: Callable[[Retrieval], tuple[float, float, float]],
+    number: Callable[[Ranks], float],
 ) -> Table:
-    """Both directions of each line, and chance; a fold of several sections has their mean."""
+    """Both directions of each contender, and chance; a fold of several sections has their mean."""
     rows = []
-    chance: tuple[float, ...] = ()
-    for line, folds in by_line.items():
-        means = np.array(
-            [np.mean([numbers(r) for r in sections], axis=0) for sections in folds]
-        )  # [folds, 3]
-        there, back, chance = (tuple(column) for column in means.T.tolist())
-        rows += [Row(f"{line}, image to expression", there), Row(f"{line}, expression to image", back)]
-    return Table(title, found.folds, (*rows, Row("chance", chance)), "Within a section.")
+    for name, folds in retrievals.items():
+        rows += [
+            Row(f"{name}, image to expression", _means(folds, number, "to_expression")),
+            Row(f"{name}, expression to image", _means(folds, number, "to_image")),
+        ]
+    rows.append(Row("chance", _means(folds, number, "chance")))
+    return Table(title, found.folds, tuple(rows), "Within a section.")
+
+
+def _means(
+    folds: list[list[Retrieval]], number: Callable[[Ranks], float], direction: str
+) -> tuple[float, ...]:
+    """Of each fold, over its sections."""
+    return tuple(float(np.mean([number(getattr(r, direction)) for r in sections])) for sections in folds)

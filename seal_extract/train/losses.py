@@ -13,15 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seal_extract.train.config import TEMPERATURE
-
 CORRELATION_WEIGHT = 0.05
 MSE_WEIGHT = 5.0
 EXPRESSION_SCALE = 0.1
 EPS = 1e-6
 
 
-def info_nce(images: Tensor, expression: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+def info_nce(images: Tensor, expression: Tensor, temperature: float = 0.05) -> Tensor:
     """Symmetric contrast: each image picks its expression out of the batch, and the other way round.
 
     With s[i, j] = cos(image i, expression j) / temperature, half of the mean over i of

@@ -11,52 +11,58 @@ from torch import Tensor, nn
 
 from seal_extract.encoders.encoder import Encoder
 from seal_extract.errors import UsageError
-from seal_extract.train.batches import TrainBatch
 from seal_extract.train.config import MultiScaleOptions
-from seal_extract.train.lora import add_adapters
+from seal_extract.train.finetune import add_adapters, add_heads, embed_patches, project
 from seal_extract.train.losses import info_nce, to_parent
-from seal_extract.train.seal import Losses, OmicsModel, add_heads, behind_heads, embed_patches
+from seal_extract.train.pairs import TrainBatch
+from seal_extract.train.seal import Losses, OmicsModel
 
 
 class MultiScaleModel(nn.Module):
-    """The expression side is SEAL's expression encoder, or a table of another model's embeddings."""
+    """Expression is embedded by SEAL's expression encoder, or comes as another model's embeddings."""
 
     def __init__(
         self,
         encoder: Encoder,
         omics: OmicsModel | None,
         options: MultiScaleOptions,
-        table_dim: int = 0,
+        embedding_dim: int = 0,
         projection: str = "none",
     ) -> None:
-        """Add adapters to ``encoder``.
+        """Add adapters to ``encoder``, whose own weights stay frozen.
 
         Args:
-            encoder: stays frozen but for its adapters.
-            omics: trained along; or None, where the batches bring embeddings.
+            encoder: the image encoder.
+            omics: trained along; or None, where the batches have embeddings.
             options: weights.
-            table_dim: length of those embeddings.
+            embedding_dim: dimensions of those embeddings.
             projection: kind of the heads, with an expression encoder.
 
         Raises:
             UsageError: neither an expression encoder nor embeddings; or heads without the former.
         """
         super().__init__()
-        if omics is None and not table_dim:
-            raise UsageError("nothing to align with: give an expression encoder, or a table of embeddings")
+        if omics is None and not embedding_dim:
+            raise UsageError("nothing to align with: give an expression encoder, or embeddings of the spots")
         self.encoder, self.omics, self.options = encoder, omics, options
-        add_heads(encoder, omics, projection)
+        add_heads(encoder, omics.omics if omics else None, projection)
         self.adapted = add_adapters(encoder.tower, options.lora)
-        self.project = nn.Identity() if omics is not None else nn.Linear(table_dim, encoder.spec.dim)
+        self.project = nn.Identity() if omics is not None else nn.Linear(embedding_dim, encoder.spec.dim)
 
     def forward(self, batch: TrainBatch, seed: int | None = None) -> Losses:
-        """The terms of the loss, weighted; ``batch`` is of whole regions."""
+        """The weighted terms of the loss; ``batch`` holds whole regions."""
         if batch.region is None:
             raise UsageError("multi-scale alignment needs batches of regions")
         o = self.options
         images = embed_patches(self.encoder, batch.patches, o.stain, seed)  # [M, D]
-        expression, terms = self._expression(batch)
-        images, expression = behind_heads(self.encoder, self.omics, images, expression)
+        terms: Losses = {}
+        if self.omics is not None:
+            expression, terms = self.omics.losses(batch.expression)
+            images, expression = project(self.encoder, self.omics.omics, images, expression)
+        elif batch.embedding is not None:
+            expression = self.project(batch.embedding)
+        else:
+            raise UsageError("the sections have no embeddings; name their key as obsm in [[data.sections]]")
         image_regions, expression_regions = mean_of(images, batch.region), mean_of(expression, batch.region)
         # a patch may lie in several regions of a batch: it is contrasted once
         once = first_of_each(batch.row)
@@ -64,13 +70,6 @@ class MultiScaleModel(nn.Module):
         terms["region"] = o.region * info_nce(image_regions, expression_regions, o.temperature)
         terms["hierarchy"] = o.hierarchy * to_parent(images, image_regions, batch.region)
         return terms
-
-    def _expression(self, batch: TrainBatch) -> tuple[Tensor, Losses]:
-        if self.omics is not None:
-            return self.omics.losses(batch.expression)
-        if batch.embedding is None:
-            raise UsageError("the sections bring no table of embeddings; name it as obsm in [data]")
-        return self.project(batch.embedding), {}
 
 
 def mean_of(rows: Tensor, group: Tensor) -> Tensor:
@@ -81,8 +80,8 @@ def mean_of(rows: Tensor, group: Tensor) -> Tensor:
 
 
 def first_of_each(row: Tensor) -> Tensor:
-    """Positions at which each value of ``row`` stands first: int64 [K], in order."""
-    values = row.tolist()
-    return torch.tensor(
-        sorted({v: i for i, v in reversed(list(enumerate(values)))}.values()), device=row.device
-    )
+    """Positions at which each value of ``row`` occurs first: int64 [K], in order."""
+    first: dict[int, int] = {}
+    for position, value in enumerate(row.tolist()):
+        first.setdefault(value, position)
+    return torch.tensor(list(first.values()), device=row.device)

@@ -1,29 +1,36 @@
-"""Patches and the expression measured where they lie, of one or many sections."""
+"""Pairs of patch and measured expression from tissue sections, and the batches to train on.
+
+Every epoch has an order of its own, which depends on the seed and the epoch's number only.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from seal_extract.errors import UsageError
 from seal_extract.patches.grid import PatchGrid, level_to_read
 from seal_extract.patches.stream import stream_batches
 from seal_extract.patches.tiles import open_patch_reader
 from seal_extract.slides.patch_files import SAME_MPP, open_patches
-from seal_extract.slides.slide import Slide, open_slide
+from seal_extract.slides.slide import open_slide
 from seal_extract.train.sections import Expression, Section
 
 READ = 64  # patches at a time
+REGION = 9  # a patch and its eight neighbours
+REACH = 1.6  # times the pitch: the diagonal of a square lattice is 1.41, its next ring 2
+Patches = NDArray[np.uint8]  # [N, 3, S, S], RGB
 
 
 @dataclass(frozen=True, repr=False)
 class Pairs:
-    """What is trained on, row by row.
+    """N pairs, row by row.
 
     Attributes:
         patches: uint8 [N, 3, S, S], RGB, centred on the spots.
@@ -34,10 +41,10 @@ class Pairs:
         panel: the genes of the columns.
         xy_um: float64 [N, 2], centres in µm within the section.
         barcodes: of the spots.
-        embeddings: float32 [N, E] of another model, if all sections bring some.
+        embeddings: float32 [N, E] of another model, if all sections have some.
     """
 
-    patches: NDArray[np.uint8]
+    patches: Patches
     expression: Expression
     section: NDArray[np.int64]
     names: tuple[str, ...]
@@ -63,38 +70,33 @@ def make_pairs(
     *,
     smooth: bool = False,
 ) -> Pairs:
-    """Cut a patch around every spot with the package's own reader, and take the panel's expression there.
+    """Cut a patch around every spot, and take the panel's expression there.
 
-    A slide that is coarser than ``mpp`` is enlarged, and spots whose patch would leave the slide are left
-    out; both are said.
+    Warns about a slide coarser than ``mpp``, whose patches are upsampled, and about spots that are left out
+    because their patch would leave the slide.
 
     Args:
-        sections: all of them go into memory: 150 kB a spot at 224 px.
+        sections: all patches go into memory: 150 kB per spot at 224 px.
         panel: genes, in the order of the columns.
         patch_px: side of the patches.
-        mpp: their µm/px.
-        smooth: half of each spot's expression is the mean of its true neighbours'.
+        mpp: µm/px of the patches.
+        smooth: whether half of each spot's expression is the mean of its neighbours'.
 
     Raises:
         UsageError: no patch lies inside a slide; a gene that a section lacks.
         SlideError: a slide that cannot be opened or read.
     """
-    patches: list[NDArray[np.uint8]] = []
-    kept, expression, xy_um = [], [], []
+    patches, kept, expression, xy_um = [], [], [], []
     for section in sections:
         values = section.log1p(panel)
         values = section.smoothed(values) if smooth else values
-        if section.slide.suffix == ".h5":
-            rows, mpp_l0 = _add_ready(section, patch_px, mpp, patches)
-        else:
-            with open_slide(section.slide, mpp=section.mpp) as slide:
-                grid, rows = _grid(slide, section, patch_px, mpp)
-                patches.append(_read(slide, grid))
-                mpp_l0 = slide.mpp
-        xy_um.append(section.xy_l0[rows] * mpp_l0)
+        cut = _precut_patches if section.slide.suffix == ".h5" else _cut_patches
+        images, rows, mpp_l0 = cut(section, patch_px, mpp)
+        patches.append(images)
         kept.append(section.take(rows))
         expression.append(values[rows])
-    with_table = all(s.embeddings is not None for s in kept)
+        xy_um.append(section.xy_l0[rows] * mpp_l0)
+    embeddings = [s.embeddings for s in kept if s.embeddings is not None]
     return Pairs(
         patches=np.concatenate(patches),
         expression=np.concatenate(expression),
@@ -104,49 +106,45 @@ def make_pairs(
         panel=tuple(panel),
         xy_um=np.concatenate(xy_um),
         barcodes=tuple(b for s in kept for b in s.barcodes),
-        embeddings=np.concatenate([s.embeddings for s in kept if s.embeddings is not None])
-        if with_table
-        else None,
+        embeddings=np.concatenate(embeddings) if len(embeddings) == len(kept) else None,
     )
 
 
-def _grid(slide: Slide, section: Section, patch_px: int, mpp: float) -> tuple[PatchGrid, NDArray[np.int64]]:
-    """Patches around the spots, and the rows of those that lie inside the slide."""
-    if mpp < slide.mpp * 0.99:
-        warnings.warn(
-            f"{section.name}: patches at {mpp:g} µm/px are enlarged from the slide's {slide.mpp:.4g}",
-            stacklevel=3,
-        )
-    size_l0 = max(1, round(patch_px * mpp / slide.mpp))
-    corners = np.round(section.xy_l0 - size_l0 / 2).astype(np.int64)
-    inside = ((corners >= 0) & (corners + size_l0 <= np.array(slide.size_l0))).all(1)
-    if not inside.any():
-        raise UsageError(
-            f"{section.name}: all {len(section)} spots lie outside {slide.path.name} of {slide.size_l0[0]} x "
-            f"{slide.size_l0[1]} px; their places have to be in pixels of that image"
-        )
-    if not inside.all():
-        warnings.warn(
-            f"{section.name}: {(~inside).sum()} of {len(section)} spots are left out, as their patches would "
-            "leave the slide",
-            stacklevel=3,
-        )
-    level, read_px = level_to_read(slide, patch_px, size_l0)
-    rows = np.flatnonzero(inside)
-    return PatchGrid(corners[rows], patch_px, mpp, size_l0, 0, level, read_px, "spots"), rows
+def _cut_patches(section: Section, patch_px: int, mpp: float) -> tuple[Patches, NDArray[np.int64], float]:
+    """The patches that lie inside the slide, the rows of their spots, and the slide's µm/px."""
+    with open_slide(section.slide, mpp=section.mpp) as slide:
+        if mpp < slide.mpp * 0.99:
+            warnings.warn(
+                f"{section.name}: patches at {mpp:g} µm/px are enlarged from the slide's {slide.mpp:.4g}",
+                stacklevel=3,
+            )
+        size_l0 = max(1, round(patch_px * mpp / slide.mpp))
+        corners = np.round(section.xy_l0 - size_l0 / 2).astype(np.int64)
+        inside = ((corners >= 0) & (corners + size_l0 <= np.array(slide.size_l0))).all(1)
+        if not inside.any():
+            raise UsageError(
+                f"{section.name}: all {len(section)} spots lie outside {slide.path.name} of "
+                f"{slide.size_l0[0]} x {slide.size_l0[1]} px; their positions have to be in its pixels"
+            )
+        if not inside.all():
+            warnings.warn(
+                f"{section.name}: {(~inside).sum()} of {len(section)} spots are left out, as their patches "
+                "would leave the slide",
+                stacklevel=3,
+            )
+        level, read_px = level_to_read(slide, patch_px, size_l0)
+        rows = np.flatnonzero(inside)
+        grid = PatchGrid(corners[rows], patch_px, mpp, size_l0, 0, level, read_px, "spots")
+        reader = open_patch_reader(slide, grid, torch.device("cpu"))
+        batches = [batch.patches.numpy() for batch in stream_batches([reader], READ)]
+        return np.concatenate(batches), rows, slide.mpp
 
 
-def _add_ready(
-    section: Section, patch_px: int, mpp: float, patches: list[NDArray[np.uint8]]
-) -> tuple[NDArray[np.int64], float]:
-    """Add the ready-cut patches of spots, by barcode; gives the rows that have one, and the slide's µm/px.
-
-    Raises:
-        UsageError: they have no barcodes, or are of another size or µm/px than asked for.
-    """
+def _precut_patches(section: Section, patch_px: int, mpp: float) -> tuple[Patches, NDArray[np.int64], float]:
+    """As `_cut_patches`, of patches that a file holds already, by the barcodes of the spots."""
     try:
         file = open_patches(section.slide, slide_mpp=section.mpp)
-    except UsageError as exc:  # nobody states their µm/px
+    except UsageError as exc:  # no file states their µm/px
         why = str(exc).split(";")[0]
         raise UsageError(f"{section.name}: {why}; download its slide, from which patches are cut") from exc
     if file.patch_px != patch_px or abs(file.mpp / mpp - 1) > SAME_MPP:
@@ -169,10 +167,111 @@ def _add_ready(
         )
     order = [at[section.barcodes[row]] for row in rows]
     images = np.concatenate(list(file.read(READ)))[order]  # uint8 [N, S, S, 3]
-    patches.append(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-    return rows, file.slide_mpp
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), rows, file.slide_mpp
 
 
-def _read(slide: Slide, grid: PatchGrid) -> NDArray[np.uint8]:
-    decoder = open_patch_reader(slide, grid, torch.device("cpu"))
-    return np.concatenate([batch.patches.numpy() for batch in stream_batches([decoder], READ)])
+# --- batches ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """B pairs.
+
+    Attributes:
+        patches: uint8 [B, 3, S, S].
+        expression: float32 [B, G], log1p of the panel.
+        row: int64 [B], of each pair.
+        region: int64 [B], which region of the batch each pair belongs to; None without regions.
+        embedding: float32 [B, E], of another model; None where there is none.
+    """
+
+    patches: Tensor
+    expression: Tensor
+    row: Tensor
+    region: Tensor | None = None
+    embedding: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def to(self, device: torch.device) -> TrainBatch:
+        """All of it on a device."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if value is not None}
+        return replace(self, **moved)
+
+
+class Batches:
+    """Batches of pairs, or of whole regions of neighbouring pairs."""
+
+    def __init__(self, pairs: Pairs, batch_size: int, seed: int = 0, *, regions: bool = False) -> None:
+        """Check that the pairs fill a batch.
+
+        Args:
+            pairs: from `make_pairs`.
+            batch_size: pairs in a batch; with ``regions``, regions in a batch.
+            seed: of the order.
+            regions: whether batches hold regions, each a patch with its neighbours.
+
+        Raises:
+            UsageError: fewer pairs than a batch.
+        """
+        if not 1 < batch_size <= len(pairs):
+            raise UsageError(
+                f"batch_size is {batch_size}, but {', '.join(pairs.names)} have {len(pairs)} pairs; "
+                f"type batch_size = {min(64, len(pairs))}"
+            )
+        self.pairs, self.batch_size, self.seed = pairs, batch_size, seed
+        self._regions = neighbourhoods(pairs) if regions else None
+
+    def __len__(self) -> int:
+        """Batches of an epoch; pairs that do not fill a batch wait for another epoch's order."""
+        return len(self.pairs) // self.batch_size
+
+    def epoch(self, number: int, rank: int = 0, ranks: int = 1) -> Iterator[TrainBatch]:
+        """The batches of an epoch, or every ``ranks``-th of them."""
+        order = np.random.default_rng([self.seed, number]).permutation(len(self.pairs))
+        for i in range(rank, len(self) - len(self) % ranks, ranks):
+            yield self.take(order[i * self.batch_size : (i + 1) * self.batch_size])
+
+    def whole(self) -> Iterator[TrainBatch]:
+        """All pairs in order, a batch per section, for validation."""
+        for section in np.unique(self.pairs.section):
+            yield self.take(np.flatnonzero(self.pairs.section == section))
+
+    def take(self, rows: NDArray[np.int64]) -> TrainBatch:
+        """The pairs of some rows, or the regions around them."""
+        region = None
+        if self._regions is not None:
+            members = self._regions[rows]  # int64 [R, 9], -1 where there is none
+            kept = members >= 0
+            region = torch.from_numpy(np.nonzero(kept)[0])
+            rows = members[kept]
+        embeddings = self.pairs.embeddings
+        return TrainBatch(
+            torch.from_numpy(np.ascontiguousarray(self.pairs.patches[rows])),
+            torch.from_numpy(self.pairs.expression[rows]),
+            torch.from_numpy(rows),
+            region,
+            None if embeddings is None else torch.from_numpy(embeddings[rows]),
+        )
+
+
+def neighbourhoods(pairs: Pairs) -> NDArray[np.int64]:
+    """Each pair and the up to eight nearest pairs of the same section that touch it.
+
+    Returns:
+        int64 [N, 9], the pair itself first; -1 where a neighbour is missing.
+    """
+    from scipy.spatial import cKDTree
+
+    found = np.full((len(pairs), REGION), -1, np.int64)
+    for section in np.unique(pairs.section):
+        rows = np.flatnonzero(pairs.section == section)
+        tree = cKDTree(pairs.xy_um[rows])
+        distance, nearest = tree.query(pairs.xy_um[rows], k=min(REGION, len(rows)))
+        distance, nearest = distance.reshape(len(rows), -1), nearest.reshape(len(rows), -1)
+        # of the nearest four: spots lie unevenly, and the nearest one alone is nearer than the pitch
+        pitch = np.median(distance[:, 1:5]) if distance.shape[1] > 1 else 0.0
+        near = distance <= REACH * pitch
+        found[rows[:, None], np.arange(distance.shape[1])] = np.where(near, rows[nearest], -1)
+    return found

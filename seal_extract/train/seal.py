@@ -1,7 +1,8 @@
 """SEAL: an expression encoder, then an image encoder aligned with it (arXiv 2602.14177, version 0.0.1).
 
 Stage 1 trains the expression encoder alone. Stage 2 trains adapters in the last blocks of the image encoder,
-the image decoder and the expression encoder together. With terms left out it is the baselines of the field.
+the image decoder and the expression encoder together. With terms of the loss left out it is a baseline: CLIP,
+regression or a linear probe.
 """
 
 from __future__ import annotations
@@ -10,29 +11,27 @@ import torch
 from torch import Tensor, nn
 
 from seal_extract.encoders.encoder import Encoder
-from seal_extract.encoders.heads import ExpressionDecoder, new_head
+from seal_extract.encoders.heads import ExpressionDecoder
 from seal_extract.encoders.spec import Decoder
-from seal_extract.encoders.transform import fit
 from seal_extract.errors import UsageError
 from seal_extract.genes.omics import OmicsEncoder
-from seal_extract.train.augment import stained, turned
-from seal_extract.train.batches import TrainBatch
 from seal_extract.train.config import SealOptions
-from seal_extract.train.lora import add_adapters
+from seal_extract.train.finetune import add_adapters, add_heads, embed_patches, project
 from seal_extract.train.losses import expression_loss, flow_kl, info_nce
+from seal_extract.train.pairs import TrainBatch
 
 Losses = dict[str, Tensor]
 
 
 class OmicsModel(nn.Module):
-    """Stage 1: the expression encoder by itself."""
+    """Stage 1: the expression encoder alone."""
 
     def __init__(self, omics: OmicsEncoder, sd: Tensor, kl: float = 0.0) -> None:
         """Make every weight of ``omics`` trainable.
 
         Args:
             omics: new, or trained before.
-            sd: float32 [G], of each gene over the training spots.
+            sd: float32 [G], standard deviation of each gene over the training spots.
             kl: weight of the divergence from N(0, 1).
         """
         super().__init__()
@@ -45,7 +44,7 @@ class OmicsModel(nn.Module):
         return self.losses(batch.expression)[1]
 
     def losses(self, expression: Tensor) -> tuple[Tensor, Losses]:
-        """The embedding [B, D] of expression [B, G], a sample while training; and what it costs."""
+        """The embedding [B, D] of expression [B, G], a sample while training; and the terms of its loss."""
         mu, logvar = self.omics.latent(expression)
         z0 = mu + torch.randn_like(mu) * (logvar / 2).exp() if self.training else mu
         zk, log_det = self.omics.flow(z0)
@@ -56,7 +55,7 @@ class OmicsModel(nn.Module):
 
 
 class SealModel(nn.Module):
-    """Stage 2, or a baseline of it."""
+    """Stage 2, or a baseline."""
 
     def __init__(
         self,
@@ -66,28 +65,28 @@ class SealModel(nn.Module):
         options: SealOptions,
         projection: str = "none",
     ) -> None:
-        """Add adapters, a decoder and projection heads to ``encoder``, which stays frozen elsewhere.
+        """Add adapters, a decoder and projection heads to ``encoder``, whose own weights stay frozen.
 
         Raises:
-            UsageError: an alignment without an expression encoder, or with one of another length; or heads
-                without an alignment.
+            UsageError: alignment without an expression encoder, or with one of another dimension; or heads
+                without alignment.
         """
         super().__init__()
         self.options = options
         if options.alignment and (omics is None or omics.omics.dim != encoder.spec.dim):
             raise UsageError(
-                f"{encoder.spec.name} gives {encoder.spec.dim} numbers, the expression encoder "
-                f"{omics.omics.dim if omics else 'is missing'}; they have to be of one length"
+                f"{encoder.spec.name} has {encoder.spec.dim} dimensions, the expression encoder "
+                f"{omics.omics.dim if omics else 'is missing'}; both need the same number"
             )
         self.encoder, self.omics = encoder, omics if options.alignment or options.reconstruction else None
-        add_heads(encoder, omics if options.alignment else None, projection)
+        add_heads(encoder, omics.omics if omics and options.alignment else None, projection)
         self.adapted = add_adapters(encoder.tower, options.lora) if options.lora else ()
         self.decoder = new_decoder(encoder.spec.dim, options.decoder_hidden, len(sd))
         self.register_buffer("sd", sd)
         self.sd: Tensor
 
     def forward(self, batch: TrainBatch, seed: int | None = None) -> Losses:
-        """The terms of the loss, weighted; patches are varied if ``seed`` is given."""
+        """The weighted terms of the loss; patches are augmented if ``seed`` is given."""
         o = self.options
         images = embed_patches(self.encoder, batch.patches, o.stain, seed)  # [B, D]
         terms: Losses = {}
@@ -95,7 +94,7 @@ class SealModel(nn.Module):
             expression, own = self.omics.losses(batch.expression)
             terms = {name: o.reconstruction * loss for name, loss in own.items()}
             if o.alignment:
-                both = behind_heads(self.encoder, self.omics, images, expression)
+                both = project(self.encoder, self.omics.omics, images, expression)
                 terms["alignment"] = o.alignment * info_nce(*both, o.temperature)
         if o.prediction:
             predicted = self.decoder(images.float())
@@ -103,56 +102,16 @@ class SealModel(nn.Module):
         return terms
 
 
-def add_heads(encoder: Encoder, omics: OmicsModel | None, kind: str) -> None:
-    """Give both halves new projection heads, or none, in place of what they came with.
-
-    Raises:
-        UsageError: heads without an expression half to contrast with.
-    """
-    if kind != "none" and omics is None:
-        raise UsageError(
-            f"projection is {kind!r}, but no expression encoder is aligned with the images; leave it out"
-        )
-    encoder.projection = new_head(kind, encoder.spec.dim)
-    if omics is not None:
-        omics.omics.projection_head = new_head(kind, omics.omics.dim)
-
-
-def behind_heads(
-    encoder: Encoder, omics: OmicsModel | None, images: Tensor, expression: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What is contrasted: both embeddings [B, D], behind the heads where there are some."""
-    head = None if omics is None else omics.omics.projection_head
-    if encoder.projection is None or head is None:
-        return images, expression
-    return encoder.projection(images), head(expression)
-
-
-def embed_patches(encoder: Encoder, patches: Tensor, stain: float = 0.0, seed: int | None = None) -> Tensor:
-    """Patches to embeddings with gradients; as `Encoder.encode` without a seed.
-
-    Args:
-        encoder: in whichever mode.
-        patches: uint8 [B, 3, S, S].
-        stain: sd of the colour variation; see `stained`.
-        seed: of orientation and colour; None leaves the patches as they are.
-
-    Returns:
-        [B, D].
-    """
-    patches = patches.to(encoder.device, non_blocking=True)
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    if generator is not None:
-        patches = turned(patches, generator)
-    images = fit(patches, encoder.spec.input).float() / 255
-    if generator is not None:
-        images = stained(images, stain, generator)
-    embeddings: Tensor = encoder((images - encoder.mean) / encoder.std)
-    return embeddings
+def new_omics(dim: int, genes: int, hidden: tuple[int, int]) -> OmicsEncoder:
+    """An expression encoder with new weights; its flows begin close to the identity."""
+    omics = OmicsEncoder("new", dim, genes, hidden=hidden)
+    for name, parameter in omics.flows.named_parameters():
+        nn.init.normal_(parameter, std=0.01) if not name.endswith("b") else nn.init.zeros_(parameter)
+    return omics
 
 
 def new_decoder(dim: int, hidden: int, genes: int) -> nn.Module:
-    """The image decoder of SEAL with new weights; with ``hidden`` 0 one Linear layer, for probes."""
+    """SEAL's image decoder with new weights; with ``hidden`` 0 a single Linear layer, for probes."""
     if not hidden:
         return nn.Linear(dim, genes)
     decoder = ExpressionDecoder(dim, Decoder(hidden, genes)).to_empty(device="cpu")
@@ -161,3 +120,21 @@ def new_decoder(dim: int, hidden: int, genes: int) -> nn.Module:
     # the last ReLU passes nothing below 0: begin where most genes are expressed
     nn.init.constant_(decoder.genes.bias, 0.1)
     return decoder
+
+
+def as_expression_decoder(decoder: nn.Module) -> ExpressionDecoder:
+    """The decoder as an encoder's folder holds it; a Linear layer as relu(W relu(x) - W relu(-x) + b)."""
+    if isinstance(decoder, ExpressionDecoder):
+        return decoder
+    assert isinstance(decoder, nn.Linear)
+    genes, dim = decoder.weight.shape
+    both = ExpressionDecoder(dim, Decoder(2 * dim, genes))
+    eye, weight = torch.eye(dim), decoder.weight.detach().cpu()
+    tensors = {
+        "hidden.weight": torch.cat([eye, -eye]),
+        "hidden.bias": torch.zeros(2 * dim),
+        "genes.weight": torch.cat([weight, -weight], dim=1),
+        "genes.bias": decoder.bias.detach().cpu(),
+    }
+    both.load_state_dict(tensors, strict=True, assign=True)
+    return both

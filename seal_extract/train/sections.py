@@ -1,9 +1,9 @@
-"""Tissue sections with expression measured on spots: the record, its normalisation, neighbours and splits."""
+"""Tissue sections with expression measured on spots: the record, normalisation, neighbours, the panel."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,25 +25,25 @@ Expression = NDArray[np.float32]
 
 @dataclass(frozen=True, repr=False)
 class Section:
-    """One section.
+    """One section with N spots and G genes.
 
     Attributes:
         name: of the section.
-        patient: whom it is of.
+        patient: identifier of the patient.
         slide: the image that patches are cut from.
-        mpp: µm/px at level 0 as the data say; None leaves it to the file.
-        mpp_source: where that comes from.
-        genes: the columns, each once.
-        counts: [N, G], sparse (CSR) or dense; counts, or their log1p at 10,000 a spot.
+        mpp: µm/px at level 0 as the data state it; None where only the slide's file can state it.
+        mpp_source: where the µm/px comes from.
+        genes: the columns of ``counts``, each once.
+        counts: [N, G], sparse (CSR) or dense; counts, or their log1p after scaling to 10,000 per spot.
         scale: ``"counts"`` or ``"log1p"``.
         xy_l0: float64 [N, 2], centres of the spots in level-0 pixels.
         barcodes: one per spot.
-        array_rc: int64 [N, 2], row and column on the array; None where there is none.
+        array_rc: int64 [N, 2], row and column on the array; None where there are none.
         lattice: ``"hexagonal"`` (Visium), ``"square"`` or ``"none"``.
-        embeddings: float32 [N, E] of another model, if the file brings some.
+        embeddings: float32 [N, E] of another model, if the file has some.
 
     Raises:
-        UsageError: lengths that differ, a gene or barcode twice, values that are not what ``scale`` says.
+        UsageError: lengths that differ, a gene or barcode twice, values that contradict ``scale``.
     """
 
     name: str
@@ -64,18 +64,18 @@ class Section:
         n, g = self.counts.shape
         if (len(self.barcodes), len(self.xy_l0), len(self.genes)) != (n, n, g):
             raise UsageError(
-                f"{self.name}: {len(self.barcodes)} barcodes, {len(self.xy_l0)} places and {len(self.genes)} "
-                f"genes for counts of {n} x {g}; they have to agree"
+                f"{self.name}: {len(self.barcodes)} barcodes, {len(self.xy_l0)} positions and "
+                f"{len(self.genes)} genes for counts of {n} x {g}; they have to agree"
             )
         if not n:
             raise UsageError(
-                f"{self.name} has no spot with both counts and a place; check the names of its spots"
+                f"{self.name} has no spot with both counts and a position; check the names of its spots"
             )
         for what, names in (("gene", self.genes), ("barcode", self.barcodes)):
             if len(set(names)) < len(names):
                 twice = sorted(x for x, count in Counter(names).items() if count > 1)
                 raise UsageError(
-                    f"{self.name}: {len(twice)} {what}s stand twice, the first {twice[0]}; make them unique"
+                    f"{self.name}: {len(twice)} {what}s occur twice, the first is {twice[0]}; make it unique"
                 )
         _check_scale(self.name, _values(self.counts), self.scale)
 
@@ -87,10 +87,13 @@ class Section:
         return len(self.barcodes)
 
     def log1p(self, genes: Sequence[str] | None = None) -> Expression:
-        """log1p of counts scaled to 10,000 a spot over all genes, of some of them.
+        """log1p of the counts, each spot scaled to 10,000 over all its genes.
+
+        Args:
+            genes: columns to return; all by default.
 
         Returns:
-            float32 [N, len(genes)]; of all genes by default.
+            float32 [N, len(genes)].
 
         Raises:
             UsageError: a gene that was not measured here.
@@ -104,7 +107,7 @@ class Section:
         return np.log1p(values / np.maximum(total, 1) * TARGET_SUM).astype(np.float32)
 
     def smoothed(self, expression: Expression) -> Expression:
-        """Half of each spot and half the mean of its true neighbours; a spot without any stays.
+        """Half of each spot plus half the mean of its neighbours; a spot without neighbours is unchanged.
 
         Args:
             expression: float32 [N, G] of this section.
@@ -123,7 +126,7 @@ class Section:
         return out
 
     def neighbours(self) -> NDArray[np.int64]:
-        """Rows of the spots around each spot on the array: int64 [N, 6, 4 or 0], -1 where there is none."""
+        """Rows of each spot's neighbours on the array: int64 [N, 6, 4 or 0], -1 where one is missing."""
         steps = LATTICES[self.lattice] if self.array_rc is not None else ()
         if not steps or self.array_rc is None:
             return np.empty((len(self), 0), np.int64)
@@ -158,14 +161,14 @@ class Section:
 
 
 def choose_panel(sections: Sequence[Section], count: int) -> tuple[str, ...]:
-    """The genes that vary most within sections: by the mean over sections of the variance of log1p.
+    """The most variable genes: highest variance of log1p within a section, averaged over sections.
 
     Args:
-        sections: of the training side alone.
-        count: how many; only genes that every section has are asked.
+        sections: the training sections only.
+        count: how many genes; only genes that every section has are considered.
 
     Returns:
-        The most variable first; of equals the first by name.
+        The most variable first; ties in alphabetical order.
 
     Raises:
         UsageError: fewer genes in common, or Ensembl ids in one and symbols in another.
@@ -181,22 +184,6 @@ def choose_panel(sections: Sequence[Section], count: int) -> tuple[str, ...]:
     variance = np.mean([s.log1p(common).var(axis=0, dtype=np.float64) for s in sections], axis=0)
     order = np.argsort(-variance, kind="stable")[:count]
     return tuple(common[i] for i in order)
-
-
-def split_by(sections: Sequence[Section], what: str) -> Iterator[tuple[list[Section], list[Section]]]:
-    """Leave one patient, or one section, out at a time: (training, held out).
-
-    Raises:
-        UsageError: another word, or only one of them.
-    """
-    if what not in ("patient", "section"):
-        raise UsageError(f"split by {what!r}; allowed: patient, section")
-    keys = [s.patient if what == "patient" else s.name for s in sections]
-    if len(set(keys)) < 2:
-        raise UsageError(f"all sections are of {what} {keys[0]}; nothing would be left to train on")
-    for key in dict.fromkeys(keys):
-        pairs = list(zip(keys, sections, strict=True))
-        yield [s for k, s in pairs if k != key], [s for k, s in pairs if k == key]
 
 
 def _values(counts: Any) -> NDArray[Any]:

@@ -1,47 +1,40 @@
 """Evaluation: the ridge and Pearson's r against numbers worked out otherwise, and what chance must give."""
 
 import csv
-import gzip
 import io
 import json
 
-import cv2
 import numpy as np
 import pytest
 import torch
 from conftest import shared
 from encoder_fixtures import TINY_CONCH
-from PIL import Image
+from section_files import write_study
 
 from seal_extract.cli import main
 from seal_extract.demo import untrained_encoder
-from seal_extract.encoders import load_encoder
 from seal_extract.encoders.folder import write as write_folder
 from seal_extract.encoders.heads import ExpressionDecoder
 from seal_extract.encoders.spec import Decoder
 from seal_extract.errors import UsageError
-from seal_extract.evaluate import (
-    FEATURES,
+from seal_extract.evaluate.compare import Contender, Embeddings, compare, permuted_rows
+from seal_extract.evaluate.expression import (
     HEST,
     TUNED,
     Fold,
-    Line,
     Probe,
-    Row,
-    Table,
-    compare,
     fit_probe,
-    handmade_features,
     leave_one_out,
     pearson,
-    permuted_rows,
-    retrieve,
     score_fold,
-    tables,
-    to_csv,
 )
-from seal_extract.genes import load_omics
-from seal_extract.train.run import new_omics
+from seal_extract.evaluate.handcrafted import FEATURES, handcrafted_features
+from seal_extract.evaluate.retrieval import retrieve
+from seal_extract.evaluate.table import Row, Table, tables, to_csv
+from seal_extract.train.formats import load_sections
+from seal_extract.train.pairs import make_pairs
+from seal_extract.train.seal import new_omics
+from seal_extract.train.sections import choose_panel
 
 RNG = np.random.default_rng
 
@@ -52,6 +45,10 @@ def linear_data(rows=240, features=6, genes=4, noise=0.5, seed=0):
     x = rng.normal(size=(rows, features))
     y = x @ rng.normal(size=(features, genes)) + noise * rng.normal(size=(rows, genes)) + 3
     return x.astype(np.float32), y.astype(np.float32), np.repeat(["a", "b", "c"], rows // 3)
+
+
+def contender(name, images, expression=None):
+    return Contender(name, Embeddings(images, expression))
 
 
 def folds_of(expression, sections):
@@ -84,40 +81,39 @@ def test_a_constant_gene_has_no_r_and_a_constant_prediction_has_none_to_gain():
 def test_constant_genes_are_counted_and_left_out_of_the_mean():
     x, y, sections = linear_data()
     y[sections == "a", 0] = 1.5
-    fold = folds_of(y, sections)[0]
-    score = score_fold(x, fold)
+    score = score_fold(x, folds_of(y, sections)[0])
     assert score.constant == 1
     assert score.mean == pytest.approx(np.nanmean(score.per_gene))
-    assert "3 genes, 1 constant" in repr(score)
 
 
 # --- the ridge --------------------------------------------------------------------------------
 
 
+def alpha_of(fitted):
+    return fitted[-1].alpha
+
+
+def weights_of(fitted):
+    """From standardised features to expression."""
+    return fitted[1].components_.T @ fitted[-1].coef_.T
+
+
 def test_the_ridge_of_one_feature_by_hand():
-    x, y = np.array([[0.0], [2.0]]), np.array([[1.0], [5.0]])
-    fitted = fit_probe(x, y)
+    fitted = fit_probe(np.array([[0.0], [2.0]]), np.array([[1.0], [5.0]]))
     # standardised x is (-1, 1), centred y (-2, 2); alpha 100 / (1 x 1): 4 / (2 + 100)
-    assert fitted.alpha == 100
-    assert fitted.predict(x)[:, 0] == pytest.approx([3 - 4 / 102, 3 + 4 / 102])
+    assert alpha_of(fitted) == 100
+    assert fitted.predict([[0.0], [2.0]]).ravel() == pytest.approx([3 - 4 / 102, 3 + 4 / 102])
 
 
-def test_the_ridge_solves_the_normal_equations():
+def test_the_ridge_solves_the_benchmarks_normal_equations():
+    """The benchmark fits raw expression without an intercept, which changes no weight."""
     x, y, _ = linear_data()
+    z = (x - x.mean(0, dtype=float)) / x.std(0, dtype=float)
     fitted = fit_probe(x, y)
-    z = (x - x.mean(0, dtype=float)) / x.std(0, dtype=float)
-    assert fitted.alpha == pytest.approx(100 / (6 * 4))
-    centred = y - y.mean(0, dtype=float)
-    weights = np.linalg.solve(z.T @ z + fitted.alpha * np.eye(6), z.T @ centred)
-    assert fitted.weights == pytest.approx(weights, abs=1e-9)
-
-
-def test_neither_intercept_nor_centred_targets_change_the_weights():
-    """The benchmark fits raw expression without an intercept."""
-    x, y, _ = linear_data()
-    z = (x - x.mean(0, dtype=float)) / x.std(0, dtype=float)
-    raw = np.linalg.solve(z.T @ z + 100 / 24 * np.eye(6), z.T @ y)
-    assert fit_probe(x, y).weights == pytest.approx(raw, abs=1e-5)
+    assert alpha_of(fitted) == pytest.approx(100 / (6 * 4))
+    for targets, tolerance in ((y - y.mean(0, dtype=float), 1e-9), (y, 1e-5)):
+        weights = np.linalg.solve(z.T @ z + 100 / 24 * np.eye(6), z.T @ targets)
+        assert weights_of(fitted) == pytest.approx(weights, abs=tolerance)
 
 
 def test_components_are_those_of_the_training_rows_and_as_many_as_asked_for():
@@ -125,13 +121,11 @@ def test_components_are_those_of_the_training_rows_and_as_many_as_asked_for():
     x[:, 0] += 50 * x[:, 1]  # scale must not matter: features are standardised first
     fitted = fit_probe(x, y, Probe("two", components=2))
     z = (x - x.mean(0, dtype=float)) / x.std(0, dtype=float)
-    _, vectors = np.linalg.eigh(z.T @ z)
-    axes = vectors[:, ::-1][:, :2]
+    axes = np.linalg.eigh(z.T @ z)[1][:, ::-1][:, :2]
     t = z @ axes
     weights = axes @ np.linalg.solve(t.T @ t + 100 / 8 * np.eye(2), t.T @ (y - y.mean(0)))
-    assert fitted.components == 2
-    assert fitted.weights == pytest.approx(weights, abs=1e-5)
-    assert fit_probe(x[:4], y[:4]).components == 4
+    assert weights_of(fitted) == pytest.approx(weights, abs=1e-5)
+    assert fit_probe(x[:4], y[:4])[1].n_components_ == 4
 
 
 def test_a_constant_feature_does_no_harm():
@@ -154,16 +148,19 @@ def test_held_out_rows_do_not_touch_the_fit():
 
 def test_alpha_is_chosen_large_for_noise_and_small_for_signal():
     x, y, sections = linear_data(noise=0.1)
-    assert fit_probe(x, y, TUNED, sections).alpha <= 10
+    assert alpha_of(fit_probe(x, y, TUNED, sections)) <= 10
     noise = RNG(1).normal(size=(240, 200))
     weak = y + 20 * RNG(2).normal(size=y.shape)
-    assert fit_probe(np.hstack([x, noise]), weak, TUNED, sections).alpha >= 100
-    assert fit_probe(x, y, TUNED).alpha == fit_probe(x, y, TUNED, np.repeat("a", 240)).alpha
+    assert alpha_of(fit_probe(np.hstack([x, noise]), weak, TUNED, sections)) >= 100
+    one_group = fit_probe(x, y, TUNED, np.repeat("a", 240))
+    assert alpha_of(fit_probe(x, y, TUNED)) == alpha_of(one_group)
 
 
 def test_linear_expression_is_predicted_and_permuted_rows_are_not():
     x, y, sections = linear_data(rows=600, features=40, genes=12)
-    found = compare([Line("linear", x), Line("noise", RNG(3).normal(size=x.shape))], folds_of(y, sections))
+    found = compare(
+        [contender("linear", x), contender("noise", RNG(3).normal(size=x.shape))], folds_of(y, sections)
+    )
     assert found.mean("linear") > 0.9
     for probe in (HEST, TUNED):
         assert found.permuted[probe.name].shape == (10, 3)
@@ -186,13 +183,12 @@ def test_folds_may_have_their_own_encoder_and_panel():
     x, y, sections = linear_data()
     folds = folds_of(y, sections)
     short = Fold("c", folds[2].train, folds[2].held_out, y[:, :2], ("g0", "g1"), sections, sections)
-    own = {"a": x, "b": x[:, :3], "c": x}
-    found = compare([Line("own", own)], [folds[0], folds[1], short], probes=[HEST], seeds=2)
-    a, b, c = found.scores["own", HEST.name]
-    assert (a.components, b.components, c.components) == (6, 3, 6)
-    assert [len(score.per_gene) for score in (a, b, c)] == [4, 4, 2]
+    own = {fold: Embeddings(images) for fold, images in {"a": x, "b": x[:, :3], "c": x}.items()}
+    found = compare([Contender("own", own)], [folds[0], folds[1], short], probes=[HEST], seeds=2)
+    assert [len(score.per_gene) for score in found.scores["own", HEST.name]] == [4, 4, 2]
+    del own["b"]
     with pytest.raises(UsageError, match="own has no embeddings for fold b; it has those for a, c"):
-        compare([Line("own", {"a": x, "c": x})], folds)
+        compare([Contender("own", own)], folds)
 
 
 def test_leave_one_out_holds_out_every_group_once():
@@ -212,7 +208,7 @@ def test_equal_embeddings_are_found_first():
     found = retrieve(points * 7, points)  # length does not matter
     assert found.to_expression.recall == {1: 1.0, 5: 1.0, 10: 1.0}
     assert found.to_expression.median_rank == found.to_image.median_rank == 1
-    assert found.chance == {1: 0.02, 5: 0.1, 10: 0.2}
+    assert found.chance.recall == {1: 0.02, 5: 0.1, 10: 0.2}
 
 
 def test_the_ranks_of_a_permuted_identity():
@@ -234,14 +230,14 @@ def test_the_two_directions_by_hand():
 
 def test_embeddings_that_are_all_alike_are_in_the_middle():
     found = retrieve(np.ones((101, 4)), np.ones((101, 4)))
-    assert found.to_expression.median_rank == found.chance_rank == 51
+    assert found.to_expression.median_rank == found.chance.median_rank == 51
     assert found.to_expression.recall[10] == 0
 
 
 def test_random_embeddings_are_at_chance():
     found = retrieve(RNG(0).normal(size=(800, 16)), RNG(1).normal(size=(800, 16)))
-    assert found.to_expression.recall[10] == pytest.approx(found.chance[10], abs=0.012)
-    assert found.to_image.median_rank == pytest.approx(found.chance_rank, rel=0.1)
+    assert found.to_expression.recall[10] == pytest.approx(found.chance.recall[10], abs=0.012)
+    assert found.to_image.median_rank == pytest.approx(found.chance.median_rank, rel=0.1)
 
 
 # --- tables -----------------------------------------------------------------------------------
@@ -249,7 +245,7 @@ def test_random_embeddings_are_at_chance():
 
 def test_the_table_has_every_line_beside_the_encoder_and_the_same_numbers_everywhere():
     x, y, sections = linear_data()
-    lines = [Line("enc", x, expression=x), Line("base", x[:, :2]), Line("hand-made", x[:, :1])]
+    lines = [contender("enc", x, x), contender("base", x[:, :2]), contender("hand-made", x[:, :1])]
     made = tables(compare(lines, folds_of(y, sections), seeds=3))
     first = made[0]
     assert [row.name for row in first.rows] == ["enc", "enc, rows permuted", "base", "hand-made"]
@@ -283,19 +279,19 @@ def test_a_row_prints_mean_and_sample_sd():
 def test_features_are_named_finite_and_the_same_alone_or_together():
     patches = RNG(0).integers(0, 256, (5, 3, 48, 48), dtype=np.uint8)
     patches[1], patches[2], patches[3] = 0, 255, 128
-    features = handmade_features(patches)
+    features = handcrafted_features(patches)
     assert features.shape == (5, len(FEATURES))
     assert features.dtype == np.float32
     assert len(set(FEATURES)) == len(FEATURES)
     assert np.isfinite(features).all()
-    assert handmade_features(patches[4:]) == pytest.approx(features[4:])
-    assert handmade_features(patches[:0]).shape == (0, len(FEATURES))
+    assert handcrafted_features(patches[4:]) == pytest.approx(features[4:])
+    assert handcrafted_features(patches[:0]).shape == (0, len(FEATURES))
 
 
 def test_colours_are_told_apart():
     def of(rgb, name):
         patch = np.broadcast_to(np.array(rgb, np.uint8)[None, :, None, None], (1, 3, 64, 64))
-        return handmade_features(patch)[0, FEATURES.index(name)]
+        return handcrafted_features(patch)[0, FEATURES.index(name)]
 
     assert of((200, 100, 50), "red mean") == 200
     assert of((255, 255, 255), "glass share") == 1
@@ -309,7 +305,7 @@ def test_coarse_texture_is_felt_at_coarse_scales():
     fine = np.indices((64, 64)).sum(0) % 2 * 255
     coarse = np.indices((64, 64)).sum(0) // 16 % 2 * 255
     patches = np.stack([np.stack([p] * 3) for p in (fine, coarse)]).astype(np.uint8)
-    at = handmade_features(patches)[:, FEATURES.index("haematoxylin gradient at 8 px")]
+    at = handcrafted_features(patches)[:, FEATURES.index("haematoxylin gradient at 8 px")]
     assert at[1] > at[0] + 1
 
 
@@ -319,7 +315,7 @@ def test_coarse_texture_is_felt_at_coarse_scales():
 )
 def test_what_is_no_patch_is_refused(patches):
     with pytest.raises(UsageError, match=r"allowed: uint8 \[N, 3, S, S\], S 32 or more"):
-        handmade_features(patches)
+        handcrafted_features(patches)
 
 
 # --- bad input --------------------------------------------------------------------------------
@@ -338,7 +334,7 @@ def test_bad_input_is_one_line():
         (r"all 3 rows are of one group, \['p'\]", lambda: list(leave_one_out(["p"] * 3))),
         (r"predicted is \[2, 1\], observed \[3, 1\]", lambda: pearson(np.ones((2, 1)), np.ones((3, 1)))),
         (r"images are \[2, 3\], expression is \[2, 4\]", lambda: retrieve(np.ones((2, 3)), np.ones((2, 4)))),
-        (r"lines are \['l', 'l'\]", lambda: compare([Line("l", x), Line("l", x)], [fold])),
+        (r"contenders are \['l', 'l'\]", lambda: compare([contender("l", x)] * 2, [fold])),
         (
             r"1 of them in both",
             lambda: Fold("f", np.arange(3), np.arange(2, 9), y, panel, sections, sections),
@@ -357,87 +353,58 @@ def test_bad_input_is_one_line():
 # --- real pairs -------------------------------------------------------------------------------
 
 
-def her2st(name):
-    """Patches of 112 µm, genes and log1p of counts per 10,000, read without the package's own readers."""
-    with gzip.open(shared("data/her2st/counts", f"{name}.tsv.gz"), "rt") as file:
-        genes = file.readline().split("\t")[1:]
-        table = {line.split("\t", 1)[0]: np.fromstring(line.split("\t", 1)[1], sep="\t") for line in file}
-    with shared("data/her2st/spots", f"{name}_selection.tsv").open() as file:
-        spots = {
-            f"{r['x']}x{r['y']}": (r["pixel_x"], r["pixel_y"]) for r in csv.DictReader(file, delimiter="\t")
-        }
-    image = cv2.imread(str(shared("data/her2st/images", f"{name}.jpg")))[..., ::-1]
-    half, patches, rows = 82, [], []  # 163 px at 0.687 µm/px are 224 at 0.5
-    for barcode, counts in table.items():
-        if barcode in spots:
-            x, y = (round(float(v)) for v in spots[barcode])
-            window = image[y - half : y + half, x - half : x + half]
-            patches.append(cv2.resize(window, (224, 224), interpolation=cv2.INTER_CUBIC).transpose(2, 0, 1))
-            rows.append(np.log1p(counts / counts.sum() * 1e4))
-    return np.stack(patches), [gene.strip() for gene in genes], np.stack(rows)
-
-
-def test_hand_made_features_reach_the_yardstick_on_her2st_and_permuted_rows_do_not():
+@pytest.mark.filterwarnings("ignore:.*left out", "ignore:.*are enlarged")
+def test_handcrafted_features_reach_the_yardstick_on_her2st_and_permuted_rows_do_not():
     """The shared data's own yardstick: 0.261 on C2, 0.02 permuted."""
-    names = ("C2", "C3", "C4", "C5")
-    read = {name: her2st(name) for name in names}
-    common = sorted(set.intersection(*(set(genes) for _, genes, _ in read.values())))
-    expression = {}
-    for name, (_, genes, rows) in read.items():
-        column = {gene: i for i, gene in enumerate(genes)}
-        expression[name] = rows[:, [column[gene] for gene in common]]
-    variance = np.mean([expression[name].var(0) for name in names[1:]], axis=0)
-    chosen = np.argsort(-variance)[:250]
-    features = np.concatenate([handmade_features(patches) for patches, *_ in read.values()])
-    targets = np.concatenate([expression[name][:, chosen] for name in names])
-    sections = np.concatenate([[name] * len(expression[name]) for name in names])
-    name, train, held_out = next(leave_one_out(sections))
-    panel = tuple(common[i] for i in chosen)
-    fold = Fold(name, train, held_out, targets, panel, sections, sections)
-
-    found = compare([Line("hand-made", features)], [fold])
-    assert len(sections) == 732
-    assert found.mean("hand-made", HEST) > 0.24
-    assert found.mean("hand-made", TUNED) > 0.26
+    names = ["C2", "C3", "C4", "C5"]
+    source = {"kind": "st-tables", "folder": str(shared("data", "her2st")), "names": names}
+    sections = load_sections([source])
+    panel = choose_panel(sections[1:], 250)
+    pairs = make_pairs(sections, panel)
+    of = np.array(names)[pairs.section]
+    name, train, held_out = next(leave_one_out(of))
+    fold = Fold(name, train, held_out, pairs.expression, panel, of, of)
+    found = compare([contender("handcrafted", handcrafted_features(pairs.patches))], [fold])
+    assert found.mean("handcrafted", HEST) > 0.24
+    assert found.mean("handcrafted", TUNED) > 0.26
     assert abs(found.permuted[HEST.name].mean()) < 0.04
-    (retrieval,) = found.predicted_retrieval["hand-made"][0]
-    assert retrieval.to_expression.recall[10] > 2.5 * retrieval.chance[10]
+    (retrieval,) = found.predicted_retrieval["handcrafted"][0]
+    assert retrieval.to_expression.recall[10] > 2.5 * retrieval.chance.recall[10]
 
 
 # --- the command ------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """Three sections of 36 spots on a square of 200 µm, 2 µm/px; the first gene is dark where it is much."""
-    folder = tmp_path_factory.mktemp("evaluate")
-    tiny = untrained_encoder(TINY_CONCH)
-    tiny.save_pretrained(folder / "base")
-    decoder, omics = ExpressionDecoder(tiny.spec.dim, Decoder(6, 3)), new_omics(tiny.spec.dim, 3, (8, 6))
-    decoder = decoder.to_empty(device="cpu")
+def write_encoder(folder, encoder, genes=("g3", "g1", "g2"), head=None, omics_head=None):
+    """An encoder's folder with a decoder and an expression encoder of random weights."""
+    dim = encoder.spec.dim
+    decoder = ExpressionDecoder(dim, Decoder(6, 3)).to_empty(device="cpu")
+    omics = new_omics(dim, 3, (8, 6))
     generator = torch.Generator().manual_seed(0)
     for parameter in (*omics.parameters(), *decoder.parameters()):
         torch.nn.init.normal_(parameter, generator=generator)
+    omics.projection_head = omics_head
     training = {"sections": ["elsewhere"], "config": {"data": {"smooth": True}}}
-    genes = ("g3", "g1", "g2")
-    write_folder(folder / "encoder", tiny.spec, tiny.tower, [], decoder, genes, omics.state_dict(), training)
-    for part in ("images", "counts", "spots"):
-        (folder / "st" / part).mkdir(parents=True)
-    rng = RNG(0)
-    for name in ("A1", "A2", "B1"):
-        grid = [(x, y) for x in range(1, 7) for y in range(1, 7)]
-        much = rng.integers(5, 200, len(grid))
-        image = np.full((700, 700, 3), 240, np.uint8)
-        for (x, y), n in zip(grid, much, strict=True):
-            image[y * 100 - 40 : y * 100 + 40, x * 100 - 40 : x * 100 + 40] = 240 - n
-        Image.fromarray(image).save(folder / "st/images" / f"{name}.png")
-        counts = [
-            "\tg1\tg2\tg3",
-            *(f"{x}x{y}\t{n}\t{rng.integers(90)}\t200" for (x, y), n in zip(grid, much, strict=True)),
-        ]
-        (folder / "st/counts" / f"{name}.tsv").write_text("\n".join(counts))
-        spots = ["x\ty\tpixel_x\tpixel_y", *(f"{x}\t{y}\t{x * 100}\t{y * 100}" for x, y in grid)]
-        (folder / "st/spots" / f"{name}_selection.tsv").write_text("\n".join(spots))
+    halves = (decoder, genes, omics.state_dict())
+    write_folder(folder, encoder.spec, encoder.tower, [], *halves, training, head=head)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return untrained_encoder(TINY_CONCH)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny):
+    """Three sections of 36 spots, 200 µm apart at 2 µm/px; the first gene is dark where it is high."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    tiny.save_pretrained(folder / "base")
+    write_encoder(folder / "encoder", tiny)
+
+    def counts(rng, colour):
+        return 255 - colour[0], rng.integers(90), 200
+
+    write_study(folder / "st", ("A1", "A2", "B1"), 100, ("g1", "g2", "g3"), counts)
     return folder
 
 
@@ -451,17 +418,9 @@ SMALL = ("--genes", 2, "--mpp", 2, "--patch-px", 64, "--seeds", 2, "--quiet")
 
 
 def test_the_command_prints_the_tables_and_writes_three_files(place, tmp_path, capsys):
-    words = (
-        "--encoder",
-        place / "encoder",
-        "--base",
-        place / "base",
-        "--sections",
-        place / "st",
-        "-o",
-        tmp_path,
-    )
-    status, out, err = type_(capsys, *words, *SMALL, "--by", "patient")
+    words = ("--encoder", place / "encoder", "--base", place / "base", "--sections", place / "st")
+    words = (*words, "-o", tmp_path, *SMALL)
+    status, out, err = type_(capsys, *words, "--by", "patient")
     assert (status, err) == (0, [])
     assert "|  | A | B | mean ± sd |" in out
     report = json.loads((tmp_path / "evaluation.json").read_text())
@@ -469,59 +428,45 @@ def test_the_command_prints_the_tables_and_writes_three_files(place, tmp_path, c
     lines = [row["line"] for row in report["tables"][0]["rows"]]
     assert lines == ["encoder", "encoder, rows permuted", "base, before alignment", "hand-made features"]
     (joint,) = (t for t in report["tables"] if t["title"] == "Recall at 10, in the space of the alignment")
-    assert [row["line"] for row in joint["rows"]] == [
-        "encoder, image to expression",
-        "encoder, expression to image",
-        "chance",
-    ]
+    both = ["encoder, image to expression", "encoder, expression to image", "chance"]
+    assert [row["line"] for row in joint["rows"]] == both
     assert report["tables"][0]["rows"][2]["folds"]["A"] != 0  # its embeddings are not all alike
-    r = report["pearson_r_per_gene"]["hand-made features, HEST-Benchmark"]["B"]
-    assert r["g1"] > 0.8
+    assert report["pearson_r_per_gene"]["hand-made features, HEST-Benchmark"]["B"]["g1"] > 0.8
     assert (tmp_path / "evaluation.md").read_text().strip() in out
     assert (tmp_path / "evaluation.csv").read_text().startswith("table,line,fold,value,spread\n")
 
-    status, _, err = type_(capsys, *words, *SMALL)
+    status, _, err = type_(capsys, *words)
     assert status == 1
-    assert "evaluation.md is there already; give --overwrite or another -o" in err[0]
+    assert "evaluation.md exists already; give --overwrite or another -o" in err[0]
 
 
-def times(factor, dim=16):
+def times(factor):
     """A head that multiplies by a number."""
-    head = torch.nn.Linear(dim, dim)
+    head = torch.nn.Linear(TINY_CONCH.dim, TINY_CONCH.dim)
     torch.nn.init.zeros_(head.bias)
     torch.nn.init.eye_(head.weight)
     head.weight.data *= factor
     return head
 
 
-def test_retrieval_goes_through_the_heads_of_both_halves(place, tmp_path, capsys):
-    encoder, omics, tables = load_encoder(place / "encoder"), load_omics(place / "encoder"), {}
-    halves, training = (encoder.decoder, encoder.genes), {"config": {"data": {"smooth": True}}}
-    for name, (image, expression) in {"same": (-2, -3), "against": (-1, 1), "one": (1, None)}.items():
-        omics.projection_head = None if expression is None else times(expression)
-        state = omics.state_dict()
-        write_folder(
-            tmp_path / name, encoder.spec, encoder.tower, [], *halves, state, training, head=times(image)
-        )
-    for name in ("same", "against", "one"):
-        words = ("--encoder", tmp_path / name, "--sections", place / "st", "-o", tmp_path / f"o_{name}")
+def test_retrieval_goes_through_the_heads_of_both_halves(place, tmp_path, capsys, tiny):
+    def joint(encoder, out):
+        words = ("--encoder", encoder, "--sections", place / "st", "-o", tmp_path / out)
         status, _, err = type_(capsys, *words, *SMALL)
-        if name == "one":
-            assert status == 2
-            assert "half of tiny-conch has a projection head and" in err[0]
-            continue
-        report = json.loads((tmp_path / f"o_{name}" / "evaluation.json").read_text())
-        tables[name] = [t for t in report["tables"] if "in the space of the alignment" in t["title"]]
-        words = ("--encoder", place / "encoder", *words[2:4], "-o", tmp_path / f"bare_{name}")
-        assert type_(capsys, *words, *SMALL)[0] == 0
-        bare = json.loads((tmp_path / f"bare_{name}" / "evaluation.json").read_text())
-        values = [[row["folds"] for row in t["rows"]] for t in tables[name]]
-        plain = [
-            [row["folds"] for row in t["rows"]]
-            for t in bare["tables"]
-            if "in the space of the alignment" in t["title"]
-        ]
-        assert (values == plain) == (name == "same")
+        if status:
+            return err[0]
+        report = json.loads((tmp_path / out / "evaluation.json").read_text())
+        return [t["rows"] for t in report["tables"] if "in the space of the alignment" in t["title"]]
+
+    def values(tables):
+        return [[row["folds"] for row in rows] for rows in tables]
+
+    without = values(joint(place / "encoder", "without"))
+    for name, head, omics_head in (("same", -2, -3), ("against", -1, 1)):
+        write_encoder(tmp_path / name, tiny, head=times(head), omics_head=times(omics_head))
+        assert (values(joint(tmp_path / name, f"out_{name}")) == without) == (name == "same")
+    write_encoder(tmp_path / "one", tiny, head=times(1))
+    assert "half of tiny-conch has a projection head and" in joint(tmp_path / "one", "out_one")
 
 
 def test_an_encoder_for_each_fold_and_one_that_saw_what_is_held_out(place, tmp_path, capsys):
@@ -546,7 +491,7 @@ def test_an_encoder_for_each_fold_and_one_that_saw_what_is_held_out(place, tmp_p
         (("--by", "slide"), "--by is 'slide'; allowed: section, patient"),
         (("--genes", 0), "--genes is 0; allowed: 1 or more"),
         (("--genes", 9), "9 are asked for"),
-        (("--sections", "nowhere"), "nowhere holds no section; allowed: the config of a training"),
+        (("--sections", "nowhere"), "nowhere holds no section; allowed: the configuration of a training"),
         (("--encoder", "no-such"), "there is no encoder 'no-such'"),
     ],
 )

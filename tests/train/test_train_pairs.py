@@ -1,4 +1,4 @@
-"""Patches around spots held to a plain crop; batches whose order depends on seed and epoch alone; regions."""
+"""Patches around spots compared with a plain crop; batches whose order depends on seed and epoch; regions."""
 
 from dataclasses import replace
 
@@ -10,9 +10,8 @@ from PIL import Image
 from section_files import GENES, counts_of, draw, hexagon, make_section, places, square
 
 from seal_extract.errors import SlideError, UsageError
-from seal_extract.train.batches import Batches, neighbourhoods
 from seal_extract.train.formats import load_sections
-from seal_extract.train.pairs import Pairs, make_pairs
+from seal_extract.train.pairs import Batches, Pairs, make_pairs, neighbourhoods
 
 PATCH_PX = 32
 
@@ -22,11 +21,11 @@ def section(tmp_path):
     return make_section("square", slide=draw(tmp_path / "S1.png"))
 
 
-def crop(section, row, size_l0, patch_px=PATCH_PX):
-    """A patch as one would cut it by hand."""
+def crop(section, row, size_l0):
+    """A patch as one would cut it by hand, int [H, W, 3]."""
     x, y = np.round(section.xy_l0[row] - size_l0 / 2).astype(int)
     image = Image.open(section.slide).convert("RGB").crop((x, y, x + size_l0, y + size_l0))
-    return np.asarray(image.resize((patch_px, patch_px), Image.Resampling.BICUBIC))
+    return np.asarray(image.resize((PATCH_PX, PATCH_PX), Image.Resampling.BICUBIC), int)
 
 
 def test_at_the_slides_own_resolution_patches_are_its_pixels(section):
@@ -38,63 +37,55 @@ def test_at_the_slides_own_resolution_patches_are_its_pixels(section):
     np.testing.assert_allclose(pairs.xy_um, section.xy_l0 * 0.5)
     np.testing.assert_array_equal(pairs.expression, section.log1p())
     assert repr(pairs) == "Pairs(25 patches of 32 px, 5 genes, of S1)"
+    some = make_pairs([section], ("VIM", "ACTB"), PATCH_PX)
+    np.testing.assert_array_equal(some.expression, section.log1p()[:, [4, 0]])
+    assert some.panel == ("VIM", "ACTB")
 
 
-@pytest.mark.parametrize(("mpp", "size_l0"), [(0.25, 64), (0.17, 94)])
-def test_finer_slides_are_shrunk_as_pillow_shrinks(section, mpp, size_l0):
-    finer = replace(section, mpp=mpp)
-    pairs = make_pairs([finer], GENES, PATCH_PX, 0.5)
-    for row in range(25):
-        ours = pairs.patches[row].transpose(1, 2, 0).astype(int)
-        assert np.abs(ours - crop(finer, row, size_l0)).max() <= 1
+@pytest.mark.filterwarnings("ignore:S1. patches at 0.5 µm/px are enlarged")
+@pytest.mark.parametrize(("mpp", "size_l0"), [(0.25, 64), (0.17, 94), (0.687, 23)])
+def test_slides_of_other_resolutions_are_resampled_as_by_pillow(section, mpp, size_l0):
+    other = replace(section, mpp=mpp)
+    for row, patch in enumerate(make_pairs([other], GENES, PATCH_PX, 0.5).patches):
+        assert np.abs(patch.transpose(1, 2, 0).astype(int) - crop(other, row, size_l0)).max() <= 1
 
 
 def test_a_coarser_slide_is_enlarged_and_that_is_said(section):
-    coarse = replace(section, mpp=0.687)
     with pytest.warns(UserWarning, match=r"S1: patches at 0.5 µm/px are enlarged from the slide's 0.687"):
-        pairs = make_pairs([coarse], GENES, PATCH_PX, 0.5)
-    ours = pairs.patches[12].transpose(1, 2, 0).astype(int)
-    assert np.abs(ours - crop(coarse, 12, 23)).max() <= 1
+        make_pairs([replace(section, mpp=0.687)], GENES, PATCH_PX, 0.5)
 
 
 def test_spots_that_would_leave_the_slide_are_left_out_and_said(tmp_path):
     edge = make_section("square", slide=draw(tmp_path / "S1.png", (700, 1000)))
-    with pytest.warns(UserWarning, match="S1: 10 of 25 spots are left out, as their patches would leave"):
-        pairs = make_pairs([edge], GENES, PATCH_PX, 0.5)
     kept = square()[:, 1] < 3
-    assert pairs.barcodes == tuple(b for b, k in zip(edge.barcodes, kept, strict=True) if k)
-    np.testing.assert_array_equal(pairs.expression, edge.log1p()[kept])
-
-
-def test_smoothing_takes_neighbours_whose_own_patch_is_left_out(tmp_path):
-    edge = make_section("square", slide=draw(tmp_path / "S1.png", (700, 1000)))
-    with pytest.warns(UserWarning, match="left out"):
-        pairs = make_pairs([edge], GENES[:2], PATCH_PX, 0.5, smooth=True)
-    kept = square()[:, 1] < 3
-    np.testing.assert_array_equal(pairs.expression, edge.smoothed(edge.log1p(GENES[:2]))[kept])
-
-
-def test_the_panel_orders_the_columns(section):
-    pairs = make_pairs([section], ("VIM", "ACTB"), PATCH_PX)
-    np.testing.assert_array_equal(pairs.expression, section.log1p()[:, [4, 0]])
-    assert pairs.panel == ("VIM", "ACTB")
+    for smooth in (False, True):  # neighbours whose own patch is left out count when smoothing
+        with pytest.warns(UserWarning, match="S1: 10 of 25 spots are left out, as their patches would leave"):
+            pairs = make_pairs([edge], GENES[:2], PATCH_PX, 0.5, smooth=smooth)
+        assert pairs.barcodes == tuple(b for b, k in zip(edge.barcodes, kept, strict=True) if k)
+        expected = edge.log1p(GENES[:2])
+        expected = edge.smoothed(expected) if smooth else expected
+        np.testing.assert_array_equal(pairs.expression, expected[kept])
 
 
 def test_pairs_refuse(section):
-    with pytest.raises(UsageError, match="S1 lacks 1 of 1 genes, the first CD4"):
-        make_pairs([section], ("CD4",))
-    with pytest.raises(UsageError, match=r"S1: all 25 spots lie outside S1.png of 1200 x 1000 px"):
-        make_pairs([replace(section, xy_l0=section.xy_l0 + 5000)], GENES)
-    with pytest.raises(SlideError, match="the file does not say how many µm a pixel measures"):
-        make_pairs([replace(section, mpp=None)], GENES)
-    with pytest.raises(SlideError, match="does not exist"):
-        make_pairs([replace(section, slide=section.slide.with_name("gone.png"))], GENES)
+    for change, genes, error, message in [
+        ({}, ("CD4",), UsageError, "S1 lacks 1 of 1 genes, the first CD4"),
+        (
+            {"xy_l0": section.xy_l0 + 5000},
+            GENES,
+            UsageError,
+            r"all 25 spots lie outside S1.png of 1200 x 1000",
+        ),
+        ({"mpp": None}, GENES, SlideError, "the file does not say how many µm a pixel measures"),
+        ({"slide": section.slide.with_name("gone.png")}, GENES, SlideError, "does not exist"),
+    ]:
+        with pytest.raises(error, match=message):
+            make_pairs([replace(section, **change)], genes)
 
 
 def test_several_sections_stay_apart(section, tmp_path):
-    other = make_section(
-        "hexagonal", name="S2", patient="P2", slide=draw(tmp_path / "S2.png", seed=1), counts=counts_of(25, 1)
-    )
+    slide = draw(tmp_path / "S2.png", seed=1)
+    other = make_section("hexagonal", name="S2", patient="P2", slide=slide, counts=counts_of(25, 1))
     pairs = make_pairs([section, other], GENES, PATCH_PX)
     assert (pairs.names, pairs.patients) == (("S1", "S2"), ("P1", "P2"))
     np.testing.assert_array_equal(pairs.section, [0] * 25 + [1] * 25)
@@ -106,14 +97,13 @@ def test_several_sections_stay_apart(section, tmp_path):
     assert [set(b.row.tolist()) for b in Batches(pairs, 4).whole()] == [set(range(25)), set(range(25, 50))]
 
 
-def test_embeddings_come_along_if_all_sections_have_them(section, tmp_path):
+def test_embeddings_come_along_if_all_sections_have_them(section):
     table = np.arange(50, dtype=np.float32).reshape(25, 2)
-    one = replace(section, embeddings=table)
-    other = make_section(name="S2", slide=section.slide)
-    np.testing.assert_array_equal(make_pairs([one], GENES, PATCH_PX).embeddings, table)
+    one, other = replace(section, embeddings=table), make_section(name="S2", slide=section.slide)
+    pairs = make_pairs([one], GENES, PATCH_PX)
+    np.testing.assert_array_equal(pairs.embeddings, table)
+    np.testing.assert_array_equal(Batches(pairs, 4).take(np.array([3, 0])).embedding, table[[3, 0]])
     assert make_pairs([one, other], GENES, PATCH_PX).embeddings is None
-    batch = Batches(make_pairs([one], GENES, PATCH_PX), 4).take(np.array([3, 0]))
-    np.testing.assert_array_equal(batch.embedding, table[[3, 0]])
 
 
 # --- batches ----------------------------------------------------------------------------------------
@@ -168,13 +158,11 @@ def test_ranks_share_an_epoch():
 
 
 def test_rows_keep_what_belongs_together():
-    batches = Batches(pairs_of(square()), 5)
-    for batch in batches.epoch(0):
+    for batch in Batches(pairs_of(square()), 5).epoch(0):
         np.testing.assert_array_equal(batch.expression[:, 0], batch.row)
         np.testing.assert_array_equal(batch.patches[:, 0, 0, 0], batch.row)
         assert (batch.patches.dtype, batch.expression.dtype) == (torch.uint8, torch.float32)
-        assert batch.region is None
-        assert batch.embedding is None
+        assert (batch.region, batch.embedding) == (None, None)
         assert len(batch) == len(batch.to(torch.device("cpu"))) == 5
 
 
@@ -187,38 +175,25 @@ def test_a_batch_larger_than_the_pairs_is_refused(size):
 # --- regions ----------------------------------------------------------------------------------------
 
 
-def test_regions_of_a_square_lattice_are_a_patch_and_its_eight():
-    near = neighbourhoods(pairs_of(square()))
+def test_regions_are_a_patch_and_its_true_neighbours():
+    array_rc = square()
+    near = neighbourhoods(pairs_of(array_rc))
     assert near.shape == (25, 9)
     np.testing.assert_array_equal(near[:, 0], np.arange(25))
-    array_rc = square()
     for row, others in enumerate(near):
         steps = np.abs(array_rc - array_rc[row]).max(1)
         assert set(others) - {-1} == set(np.flatnonzero(steps <= 1))
-    assert (near >= 0).sum(1).reshape(5, 5)[1:4, 1:4].tolist() == [[9] * 3] * 3
-    assert (near[0] >= 0).sum() == 4
-
-
-def test_regions_of_a_hexagon_are_a_patch_and_its_six():
-    near = neighbourhoods(pairs_of(hexagon(), "hexagonal"))
-    assert (near[12] >= 0).sum() == 7
-
-
-def test_a_pair_alone_is_a_region_of_one():
-    near = neighbourhoods(pairs_of(np.array([[0, 0]])))
-    assert near[0].tolist() == [0] + [-1] * 8
+    assert (neighbourhoods(pairs_of(hexagon(), "hexagonal"))[12] >= 0).sum() == 7
+    assert neighbourhoods(pairs_of(np.array([[0, 0]]))).tolist() == [[0] + [-1] * 8]
 
 
 def test_batches_of_regions():
     batches = Batches(pairs_of(square()), 3, regions=True)
     batch = batches.take(np.array([12, 0]))
-    assert (batch.region == 0).sum() == 9
-    assert (batch.region == 1).sum() == 4
-    assert batch.row[0] == 12
-    assert batch.row[9] == 0
+    assert batch.region.tolist() == [0] * 9 + [1] * 4
+    assert batch.row[[0, 9]].tolist() == [12, 0]
     np.testing.assert_array_equal(batch.expression[:, 0], batch.row)
-    for batch in batches.epoch(0):
-        assert batch.region.max() == 2
+    assert all(batch.region.max() == 2 for batch in batches.epoch(0))
 
 
 # --- the real thing ---------------------------------------------------------------------------------
@@ -226,13 +201,9 @@ def test_batches_of_regions():
 
 @pytest.mark.filterwarnings("ignore:.*left out:UserWarning", "ignore:.*are enlarged:UserWarning")
 def test_her2st_itself():
-    names = ["C2", "C3", "C4", "C5"]
-    for name in names:
-        shared("data", "her2st", "images", f"{name}.jpg")
-    folder = str(shared("data", "her2st"))
+    names, folder = ["C2", "C3", "C4", "C5"], str(shared("data", "her2st"))
     sections = load_sections([{"kind": "st-tables", "folder": folder, "names": names}])
     pairs = make_pairs(sections, ("ERBB2", "GAPDH"), 64)
-    assert len(pairs) == 732
     assert np.bincount(pairs.section).tolist() == [187, 180, 184, 181]
     found = {(i, j) for i, row in enumerate(neighbourhoods(pairs).tolist()) for j in row if j >= 0}
     places = np.concatenate([section.array_rc for section in sections])

@@ -1,4 +1,4 @@
-"""Sections: log1p, smoothing and the panel by hand, neighbours counted, splits, and what is refused."""
+"""Sections: log1p, smoothing and the panel by hand, neighbours counted, and what is refused."""
 
 import numpy as np
 import pytest
@@ -6,13 +6,13 @@ from scipy.sparse import csr_matrix
 from section_files import GENES, counts_of, hexagon, make_section, places, square
 
 from seal_extract.errors import UsageError
-from seal_extract.train.sections import choose_panel, split_by
+from seal_extract.train.sections import choose_panel
 
 TWO = np.array([[0, 0], [0, 1]])
 
 
-def two_spots(counts, genes=("A", "B"), lattice="square", **over):
-    return make_section(lattice, TWO, counts=np.array(counts, np.float32), genes=genes, **over)
+def two_spots(counts, genes=("A", "B"), kind=np.asarray, **over):
+    return make_section("square", TWO, counts=kind(np.array(counts, np.float32)), genes=genes, **over)
 
 
 def test_a_section_says_what_it_is():
@@ -22,8 +22,7 @@ def test_a_section_says_what_it_is():
 
 @pytest.mark.parametrize("kind", [np.asarray, csr_matrix])
 def test_log1p_by_hand(kind):
-    section = two_spots([[1, 3], [0, 0]])
-    section = make_section("square", TWO, counts=kind(section.counts), genes=("A", "B"))
+    section = two_spots([[1, 3], [0, 0]], kind=kind)
     expected = np.log1p([[2500, 7500], [0, 0]])
     np.testing.assert_allclose(section.log1p(), expected, rtol=1e-6)
     assert section.log1p().dtype == np.float32
@@ -43,11 +42,10 @@ def test_what_is_log1p_already_is_taken_as_it_is():
 def test_spots_have_their_true_neighbours(lattice, inside, corner):
     section = make_section(lattice, hexagon() if lattice == "hexagonal" else square())
     neighbours = section.neighbours()
-    there = (neighbours >= 0).sum(1)
-    middle = len(section) // 2
+    count = (neighbours >= 0).sum(1)
     assert neighbours.shape == (25, inside)
-    assert there[middle] == inside
-    assert there[0] in corner
+    assert count[len(section) // 2] == inside
+    assert count[0] in corner
     for row, others in enumerate(neighbours):
         others = others[others >= 0]
         assert len(set(others)) == len(others)
@@ -69,34 +67,25 @@ def test_neighbours_do_not_depend_on_the_order_of_spots_nor_on_where_the_array_b
 def test_smoothing_by_hand():
     # a row of three: the middle has two neighbours, the ends have one, a fourth far away has none
     array_rc = np.array([[0, 0], [0, 1], [0, 2], [5, 5]])
-    section = make_section("square", array_rc, counts=np.ones((4, 1), np.float32), genes=("A",))
     values = np.float32([[0], [4], [2], [9]])
-    np.testing.assert_array_equal(section.smoothed(values), [[2], [2.5], [3], [9]])
+    for lattice, expected in (("square", [[2], [2.5], [3], [9]]), ("none", [[0], [4], [2], [9]])):
+        section = make_section(lattice, array_rc, counts=np.ones((4, 1), np.float32), genes=("A",))
+        np.testing.assert_array_equal(section.smoothed(values), expected)
     np.testing.assert_array_equal(values, [[0], [4], [2], [9]])  # the input stays
-
-
-def test_without_a_lattice_smoothing_changes_nothing():
-    section = make_section("none")
-    np.testing.assert_array_equal(section.smoothed(section.log1p()), section.log1p())
 
 
 def test_some_of_the_spots():
     section = make_section(embeddings=np.arange(50, dtype=np.float32).reshape(25, 2))
     some = section.take(np.array([3, 1]))
     assert some.barcodes == ("SPOT003-1", "SPOT001-1")
-    np.testing.assert_array_equal(some.counts, section.counts[[3, 1]])
-    np.testing.assert_array_equal(some.xy_l0, section.xy_l0[[3, 1]])
-    np.testing.assert_array_equal(some.array_rc, section.array_rc[[3, 1]])
-    np.testing.assert_array_equal(some.embeddings, [[6, 7], [2, 3]])
+    for name in ("counts", "xy_l0", "array_rc", "embeddings"):
+        np.testing.assert_array_equal(getattr(some, name), getattr(section, name)[[3, 1]])
 
 
 def test_the_panel_by_hand():
     # log1p of 10,000 a spot: HIGH alternates, LOW is constant, MID alternates less
     genes = ("HIGH", "LOW", "MID", "REST")
-    counts = [[0, 10, 20, 70], [40, 10, 10, 40]]
-    one = two_spots(counts, genes)
-    variance = np.log1p(np.array(counts) * 100.0).var(0)
-    assert variance[0] > variance[2] > variance[3] > variance[1]
+    one = two_spots([[0, 10, 20, 70], [40, 10, 10, 40]], genes)
     assert choose_panel([one], 3) == ("HIGH", "MID", "REST")
     assert choose_panel([one], 4)[-1] == "LOW"
 
@@ -108,44 +97,17 @@ def test_equals_go_by_name_and_only_common_genes_are_asked():
 
 
 def test_the_mean_is_over_sections_not_over_spots():
-    quiet = two_spots([[5, 5], [5, 5]])
-    loud = two_spots([[9, 1], [1, 9]])
+    quiet, loud = two_spots([[5, 5], [5, 5]]), two_spots([[9, 1], [1, 9]])
     apart = two_spots([[100, 1], [100, 1]])  # another depth or batch adds nothing
     assert choose_panel([quiet, loud, apart], 2) == choose_panel([loud], 2)
 
 
-def test_the_panel_does_not_see_the_section_held_out():
-    sections = [make_section(name=n, patient=n, counts=counts_of(25, seed=i)) for i, n in enumerate("ABC")]
-    changed = make_section(name="C", patient="C", counts=counts_of(25, seed=9) * 50)
-    for (training, held), (again, others) in zip(
-        split_by(sections, "section"), split_by([*sections[:2], changed], "section"), strict=True
-    ):
-        if held[0].name == "C":
-            assert others[0] is changed
-            assert choose_panel(training, 3) == choose_panel(again, 3)
-
-
-def test_splits_by_patient_and_by_section():
-    sections = [make_section(name=n, patient=n[0]) for n in ("A1", "A2", "B1")]
-    by_patient = [([s.name for s in a], [s.name for s in b]) for a, b in split_by(sections, "patient")]
-    assert by_patient == [(["B1"], ["A1", "A2"]), (["A1", "A2"], ["B1"])]
-    by_section = [([s.name for s in a], [s.name for s in b]) for a, b in split_by(sections, "section")]
-    assert by_section == [(["A2", "B1"], ["A1"]), (["A1", "B1"], ["A2"]), (["A1", "A2"], ["B1"])]
-
-
-def test_splits_refuse_what_leaves_nothing():
-    sections = [make_section(name="A1"), make_section(name="A2")]
-    with pytest.raises(UsageError, match="all sections are of patient P1; nothing would be left to train on"):
-        list(split_by(sections, "patient"))
-    with pytest.raises(UsageError, match="split by 'slide'; allowed: patient, section"):
-        list(split_by(sections, "slide"))
-
-
 NORMALISED = np.log1p(counts_of(25))
+NOTHING = np.empty((0, 2), np.int64)
 REFUSED = {
-    "lengths": ({"genes": GENES[:4]}, r"25 barcodes, 25 places and 4 genes for counts of 25 x 5"),
-    "twice": ({"genes": ("ACTB", "ACTB", "C", "D", "E")}, "1 genes stand twice, the first ACTB"),
-    "barcode": ({"barcodes": ("X",) * 25}, "1 barcodes stand twice, the first X"),
+    "lengths": ({"genes": GENES[:4]}, r"25 barcodes, 25 positions and 4 genes for counts of 25 x 5"),
+    "twice": ({"genes": ("ACTB", "ACTB", "C", "D", "E")}, "1 genes occur twice, the first is ACTB"),
+    "barcode": ({"barcodes": ("X",) * 25}, "1 barcodes occur twice, the first is X"),
     "normalised": ({"counts": NORMALISED}, 'not whole numbers .*normalised already.*counts_are = "log1p"'),
     "sparse": ({"counts": csr_matrix(NORMALISED)}, "not whole numbers"),
     "whole": ({"scale": "log1p"}, 'counts_are is "log1p", but the numbers are whole .*counts_are = "counts"'),
@@ -153,6 +115,10 @@ REFUSED = {
     "negative": ({"counts": counts_of(25) - 9}, "NaN, infinity or numbers below 0; give raw counts"),
     "nan": ({"counts": np.full((25, 5), np.nan)}, "NaN, infinity or numbers below 0"),
     "scale": ({"scale": "tpm"}, "counts_are is 'tpm'; allowed: counts, log1p"),
+    "empty": (
+        {"array_rc": NOTHING, "counts": np.empty((0, 5)), "xy_l0": places(NOTHING, "square", 1.0)},
+        "S1 has no spot with both counts and a position",
+    ),
 }
 
 
@@ -164,24 +130,16 @@ def test_refused(case):
     assert "\n" not in str(caught.value)
 
 
-def test_a_section_without_spots_is_refused():
-    nothing = np.empty((0, 2), np.int64)
-    with pytest.raises(UsageError, match="S1 has no spot with both counts and a place"):
-        make_section("none", nothing, counts=np.empty((0, 5)), xy_l0=places(nothing, "square", 1.0))
-
-
-def test_genes_that_were_not_measured():
-    with pytest.raises(
-        UsageError, match=r"S1 lacks 1 of 2 genes, the first CD4; it has ACTB, VIM and so on$"
-    ):
-        make_section().log1p(["ACTB", "CD4"])
-    with pytest.raises(UsageError, match="one side has Ensembl ids, the other symbols; name genes alike"):
-        make_section().log1p(["ENSG00000075624"])
-
-
-def test_too_few_genes_in_common():
-    symbols, ids = make_section(), make_section(genes=tuple(f"ENSG0{i}" for i in range(5)))
-    with pytest.raises(UsageError, match="have 5 genes in common, 9 are asked for; type genes = 5 or fewer"):
-        choose_panel([symbols], 9)
-    with pytest.raises(UsageError, match=r"have 0 genes in common.*one side has Ensembl ids"):
-        choose_panel([symbols, ids], 2)
+def test_genes_that_were_not_measured_or_not_in_all_sections():
+    section, ids = make_section(), make_section(genes=tuple(f"ENSG0{i}" for i in range(5)))
+    for message, call in [
+        (
+            "S1 lacks 1 of 2 genes, the first CD4; it has ACTB, VIM and so on$",
+            lambda: section.log1p(["VIM", "CD4"]),
+        ),
+        ("one side has Ensembl ids, the other symbols; name genes alike", lambda: section.log1p(["ENSG0"])),
+        ("have 5 genes in common, 9 are asked for; type genes = 5 or", lambda: choose_panel([section], 9)),
+        ("have 0 genes in common.*one side has Ensembl ids", lambda: choose_panel([section, ids], 2)),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            call()

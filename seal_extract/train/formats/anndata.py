@@ -1,186 +1,175 @@
-"""Sections in AnnData files with places in pixels."""
+"""AnnData files with positions in pixels of the slide, and the folders of HEST-1k, which hold such files."""
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.errors import UsageError
-from seal_extract.train.formats.matching import (
-    checked_places,
-    held_to_pitch,
+from seal_extract.slides.mpp import read_metadata, stated_mpp
+from seal_extract.train.formats.source import (
+    Lattice,
+    Source,
+    checked_positions,
+    existing,
     lattice_of,
-    mpp_by_pitch,
-    named_once,
     needed,
     slide_of,
-    there,
 )
 from seal_extract.train.sections import Expression, Section
+from seal_extract.train.toml import Positive
+
+VISIUM_PITCH_UM = 100.0
 
 
-def read_anndata(
-    folder: Path,
-    name: str,
-    *,
-    slide: str | None = None,
-    mpp: float | None = None,
-    pitch_um: float | None = None,
-    counts_are: str = "counts",
-    layer: str | None = None,
-    genes_column: str | None = None,
-    duplicates: str = "refuse",
-    lattice: str = "auto",
-    obsm: str | None = None,
-    patient: str | None = None,
-    patient_column: str | None = None,
-) -> Section:
-    """A section of ``NAME.h5ad`` with ``obsm["spatial"]``, x and y in level-0 pixels of the slide.
+class AnnData(Source, frozen=True):
+    """``NAME.h5ad`` with ``obsm["spatial"]``, x and y of each spot in level-0 pixels of the slide.
 
-    Columns ``pxl_col_in_fullres`` and ``pxl_row_in_fullres`` of ``obs`` stand in for it; ``array_row`` and
-    ``array_col`` give the neighbours; spots whose ``in_tissue`` is 0 are left out.
+    Columns ``pxl_col_in_fullres`` and ``pxl_row_in_fullres`` of ``obs`` are read where ``spatial`` is
+    missing; ``array_row`` and ``array_col`` give the neighbours; spots whose ``in_tissue`` is 0 are left out.
 
-    Args:
-        folder: with the file.
-        name: of the section.
-        slide: image, from the folder if relative, ``{name}`` being the section; by default NAME.tif or so.
-        mpp: µm/px; by default that of the pitch, else of the slide's file.
-        pitch_um: between spots, to hold µm/px to.
-        counts_are: ``"counts"`` or ``"log1p"``.
+    Attributes:
+        slide: the image, relative to the folder; ``{name}`` stands for the section. The default is NAME.tif
+            or another suffix of images.
+        pitch_um: distance between spots, from which the µm/px is computed. Without it and without ``mpp``
+            the slide's file has to state the µm/px.
         layer: of ``layers``, in place of ``X``.
-        genes_column: of ``var``, in place of its names.
-        duplicates: ``"sum"`` adds genes of one name.
-        lattice: ``"hexagonal"``, ``"square"``, ``"none"``; ``"auto"`` tells by rows and columns.
+        genes_column: of ``var``, in place of its index.
+        lattice: ``"auto"`` recognises the lattice by rows and columns.
         obsm: key of another model's embeddings.
-        patient: of all these sections.
-        patient_column: of ``obs``; by default ``patient`` where there is one, else each section is a patient.
-
-    Raises:
-        UsageError: a file or entry is missing or malformed; a µm/px that the pitch contradicts.
+        patient_column: of ``obs``; default: ``patient`` where there is one.
     """
-    data = open_h5ad(there(folder, f"{name}.h5ad"), name)
-    array_rc = array_places(name, data)
-    lattice = lattice_of(name, lattice, array_rc)
-    xy_l0 = pixel_places(name, data)
-    by_pitch = None
-    if pitch_um is not None:
-        by_pitch = None if array_rc is None else mpp_by_pitch(array_rc, lattice, pitch_um, xy_l0)
-        if by_pitch is None:
-            raise UsageError(
-                f"{name}: pitch_um needs array_row and array_col of 3 spots or more; type mpp instead"
-            )
-    return section_of(
-        data,
-        name,
-        slide=slide_of(folder, name, slide),
-        mpp=None if mpp is None and by_pitch is None else held_to_pitch(name, mpp, by_pitch),
-        mpp_source="mpp" if by_pitch is None else f"{pitch_um:g} µm between spots",
-        patient=patient or _patient(name, data, patient_column) or name,
-        lattice=lattice,
-        counts_are=counts_are,
-        layer=layer,
-        genes_column=genes_column,
-        duplicates=duplicates,
-        obsm=obsm,
-    )
+
+    slide_states_mpp: ClassVar[bool] = True
+
+    slide: str | None = None
+    pitch_um: Positive | None = None
+    layer: str | None = None
+    genes_column: str | None = None
+    lattice: Lattice = "auto"
+    obsm: str | None = None
+    patient_column: str | None = None
+
+    def read(self, name: str) -> Section:
+        """See `Source.read`."""
+        data = _open(existing(self.path, f"{name}.h5ad"), name)
+        array_rc = _array_rc(name, data)
+        lattice = lattice_of(name, self.lattice, array_rc)
+        if self.pitch_um is not None and lattice == "none":
+            raise UsageError(f"{name}: pitch_um needs array_row and array_col on a lattice; type mpp instead")
+        genes, advice = data.var_names, '; or give genes_column = "..." of var with unique names'
+        if self.genes_column is not None:
+            genes, advice = _entry(name, data.var, "var", self.genes_column), ""
+        return self.section(
+            name,
+            slide=slide_of(self.path, name, self.slide),
+            genes=[str(gene) for gene in genes],
+            counts=_counts(name, data, self.layer),
+            barcodes=[str(barcode) for barcode in data.obs_names],
+            xy_l0=_xy_l0(name, data),
+            array_rc=array_rc,
+            lattice=lattice,
+            pitch_um=self.pitch_um,
+            patient=None if self.patient else _patient(name, data, self.patient_column),
+            advice=advice,
+            embeddings=None if self.obsm is None else _embeddings(name, data, self.obsm),
+        )
 
 
-def open_h5ad(path: Path, name: str) -> Any:
-    """The AnnData of a file, in memory, spots on tissue alone.
+class Hest(Source, frozen=True):
+    """HEST-1k (Jaume et al. 2024): ``st/NAME.h5ad``, ``wsis/NAME.tif``, ``metadata/NAME.json``.
 
-    Raises:
-        UsageError: anndata is not installed; the file cannot be read.
+    The µm/px is ``pixel_size_um_estimated`` of the metadata; for Visium it is computed from the 100 µm
+    between spots and has to agree. Without the slide, the patches of ``patches/NAME.h5`` are used. Every data
+    set numbers its own patients.
+
+    Attributes:
+        lattice: ``"auto"`` recognises the lattice by rows and columns.
+        obsm: key of another model's embeddings.
     """
+
+    lattice: Lattice = "auto"
+    obsm: str | None = None
+
+    def read(self, name: str) -> Section:
+        """See `Source.read`."""
+        slide = existing(self.path, f"wsis/{name}.tif", f"patches/{name}.h5")
+        meta = read_metadata(self.path / "metadata" / f"{name}.json")
+        data = _open(existing(self.path, f"st/{name}.h5ad"), name)
+        array_rc = _array_rc(name, data)
+        lattice = lattice_of(name, self.lattice, array_rc)
+        visium = lattice == "hexagonal" and meta.get("st_technology") in ("Visium", None)
+        key, stated = stated_mpp(meta) or ("", None)
+        patient, study = meta.get("patient"), meta.get("dataset_title")
+        if patient is None or patient != patient or not str(patient).strip():  # pandas wrote NaN
+            patient = None
+        elif isinstance(study, str) and study:
+            patient = f"{patient} of {study}"
+        return self.section(
+            name,
+            slide=slide,
+            genes=[str(gene) for gene in data.var_names],
+            counts=_counts(name, data),
+            barcodes=[str(barcode) for barcode in data.obs_names],
+            xy_l0=_xy_l0(name, data),
+            array_rc=array_rc,
+            lattice=lattice,
+            pitch_um=VISIUM_PITCH_UM if visium else None,
+            patient=patient and str(patient),
+            stated=None if self.mpp or stated is None else (stated, f"{key} of its metadata"),
+            embeddings=None if self.obsm is None else _embeddings(name, data, self.obsm),
+        )
+
+
+def _open(path: Path, name: str) -> Any:
+    """The AnnData of a file, in memory, without the spots beside the tissue."""
     anndata = needed("anndata")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old files, and of names that `named_once` looks at
+            warnings.simplefilter("ignore")  # about old files, and about names that `unique_genes` checks
             data = anndata.read_h5ad(path)
             if "in_tissue" in data.obs:
                 data = data[np.asarray(data.obs["in_tissue"]).astype(float) != 0].copy()
     except Exception as exc:  # of h5py, of anndata, of its registry of encodings: many kinds
-        raise UsageError(f"{name}: {path} is no AnnData file that can be read: {_first_line(exc)}") from exc
+        reason = (str(exc).splitlines() or [type(exc).__name__])[0]
+        raise UsageError(f"{name}: {path} is no AnnData file that can be read: {reason}") from exc
     return data
 
 
-def section_of(
-    data: Any,
-    name: str,
-    *,
-    slide: Path,
-    mpp: float | None,
-    mpp_source: str,
-    patient: str,
-    lattice: str,
-    counts_are: str = "counts",
-    layer: str | None = None,
-    genes_column: str | None = None,
-    duplicates: str = "refuse",
-    obsm: str | None = None,
-) -> Section:
-    """The record of an AnnData whose geometry is settled."""
+def _counts(name: str, data: Any, layer: str | None = None) -> Any:
+    """[N, G], compressed by rows if they are sparse."""
     counts = data.X if layer is None else _entry(name, data.layers, "layers", layer)
     if counts is None:
         raise UsageError(f'{name} has no X; type layer = "..." (layers: {", ".join(data.layers) or "none"})')
-    genes = data.var_names if genes_column is None else _entry(name, data.var, "var", genes_column)
-    advice = '; or give genes_column = "..." of var with unique names' if genes_column is None else ""
-    named, counts = named_once(name, [str(g) for g in genes], _rows(counts), duplicates, counts_are, advice)
-    return Section(
-        name=name,
-        patient=patient,
-        slide=slide,
-        mpp=mpp,
-        mpp_source=mpp_source,
-        genes=named,
-        counts=counts,
-        scale=counts_are,
-        xy_l0=pixel_places(name, data),
-        barcodes=tuple(str(b) for b in data.obs_names),
-        array_rc=None if lattice == "none" else array_places(name, data),
-        lattice=lattice,
-        embeddings=None if obsm is None else _embeddings(name, data, obsm),
-    )
+    return counts.tocsr() if hasattr(counts, "tocsr") else np.asarray(counts)
 
 
-def pixel_places(name: str, data: Any) -> NDArray[np.float64]:
-    """Centres of the spots in level-0 pixels: float64 [N, 2].
-
-    Raises:
-        UsageError: there are none.
-    """
+def _xy_l0(name: str, data: Any) -> Any:
+    """Centres of the spots in level-0 pixels: [N, 2]."""
     if "spatial" in data.obsm:
-        return checked_places(name, data.obsm["spatial"])
+        return data.obsm["spatial"]
     columns = ["pxl_col_in_fullres", "pxl_row_in_fullres"]
     if not set(columns) <= set(data.obs):
         raise UsageError(
             f'{name} has neither obsm["spatial"] nor {columns[0]} and {columns[1]} in obs; it needs x and '
             "y of each spot in pixels of the slide"
         )
-    return checked_places(name, data.obs[columns])
+    return data.obs[columns]
 
 
-def array_places(name: str, data: Any) -> NDArray[np.int64] | None:
-    """Row and column of the spots on the array: int64 [N, 2], or None.
-
-    Raises:
-        UsageError: they are no numbers.
-    """
+def _array_rc(name: str, data: Any) -> NDArray[np.int64] | None:
+    """Row and column of the spots on the array: int64 [N, 2], or None."""
     if not {"array_row", "array_col"} <= set(data.obs):
         return None
     try:
-        places = np.asarray(data.obs[["array_row", "array_col"]], np.float64)
+        array_rc = np.asarray(data.obs[["array_row", "array_col"]], np.float64)
     except (TypeError, ValueError) as exc:
         raise UsageError(f"{name}: array_row and array_col are no numbers: {exc}") from exc
-    return checked_places(name, places).round().astype(np.int64) if np.isfinite(places).all() else None
-
-
-def _rows(counts: Any) -> Any:
-    """Counts as they are, by rows if sparse."""
-    return counts.tocsr() if hasattr(counts, "tocsr") else np.asarray(counts)
+    return checked_positions(name, array_rc).round().astype(np.int64) if np.isfinite(array_rc).all() else None
 
 
 def _entry(name: str, entries: Any, what: str, key: str) -> Any:
@@ -193,7 +182,7 @@ def _embeddings(name: str, data: Any, key: str) -> Expression:
     table = np.asarray(_entry(name, data.obsm, "obsm", key), np.float32)
     if table.ndim != 2 or not np.isfinite(table).all():
         raise UsageError(
-            f"{name}: obsm[{key!r}] is {list(table.shape)} or holds NaN; it has to be N x E numbers"
+            f"{name}: obsm[{key!r}] is {list(table.shape)} or holds NaN; it has to be N x E finite numbers"
         )
     return table
 
@@ -207,7 +196,3 @@ def _patient(name: str, data: Any, column: str | None) -> str | None:
             f"{name} is of {len(found)} patients, {', '.join(found[:3])}; a section is of one: split the file"
         )
     return found[0]
-
-
-def _first_line(exc: Exception) -> str:
-    return (str(exc).splitlines() or [type(exc).__name__])[0]

@@ -1,6 +1,6 @@
-"""Hand-made colour and texture features of patches: what a comparison owes its reader beside any encoder.
+"""Handcrafted colour and texture features of patches: the baseline for every encoder.
 
-Neighbouring sections look alike, so colour alone predicts expression to a degree; an encoder must do better.
+Neighbouring sections look alike, so that colour alone predicts some expression; an encoder must do better.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ STAINS = {"haematoxylin": (0.650, 0.704, 0.286), "eosin": (0.072, 0.990, 0.105)}
 SCALES = (1, 2, 4, 8)  # px: sides of the squares that are averaged before gradients are taken
 NUCLEAR_OD = 0.5  # of haematoxylin, above: nucleus
 GLASS_OD = 0.06  # of the mean of red, green and blue, below: glass
-TEXTURE_PX = 4  # side of the squares that are averaged before patterns are told
+TEXTURE_PX = 4  # side of the squares that are averaged before patterns are counted
 
 Plane = NDArray[Any]  # float32 [S, S]
 _DENSITY = -np.log10((np.arange(256, dtype=np.float32) + 1) / 256)  # float32 [256], optical density of a byte
@@ -48,16 +48,16 @@ FEATURES: tuple[str, ...] = (
     "glass share",
     "correlation of the stains",
     *(f"pattern {bits} of 8" for bits in range(9)),
-)  # the best on her2st of about a dozen lists tried on all folds: a rival made strong
+)  # the best on her2st of about a dozen lists, tried on all folds: a strong baseline
 
 
-def handmade_features(patches: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Describe patches by numbers one can name: `FEATURES`.
+def handcrafted_features(patches: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Describe patches by the numbers that `FEATURES` names.
 
     Mean and standard deviation of red, green, blue and of the optical densities of haematoxylin and eosin
     (colour deconvolution); the logarithm of each stain's mean gradient at four scales; shares of nuclei and
-    glass; how the stains go together; the histogram of local binary patterns of grey. Lengths are in pixels:
-    compare patches of one µm/px.
+    glass; the correlation of the stains; the histogram of local binary patterns of grey. Lengths are in
+    pixels, so that only patches of one µm/px can be compared.
 
     Args:
         patches: uint8 [N, 3, S, S], RGB.
