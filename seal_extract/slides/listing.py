@@ -1,6 +1,6 @@
-"""Which slides a run is about: files, folders, patterns, URLs, CSV tables -> one list, each with a name.
+"""Find the slides that a run is given as files, folders, patterns, URLs or CSV tables, and name them.
 
-Names are what results are called. Slides of one name in different folders get the folder in front of it,
+Results are called by these names. Slides of one name in different folders get the folder in front of it,
 ``site_a__slide1`` and ``site_b__slide1``, so that none overwrites another.
 """
 
@@ -86,13 +86,16 @@ def list_slides(
             folder = None if slide_folder is None else remote.address(slide_folder)
             found, beside = _in_table(source, folder), []
         elif source.is_dir():
-            found, beside = _below(source)
+            found, beside = _sort_out(files_below(source))
         elif not source.exists() and glob.has_magic(str(source)):
-            found, beside = _matching(str(source))
+            matching = map(Path, sorted(glob.glob(str(source), recursive=True)))
+            found, beside = _sort_out(path for path in matching if path.is_file())
         elif is_own(source):
-            raise UsageError(f"{source} was {OWN} and is no slide; give the slide that it was made of")
+            raise UsageError(f"{source} was {OWN} and is no slide; give the slide that it was made from")
         else:
             found, beside = [SlideEntry.of(source)], []
+        if not found:
+            _refuse_empty(source, beside)
         entries += found
         ignored += beside
     for url in {entry.url.partition(":")[0]: entry.url for entry in entries if entry.url}.values():
@@ -101,28 +104,21 @@ def list_slides(
     return SlideList(tuple(with_names(entries)), tuple(ignored))
 
 
-# --- folders ------------------------------------------------------------------------------------------
-
-
-def _below(folder: Path) -> tuple[list[SlideEntry], Ignored]:
-    found, ignored = _sort_out(files_below(folder))
-    if not found and (OWN in (reason for _, reason in ignored)):
+def _refuse_empty(source: Path | str, ignored: Ignored) -> None:
+    if isinstance(source, Path) and source.is_dir() and OWN in (reason for _, reason in ignored):
         raise UsageError(
-            f"{folder} holds results of seal-extract and no slide; type: seal-extract verify {folder}, "
+            f"{source} holds results of seal-extract and no slide; type: seal-extract verify {source}, "
             "or give the folder of the slides"
         )
-    if not found:
-        raise UsageError(f"{folder} holds no slide; allowed: {' '.join(sorted(SLIDE_SUFFIXES))}")
-    return found, ignored
-
-
-def _matching(pattern: str) -> tuple[list[SlideEntry], Ignored]:
-    found, ignored = _sort_out(
-        p for p in map(Path, sorted(glob.glob(pattern, recursive=True))) if p.is_file()
+    at_url = isinstance(source, str)
+    raise UsageError(
+        f"{remote.public(source) if isinstance(source, str) else source} holds no slide"
+        f"{' that can be read from there' * at_url}; "
+        f"allowed: {' '.join(sorted(SLIDE_SUFFIXES.difference(SEVERAL_FILES if at_url else ())))}"
     )
-    if not found:
-        raise UsageError(f"no slide matches {pattern}; allowed: {' '.join(sorted(SLIDE_SUFFIXES))}")
-    return found, ignored
+
+
+# --- folders and URLs ---------------------------------------------------------------------------------
 
 
 def _sort_out(files: Iterable[Path]) -> tuple[list[SlideEntry], Ignored]:
@@ -147,7 +143,7 @@ def _sort_out(files: Iterable[Path]) -> tuple[list[SlideEntry], Ignored]:
 
 
 def _dicom_series(path: Path) -> str:
-    """What the files of one DICOM slide have in common; the path itself where that is unknown."""
+    """The number that all files of one DICOM slide state; the path itself where it is unknown."""
     import openslide
 
     try:
@@ -159,10 +155,10 @@ def _dicom_series(path: Path) -> str:
 
 
 def _at_url(url: str) -> tuple[list[SlideEntry], Ignored]:
-    path = remote.place(url)
-    if path.suffix.lower() == ".csv":
+    suffix = remote.place(url).suffix.lower()
+    if suffix == ".csv":
         raise UsageError(f"{remote.public(url)}: tables are read from files; download it and give the file")
-    if path.suffix.lower() in SLIDE_SUFFIXES and not remote.has_magic(url):
+    if suffix in SLIDE_SUFFIXES and not remote.has_magic(url):
         return [SlideEntry.of(url)], []
     found: list[SlideEntry] = []
     ignored: Ignored = []
@@ -174,11 +170,6 @@ def _at_url(url: str) -> tuple[list[SlideEntry], Ignored]:
             ignored.append((remote.public(file), "slides of several files are not read from URLs"))
         else:
             found.append(SlideEntry.of(file))
-    if not found:
-        raise UsageError(
-            f"{remote.public(url)} holds no slide that can be read from there; allowed: "
-            f"{' '.join(sorted(SLIDE_SUFFIXES.difference(SEVERAL_FILES)))}"
-        )
     return found, ignored
 
 
@@ -203,7 +194,7 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def is_own(path: Path) -> bool:
-    """Whether a run wrote this file or folder: its pictures would be taken for slides otherwise."""
+    """Whether a run wrote this file or folder, whose pictures are no slides."""
     beside = PICTURES.get(path.name)
     if beside is not None and path.with_name(beside).exists():
         return True
@@ -212,7 +203,7 @@ def is_own(path: Path) -> bool:
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether results lie here: a table of what became of slides, or pictures of them beside their files."""
+    """Whether results lie here: a status table, or overlays beside other folders of results."""
     try:
         names = [path.name for path in folder.iterdir()]
         tables = [folder / name for name in names if re.fullmatch(r"status.*\.csv", name)]
@@ -227,68 +218,70 @@ def _is_run(folder: Path) -> bool:
 
 
 def _in_table(table: Path, slide_folder: Path | str | None) -> list[SlideEntry]:
-    """The slides of a table; CLAM's ``process`` says what its patching still has to do, and is not read."""
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            columns = [name.strip() for name in reader.fieldnames or ()]
-            reader.fieldnames = columns
-            rows = [(reader.line_num, row) for row in reader]
-    except OSError as exc:
-        raise UsageError(f"cannot read {table}: {exc.strerror}; check the path") from exc
-    except (UnicodeDecodeError, csv.Error) as exc:
-        raise UsageError(f"{table} is no CSV in UTF-8 ({exc}); save it as one") from exc
+    """The slides of a table; CLAM's ``process``, which its patching alone needs, is not read."""
+    columns, rows = _read_csv(table)
     column = next((name for name in SLIDE_COLUMNS if name in columns), None)
     if column is None:
-        other = next((mark for mark in (";", "\t") if any(mark in name for name in columns)), None)
-        if other is not None:
-            raise UsageError(
-                f"{table} has its cells separated by {'tabs' if other != ';' else repr(other)}; save it with "
-                "commas, and numbers with a decimal point"
-            )
+        for mark, name in ((";", "';'"), ("\t", "tabs")):
+            if any(mark in text for text in columns):
+                raise UsageError(
+                    f"{table} has its cells separated by {name}; save it with commas, and numbers with a "
+                    "decimal point"
+                )
         raise UsageError(
             f"{table} has the columns {', '.join(columns) or 'of nothing'}; it needs one of "
             f"{', '.join(SLIDE_COLUMNS)}, and may have mpp, case_id, roi"
         )
     found: list[SlideEntry] = []
-    for line, row in rows:
-        cells = {key: (value or "").strip() for key, value in row.items() if isinstance(value, str)}
-        if not cells.get(column):
+    for line, cells in rows:
+        where, roi, mpp = cells.get(column), cells.get("roi"), cells.get("mpp")
+        if not where:
             raise UsageError(f"{table} line {line}: no {column}; fill it in or delete the line")
-        for key in (column, "roi"):
-            if not _can_be(remote.address(cells.get(key, "")), table):
-                raise UsageError(f"{table} line {line}: {key} is {cells[key][:80]!r}; give a path")
-        entry = SlideEntry.of(_locate(cells[column], table, slide_folder))
-        found.append(_from_cells(entry, cells, table, line))
+        for key, text in ((column, where), ("roi", roi or "")):
+            if not _can_be(remote.address(text), table):
+                raise UsageError(f"{table} line {line}: {key} is {text[:80]!r}; give a path")
+        try:
+            mpp_l0 = float(mpp) if mpp else None
+        except ValueError as exc:
+            raise UsageError(f"{table} line {line}: mpp is {mpp!r}; give µm/px, for example 0.25") from exc
+        entry = SlideEntry.of(_locate(where, table, slide_folder))
+        case_id = cells.get("case_id") or None
+        found.append(replace(entry, mpp=mpp_l0, case_id=case_id, roi=table.parent / roi if roi else None))
     if not found:
         raise UsageError(f"{table} names no slide; give one per line under {column}")
     return found
 
 
-def _from_cells(entry: SlideEntry, cells: dict[str, str], table: Path, line: int) -> SlideEntry:
-    text = cells.get("mpp", "")
+def _read_csv(table: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """The columns, and the cells of each row with the number of its line."""
     try:
-        mpp = float(text) if text else None
-    except ValueError as exc:
-        raise UsageError(f"{table} line {line}: mpp is {text!r}; give µm/px, for example 0.25") from exc
-    roi = cells.get("roi")
-    case_id = cells.get("case_id") or None
-    return replace(entry, mpp=mpp, case_id=case_id, roi=_beside(table, roi) if roi else None)
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, skipinitialspace=True)
+            reader.fieldnames = columns = [name.strip() for name in reader.fieldnames or ()]
+            rows = [
+                (reader.line_num, {key: text.strip() for key, text in row.items() if isinstance(text, str)})
+                for row in reader
+            ]
+    except OSError as exc:
+        raise UsageError(f"cannot read {table}: {exc.strerror}; check the path") from exc
+    except (UnicodeDecodeError, csv.Error) as exc:
+        raise UsageError(f"{table} is no CSV in UTF-8 ({exc}); save it as one") from exc
+    return columns, rows
 
 
 def _locate(text: str, table: Path, slide_folder: Path | str | None) -> Path | str:
-    """A slide that a table names; where it is nowhere, the likeliest path, whose absence will be told."""
+    """A slide that a table names; if it is nowhere, the likeliest path, which will be reported as missing."""
     where = remote.address(text)
     if isinstance(where, str) or where.is_absolute():
         return where
     if isinstance(slide_folder, str):
         return f"{slide_folder.rstrip('/')}/{text}"
-    candidates = [*([slide_folder / text] if slide_folder else []), _beside(table, text), Path(text)]
+    candidates = [*([slide_folder / text] if slide_folder else []), table.parent / text, Path(text)]
     return next((path for path in candidates if path.exists()), candidates[0])
 
 
 def _can_be(where: Path | str, table: Path) -> bool:
-    """Whether a file could be called so, without NUL and not too long, whether or not there is one."""
+    """Whether a file could have that name, which has no NUL and is not too long."""
     try:
         os.lstat(table if isinstance(where, str) else table.parent / where)
     except ValueError:
@@ -296,10 +289,6 @@ def _can_be(where: Path | str, table: Path) -> bool:
     except OSError as exc:
         return exc.errno != errno.ENAMETOOLONG
     return True
-
-
-def _beside(table: Path, text: str) -> Path:
-    return table.parent / text  # an absolute path stays what it is
 
 
 # --- names --------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Patches that others have cut, in place of a slide: HDF5 as HEST writes it, NPZ, or a folder of pictures.
+"""Ready-cut patches of a slide: HDF5 as HEST writes it, NPZ, or a folder of pictures.
 
 Their µm/px is stated by the file or by the user, never guessed.
 """
@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -40,11 +40,12 @@ class PatchFile:
         path: the file or folder.
         patch_px: side of a patch.
         mpp: µm/px of a patch.
-        mpp_source: who says so.
-        slide_mpp: µm/px of the pixels that `xy_l0` counts in.
-        xy_l0: int64 [N, 2], top-left corners; where none are known, places on a sheet in the patches' order.
+        mpp_source: who states it.
+        slide_mpp: µm/px of the pixels of `xy_l0`.
+        xy_l0: int64 [N, 2], top-left corners; if none are known, places on a sheet in the patches' order.
         patch_size_l0: side of a patch in those pixels.
-        barcodes: one name per patch: the barcode of its spot, or the name of its picture; None without any.
+        barcodes: one name per patch, that of its spot or picture; None if there is none.
+        places_known: whether `xy_l0` are places on the slide.
     """
 
     path: Path
@@ -114,78 +115,69 @@ def open_patches(
         slide_mpp: µm/px of the slide in whose pixels the file's ``coords`` are, where it does not state it.
 
     Raises:
-        SlideOpenError: missing, damaged, or no such file.
-        UnsupportedSlideError: the images are no 8-bit RGB squares of one size.
+        SlideOpenError: the file is missing, damaged, or of another kind.
+        UnsupportedSlideError: the images are not 8-bit RGB squares of one size.
         UsageError: a µm/px that nobody states, or that contradicts the file.
     """
     path = Path(path)
     if not path.exists():
         raise SlideOpenError(f"{path} does not exist; give {FORMS}")
-    if path.is_dir():
-        return _located(path, _side_of_pictures(path), {}, None, _stems(path), mpp, slide_mpp)
-    if path.suffix.lower() not in TABLES:
+    if not path.is_dir() and path.suffix.lower() not in TABLES:
         raise SlideOpenError(f"{path} holds no ready-cut patches; give {FORMS}")
-    try:
-        with _open_table(path) as table:
-            name = _name_of_images(path, table)
-            images = table[name]
-            stated = _stated(table, name)
-            n, side = images.shape[0], images.shape[1]
-            coords = np.asarray(table["coords"]) if "coords" in table else None
-            barcodes = next((np.asarray(table[k]) for k in ("barcode", "barcodes") if k in table), None)
-    except (OSError, RuntimeError, ValueError, KeyError) as exc:
-        raise _damaged(path, exc) from exc
-    return _located(
-        path, side, stated, _places(path, coords, n), _names(path, barcodes, n), mpp, slide_mpp, n=n
-    )
-
-
-def _located(
-    path: Path,
-    side: int,
-    stated: Mapping[str, float],
-    xy_l0: NDArray[np.int64] | None,
-    barcodes: tuple[str, ...] | None,
-    mpp: float | None,
-    slide_mpp: float | None,
-    n: int | None = None,
-) -> PatchFile:
-    """Settle µm/px and places."""
-    said = stated.get("mpp")
-    if said is None and "pixel_size" in stated and "downsample" in stated:  # HEST's
-        said = stated["pixel_size"] * stated["downsample"]
-    used = mpp if said is None else said
+    held = _look_at_pictures(path) if path.is_dir() else _look_at_table(path)
+    stated = held.stated.get("mpp")
+    if stated is None and {"pixel_size", "downsample"} <= held.stated.keys():  # HEST's
+        stated = held.stated["pixel_size"] * held.stated["downsample"]
+    used = mpp if stated is None else stated
     if used is None:
         raise UsageError(f"{path} does not state the µm/px of its patches; type it, for example --mpp 0.5")
     if mpp is not None and abs(mpp / used - 1) > SAME_MPP:
-        raise UsageError(
-            f"{path} states {used:.4g} µm/px for its patches, asked are {mpp:.4g}; leave --mpp out"
-        )
-    for value in (used, stated.get("pixel_size", used)):
+        raise UsageError(f"{path} states {used:.4g} µm/px for its patches, not {mpp:.4g}; leave --mpp out")
+    pixel_size = held.stated.get("pixel_size", slide_mpp)
+    for value in (used, held.stated.get("pixel_size", used)):
         if not PLAUSIBLE_MPP[0] <= value <= PLAUSIBLE_MPP[1]:
             raise UsageError(
                 f"{path}: {value:.4g} µm/px cannot be true; type the true one, such as --mpp 0.5"
             )
-    count = len(barcodes) if n is None and barcodes is not None else int(n or 0)
-    if xy_l0 is None:
-        columns = math.ceil(math.sqrt(count))
-        order = np.arange(count, dtype=np.int64)
-        xy_l0 = np.stack([order % columns, order // columns], axis=1) * side
-        slide, size_l0, known = used, side, False
-    else:
-        pixel_size = stated.get("pixel_size", slide_mpp)
-        if pixel_size is None:
-            raise UsageError(
-                f"{path} has coords in pixels of a slide whose µm/px it does not state; type it, for example "
-                "--slide-mpp 0.25"
-            )
-        slide, known = pixel_size, True
-        size_l0 = round(stated.get("patch_size_src", side * used / slide))
-    source = "--mpp" if said is None else "the file"
-    return PatchFile(path, side, used, source, slide, xy_l0, max(1, size_l0), barcodes, known)
+    source = "--mpp" if stated is None else "the file"
+    if held.xy_l0 is None:
+        columns = math.ceil(math.sqrt(held.count))
+        order = np.arange(held.count, dtype=np.int64)
+        sheet = np.stack([order % columns, order // columns], axis=1) * held.side
+        return PatchFile(path, held.side, used, source, used, sheet, held.side, held.barcodes, False)
+    if pixel_size is None:
+        raise UsageError(
+            f"{path} has coords in pixels of a slide whose µm/px it does not state; type it, for example "
+            "--slide-mpp 0.25"
+        )
+    size_l0 = max(1, round(held.stated.get("patch_size_src", held.side * used / pixel_size)))
+    return PatchFile(path, held.side, used, source, pixel_size, held.xy_l0, size_l0, held.barcodes, True)
+
+
+class _Held(NamedTuple):
+    """What a file or folder holds, before its µm/px is settled."""
+
+    count: int
+    side: int  # px
+    stated: Mapping[str, float]  # µm/px and the like, by the file's own keys
+    xy_l0: NDArray[np.int64] | None
+    barcodes: tuple[str, ...] | None
 
 
 # --- HDF5 and NPZ -------------------------------------------------------------------------------------
+
+
+def _look_at_table(path: Path) -> _Held:
+    try:
+        with _open_table(path) as table:
+            name = _name_of_images(path, table)
+            count, side = table[name].shape[:2]
+            stated = _stated(table, name)
+            coords = np.asarray(table["coords"]) if "coords" in table else None
+            barcodes = next((np.asarray(table[k]) for k in ("barcode", "barcodes") if k in table), None)
+    except (OSError, RuntimeError, ValueError, KeyError) as exc:
+        raise _damaged(path, exc) from exc
+    return _Held(count, side, stated, _places(path, coords, count), _names(path, barcodes, count))
 
 
 def _open_table(path: Path) -> Any:
@@ -260,14 +252,8 @@ def _pictures(folder: Path) -> list[Path]:
         raise _damaged(folder, exc) from exc
 
 
-def _stems(folder: Path) -> tuple[str, ...]:
-    pictures = _pictures(folder)
-    stems = [path.stem for path in pictures]
-    return tuple(stems) if len(set(stems)) == len(stems) else tuple(path.name for path in pictures)
-
-
-def _side_of_pictures(folder: Path) -> int:
-    """The side that all have, read off their heads."""
+def _look_at_pictures(folder: Path) -> _Held:
+    """The side that all pictures have, read from their headers, and their names."""
     pictures = _pictures(folder)
     if not pictures:
         raise SlideOpenError(f"{folder} holds no PNG or JPEG; give {FORMS}")
@@ -286,7 +272,9 @@ def _side_of_pictures(folder: Path) -> int:
             )
         if mode[0] in "IF":
             raise UnsupportedSlideError(f"{path} is of mode {mode}; allowed: 8 bits per channel")
-    return side
+    stems = tuple(path.stem for path in pictures)
+    names = stems if len(set(stems)) == len(stems) else tuple(path.name for path in pictures)
+    return _Held(len(pictures), side, {}, None, names)
 
 
 def _read_picture(path: Path) -> NDArray[np.uint8]:

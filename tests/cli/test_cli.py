@@ -231,7 +231,7 @@ def test_results_are_never_slides_wherever_they_lie(place, run, tmp_path, monkey
     for results in ("slides/out", "slides/out/overlays"):
         one_line(run(results, "-o", "slides/out"), 2, "holds results of seal-extract and no slide; type: ")
     one_line(run("slides/out/overlays/a.jpg", "--dry-run"), 2, "was made by seal-extract and is no slide")
-    one_line(run("slides/out/*/*.jpg", "--dry-run"), 2, "no slide matches")
+    one_line(run("slides/out/*/*.jpg", "--dry-run"), 2, "holds no slide")
     assert (tmp_path / "slides/out/status.csv").read_bytes() == before
 
 
