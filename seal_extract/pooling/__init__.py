@@ -1,17 +1,20 @@
-"""Slide-level embeddings: the patches of a slide pooled into one, by their mean or by a trained attention.
+"""Slide-level embeddings: the patches of a slide pooled by their mean or by a trained model.
 
     pooling = open_pooling("clam.pt")                          # or "mean"
     features = read_features("out/20x_224px_0px_overlap/features_seal-conch/a.h5")
     slide = pool_slide(features, pooling, "a.h5")              # features [D'] or [C, D'], attention [C, N]
 
-A checkpoint does not say of which encoder its features were: only their width can be held to it, and two
-encoders may share one (`conch` and `seal-conch` do). Whoever gives a checkpoint vouches for the encoder.
+A checkpoint does not say which encoder it was trained on. Only the width of the features can be checked, and
+two encoders may have the same width, as `conch` and `seal-conch` do.
 """
 
 from __future__ import annotations
 
-from seal_extract.pooling.file import SlideLevel, pool_slide, read_slide_level
-from seal_extract.pooling.pooling import MEAN, MeanPooling, Pooled, Pooling, open_pooling
+from pathlib import Path
+
+from seal_extract.errors import UsageError
+from seal_extract.pooling.pooling import MEAN, MeanPooling, Pooled, Pooling
+from seal_extract.pooling.slide_file import SlideLevel, pool_slide, read_slide_level
 
 __all__ = [
     "MEAN",
@@ -23,3 +26,28 @@ __all__ = [
     "pool_slide",
     "read_slide_level",
 ]
+
+
+def open_pooling(asked: str | Path) -> Pooling:
+    """Open the mean, or the model of a checkpoint.
+
+    Args:
+        asked: ``"mean"``, or the file of a CLAM or ABMIL model; see `checkpoint` for the layouts known.
+
+    Raises:
+        UsageError: it is neither.
+        CheckpointError: the file does not hold exactly such a model.
+    """
+    if str(asked) == MEAN:
+        return MeanPooling()
+    path = Path(asked)
+    if not path.exists():
+        raise UsageError(
+            f"--slide-level {asked} is not a file; allowed: {MEAN}, or the checkpoint (.pt, .pth, "
+            f".safetensors) of a CLAM (also its mil) or ABMIL model"
+        )
+    if path.stem == MEAN:
+        raise UsageError(f"--slide-level {asked} would get the name of the {MEAN}; rename the file")
+    from seal_extract.pooling.checkpoint import read_model
+
+    return read_model(path)

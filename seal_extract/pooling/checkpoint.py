@@ -1,4 +1,4 @@
-"""The checkpoint of a CLAM or ABMIL model -> how it pools, every key accounted for.
+"""Read the checkpoint of a CLAM or ABMIL model; every key is accounted for.
 
 layout   layers on features [D]              attention networks
 CLAM     attention_net.0                     attention_net.{2|3}.attention_{a.0,b.0,c}
@@ -11,11 +11,11 @@ Networks without gate are ``attention_net.{2|3}.module.{0,2|3}``, ``attention.{0
 ``gating_layers``, and ``global_attn.module.{0,3}``. TRIDENT's is what Patho-Bench trains, as
 ``slide_encoder.model...``; its layers around the attention are GELU, all others' ReLU. Sizes are the
 shapes' own: CLAM's small and big, and any other. CLAM's ``mil`` has ``fc.0`` on the features and no attention
-network: see `top_instance`.
+network: see `TopInstance`.
 
 The classifier of slides is read where its form is known: a layer ``classifier`` (MIL-Lab, AMLab),
 ``classifiers`` (CLAM), ``classification_head`` (Patho-Bench), ``classifiers.{class}`` of CLAM_MB, or AMLab's
-``classifier.0`` under a sigmoid. Classifiers of another form, and those of patches, are read past.
+``classifier.0`` under a sigmoid. Classifiers of another form, and those of patches, are ignored.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from torch import Tensor
 from seal_extract.encoders.checkpoint import check_tensors, read_tensors
 from seal_extract.encoders.files import sha256_of
 from seal_extract.errors import CheckpointError
-from seal_extract.pooling.attention import AttentionPooling, Gate, Linear, RowsAre
-from seal_extract.pooling.top_instance import TopInstance
+from seal_extract.pooling.models import AttentionPooling, Gate, Linear, RowsAre, TopInstance
 
 WRAPPERS = ("slide_encoder.", "model.")  # Patho-Bench, TRIDENT, Hugging Face, Lightning
 SHOWN = 3
@@ -39,13 +38,13 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class Names:
-    """What the layers of a checkpoint are called, without ``.weight`` and ``.bias``.
+    """The names of the layers of a checkpoint, without ``.weight`` and ``.bias``.
 
     Attributes:
-        layout: whose names they are.
+        layout: the tool that uses these names.
         embed: layers on the features, in order.
         gates: of each attention network its tanh, sigmoid or None, and score layer.
-        beside: beginnings of further keys, which pooling does without.
+        beside: prefixes of further keys, which pooling does not need.
         rows_are: see `AttentionPooling`.
         activation: see `AttentionPooling`.
         condense: see `AttentionPooling`.
@@ -69,14 +68,14 @@ def read_model(path: Path) -> AttentionPooling | TopInstance:
         path: ``.pt``, ``.pth`` or ``.safetensors``: a state dict, or a dict that holds one as ``state_dict``.
 
     Raises:
-        CheckpointError: no weight file, of no layout that is known, or with keys or shapes that do not fit.
+        CheckpointError: the file has no weights, an unknown layout, or keys or shapes that do not fit.
     """
     tensors = _bare(read_tensors(path), path)
     names = _recognise(tensors)
     if names is None:
         shown = ", ".join(sorted(tensors)[:SHOWN])
         raise CheckpointError(
-            f"{path} is no slide-level model that is known ({len(tensors)} keys: {shown}, ...); allowed: "
+            f"{path} is not a known slide-level model ({len(tensors)} keys: {shown}, ...); allowed: "
             f"CLAM_SB, CLAM_MB, CLAM's mil, and ABMIL as AMLab, TRIDENT, Patho-Bench and MIL-Lab save it"
         )
     needed, classifier = _shapes(tensors, names)
@@ -109,7 +108,7 @@ def read_model(path: Path) -> AttentionPooling | TopInstance:
 
 
 def _bare(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Without the names of what the model was wrapped into."""
+    """Remove the prefixes of wrapped models."""
     bare: dict[str, Tensor] = {}
     for key, value in tensors.items():
         name = key

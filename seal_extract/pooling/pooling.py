@@ -1,10 +1,9 @@
-"""What pools a slide's patches: their mean here, attention in the modules that need torch."""
+"""Pooling: the interface, its result, and the mean; models that need torch are in `models`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,10 +21,10 @@ class Pooled:
 
     Attributes:
         features: float32 [D'], or [C, D'] where each class has its own attention.
-        scores: float32 [C, N], what the attention network said of each patch; None without attention.
+        scores: float32 [C, N], the output of the attention network for each patch; None without attention.
         attention: float32 [C, N], their softmax over the patches: each row sums to 1.
-        probabilities: float32 [K], of each class by the model's classifier; None without one.
-        descriptions: dataset of the file -> a sentence about it, where its name does not say enough.
+        probabilities: float32 [K], one per class, from the model's classifier; None without one.
+        descriptions: sentences about datasets of the file, by dataset, where the name does not say enough.
     """
 
     features: NDArray[np.float32]
@@ -44,26 +43,26 @@ class Pooling(Protocol):
 
     @property
     def name(self) -> str:
-        """In the names of folders, before the encoder's."""
+        """The name that is written before the encoder's in folder names."""
         ...
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that decides its numbers, as JSON: kind, and sha256 of the checkpoint."""
+        """Everything that decides the numbers, as JSON: kind, and sha256 of the checkpoint."""
         ...
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What else is worth knowing of it, as JSON."""
+        """Further facts, as JSON."""
         ...
 
     @property
     def dim(self) -> int | None:
-        """Width of the features it takes; None for any."""
+        """Width of the features that it accepts; None for any."""
         ...
 
     def pool(self, pieces: Iterable[Rows], count: int) -> Pooled:
-        """Pool the ``count`` patches of a slide, one or more, which come piece by piece: [B, D]."""
+        """Pool the ``count`` patches of a slide, at least one, which arrive as pieces [B, D]."""
         ...
 
 
@@ -90,41 +89,16 @@ class MeanPooling:
         return Pooled((total / count).astype(np.float32))
 
 
-def open_pooling(asked: str | Path) -> Pooling:
-    """The mean, or the pooling that a checkpoint holds.
-
-    Args:
-        asked: ``"mean"``, or the file of a CLAM or ABMIL model; see `checkpoint` for the layouts known.
-
-    Raises:
-        UsageError: neither.
-        CheckpointError: the file is no such model, or not exactly.
-    """
-    if str(asked) == MEAN:
-        return MeanPooling()
-    path = Path(asked)
-    if not path.exists():
-        raise UsageError(
-            f"--slide-level {asked} is no file; allowed: {MEAN}, or the checkpoint (.pt, .pth, .safetensors) "
-            f"of a CLAM (also its mil) or ABMIL model"
-        )
-    if path.stem == MEAN:
-        raise UsageError(f"--slide-level {asked} would be filed as the {MEAN}; rename the file")
-    from seal_extract.pooling.checkpoint import read_model
-
-    return read_model(path)
-
-
 def check_width(pooling: Pooling, dim: int, of: str) -> None:
-    """Refuse features that a model was not made for.
+    """Refuse features of another width than the model accepts.
 
     Args:
         pooling: from `open_pooling`.
         dim: columns of the features.
-        of: the encoder that made them, for the message.
+        of: the name of the encoder, for the message.
 
     Raises:
-        UsageError: its input has another width.
+        UsageError: the widths differ.
     """
     if pooling.dim not in (None, dim):
         raise UsageError(

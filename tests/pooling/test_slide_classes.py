@@ -110,7 +110,7 @@ def test_files_of_the_version_before_are_read_kept_and_named(tmp_path, kind):
     np.testing.assert_array_equal(read_slide_level(path).features, embedding)
     assert again.probabilities is None
     (finding,) = verify(path.parent, "patho-bench")
-    assert "takes float32 [1, D] of a whole slide" in finding.problem
+    assert "expects float32 [1, D] of a whole slide" in finding.problem
 
 
 def test_the_closing_line_tells_the_classes(drawn_slides, encoder_folder, tmp_path, capsys):

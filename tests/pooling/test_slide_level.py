@@ -217,7 +217,7 @@ def test_slide_level_files_are_not_mistaken_for_features(tmp_path, layout):
     pool_slide(features, open_pooling("mean"), path)
     assert path.parent.name == "slide_features_mean-tiny"
     assert read_provenance(path) is None
-    with pytest.raises(OutputError, match="no slide-level file"):
+    with pytest.raises(OutputError, match="not a slide-level file"):
         read_slide_level(features.path)
     assert short_of(tmp_path / "run", CONSUMER_OF[layout]) == []
     if layout != "stamp":
@@ -281,9 +281,7 @@ def test_missing_and_unknown_keys_are_named_in_one_error(tmp_path):
 def test_a_model_of_images_or_of_something_else_is_refused(tmp_path):
     state = model_of("ABMIL gated").state_dict()
     refused(state | {"feature_extractor_part1.0.weight": torch.zeros(20, 1, 5, 5)}, tmp_path, "1 unexpected")
-    refused(
-        {"head.weight": torch.zeros(2)}, tmp_path, "no slide-level model that is known .1 keys: head.weight"
-    )
+    refused({"head.weight": torch.zeros(2)}, tmp_path, "not a known slide-level model .1 keys: head.weight")
     refused(state | {"classifier": nn.Linear(2, 2)}, tmp_path, "could run code, so nothing was loaded")
 
 
@@ -309,7 +307,7 @@ def test_scores_that_are_not_finite_are_refused(tmp_path):
 
 
 def test_what_is_neither_the_mean_nor_a_file_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="max is no file; allowed: mean, or the checkpoint"):
+    with pytest.raises(UsageError, match="max is not a file; allowed: mean, or the checkpoint"):
         open_pooling("max")
     with pytest.raises(UsageError, match="rename the file"):
         open_pooling(save(model_of("ABMIL"), tmp_path / "mean.pt"))
@@ -407,10 +405,10 @@ def test_a_checkpoint_is_checked_before_any_slide_is_read(run, drawn_slides, enc
     twin = save(model_of("CLAM_SB small", dim=192), tmp_path / "twin" / "narrow.pt")
     for asked, status, message in (
         (narrow, 2, "narrow takes features of 24 columns, those of untrained-demo have 192"),
-        (other, 1, "no slide-level model that is known"),
-        ("max", 2, "max is no file"),
-        (f"{twin},{twin.parent / 'copy.pt'}", 2, "is no file"),
-        (f"mean,{twin},{twin.rename(tmp_path / 'x.pt')}", 2, "is no file"),
+        (other, 1, "not a known slide-level model"),
+        ("max", 2, "max is not a file"),
+        (f"{twin},{twin.parent / 'copy.pt'}", 2, "is not a file"),
+        (f"mean,{twin},{twin.rename(tmp_path / 'x.pt')}", 2, "is not a file"),
     ):
         got, out, err = run(*command, asked)
         assert (got, out, len(err)) == (status, [], 1)

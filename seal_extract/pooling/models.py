@@ -1,9 +1,9 @@
-"""Attention pooling over a stream of patches: one pass, memory that does not grow with their features.
+"""Trained models that pool a stream of patches in one pass, with memory that does not grow with their number.
 
 Ilse, Tomczak, Welling, "Attention-based Deep Multiple Instance Learning", 2018, arXiv 1802.04712: equations 7
 to 9, in which a slide is the sum of its patches' hidden features, weighted by a softmax over all of them;
 with a network per class, Lu et al., "Data-efficient and weakly supervised computational pathology on
-whole-slide images", 2021, arXiv 2004.09666. The softmax is kept up to date as patches come: Milakov,
+whole-slide images", 2021, arXiv 2004.09666. The softmax is updated as patches arrive: Milakov,
 Gimelshein, "Online normalizer calculation for softmax", 2018, arXiv 1805.02867.
 """
 
@@ -62,16 +62,15 @@ class Gate(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What is common to all that a checkpoint holds.
+    """The facts of a checkpoint, whatever model it holds.
 
     Attributes:
         path: the checkpoint.
         kind: ``"CLAM_SB"``, ``"CLAM_MB"``, ``"ABMIL"``, ``"MIL_fc"`` or ``"MIL_fc_mc"``.
-        layout: whose names its layers have.
+        layout: the tool whose names the layers have.
         sha256: of the file.
-        rows_are: what a row of the attention belongs to: a class or branch, which gets an embedding of its
-            own, a head, of which the slide has several in one embedding, or the instance (patch) that was
-            selected.
+        rows_are: the meaning of a row of the attention: a class or branch, which has an embedding of its own;
+            a head, several of which make one embedding; or the instance (patch) that was selected.
     """
 
     path: Path
@@ -82,7 +81,7 @@ class TrainedModel:
 
     @property
     def name(self) -> str:
-        """That of the file, without suffix."""
+        """The name of the file, without suffix."""
         return self.path.stem
 
     @property
@@ -96,10 +95,10 @@ class TrainedModel:
         return {"checkpoint": self.path.name, "layout": self.layout, "rows_are": self.rows_are}
 
     def check_finite(self, found: Tensor) -> None:
-        """Refuse what the network says of patches where it is no number.
+        """Refuse scores that are not numbers.
 
         Raises:
-            CheckpointError: it is NaN or infinite.
+            CheckpointError: a score is NaN or infinite.
         """
         if not bool(torch.isfinite(found).all()):
             raise CheckpointError(
@@ -109,7 +108,7 @@ class TrainedModel:
 
 @dataclass(frozen=True)
 class AttentionPooling(TrainedModel):
-    """The attention of a trained model, and its classifier of slides where it has one of a known form.
+    """The attention of a trained model, and its slide classifier if that has a known form.
 
     Computed on the CPU in float32, summed in float64.
 
@@ -138,7 +137,7 @@ class AttentionPooling(TrainedModel):
 
     @property
     def hidden_dim(self) -> int:
-        """Width of what is summed."""
+        """Width of the hidden features that are summed."""
         return int(self.gates[0].tanh.weight.shape[1])
 
     def __repr__(self) -> str:
@@ -158,9 +157,12 @@ class AttentionPooling(TrainedModel):
         highest = torch.full((rows, 1), -torch.inf, dtype=torch.float64)
         weight = torch.zeros((rows, 1), dtype=torch.float64)  # sum of exp(score - highest)
         total = torch.zeros((rows, self.hidden_dim), dtype=torch.float64)
-        scores, start = torch.empty((rows, count)), 0  # in one piece: small ones would hold the heap open
+        scores, start = (
+            torch.empty((rows, count)),
+            0,
+        )  # one allocation does not fragment the heap
         with torch.inference_mode():
-            for patches in small(pieces):
+            for patches in in_small_pieces(pieces):
                 hidden = self._hidden(patches)  # float32 [n, E]
                 found = torch.cat([gate(hidden) for gate in self.gates], 1).T  # [C, n]
                 self.check_finite(found)
@@ -187,7 +189,7 @@ class AttentionPooling(TrainedModel):
         return patches
 
     def _embedding(self, sums: Tensor) -> Tensor:
-        """The weighted sums [C, E] -> what the model calls the slide's features."""
+        """The weighted sums [C, E] -> the features of the slide."""
         if self.rows_are == "head" or len(sums) == 1:
             sums = sums.flatten()
         if self.condense is not None:
@@ -206,8 +208,72 @@ class AttentionPooling(TrainedModel):
         return logits.softmax(0).float().numpy()
 
 
-def small(pieces: Iterable[Rows]) -> Iterator[Tensor]:
-    """Float32 [n, D], with ``n`` at most ``PIECE``."""
+@dataclass(frozen=True)
+class TopInstance(TrainedModel):
+    """The two models that CLAM trains as ``--model_type mil``, which select one patch of the slide.
+
+    Each patch has class probabilities of its own. With two classes (`MIL_fc`) the patch with the highest
+    probability of class 1 is selected, also where the slide is of class 0; with more classes (`MIL_fc_mc`)
+    the patch with the highest probability of any class. There is no attention. The datasets keep the rule
+    that the embedding is the sum of the hidden features weighted by the attention: the attention is 1 at the
+    selected patch and 0 elsewhere, its scores are the compared probabilities, and the features and
+    probabilities are those of the selected patch. Computed on the CPU in float32.
+
+    Attributes:
+        embed: from features [D] to hidden features, a ReLU after it.
+        classifier: from hidden features to the classes.
+    """
+
+    embed: Linear
+    classifier: Linear
+
+    @property
+    def dim(self) -> int:
+        """Width of the features it takes."""
+        return int(self.embed.weight.shape[1])
+
+    def __repr__(self) -> str:
+        hidden, classes = self.embed.weight.shape[0], self.classifier.weight.shape[0]
+        return f"TopInstance({self.path.name}: {self.kind}, {self.dim} -> {hidden}, {classes} classes)"
+
+    def pool(self, pieces: Iterable[Rows], count: int) -> Pooled:
+        """See `Pooling.pool`; of patches with equal probabilities the first is selected.
+
+        Raises:
+            CheckpointError: the network's scores are not finite.
+        """
+        scores, start, top = torch.empty((1, count)), 0, -1
+        features = probabilities = torch.empty(0)
+        with torch.inference_mode():
+            for patches in in_small_pieces(pieces):
+                hidden = functional.relu(self.embed(patches))
+                of_patch = self.classifier(hidden).softmax(1)  # [n, K]
+                self.check_finite(of_patch)
+                found = of_patch[:, 1] if of_patch.shape[1] == 2 else of_patch.amax(1)
+                scores[0, start : start + len(patches)] = found
+                best = int(found.argmax())
+                if top < 0 or found[best] > scores[0, top]:
+                    top, features, probabilities = start + best, hidden[best].clone(), of_patch[best].clone()
+                start += len(patches)
+        attention = torch.zeros_like(scores)
+        attention[0, top] = 1
+        compared = "of class 1" if len(probabilities) == 2 else "of its most probable class"
+        return Pooled(
+            features.numpy(),
+            scores.numpy(),
+            attention.numpy(),
+            probabilities.numpy(),
+            {
+                "features": "hidden features of the one patch that CLAM's mil selected",
+                "attention": "1 at the one patch that CLAM's mil selected, 0 elsewhere; it has no attention",
+                "attention_scores": f"the probability {compared}, by which CLAM's mil compares patches",
+                "probabilities": "class probabilities of the one patch that CLAM's mil selected",
+            },
+        )
+
+
+def in_small_pieces(pieces: Iterable[Rows]) -> Iterator[Tensor]:
+    """Cut pieces so that each is float32 [n, D] with ``n`` at most ``PIECE``."""
     for piece in pieces:
         for start in range(0, len(piece), PIECE):
             yield torch.from_numpy(np.ascontiguousarray(piece[start : start + PIECE], np.float32))

@@ -1,4 +1,4 @@
-"""The file of a slide's embedding, as Patho-Bench reads it (``pooled_embeddings_dir``), with more beside.
+"""The file of a slide-level embedding, which Patho-Bench reads as ``pooled_embeddings_dir``.
 
     features       float32 [1, D']; where each of C classes has its own, [1, C D'], class after class, and the
                    attribute ``rows`` is C
@@ -7,7 +7,7 @@
     probabilities  float32 [K], of each class, where the model has a classifier
 
 A patch that could not be read has features of zeros: it is left out, its attention is 0 and its score NaN.
-CLAM's ``mil`` selects one patch instead: see `top_instance`; the dataset's attribute ``description`` says so.
+CLAM's ``mil`` selects one patch instead: see `TopInstance`; the dataset's attribute ``description`` says so.
 Files of earlier versions have features [D'] or [C, D'] and no probabilities; they are read, and kept.
 """
 
@@ -53,7 +53,7 @@ class SlideLevel:
     Attributes:
         path: the HDF5 file.
         grid: where the patches lie that were pooled.
-        provenance: what made it: pooling, and the patch features with all that made them.
+        provenance: the pooling, and the patch features with their provenance.
         finished_before: whether `pool_slide` had nothing to do.
     """
 
@@ -87,7 +87,7 @@ class SlideLevel:
 
     @cached_property
     def is_older(self) -> bool:
-        """Whether a version wrote it that knew neither probabilities nor what Patho-Bench reads."""
+        """Whether an older version wrote it, without probabilities and unreadable for Patho-Bench."""
         with open_hdf5(self.path) as file:
             return file[PIXELS].ndim == 1 or len(file[PIXELS]) > 1
 
@@ -104,7 +104,7 @@ class SlideLevel:
 def pool_slide(
     features: SlideFeatures, pooling: Pooling, path: str | os.PathLike[str], *, overwrite: bool = False
 ) -> SlideLevel:
-    """Pool the patches of a slide and write what comes of it; what the same request wrote before is returned.
+    """Pool the patches of a slide and write the result, unless the same request wrote it before.
 
     Args:
         features: from `read_features` or `extract`.
@@ -114,7 +114,7 @@ def pool_slide(
 
     Raises:
         UsageError: the slide has no patches, or the model takes features of another width.
-        OutputError: the features cannot be read, or a file of that name is there, made by something else.
+        OutputError: the features cannot be read, or the file exists and was made by another request.
         CheckpointError: the model's scores are not finite.
     """
     path, encoder = Path(path), features.provenance["encoder"]["name"]
@@ -149,12 +149,12 @@ def read_slide_level(path: str | os.PathLike[str]) -> SlideLevel:
     """Open a file that `pool_slide` wrote.
 
     Raises:
-        OutputError: it does not exist, or was not written by it.
+        OutputError: the file does not exist, or `pool_slide` did not write it.
     """
     found = _open(Path(path))
     if found is None:
         raise OutputError(
-            f"{path} is no slide-level file of seal_extract; give OUT/.../slide_features_NAME/SLIDE.h5"
+            f"{path} is not a slide-level file of seal_extract; give OUT/.../slide_features_NAME/SLIDE.h5"
         )
     return found
 
@@ -170,7 +170,7 @@ def _open(path: Path) -> SlideLevel | None:
 
 
 def _find(path: Path, request: dict[str, Any]) -> SlideLevel | None:
-    """What the same request wrote; None if nothing lies there."""
+    """The file of the same request; None if there is no file."""
     if not path.exists():
         return None
     found = _open(path)
