@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,21 +51,6 @@ _ALLOWED = "allowed: a folder of PEFT with plain LoRA on Linear layers, bias non
 
 
 @dataclass(frozen=True)
-class LayerNumbers:
-    """The numbers in an adapter's config for one layer.
-
-    Attributes:
-        rank: of its adapter.
-        scale: the factor of the product B A.
-        targeted: whether the layer is one of the target modules.
-    """
-
-    rank: int
-    scale: float
-    targeted: bool
-
-
-@dataclass(frozen=True)
 class LoraConfig:
     """The numbers in an ``adapter_config.json``.
 
@@ -88,8 +74,8 @@ class LoraConfig:
     alphas: Mapping[str, float] = field(default_factory=dict)
     base: str | None = None
 
-    def numbers(self, layers: Sequence[str]) -> dict[str, LayerNumbers]:
-        """Rank and scale of each layer, and whether PEFT would have adapted it.
+    def numbers(self, layers: Sequence[str]) -> dict[str, tuple[int, float, bool]]:
+        """Rank and scale of each layer's adapter, and whether the layer is one of the target modules.
 
         Raises:
             ValueError: a pattern is no regular expression, or takes too long to match.
@@ -103,8 +89,8 @@ class LoraConfig:
             rank = next((r for p, r in self.ranks.items() if found[by_pattern[p]][i]), self.r)
             alpha = next((a for p, a in self.alphas.items() if found[by_pattern[p]][i]), self.alpha)
             scale = alpha / (math.sqrt(rank) if self.rslora else rank)
-            by_name = isinstance(self.targets, str) or any(_ends_in(layer, name) for name in self.targets)
-            numbers[layer] = LayerNumbers(rank, float(scale), by_name and found[targets][i])
+            named = isinstance(self.targets, str) or any(_ends_in(layer, name) for name in self.targets)
+            numbers[layer] = (rank, float(scale), named and found[targets][i])
         return numbers
 
 
@@ -216,62 +202,11 @@ def matches(patterns: Sequence[str], names: Sequence[str]) -> list[list[bool]]:
 # --- the weights --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter whose config and weights belong together.
-
-    Attributes:
-        config: its numbers.
-        path: its weight file.
-        halves: A [r, in] and B [out, r], float32, of every adapted layer, by the layer's name in the adapter.
-        scales: the factor of each product B A.
-    """
-
-    config: LoraConfig
-    path: Path
-    halves: Mapping[str, tuple[Tensor, Tensor]]
-    scales: Mapping[str, float]
-
-    @property
-    def shapes(self) -> Shapes:
-        """[out, in] of the adapted layers."""
-        return {layer: (b.shape[0], a.shape[1]) for layer, (a, b) in self.halves.items()}
-
-    def updates(self, spec: EncoderSpec, tower: Shapes) -> list[Update]:
-        """The updates of the weights of a tower.
-
-        Raises:
-            CheckpointError: it was trained on another base; the message names the encoders that it fits.
-        """
-        try:
-            places = find_places(self.shapes, tower)
-        except ValueError as exc:
-            trained = f", trained on {self.config.base}," if self.config.base else ""
-            raise CheckpointError(
-                f"the adapter {self.path.parent}{trained} does not fit {spec.name}: {exc}; {self._fits(spec)}"
-            ) from exc
-        return [
-            Update(spot.key, *self.halves[layer], self.scales[layer], spot.rows[0])
-            for layer, spot in places.items()
-        ]
-
-    def _fits(self, asked: EncoderSpec) -> str:
-        names, seen = [], []
-        for row in list_encoders():
-            kind = (row.architecture, row.pooling, row.dim)
-            if row.name == asked.name or kind in seen or (row.published and row.published.lora):
-                continue
-            seen.append(kind)
-            try:
-                find_places(self.shapes, tower_shapes(empty_tower(row)))
-            except (ValueError, SealExtractError):
-                continue
-            names.append(row.name)
-        return f"it fits {', '.join(names)}" if names else "it fits none of the named encoders"
+Halves = dict[str, tuple["Tensor", "Tensor", float]]  # A [r, in], B [out, r] and scale of each layer
 
 
-def read_adapter(config: LoraConfig, tensors: Mapping[str, Tensor], weights_path: Path) -> Adapter:
-    """Check an adapter's config and weights against each other.
+def read_adapter(config: LoraConfig, tensors: Mapping[str, Tensor], weights_path: Path) -> Halves:
+    """The adapter of each layer in float32, by the layer's name in the file, checked against the config.
 
     Args:
         config: from `read_adapter_config`.
@@ -294,19 +229,22 @@ def read_adapter(config: LoraConfig, tensors: Mapping[str, Tensor], weights_path
         raise CheckpointError(
             f"{config.path} does not describe an adapter: {exc!s:.300}; {_ALLOWED}"
         ) from exc
-    halves = {}
+    halves: Halves = {}
     for layer, keys in pairs.items():
-        halves[layer] = {half: named[key].float() for half, key in keys.items()}
-        complaint = _mismatch(numbers[layer], layer, halves[layer])
+        rank, scale, targeted = numbers[layer]
+        pair = {half: named[key].float() for half, key in keys.items()}
+        complaint = _mismatch(layer, pair, rank)
+        if not complaint and not targeted:
+            complaint = f"{layer} is not among its target_modules"
         if complaint:
             raise CheckpointError(f"{weights_path} does not belong to its {ADAPTER_CONFIG}: {complaint}")
+        halves[layer] = (pair["A"], pair["B"], scale)
     for name in config.targets if isinstance(config.targets, tuple) else ():
         if not any(_ends_in(layer, name) for layer in pairs):
             raise CheckpointError(
                 f"{weights_path} has no weights for {name} of target_modules; fetch it again"
             )
-    scales = {layer: one.scale for layer, one in numbers.items()}
-    return Adapter(config, weights_path, {layer: (h["A"], h["B"]) for layer, h in halves.items()}, scales)
+    return halves
 
 
 def _complaint(tensor: Tensor) -> str:
@@ -317,10 +255,48 @@ def _complaint(tensor: Tensor) -> str:
     return "" if is_finite(tensor) else "holds NaN or infinite numbers; make the file again"
 
 
-def _mismatch(numbers: LayerNumbers, layer: str, halves: Mapping[str, Tensor]) -> str:
-    if halves.keys() != {"A", "B"}:
-        return f"{layer} has no lora_{'B' if 'A' in halves else 'A'}"
-    ranks, expected = (halves["A"].shape[0], halves["B"].shape[1]), numbers.rank
-    if ranks != (expected, expected):
-        return f"{layer} has rank {' and '.join(map(str, dict.fromkeys(ranks)))}, not {expected}"
-    return "" if numbers.targeted else f"{layer} is not among its target_modules"
+def _mismatch(layer: str, pair: Mapping[str, Tensor], rank: int) -> str:
+    if pair.keys() != {"A", "B"}:
+        return f"{layer} has no lora_{'B' if 'A' in pair else 'A'}"
+    ranks = (pair["A"].shape[0], pair["B"].shape[1])
+    if ranks != (rank, rank):
+        return f"{layer} has rank {' and '.join(map(str, dict.fromkeys(ranks)))}, not {rank}"
+    return ""
+
+
+def adapter_updates(config: LoraConfig, halves: Halves, spec: EncoderSpec, tower: Shapes) -> list[Update]:
+    """The updates of a tower's weights by an adapter.
+
+    Args:
+        config: of the adapter.
+        halves: from `read_adapter`.
+        spec: the row of the tower, for the message.
+        tower: shape of every tensor.
+
+    Raises:
+        CheckpointError: it was trained on another base; the message names the encoders that it fits.
+    """
+    shapes = {layer: (len(b), a.shape[1]) for layer, (a, b, _) in halves.items()}
+    try:
+        places = find_places(shapes, tower)
+    except ValueError as exc:
+        trained = f", trained on {config.base}," if config.base else ""
+        names = ", ".join(_fitting(shapes, spec)) or "none of the named encoders"
+        raise CheckpointError(
+            f"the adapter {config.path.parent}{trained} does not fit {spec.name}: {exc}; it fits {names}"
+        ) from exc
+    return [Update(spot.key, *halves[layer], spot.rows[0]) for layer, spot in places.items()]
+
+
+def _fitting(shapes: Mapping[str, tuple[int, int]], asked: EncoderSpec) -> list[str]:
+    """Names of the other encoders with places for these layers; of several on one architecture, the first."""
+    names, seen = [], []
+    for row in list_encoders():
+        kind = (row.architecture, row.pooling, row.dim)
+        if row.name == asked.name or kind in seen or (row.published and row.published.lora):
+            continue
+        seen.append(kind)
+        with suppress(ValueError, SealExtractError):
+            find_places(shapes, tower_shapes(empty_tower(row)))
+            names.append(row.name)
+    return names

@@ -1,11 +1,11 @@
-"""Row + file -> Encoder: the authors' own files in every published form, and this package's own folders."""
+"""Row and weight file to `Encoder`: the authors' files in every published form, and folders of ours."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from seal_extract.encoders import folder
-from seal_extract.encoders.adapter import read_adapter, read_adapter_config
-from seal_extract.encoders.checkpoint import check_tensors, read_tensors
+from seal_extract.encoders.adapter import adapter_updates, read_adapter, read_adapter_config
+from seal_extract.encoders.checkpoint import check_tensors, is_ignored, read_tensors
 from seal_extract.encoders.encoder import Encoder
 from seal_extract.encoders.files import FoundFile, WeightFile
 from seal_extract.encoders.heads import (
@@ -27,9 +27,9 @@ from seal_extract.encoders.heads import (
     own_key,
 )
 from seal_extract.encoders.locate import adapted, layout_of, locate, locate_adapter, locate_base
-from seal_extract.encoders.lora import Update, merge, merged_layers, read_adapters
+from seal_extract.encoders.lora import merge, merged_layers, read_adapters
 from seal_extract.encoders.registry import find_spec
-from seal_extract.encoders.spec import HEAD, EncoderSpec, Published, Shapes, check_precision, head_layers
+from seal_extract.encoders.spec import HEAD, EncoderSpec, Shapes, check_precision, head_layers
 from seal_extract.encoders.state_dict import as_row_spells
 from seal_extract.encoders.tower import as_timm_reads, empty_tower, fill, tower_shapes
 from seal_extract.errors import UsageError
@@ -49,33 +49,31 @@ def load_encoder(
 ) -> Encoder:
     """Build an encoder and fill it with exactly the weights of its file.
 
-    A SEAL file that holds only adapters and decoder needs its base. It is looked for beside the checkpoint,
-    in a folder of the base's name (``conch/pytorch_model.bin``) or under its file name alone
-    (``pytorch_model.bin``), and then on the Hub. A file that holds the base too needs nothing else, and its
-    base wins. On a CPU the weights stay mapped from their file, which must not be overwritten meanwhile.
+    The base of a SEAL file that holds only adapters and decoder is searched beside the checkpoint, by its
+    file name (``pytorch_model.bin``) in a folder of the base's name (``conch``) or alone, and then on the
+    Hub. On a CPU the weights stay mapped from their file, which must not be overwritten meanwhile.
 
     Args:
-        name_or_path: a name of `list_encoders`; or a folder or Hub repository ``owner/name`` with
-            ``config.json`` and ``model.safetensors``; or ``timm:NAME``, any model of timm. A folder with an
-            encoder's name is written ``./name``.
-        checkpoint: the authors' weight file on this disk, or the folder it lies in under a published name, in
-            place of the Hub's; only with a name. A ``config.yaml`` beside a SEAL file is held to it.
+        name_or_path: a name of `list_encoders`; a folder or Hub repository ``owner/name`` in this package's
+            own format; or ``timm:NAME``, any model of timm. Type ``./name`` for a folder that has an
+            encoder's name.
+        checkpoint: the authors' weight file on this disk, or its folder; only with a name. A ``config.yaml``
+            of SEAL's training code beside a SEAL file must agree with it.
         adapter: a LoRA adapter to merge: a folder or Hub repository of PEFT, with ``adapter_config.json`` and
-            ``adapter_model.safetensors``; ``owner/repo/folder`` where the repository holds several. The
+            ``adapter_model.safetensors``; ``owner/repo/folder`` if the repository holds several. The
             encoder's name becomes ``name+adapter``.
-        revision: branch, tag or commit of the repository asked for. By default a named encoder is taken at
-            the commit that its row is pinned to, and held to the sha256 there; with ``"main"`` the file is
-            taken as it is now, its base too, and recorded as the pinned one or not. Files on this disk are
-            recorded likewise.
-        device: ``"cuda"`` where there is one and ``"cpu"`` elsewhere by default.
+        revision: branch, tag or commit of the repository. By default a named encoder is taken at the commit
+            that its row is pinned to, and must have the pinned sha256. With ``"main"`` the present file is
+            taken, and of its base too; the record tells whether it is the pinned one.
+        device: by default ``"cuda"`` if there is a GPU, else ``"cpu"``.
         precision: ``"float32"``, ``"bfloat16"`` or ``"float16"``; by default the recommended one on a GPU and
             float32 elsewhere.
         offline: take files from the Hub's cache only.
 
     Raises:
         UsageError: an unknown name, device or precision, or arguments that contradict each other.
-        CheckpointError: a file that does not hold exactly what is needed, or would run code.
-        HubError: its children tell token, gate, absence and network apart.
+        CheckpointError: the file does not hold exactly what is needed, or would run code.
+        HubError: token, gate, missing file or network; each has an error of its own.
     """
     target, asked = pick_device(device), check_precision(precision)
     files = None if adapter is None else locate_adapter(adapter, offline)
@@ -110,18 +108,11 @@ def pick_device(device: str | torch.device | None) -> torch.device:
 
 @dataclass(frozen=True)
 class _Parts:
-    """The tensors of an encoder's parts, each by the names of its own module, and what was merged into them.
-
-    Attributes:
-        tower: of the image tower.
-        decoder: of the expression decoder; empty without one.
-        head: of the projection head, behind `HEAD`; empty without one.
-        merged: see `merged_layers`.
-    """
+    """Checked tensors by the names of their modules, and the adapters that were merged into the tower."""
 
     tower: Tensors
-    decoder: Tensors
-    head: Tensors
+    decoder: Tensors = field(default_factory=dict)
+    head: Tensors = field(default_factory=dict)  # the keys begin with HEAD
     merged: tuple[dict[str, Any], ...] = ()
 
 
@@ -132,111 +123,88 @@ def _load(
     fetch_base: Callable[[EncoderSpec, Path], FoundFile],
     precision: torch.dtype,
 ) -> Encoder:
-    """The encoder over the mapped files, which another thread hashes meanwhile."""
+    """The encoder on top of the mapped files, while another thread computes their hashes."""
     tower = empty_tower(spec)
     shapes = tower_shapes(tower)
-    decoder, genes = layout_of(spec).decoder, None
+    own = folder.Contents(layout_of(spec).decoder)
+    config = file.path.with_name(folder.CONFIG)
     with ThreadPoolExecutor(1) as pool:
         reader = _Reader(pool)
-        config = file.path.with_name(folder.CONFIG)
         if spec.published is None and config.is_file():
             own = folder.read_contents(config)
-            decoder, genes = own.decoder, own.genes
             parts = _own_parts(spec, shapes, own, file, reader)
         elif spec.pooling == "own":
-            parts = _Parts(_timm_tensors(spec, tower, file, reader), {}, {})
+            parts = _timm_parts(spec, tower, file, reader)
         else:
             parts = _official_parts(spec, shapes, file, reader, fetch_base)
         if adapter is not None:
-            updates = _updates(spec, shapes, adapter, reader)
-            merged = merged_layers(adapter[0].path.name, updates)
+            weights, adapter_config = adapter
+            numbers = read_adapter_config(adapter_config.path)
+            halves = read_adapter(numbers, reader(weights), weights.path)
+            updates = adapter_updates(numbers, halves, spec, shapes)
+            reader.hash(adapter_config)  # it sets the scale, so it counts as a weight file too
+            merged = merged_layers(weights.path.name, updates)
             parts = replace(parts, tower=merge(parts.tower, updates), merged=(*parts.merged, *merged))
         fill(tower, parts.tower)
-        encoder = Encoder(
-            spec,
-            tower,
-            reader.weights(),
-            precision,
-            filled_decoder(spec.dim, decoder, parts.decoder),
-            filled_head(parts.head, spec.dim),
-            parts.merged,
-        )
-    encoder.genes = genes
+        decoder = filled_decoder(spec.dim, own.decoder, parts.decoder)
+        head = filled_head(parts.head, spec.dim)
+        encoder = Encoder(spec, tower, reader.weights(), precision, decoder, head, parts.merged)
+    encoder.genes = own.genes
     return encoder
 
 
 class _Reader:
-    """Reads weight files, and has each of them hashed in the background."""
+    """Reads weight files, and computes their hashes in the background."""
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
         self._pool = pool
         self._hashes: list[Future[WeightFile]] = []
 
     def __call__(self, file: FoundFile) -> Tensors:
-        first = bool(file.held and file.pins)  # what is pinned is checked before anything of it is read
-        if first:
-            self.note(file)
-            self._hashes[-1].result()
+        hashed = self.hash(file)
+        if file.held and file.pins:  # nothing of an unexpected file is read
+            hashed.result()
         tensors = read_tensors(file.path)
-        _read_ahead(file.path)
-        if not first:
-            self.note(file)
+        if hasattr(os, "posix_fadvise"):  # read the file in large pieces; mapped pages come in small ones
+            with file.path.open("rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
         if file.settings is not None:
-            self.note(FoundFile(file.settings, file.source, file.revision))
+            self.hash(FoundFile(file.settings, file.source, file.revision))
         return tensors
 
-    def note(self, file: FoundFile) -> None:
-        """Count a file that was read otherwise."""
+    def hash(self, file: FoundFile) -> Future[WeightFile]:
+        """Begin to compute the hash of a file that weights depend on."""
         self._hashes.append(self._pool.submit(WeightFile.of, file))
+        return self._hashes[-1]
 
     def weights(self) -> tuple[WeightFile, ...]:
         """All files so far, the main one first."""
         return tuple(h.result() for h in self._hashes)
 
 
-def _read_ahead(path: Path) -> None:
-    """Have the system fetch the whole file in large pieces; mapped pages alone come in small ones."""
-    if hasattr(os, "posix_fadvise"):
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-
-
 def _own_parts(
     spec: EncoderSpec, shapes: Shapes, own: folder.Contents, file: FoundFile, read: _Reader
 ) -> _Parts:
-    """A file in this package's own format, checked."""
+    """A file in this package's own format."""
     tensors = read(file)
     decoder = {folder.DECODER + key: s for key, s in decoder_shapes(spec.dim, own.decoder).items()}
     head = {HEAD + key: s for key, s in own.head.items()}
-    counters = [key for key in shapes if _counts(key)]
-    check_tensors(tensors, _without_counters(shapes) | decoder | head, counters, file.path, spec.name)
-    tower = _with_counters({key: tensors[key] for key in shapes if not _counts(key)}, shapes)
-    named = {key.removeprefix(folder.DECODER): tensors[key] for key in decoder}
-    return _Parts(tower, named, {key: tensors[key] for key in head}, own.merged)
+    check_tensors(tensors, shapes | decoder | head, (), file.path, spec.name)
+    return _Parts(
+        {key: tensors[key] for key in shapes},
+        {key.removeprefix(folder.DECODER): tensors[key] for key in decoder},
+        {key: tensors[key] for key in head},
+        own.merged,
+    )
 
 
-def _timm_tensors(spec: EncoderSpec, tower: nn.Module, file: FoundFile, read: _Reader) -> Tensors:
-    """A timm model's tensors out of its published file: checked, its classes left out."""
-    shapes, layout, tensors = tower_shapes(tower), layout_of(spec), read(file)
-    needed = _without_counters(shapes)
-    if needed.keys() != {key for key in tensors if not (key.startswith(layout.ignored) or _counts(key))}:
+def _timm_parts(spec: EncoderSpec, tower: nn.Module, file: FoundFile, read: _Reader) -> _Parts:
+    """A published file of a timm model; its classifier is left out."""
+    shapes, ignored, tensors = tower_shapes(tower), layout_of(spec).ignored, read(file)
+    if shapes.keys() != {key for key in tensors if not is_ignored(key, ignored)}:
         tensors = as_timm_reads(tensors, tower)
-    counters = [key for key in tensors if _counts(key)]
-    check_tensors(tensors, needed, (*layout.ignored, *counters), file.path, spec.name)
-    return _with_counters({key: tensors[key] for key in needed}, shapes)
-
-
-def _counts(key: str) -> bool:
-    """A BatchNorm's count of training steps: int64, and no embedding needs it."""
-    return key.endswith(".num_batches_tracked")
-
-
-def _without_counters(shapes: Shapes) -> Shapes:
-    return {key: shape for key, shape in shapes.items() if not _counts(key)}
-
-
-def _with_counters(tensors: Tensors, shapes: Shapes) -> Tensors:
-    return tensors | {key: torch.zeros((), dtype=torch.int64) for key in shapes if _counts(key)}
+    check_tensors(tensors, shapes, ignored, file.path, spec.name)
+    return _Parts({key: tensors[key] for key in shapes})
 
 
 def _official_parts(
@@ -246,22 +214,26 @@ def _official_parts(
     read: _Reader,
     fetch_base: Callable[[EncoderSpec, Path], FoundFile],
 ) -> _Parts:
-    """The authors' file, checked: its adapters are merged, and the base is fetched if need be."""
+    """The authors' file with its adapters merged; the base is fetched if the file lacks it."""
     layout = layout_of(spec)
     published = read(file)
     tensors = as_row_spells(published, layout, partial(read_tensors, file.path))
     tower = {layout.prefix + key: shape for key, shape in shapes.items()}
-    decoder = {official_key(key): s for key, s in decoder_shapes(spec.dim, layout.decoder).items()}
     if layout.lora is None:
-        check_tensors(tensors, tower | decoder, layout.ignored, file.path, spec.name, published)
-        return _Parts({key: tensors[layout.prefix + key] for key in shapes}, {}, {})
-    adapters = read_adapters(tensors, layout, shapes)
-    head = {HEAD + key: shape for key, shape in head_shapes(tensors).items()}
-    complaints = [*adapters.complaints, *_wrong_head(head, spec.dim)]
-    alone = _is_alone(tensors, layout)
-    needed = ({} if alone else tower) | decoder | head | adapters.shapes
+        check_tensors(tensors, tower, layout.ignored, file.path, spec.name, published)
+        return _Parts({key: tensors[layout.prefix + key] for key in shapes})
+    decoder = {official_key(key): s for key, s in decoder_shapes(spec.dim, layout.decoder).items()}
+    adapters, head = read_adapters(tensors, layout, shapes), head_shapes(tensors)
+    complaints = list(adapters.complaints)
+    try:
+        head_layers(head, spec.dim)
+    except ValueError as exc:
+        complaints.append(str(exc))
+    without_base = all(".lora_" in key for key in tensors if key.startswith(layout.prefix))
+    needed = decoder | {HEAD + key: s for key, s in head.items()} | adapters.shapes
+    needed |= {} if without_base else tower
     check_tensors(tensors, needed, layout.ignored, file.path, spec.name, published, complaints)
-    if alone:
+    if without_base:
         base = find_spec(str(layout.base))
         whole = _official_parts(base, shapes, fetch_base(base, file.path), read, fetch_base).tower
     else:
@@ -269,30 +241,6 @@ def _official_parts(
     return _Parts(
         merge(whole, adapters.updates),
         {own_key(name): tensors[name] for name in decoder},
-        {name: tensors[name] for name in head},
+        {HEAD + key: tensors[HEAD + key] for key in head},
         tuple(merged_layers(file.path.name, adapters.updates)),
     )
-
-
-def _is_alone(tensors: Tensors, layout: Published) -> bool:
-    """Whether a file holds adapters without their base."""
-    return all(".lora_" in key for key in tensors if key.startswith(layout.prefix))
-
-
-def _wrong_head(shapes: Shapes, dim: int) -> list[str]:
-    try:
-        head_layers({key.removeprefix(HEAD): shape for key, shape in shapes.items()}, dim)
-    except ValueError as exc:
-        return [str(exc)]
-    return []
-
-
-def _updates(
-    spec: EncoderSpec, shapes: Shapes, adapter: tuple[FoundFile, FoundFile], read: _Reader
-) -> list[Update]:
-    """What an adapter adds to the tower; its config, which sets the scale, counts as a weight file too."""
-    weights, config = adapter
-    settings = read_adapter_config(config.path)
-    updates = read_adapter(settings, read(weights), weights.path).updates(spec, shapes)
-    read.note(config)
-    return updates

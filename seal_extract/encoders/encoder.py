@@ -23,7 +23,7 @@ from seal_extract.errors import EncoderError, UsageError
 
 
 class Encoder(nn.Module):
-    """A drop-in patch encoder; made by `load_encoder`.
+    """A drop-in patch encoder, frozen and in evaluation mode; made by `load_encoder`.
 
     TRIDENT reads ``enc_name``, ``precision``, ``eval_transforms`` and ``embedding_dim`` off it; CLAM takes
     ``(encoder, encoder.transform_for(patch_px))``.
@@ -31,16 +31,17 @@ class Encoder(nn.Module):
     Attributes:
         spec: the row.
         weights: the files that the weights came from.
-        precision: what `encode` computes in; the weights stay float32.
+        precision: of the computation in `encode`; the weights stay float32.
         transform: PIL image to normalised tensor.
-        decoder: predicts expression; None where the weight file has none.
-        projection: what `project` applies; None where the weight file has no such head.
-        merged: adapters that are in the weights: ``file``, ``rank``, ``scale`` and ``layers`` of each kind.
+        mean: [3, 1, 1], of RGB in 0..1, on the encoder's device.
+        std: likewise.
+        decoder: predicts expression from embeddings; None if the weight file has no decoder.
+        projection: maps embeddings to where they are compared with expression; None if there is no such head.
+        merged: the adapters in the weights: ``file``, ``rank``, ``scale`` and ``layers`` of each kind.
     """
 
     mean: Tensor
     std: Tensor
-
     decoder: ExpressionDecoder | None
     projection: nn.Module | None
 
@@ -58,7 +59,8 @@ class Encoder(nn.Module):
         self.spec, self.weights, self.precision = spec, weights, precision
         self.transform = PatchTransform.of(spec)
         self.tower = tower
-        self.decoder, self.projection, self.merged = decoder, projection, tuple(merged)
+        self.decoder, self.projection = decoder, projection
+        self.merged = tuple(merged)
         self._genes: tuple[str, ...] | None = None
         self.register_buffer("mean", torch.tensor(spec.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(3, 1, 1), persistent=False)
@@ -73,34 +75,34 @@ class Encoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device of the computation."""
         return self.mean.device
 
     @property
     def enc_name(self) -> str:
-        """The name, as TRIDENT asks for it."""
+        """The name, for TRIDENT."""
         return self.spec.name
 
     @property
     def embedding_dim(self) -> int:
-        """The length of an embedding, as TRIDENT asks for it."""
+        """The length of an embedding, for TRIDENT."""
         return self.spec.dim
 
     @property
     def eval_transforms(self) -> PatchTransform:
-        """The transform, as TRIDENT asks for it."""
+        """`transform`, for TRIDENT."""
         return self.transform
 
     def transform_for(self, patch_px: int) -> PatchTransform:
-        """The transform for a tool that hands over a patch in other pixels than it shall have.
+        """The transform for a tool that passes patches in another pixel size than the encoder shall get.
 
-        CLAM reads a patch of 224 px at 0.5 µm/px as 448 px from a slide of 0.25 µm/px, and does not resize.
+        For example CLAM: it reads a patch of 224 px at 0.5 µm/px from a slide of 0.25 µm/px as 448 px.
 
         Args:
-            patch_px: side of the patch as the encoder shall see it, the ``--patch-px`` of its coordinates.
+            patch_px: side of the patch that the encoder shall get; the ``--patch-px`` of its coordinates.
 
         Returns:
-            `transform` behind the bicubic resize to ``patch_px`` by which `extract` makes its patches.
+            `transform`, after the bicubic resize to ``patch_px`` that `extract` makes its patches by.
 
         Raises:
             UsageError: a side below 1.
@@ -110,28 +112,13 @@ class Encoder(nn.Module):
         return replace(self.transform, patch_px=patch_px)
 
     @property
-    def genes(self) -> tuple[str, ...] | None:
-        """The gene of each column of `predict_expression`; None until a panel is given.
-
-        No list of SEAL's genes is published. A panel of one's own is assigned, ``encoder.genes = names``, is
-        held to one name per column with a `UsageError`, and is kept by `save_pretrained`.
-        """
-        return self._genes
-
-    @genes.setter
-    def genes(self, names: Sequence[str] | None) -> None:
-        self._genes = (
-            None if names is None else folder.check_panel(names, self._decoder().shape.genes, self.spec.name)
-        )
-
-    @property
     def identity(self) -> dict[str, Any]:
-        """What decides the embedding of a patch, as JSON: two encoders of equal identity give equal ones."""
+        """Everything that decides the embedding of a patch, as JSON: equal identity, equal embeddings."""
         return self.spec.identity([w.sha256 for w in self.weights], self._precision_name)
 
     @property
     def description(self) -> dict[str, Any]:
-        """What is worth recording beside the embeddings, as JSON."""
+        """What is recorded beside the embeddings, as JSON."""
         return {
             **self.identity,
             "dim": self.spec.dim,
@@ -160,13 +147,13 @@ class Encoder(nn.Module):
             [B, D].
 
         Raises:
-            UsageError: sides that the tower cannot cut into its patches.
+            UsageError: the tower cannot cut these sides into its patches.
         """
         check_sides(images.shape[-2], images.shape[-1], self.spec.input.multiple_of, self.spec.name)
         return embed(self.tower, self.spec.pooling, images)
 
     def encode(self, patches: Tensor) -> Tensor:
-        """Embed patches as they come from a slide: resize, normalise and compute on the encoder's device.
+        """Embed patches of a slide: resize, normalise and compute on the encoder's device.
 
         Args:
             patches: uint8 [B, 3, H, W], RGB, on any device.
@@ -185,10 +172,10 @@ class Encoder(nn.Module):
                 f"{self.not_finite} for {len(bad)} of {len(embeddings)} patches, the first in row {bad[0]} "
                 "of the batch; try precision='float32'"
             )
-        return embeddings.clone()  # out of inference mode: one may train on it
+        return embeddings.clone()  # out of inference mode, so that one can train on it
 
     def encode_unchecked(self, patches: Tensor) -> Tensor:
-        """`encode` without waiting for the device: the embeddings may hold NaN, and are for reading only."""
+        """`encode` without waiting for the device: embeddings may hold NaN and must not be changed."""
         check_patches(patches, self.spec.name)
         with torch.inference_mode():
             if not len(patches):
@@ -199,34 +186,53 @@ class Encoder(nn.Module):
                 embeddings: Tensor = self(images).float()
         return embeddings
 
+    def _autocast(self) -> torch.autocast:
+        if self.precision == torch.float32:
+            return torch.autocast(self.device.type, enabled=False)
+        return torch.autocast(self.device.type, dtype=self.precision)
+
     @property
     def not_finite(self) -> str:
-        """How a message about NaN begins."""
+        """The first words of an error message about NaN."""
         return f"{self.spec.name} in {self._precision_name} gave NaN or infinity"
+
+    @property
+    def genes(self) -> tuple[str, ...] | None:
+        """The gene of each column of `predict_expression`; None until a panel is assigned.
+
+        No gene list of SEAL is published. ``encoder.genes = names`` takes one name per column, raises
+        `UsageError` for anything else, and is kept by `save_pretrained`.
+        """
+        return self._genes
+
+    @genes.setter
+    def genes(self, names: Sequence[str] | None) -> None:
+        columns = 0 if names is None else self._needed_decoder().shape.genes
+        self._genes = None if names is None else folder.check_panel(names, columns, self.spec.name)
 
     def predict_expression(self, embeddings: Any) -> Tensor:
         """Predict gene expression from embeddings (SEAL, arXiv 2602.14177).
 
         Args:
-            embeddings: float [B, D], tensor or array, as `encode` gave them.
+            embeddings: float [B, D], tensor or array, from `encode`.
 
         Returns:
-            float32 [B, G], 0 or above, on the encoder's device; the columns are named by `genes`, if at all.
+            float32 [B, G], 0 or above, on the encoder's device; `genes` names the columns.
 
         Raises:
             EncoderError: this encoder has no expression decoder.
             UsageError: another shape or dtype, or NaN.
         """
-        return self._through(self._decoder(), embeddings)
+        return self._through(self._needed_decoder(), embeddings)
 
     def project(self, embeddings: Any) -> Tensor:
-        """Bring embeddings into the space where image and expression are compared (SEAL, arXiv 2602.14177).
+        """Map embeddings to the space where image and expression are compared (SEAL, arXiv 2602.14177).
 
-        Features for slides and multiple-instance learning are the embeddings themselves. Only for a
-        comparison with ``omics.encode(expression, project=True)`` do both go through their heads.
+        Features for slides are the embeddings themselves. Only for a comparison with
+        ``omics.encode(expression, project=True)`` both go through their heads.
 
         Args:
-            embeddings: float [B, D], tensor or array, as `encode` gave them.
+            embeddings: float [B, D], tensor or array, from `encode`.
 
         Returns:
             float32 [B, P] on the encoder's device.
@@ -245,25 +251,20 @@ class Encoder(nn.Module):
             out: Tensor = head(rows)
         return out.clone()
 
-    def _decoder(self) -> ExpressionDecoder:
+    def _needed_decoder(self) -> ExpressionDecoder:
         if self.decoder is None:
             names = ", ".join(names_with_decoder())
             raise EncoderError(f"{self.spec.name} has no expression decoder; those that have: {names}")
         return self.decoder
 
-    def _autocast(self) -> torch.autocast:
-        if self.precision == torch.float32:
-            return torch.autocast(self.device.type, enabled=False)
-        return torch.autocast(self.device.type, dtype=self.precision)
-
     def save_pretrained(self, folder_path: str | os.PathLike[str]) -> None:
         """Write ``config.json``, ``model.safetensors`` and a model card ``README.md``.
 
-        `load_encoder` makes the same encoder of that folder, and quicker than of the authors' file: adapters
-        are merged, what neither embedding nor expression needs is gone, the weights are mapped from the file.
+        `load_encoder` makes the same encoder from that folder, and faster than from the authors' file:
+        adapters are merged, and only the needed weights are in it.
 
         Args:
-            folder_path: made if need be; these three files in it are replaced.
+            folder_path: created if needed; these three files in it are replaced.
 
         Raises:
             OutputError: it cannot be written.
@@ -293,22 +294,22 @@ class Encoder(nn.Module):
         commit_message: str | None = None,
         create_pr: bool = False,
     ) -> str:
-        """Put what `save_pretrained` writes into a Hub repository, from which `load_encoder` takes it.
+        """Upload what `save_pretrained` writes to a Hub repository that `load_encoder` can load.
 
         Args:
-            repo_id: ``owner/name``; made if need be.
-            private: of a new repository. Most licences of pathology encoders forbid to publish them again.
+            repo_id: ``owner/name``; created if needed.
+            private: of a new repository. Most licences of pathology encoders forbid publishing them again.
             revision: branch to commit to; the main branch by default.
-            commit_message: says which encoder it is by default.
-            create_pr: propose the commit instead.
+            commit_message: names the encoder by default.
+            create_pr: open a pull request instead of committing.
 
         Returns:
-            The page of the commit, or of what was proposed.
+            The page of the commit or pull request.
 
         Raises:
             TokenError: no token, or one that may not write there.
             HubError: the Hub is out of reach.
-            OutputError: the files cannot be written to the temporary folder first.
+            OutputError: the files cannot be written to a temporary folder first.
         """
         from seal_extract.encoders.hub import upload
 

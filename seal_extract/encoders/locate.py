@@ -256,11 +256,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        with path.open("rb") as file:
-            text = file.read(MAX_YAML_BYTES + 1)
-        if len(text) > MAX_YAML_BYTES:
+        if path.stat().st_size > MAX_YAML_BYTES:
             raise ValueError(f"it is longer than {MAX_YAML_BYTES:,} bytes")
-        content = yaml.safe_load(text)
+        content = yaml.safe_load(path.read_bytes())
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as exc:
         raise CheckpointError(f"{path} cannot be read as YAML: {' '.join(str(exc).split())[:160]}") from exc
     return content if isinstance(content, dict) else {}

@@ -1,4 +1,4 @@
-"""An encoder that was asked for and is not loaded: finished slides need its identity, not its weights."""
+"""An encoder that was asked for but is not loaded: finished slides are recognised without its weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncoderRequest:
-    """The arguments of `load_encoder`, which `load` calls once."""
+    """The arguments of `load_encoder`.
+
+    Raises:
+        UsageError: no such name, precision or kind of device; the network is not asked.
+    """
 
     name_or_path: str | os.PathLike[str]
     checkpoint: str | os.PathLike[str] | None = None
@@ -33,11 +37,6 @@ class EncoderRequest:
     adapter: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what can be refused before the network is asked.
-
-        Raises:
-            UsageError: no such name, precision or kind of device.
-        """
         check_precision(self.precision)
         if is_name(self.name_or_path):
             find_spec(str(self.name_or_path))
@@ -46,51 +45,46 @@ class EncoderRequest:
 
     @cached_property
     def spec(self) -> EncoderSpec:
-        """The row asked for, under the name of its results; a name is looked up without the network."""
+        """The row asked for, under the name of its results; for a name the network is not used."""
         spec = find_spec(str(self.name_or_path)) if is_name(self.name_or_path) else self._located[0]
         return spec if self.adapter is None else adapted(spec, self.adapter)
 
     def load(self) -> Encoder:
-        """The encoder, loaded at the first call; see `load_encoder` for what can go wrong."""
+        """The encoder, loaded at the first call; raises as `load_encoder` does."""
         return self._encoder
 
     def identity_if_unchanged(self, recorded: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-        """`Encoder.identity`, told from size and time of the files without reading them.
+        """`Encoder.identity`, from names, sizes and times of the weight files, without reading them.
 
         Args:
-            recorded: the weight files that a former run wrote down, the main one first.
+            recorded: the weight files that an earlier run recorded, the main one first.
 
         Returns:
-            None where the file is not the recorded one to all appearance, so that its hash has to be taken.
+            None if a file differs from the recorded one, so that its hash has to be computed.
         """
-        adapter = self._located_adapter
-        with_adapter = bool(recorded) and recorded[-1]["file"] == ADAPTER_CONFIG
-        if not recorded or with_adapter != bool(adapter):
-            return None
         spec, file = self._located
         settings = () if file.settings is None else (file.settings,)
-        with_settings = spec.published is not None and spec.published.settings in [
-            w["file"] for w in recorded
-        ]
-        if with_settings != bool(settings):
+        files = (file.path, *settings, *(f.path for f in self._located_adapter))
+        names = [w["file"] for w in recorded]
+        optional = {ADAPTER_CONFIG, spec.published.settings if spec.published else None}
+        if optional.intersection(names) != optional.intersection(path.name for path in files):
             return None
-        files = (file.path, *settings, *(f.path for f in adapter))
-        before = (*recorded[: 1 + len(settings)], *recorded[len(recorded) - len(adapter) :])
-        if not all(_is_unchanged(path, b) for path, b in zip(files, before, strict=True)):
+        before = {w["file"]: w for w in reversed(recorded)}  # the main file is the first of its name
+        if not names or names[0] != file.path.name or not all(_is_unchanged(p, before) for p in files):
             return None
         spec = spec if self.adapter is None else adapted(spec, self.adapter)
         return spec.identity([w["sha256"] for w in recorded], self._precision)
 
     @cached_property
     def _precision(self) -> str:
-        """As `load_encoder` decides; torch, slow to import, is asked for a GPU only where that matters."""
+        """As `load_encoder` decides; torch is imported only where the answer depends on a GPU."""
         asked = check_precision(self.precision)
-        at_best, at_least = (self.spec.precision_for(kind, asked) for kind in ("cuda", "cpu"))
-        if at_best == at_least or str(self.device).startswith("cpu"):
-            return at_least
+        on_gpu, elsewhere = (self.spec.precision_for(kind, asked) for kind in ("cuda", "cpu"))
+        if on_gpu == elsewhere or str(self.device).startswith("cpu"):
+            return elsewhere
         import torch
 
-        return at_best if self.device or torch.cuda.is_available() else at_least
+        return on_gpu if self.device or torch.cuda.is_available() else elsewhere
 
     @cached_property
     def _located(self) -> tuple[EncoderSpec, FoundFile]:
@@ -107,7 +101,9 @@ class EncoderRequest:
         return load_encoder(**asdict(self))
 
 
-def _is_unchanged(path: Path, before: Mapping[str, Any]) -> bool:
-    stat = path.stat() if path.is_file() else None
-    seen = stat and (path.name, stat.st_size, stat.st_mtime_ns)
-    return seen == (before["file"], before["size"], before["mtime_ns"])
+def _is_unchanged(path: Path, recorded: Mapping[str, Mapping[str, Any]]) -> bool:
+    before = recorded.get(path.name)
+    if before is None or not path.is_file():
+        return False
+    stat = path.stat()
+    return (stat.st_size, stat.st_mtime_ns) == (before["size"], before["mtime_ns"])

@@ -12,6 +12,7 @@ from typing import Any
 from seal_extract.errors import UsageError
 
 Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
+COUNTER = ".num_batches_tracked"  # of a BatchNorm; no embedding needs it
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 PRECISION_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

@@ -19,7 +19,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from seal_extract.encoders.spec import FILTERS, Architecture, EncoderSpec, InputRule, Published, Shapes
+from seal_extract.encoders.spec import (
+    COUNTER,
+    FILTERS,
+    Architecture,
+    EncoderSpec,
+    InputRule,
+    Published,
+    Shapes,
+)
 from seal_extract.errors import UsageError
 
 # arguments of timm that a config.json may set: none that fetches or reads a file
@@ -216,13 +224,17 @@ def _checked_kwargs(spec: EncoderSpec) -> dict[str, Any]:
 
 
 def tower_shapes(tower: nn.Module) -> Shapes:
-    """Every tensor of a full weight file of ``tower``."""
-    return {key: tuple(value.shape) for key, value in tower.state_dict().items()}
+    """Every tensor of a weight file of ``tower``, but for BatchNorms' counts of training steps."""
+    held = tower.state_dict()
+    return {key: tuple(value.shape) for key, value in held.items() if not key.endswith(COUNTER)}
 
 
 def fill(tower: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Use ``tensors``, which were checked against `tower_shapes`, as the tower's memory, without a copy."""
-    tower.load_state_dict(tensors, strict=True, assign=True)
+    counters = {
+        key: torch.zeros((), dtype=torch.int64) for key in tower.state_dict() if key.endswith(COUNTER)
+    }
+    tower.load_state_dict(tensors | counters, strict=True, assign=True)
     tower.requires_grad_(False)
 
 
