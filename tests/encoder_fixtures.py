@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import huggingface_hub
@@ -15,94 +16,63 @@ from hub_server import FakeHub, serve
 from numpy.typing import NDArray
 from torch import Tensor
 
-from seal_extract.encoders import Encoder
-from seal_extract.encoders.rows import CONCH, ROWS, UNIV2
-from seal_extract.encoders.spec import Architecture, Decoder, EncoderSpec, Lora, Published
+from seal_extract.encoders import Encoder, load_encoder
+from seal_extract.encoders.rows import CONCH, H0MINI, PHIKON2, ROWS, UNIV2, VIRCHOW2
+from seal_extract.encoders.spec import Decoder, EncoderSpec, Shapes
 from seal_extract.encoders.tower import empty_tower, fill, tower_shapes
+from seal_extract.errors import CheckpointError
 
 PREFIX = "encoder.base_model.model."
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-
-TINY_CONCH = replace(
-    CONCH,
-    name="tiny-conch",
-    dim=16,
-    source="lab/tiny-conch",
-    published=replace(CONCH.published, commit=None, sha256={}),
-    architecture=Architecture(
-        "vit_base_patch16_224",
-        {"img_size": 64, "dynamic_img_size": True, "embed_dim": 32, "depth": 2, "num_heads": 2},
-    ),
-)
-TINY_VIT = replace(
-    UNIV2,
-    name="tiny-vit",
-    dim=24,
-    source="lab/tiny-vit",
-    published=replace(UNIV2.published, commit=None, sha256={}),
-    architecture=Architecture(
-        "vit_giant_patch14_224",
-        {
-            **UNIV2.architecture.kwargs,
-            **{"img_size": 28, "depth": 2, "num_heads": 2, "embed_dim": 24, "mlp_ratio": 4.0},
-        },
-    ),
-    input=replace(UNIV2.input, resize_px=28),
-)
+R = 4  # of the adapters in the tiny files; alpha is 8, so the scale is 2
 
 
-R = 4  # of the tiny rows' adapters
-
-
-def targets(spec: EncoderSpec) -> tuple[str, ...]:
-    """The adapted layers of the tiny rows' files."""
-    block = "trunk.blocks.1" if spec.pooling == "conch" else "blocks.1"
-    return tuple(f"{block}.{layer}" for layer in LAYERS)
-
-
-def adapter_shapes(tower: dict[str, tuple[int, ...]], targets: Sequence[str], r: int) -> dict[str, tuple]:
-    """Names, behind the prefix, and shapes of adapters on these layers of a tower."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for target in targets:
-        outputs, inputs = tower[f"{target}.weight"]
-        shapes[f"{target}.lora_A.default.weight"] = (r, inputs)
-        shapes[f"{target}.lora_B.default.weight"] = (outputs, r)
-    return shapes
-
-
-def wrapped_key(key: str, targets: Sequence[str]) -> str:
-    """The name of a tower's tensor once PEFT has wrapped these layers."""
-    module, _, leaf = key.rpartition(".")
-    return f"{module}.base_layer.{leaf}" if module in targets else key
-
-
-def tiny_seal(base: EncoderSpec) -> EncoderSpec:
-    """A SEAL row on a tiny base: its file has the layout of `SEAL_CHECKPOINTS.md`."""
-    unused = ("proj_contrast", "attn_pool_caption.", "ln_caption.") if base.pooling == "conch" else ()
+def tiny(row: EncoderSpec, name: str, dim: int, **kwargs: object) -> EncoderSpec:
+    """A base with a tower of two blocks."""
+    own = {**row.architecture.kwargs, "depth": 2, "num_heads": 2, **kwargs}
     return replace(
-        base,
-        name=f"seal-{base.name}",
-        source="lab/SEAL",
-        published=Published(
-            files=(f"seal_{base.name}_vision.pth", f"{base.name}-seal-vision.pth"),
-            prefix=PREFIX,
-            ignored=tuple(PREFIX + key for key in unused),
-            base=base.name,
-            lora=Lora(alpha=8.0),
-            decoder=Decoder(hidden=6, genes=10),
-        ),
+        row,
+        name=name,
+        dim=dim,
+        source=f"lab/{name}",
+        published=replace(row.published, commit=None, sha256={}),
+        architecture=replace(row.architecture, kwargs=own),
+        input=replace(row.input, resize_px=row.input.resize_px and 28),
     )
 
 
-SEAL_TINY_CONCH = tiny_seal(TINY_CONCH)
-SEAL_TINY_VIT = tiny_seal(TINY_VIT)
-TINY_ROWS = (TINY_CONCH, TINY_VIT, SEAL_TINY_CONCH, SEAL_TINY_VIT)
+def tiny_seal(row: EncoderSpec, base: EncoderSpec) -> EncoderSpec:
+    """The SEAL row of ``row`` on a tiny base."""
+    layout = replace(
+        ROWS[f"seal-{row.name}"].published,
+        files=(f"seal_{base.name}_vision.pth", f"{base.name}-seal-vision.pth"),
+        base=base.name,
+        decoder=Decoder(hidden=6, genes=10),
+        commit=None,
+        sha256={},
+    )
+    return replace(base, name=f"seal-{base.name}", source="lab/SEAL", published=layout)
+
+
+TINY_CONCH = tiny(CONCH, "tiny-conch", 16, img_size=64, embed_dim=32)
+TINY_VIT = tiny(UNIV2, "tiny-vit", 24, img_size=28, embed_dim=24, mlp_ratio=4.0)
+TINY_VIRCHOW = tiny(VIRCHOW2, "tiny-virchow2", 48, img_size=28, embed_dim=24, mlp_ratio=4.0)
+TINY_H0 = tiny(H0MINI, "tiny-h0mini", 48, img_size=28, embed_dim=24, mlp_ratio=4.0)
+TINY_PHIKON = tiny(PHIKON2, "tiny-phikon2", 48, img_size=64, embed_dim=48)
+BASES = (TINY_CONCH, TINY_VIT, TINY_VIRCHOW, TINY_H0, TINY_PHIKON)
+SEALS = tuple(
+    tiny_seal(row, base) for row, base in zip((CONCH, UNIV2, VIRCHOW2, H0MINI, PHIKON2), BASES, strict=True)
+)
+SEAL_TINY_CONCH, SEAL_TINY_VIT, SEAL_VIRCHOW, SEAL_H0, SEAL_PHIKON = SEALS
 
 
 def add_tiny_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the tiny encoders known by name for one test."""
-    for row in TINY_ROWS:
+    for row in (*BASES, *SEALS):
         monkeypatch.setitem(ROWS, row.name, row)
+
+
+# --- tensors ------------------------------------------------------------------------------------------------
 
 
 def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]:
@@ -114,9 +84,15 @@ def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[st
     }
 
 
+@cache
+def shapes_of(spec: EncoderSpec) -> Shapes:
+    """The tensors of a tower."""
+    return tower_shapes(empty_tower(spec))
+
+
 def tower_tensors(spec: EncoderSpec, seed: int = 0) -> dict[str, Tensor]:
     """A base, under the tower's own names."""
-    return random_tensors(tower_shapes(empty_tower(spec)), seed)
+    return random_tensors(shapes_of(spec), seed)
 
 
 def untrained_encoder(spec: EncoderSpec, seed: int = 0) -> Encoder:
@@ -126,37 +102,94 @@ def untrained_encoder(spec: EncoderSpec, seed: int = 0) -> Encoder:
     return Encoder(spec, tower, (), torch.float32)
 
 
-def base_file(spec: EncoderSpec, seed: int = 0) -> dict[str, Tensor]:
-    """The weight file of a base, with what the real one of CONCH holds beside the image tower."""
-    tower = tower_tensors(spec, seed)
-    if spec.pooling != "conch":
-        return tower
-    text = {
-        "logit_scale": torch.tensor(4.0),
-        "text.cls_emb": torch.zeros(3),
-        "visual.proj_contrast": torch.eye(2),
-    }
-    return {f"visual.{key}": value for key, value in tower.items()} | text
+def targets(spec: EncoderSpec) -> tuple[str, ...]:
+    """The layers with adapters in the tiny files and in the real ones: those of the last block."""
+    layers = ("mlp.fc1", "mlp.fc2") if _is_transformers(spec) else LAYERS
+    front = "trunk." if spec.pooling == "conch" else ""
+    last = max(int(key.removeprefix(front).split(".")[1]) for key in shapes_of(spec) if "blocks." in key)
+    return tuple(f"{front}blocks.{last}.{layer}" for layer in layers)
 
 
-def adapters(spec: EncoderSpec, seed: int = 1, on: Sequence[str] = (), r: int = R) -> dict[str, Tensor]:
+def lora_shapes(spec: EncoderSpec, on: Sequence[str] = (), r: int = R) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of adapters on these layers of a tower."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for target in on or targets(spec):
+        outputs, inputs = shapes_of(spec)[f"{target}.weight"]
+        shapes[f"{target}.lora_A.default.weight"] = (r, inputs)
+        shapes[f"{target}.lora_B.default.weight"] = (outputs, r)
+    return shapes
+
+
+def _is_transformers(spec: EncoderSpec) -> bool:
+    return spec.published.layer_names == "transformers"
+
+
+def as_published(spec: EncoderSpec, tensors: dict[str, Tensor], version: int = 4) -> dict[str, Tensor]:
+    """The tensors of a ViT under the names of the row's files: for Phikon-v2 those of Dinov2Model."""
+    if not _is_transformers(spec):
+        return tensors
+    named = {}
+    old = {"q": "attention.query", "k": "attention.key", "v": "attention.value", "o": "output.dense"}
+    attention = old if version == 4 else {part: f"{part}_proj" for part in "qkvo"}
+    for key, value in tensors.items():
+        key = key.replace("blocks.", "encoder.layer.").replace(".ls", ".layer_scale")
+        key = key.replace(".gamma", ".lambda1").replace(".attn.proj.", f".attention.{attention['o']}.")
+        key = key.replace("patch_embed.proj.", "embeddings.patch_embeddings.projection.")
+        key = key.replace("cls_token", "embeddings.cls_token")
+        key = key.replace("pos_embed", "embeddings.position_embeddings")
+        key = "layernorm." + key.removeprefix("norm.") if key.startswith("norm.") else key
+        if ".attn.qkv." in key:
+            parts = zip("qkv", value.chunk(3), strict=True)
+            named |= {key.replace("attn.qkv", f"attention.{attention[p]}"): v.clone() for p, v in parts}
+        else:
+            named[key] = value
+    return named
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def base_file(spec: EncoderSpec, seed: int = 0, version: int = 4) -> dict[str, Tensor]:
+    """The weight file of a base, with what the real one holds beside the image tower."""
+    tower = as_published(spec, tower_tensors(spec, seed), version)
+    ignored = {key: torch.ones(2) for key in spec.published.ignored if not key.endswith(".")}
+    return {spec.published.prefix + key: value for key, value in tower.items()} | ignored
+
+
+def adapters(
+    spec: EncoderSpec,
+    seed: int = 1,
+    on: Sequence[str] = (),
+    r: int = R,
+    prefix: str | None = None,
+    version: int = 4,
+) -> dict[str, Tensor]:
     """Adapters, on the layers ``on`` if given, and decoder, under the names of a SEAL file."""
-    decoder = spec.published.decoder
-    lora = adapter_shapes(tower_shapes(empty_tower(spec)), on or targets(spec), r)
-    shapes: dict[str, tuple[int, ...]] = {PREFIX + key: shape for key, shape in lora.items()}
-    shapes["decoder.decoder.0.weight"] = (decoder.hidden, spec.dim)
-    shapes["decoder.decoder.0.bias"] = (decoder.hidden,)
-    shapes["decoder.decoder.3.weight"] = (decoder.genes, decoder.hidden)
-    shapes["decoder.decoder.3.bias"] = (decoder.genes,)
-    return random_tensors(shapes, seed)
+    prefix, decoder = prefix or spec.published.prefix, spec.published.decoder
+    lora = as_published(spec, random_tensors(lora_shapes(spec, on, r), seed), version)
+    head = {
+        "decoder.decoder.0.weight": (decoder.hidden, spec.dim),
+        "decoder.decoder.0.bias": (decoder.hidden,),
+        "decoder.decoder.3.weight": (decoder.genes, decoder.hidden),
+        "decoder.decoder.3.bias": (decoder.genes,),
+    }
+    return {prefix + key: value for key, value in lora.items()} | random_tensors(head, seed + 1)
 
 
-def seal_file(spec: EncoderSpec, seed: int = 0) -> dict[str, Tensor]:
+def seal_file(
+    spec: EncoderSpec, seed: int = 0, prefix: str | None = None, version: int = 4
+) -> dict[str, Tensor]:
     """The whole vision file of a SEAL row: base, adapters, decoder, and CONCH's unused heads."""
-    tower = tower_tensors(spec, seed)
-    wrapped = {PREFIX + wrapped_key(key, targets(spec)): value for key, value in tower.items()}
-    unused = {key + ("query" if key.endswith(".") else ""): torch.ones(2) for key in spec.published.ignored}
-    return wrapped | unused | adapters(spec)
+    wrapped = {}
+    for key, value in tower_tensors(spec, seed).items():
+        module, _, leaf = key.rpartition(".")
+        wrapped[f"{module}.base_layer.{leaf}" if module in targets(spec) else key] = value
+    named = as_published(spec, wrapped, version)
+    for key in spec.published.ignored:
+        inner = key.removeprefix(spec.published.prefix)
+        named[inner + ("query" if inner.endswith(".") else "")] = torch.ones(2)
+    prefix = prefix or spec.published.prefix
+    return {prefix + k: v for k, v in named.items()} | adapters(spec, prefix=prefix, version=version)
 
 
 def save(tensors: object, path: Path) -> Path:
@@ -164,6 +197,24 @@ def save(tensors: object, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(tensors, path)
     return path
+
+
+def load(name: object, checkpoint: object = None, **kwargs: object) -> Encoder:
+    """`load_encoder` on the CPU."""
+    return load_encoder(name, checkpoint=checkpoint, device="cpu", **kwargs)
+
+
+def refuse(path: Path | None, *words: str, name: object = "seal-tiny-conch", **kwargs: object) -> None:
+    """The file is refused, in one line that holds these words and where it lies."""
+    with pytest.raises(CheckpointError) as caught:
+        load(name, path, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in (str(path.parent) if path else "", *words):
+        assert word in message, message
+
+
+# --- patches and the Hub ------------------------------------------------------------------------------------
 
 
 def noise_patches(batch: int, side: int, seed: int = 0) -> NDArray[np.uint8]:

@@ -8,6 +8,8 @@ import torch
 from encoder_fixtures import (
     SEAL_TINY_VIT,
     TINY_CONCH,
+    TINY_H0,
+    TINY_PHIKON,
     TINY_VIT,
     add_tiny_rows,
     as_batch,
@@ -23,8 +25,6 @@ from encoder_fixtures import (
 from hub_server import Repo
 from safetensors.torch import save_file
 from torch import nn
-from vit_fixtures import H0, PHIKON, add_tiny_vits
-from vit_fixtures import base_file as vit_base_file
 
 from seal_extract.encoders import load_encoder
 from seal_extract.encoders.request import EncoderRequest
@@ -506,16 +506,14 @@ def in_timm(tensors):
         (TINY_VIT, timm_spectra),
         (TINY_VIT, transformers_spectra),
         (TINY_VIT, lambda row, seed: transformers_spectra(row, seed, ("mlp.weights_in", "mlp.weights_out"))),
-        (PHIKON, transformers_spectra),
-        (H0, timm_spectra),
+        (TINY_PHIKON, transformers_spectra),
+        (TINY_H0, timm_spectra),
         (TINY_CONCH, timm_spectra),
     ],
     ids=["timm", "transformers", "swiglu of transformers", "phikon", "h0mini", "conch"],
 )
-def test_adapters_of_spectra_merge_into_any_row_that_fits(tmp_path, monkeypatch, row, make):
-    add_tiny_vits(monkeypatch)
-    made = vit_base_file(row) if row in (PHIKON, H0) else base_file(row)
-    checkpoint = save(made, tmp_path / "base" / "pytorch_model.bin")
+def test_adapters_of_spectra_merge_into_any_row_that_fits(tmp_path, row, make):
+    checkpoint = save(base_file(row), tmp_path / "base" / "pytorch_model.bin")
     before = load(row.name, checkpoint, None).tower.state_dict()
     tensors = spectra(tmp_path / "spectra" / "seed1", row, make, 1)
     encoder = load(row.name, checkpoint, tmp_path / "spectra" / "seed1")

@@ -17,7 +17,7 @@ import pytest
 import timm
 import torch
 from conftest import shared
-from encoder_fixtures import PREFIX, as_batch
+from encoder_fixtures import PREFIX, as_batch, targets
 from oracle_files import (
     BACKBONES,
     BASE_FILES,
@@ -31,7 +31,6 @@ from oracle_files import (
 from PIL import Image
 from torch import nn
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
-from vit_fixtures import targets
 
 from seal_extract.encoders import find_spec, load_encoder
 from seal_extract.encoders.heads import decoder_shapes, official_key

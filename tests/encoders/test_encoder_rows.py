@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import timm
 import torch
-from encoder_fixtures import as_batch, noise_patches
+from encoder_fixtures import TINY_CONCH, as_batch, noise_patches
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from seal_extract.cli import main
 from seal_extract.demo import UNTRAINED, untrained_encoder
-from seal_extract.encoders import find_spec, list_encoders
+from seal_extract.encoders import find_spec, list_encoders, load_encoder
+from seal_extract.encoders.folder import from_config, to_config
 from seal_extract.encoders.rows import ALIASES, ROWS
 from seal_extract.encoders.spec import PRECISIONS, Architecture, InputRule
-from seal_extract.encoders.tower import empty_tower, tower_shapes
+from seal_extract.encoders.tower import HEADS, empty_tower, tower_shapes
 from seal_extract.encoders.transform import PatchTransform, fit
 from seal_extract.errors import UsageError
 
+ALL = {row.name: row for row in list_encoders()}
 SEAL = ("seal-conch", "seal-univ2", "seal-virchow2", "seal-h0mini", "seal-phikon2")
 BASES = ("conch", "univ2", "virchow2", "h0mini", "phikon2", "uni")
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -103,6 +108,90 @@ def test_the_tower_of_uni_is_that_of_its_authors_example():
     ours = empty_tower(find_spec("uni"))
     assert tower_shapes(ours) == tower_shapes(theirs)
     assert repr(ours) == repr(theirs)
+
+
+def test_rows_are_known_without_torch_or_timm():
+    code = (
+        "import sys; from seal_extract.encoders import list_encoders, find_spec; find_spec('conch')\n"
+        "print([m for m in ('torch', 'timm', 'numpy', 'huggingface_hub') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_row_is_data_that_json_can_hold(name):
+    config = json.loads(json.dumps(to_config(ALL[name])))
+    assert from_config(config) == replace(ALL[name], published=None)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_row_introduces_itself_in_one_line(name):
+    assert repr(ALL[name]).startswith(f"EncoderSpec({name}: {ALL[name].dim} numbers per patch of ")
+    source = ALL[name].source
+    assert ALL[name].page == (f"https://huggingface.co/{source}" if source else "")  # one is bundled
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_tower_takes_no_memory_until_it_is_filled(name):
+    tower = empty_tower(ALL[name])
+    assert {p.device.type for p in tower.parameters()} == {"meta"}
+    assert not tower.training
+
+
+@pytest.mark.parametrize(
+    ("asked", "nearest"),
+    [("seal-conc", "seal-conch"), ("UNIV2", "univ2"), ("uni2", "univ2"), ("zzz", "Names")],
+)
+def test_an_unknown_name_is_answered_with_the_nearest(asked, nearest):
+    with pytest.raises(
+        UsageError, match=rf"no encoder '{asked}'.*{nearest}.*seal-conch, seal-univ2, .*, conch, univ2"
+    ):
+        find_spec(asked)
+    with pytest.raises(UsageError, match=nearest):
+        load_encoder(asked)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"precision": "float64"}, "precision is 'float64'; allowed: float32, bfloat16, float16"),
+        ({"pooling": "mean"}, r"pooling is 'mean'; allowed: cls, cls\+mean, conch"),
+        ({"input": InputRule(16, 224, "lanczos")}, "filter is 'lanczos'; allowed: bilinear, bicubic"),
+        ({"input": InputRule(16, -1)}, "resize_px is -1; allowed: above 0"),
+        ({"std": (1.0, 1.0, 0.0)}, "std above 0"),
+        ({"mpp": 0.0}, "mpp is 0.0; allowed: above 0"),
+    ],
+)
+def test_a_row_checks_itself(change, complaint):
+    with pytest.raises(UsageError, match=complaint):
+        replace(TINY_CONCH, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"architecture": Architecture("hf-hub:lab/x")}, "unknown to timm"),
+        ({"architecture": Architecture("resnet18")}, "allowed: vision transformers of timm"),
+        (
+            {"architecture": Architecture("vit_tiny_patch16_224", {"pretrained": True})},
+            "passes pretrained to timm",
+        ),
+        (
+            {"architecture": Architecture("vit_tiny_patch16_224", {"depth": "x"})},
+            "has depth 'x'; allowed",
+        ),
+        (
+            {"architecture": Architecture("vit_tiny_patch16_224", {"mlp_layer": "os"})},
+            "mlp_layer is 'os'; allowed: Mlp",
+        ),
+        ({"dim": 100, "pooling": "cls"}, r"cls pooling gives 32 numbers.*allowed: dim 100"),
+        ({"dim": HEADS + 1}, "cannot be built"),
+    ],
+)
+def test_an_architecture_that_cannot_be_built(change, complaint):
+    with pytest.raises(UsageError, match=complaint):
+        empty_tower(replace(TINY_CONCH, **change))
 
 
 # --- patches of another size --------------------------------------------------------------------------------

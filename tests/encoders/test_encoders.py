@@ -4,9 +4,7 @@ import copy
 import json
 import pickle
 import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +19,7 @@ from encoder_fixtures import (
     add_tiny_rows,
     as_batch,
     base_file,
+    load,
     noise_patches,
     save,
     seal_file,
@@ -29,37 +28,18 @@ from encoder_fixtures import (
     untrained_encoder,
 )
 from PIL import Image
-from safetensors.torch import save_file
 from torch import nn
 
-from seal_extract.encoders import Encoder, EncoderSpec, find_spec, list_encoders, load_encoder, locate
-from seal_extract.encoders.folder import from_config, to_config
+from seal_extract.encoders import Encoder, EncoderSpec, load_encoder
 from seal_extract.encoders.rows import CLIP_MEAN, CLIP_STD
-from seal_extract.encoders.spec import Architecture, InputRule
 from seal_extract.encoders.tower import HEADS, AttentionalPooler, empty_tower
 from seal_extract.encoders.transform import middle, scaled_size
 from seal_extract.errors import EncoderError, UsageError
-
-ROWS = {row.name: row for row in list_encoders()}
 
 
 @pytest.fixture(autouse=True)
 def _tiny_rows(monkeypatch):
     add_tiny_rows(monkeypatch)
-
-
-@pytest.fixture
-def no_hub(monkeypatch):
-    """A test in which the Hub must not be asked."""
-
-    def asked(*args, **kwargs):
-        raise AssertionError(f"the Hub was asked for {args}")
-
-    monkeypatch.setattr(locate, "_fetch", asked)
-
-
-def load(name, checkpoint, **kwargs):
-    return load_encoder(name, checkpoint=checkpoint, device="cpu", **kwargs)
 
 
 @pytest.fixture
@@ -70,184 +50,6 @@ def seal_conch(tmp_path):
 @pytest.fixture
 def seal_vit(tmp_path):
     return load("seal-tiny-vit", save(seal_file(SEAL_TINY_VIT), tmp_path / "whole.pth"))
-
-
-# --- rows ---------------------------------------------------------------------------------------------------
-
-
-def test_rows_are_known_without_torch_or_timm():
-    code = (
-        "import sys; from seal_extract.encoders import list_encoders, find_spec; find_spec('conch')\n"
-        "print([m for m in ('torch', 'timm', 'numpy', 'huggingface_hub') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stderr
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_a_row_is_data_that_json_can_hold(name):
-    config = json.loads(json.dumps(to_config(ROWS[name])))
-    assert from_config(config) == replace(ROWS[name], published=None)
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_a_row_introduces_itself_in_one_line(name):
-    assert repr(ROWS[name]).startswith(f"EncoderSpec({name}: {ROWS[name].dim} numbers per patch of ")
-    source = ROWS[name].source
-    assert ROWS[name].page == (f"https://huggingface.co/{source}" if source else "")  # one is bundled
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_a_tower_takes_no_memory_until_it_is_filled(name):
-    tower = empty_tower(ROWS[name])
-    assert {p.device.type for p in tower.parameters()} == {"meta"}
-    assert not tower.training
-
-
-@pytest.mark.parametrize(
-    ("asked", "nearest"),
-    [("seal-conc", "seal-conch"), ("UNIV2", "univ2"), ("uni2", "univ2"), ("zzz", "Names")],
-)
-def test_an_unknown_name_is_answered_with_the_nearest(asked, nearest):
-    with pytest.raises(
-        UsageError, match=rf"no encoder '{asked}'.*{nearest}.*seal-conch, seal-univ2, .*, conch, univ2"
-    ):
-        find_spec(asked)
-    with pytest.raises(UsageError, match=nearest):
-        load_encoder(asked)
-
-
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        ({"precision": "float64"}, "precision is 'float64'; allowed: float32, bfloat16, float16"),
-        ({"pooling": "mean"}, r"pooling is 'mean'; allowed: cls, cls\+mean, conch"),
-        ({"input": InputRule(16, 224, "lanczos")}, "filter is 'lanczos'; allowed: bilinear, bicubic"),
-        ({"input": InputRule(16, -1)}, "resize_px is -1; allowed: above 0"),
-        ({"std": (1.0, 1.0, 0.0)}, "std above 0"),
-        ({"mpp": 0.0}, "mpp is 0.0; allowed: above 0"),
-    ],
-)
-def test_a_row_checks_itself(change, complaint):
-    with pytest.raises(UsageError, match=complaint):
-        replace(TINY_CONCH, **change)
-
-
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        ({"architecture": Architecture("hf-hub:lab/x")}, "unknown to timm"),
-        ({"architecture": Architecture("resnet18")}, "allowed: vision transformers of timm"),
-        (
-            {"architecture": Architecture("vit_tiny_patch16_224", {"pretrained": True})},
-            "passes pretrained to timm",
-        ),
-        (
-            {"architecture": Architecture("vit_tiny_patch16_224", {"depth": "x"})},
-            "has depth 'x'; allowed",
-        ),
-        (
-            {"architecture": Architecture("vit_tiny_patch16_224", {"mlp_layer": "os"})},
-            "mlp_layer is 'os'; allowed: Mlp",
-        ),
-        ({"dim": 100, "pooling": "cls"}, r"cls pooling gives 32 numbers.*allowed: dim 100"),
-        ({"dim": HEADS + 1}, "cannot be built"),
-    ],
-)
-def test_an_architecture_that_cannot_be_built(change, complaint):
-    with pytest.raises(UsageError, match=complaint):
-        empty_tower(replace(TINY_CONCH, **change))
-
-
-# --- every published form -----------------------------------------------------------------------------------
-
-
-def whole(spec, folder):
-    return save(seal_file(spec), folder / "a.pth")
-
-
-def nested_and_prefixed(spec, folder):
-    inner = {f"module.{key}": value for key, value in seal_file(spec).items()}
-    return save({"epoch": 3, "state_dict": inner}, folder / "a.pth")
-
-
-def safetensors_by_any_name(spec, folder):
-    save_file(seal_file(spec), folder / "a.pth")
-    return folder / "a.pth"
-
-
-def before_torch_1_6(spec, folder):
-    torch.save(seal_file(spec), folder / "a.bin", _use_new_zipfile_serialization=False)
-    return folder / "a.bin"
-
-
-def without_unused_heads(spec, folder):
-    ignored = spec.published.ignored
-    return save(
-        {k: v for k, v in seal_file(spec).items() if not k.startswith(ignored or ("-",))}, folder / "a.pth"
-    )
-
-
-def adapters_beside_base(spec, folder):
-    save(base_file(find_spec(spec.published.base)), folder / "pytorch_model.bin")
-    return save(adapters(spec), folder / "a.pth")
-
-
-def adapters_beside_folder_of_base(spec, folder):
-    save({"not": torch.zeros(1)}, folder / "pytorch_model.bin")  # of some other encoder
-    save(base_file(find_spec(spec.published.base)), folder / spec.published.base / "pytorch_model.bin")
-    return save(adapters(spec), folder / "a.pth")
-
-
-def as_parameters(spec, folder):
-    return save({key: nn.Parameter(value) for key, value in seal_file(spec).items()}, folder / "a.pth")
-
-
-FORMS = [
-    whole,
-    nested_and_prefixed,
-    safetensors_by_any_name,
-    before_torch_1_6,
-    without_unused_heads,
-    adapters_beside_base,
-    adapters_beside_folder_of_base,
-    as_parameters,
-]
-
-
-@pytest.mark.parametrize("form", FORMS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("spec", [SEAL_TINY_CONCH, SEAL_TINY_VIT], ids=lambda s: s.name)
-@pytest.mark.usefixtures("no_hub")
-def test_every_form_gives_the_adapters_merged_into_the_base(spec, form, tmp_path):
-    encoder = load(spec.name, form(spec, tmp_path))
-    base, extra = tower_tensors(spec), adapters(spec)
-    filled = encoder.tower.state_dict()
-    assert filled.keys() == base.keys()
-    for key, value in base.items():
-        target = key.removesuffix(".weight")
-        if target in targets(spec):
-            a, b = (extra[f"{PREFIX}{target}.lora_{x}.default.weight"].double() for x in "AB")
-            value = (value.double() + 8 / 4 * b @ a).float()
-        torch.testing.assert_close(filled[key], value, rtol=0, atol=1e-6)
-    adapted = f"{targets(spec)[0]}.weight"
-    assert not torch.equal(filled[adapted], base[adapted])
-
-
-@pytest.mark.usefixtures("no_hub")
-@pytest.mark.parametrize("spec", [TINY_CONCH, TINY_VIT], ids=lambda s: s.name)
-def test_a_base_from_its_own_file(spec, tmp_path):
-    encoder = load(spec.name, save(base_file(spec), tmp_path / "pytorch_model.bin"))
-    filled = encoder.tower.state_dict()
-    assert all(torch.equal(filled[key], value) for key, value in tower_tensors(spec).items())
-
-
-def test_the_base_in_the_file_wins_over_one_beside_it(tmp_path):
-    save(base_file(TINY_CONCH, seed=5), tmp_path / "pytorch_model.bin")
-    encoder = load("seal-tiny-conch", whole(SEAL_TINY_CONCH, tmp_path))
-    assert [w.file for w in encoder.weights] == ["a.pth"]
-    assert torch.equal(
-        encoder.tower.state_dict()["trunk.cls_token"], tower_tensors(TINY_CONCH)["trunk.cls_token"]
-    )
 
 
 def test_merged_equals_unmerged(seal_vit):
@@ -265,7 +67,8 @@ def test_merged_equals_unmerged(seal_vit):
 
 
 def test_weight_files_are_recorded(tmp_path):
-    path = adapters_beside_base(SEAL_TINY_CONCH, tmp_path)
+    save(base_file(TINY_CONCH), tmp_path / "pytorch_model.bin")
+    path = save(adapters(SEAL_TINY_CONCH), tmp_path / "a.pth")
     first, second = load("seal-tiny-conch", path).weights
     assert (first.file, second.file, first.source) == ("a.pth", "pytorch_model.bin", str(tmp_path))
     assert (first.size, first.mtime_ns) == (path.stat().st_size, path.stat().st_mtime_ns)
@@ -370,14 +173,14 @@ def test_the_transform_for_a_patch_size_resizes_first_as_patches_of_slides_are(s
 
 @pytest.mark.parametrize(("short", "full"), [("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")])
 def test_precision_has_short_names(tmp_path, short, full):
-    path = whole(SEAL_TINY_CONCH, tmp_path)
+    path = save(seal_file(SEAL_TINY_CONCH), tmp_path / "whole.pth")
     kinds = [load("seal-tiny-conch", path, precision=p).precision for p in (short, full)]
     assert kinds == [getattr(torch, full)] * 2
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_lower_precision_stays_near(tmp_path, precision):
-    path = whole(SEAL_TINY_CONCH, tmp_path)
+    path = save(seal_file(SEAL_TINY_CONCH), tmp_path / "whole.pth")
     patches = as_batch(noise_patches(4, 32))
     exact, low = load("seal-tiny-conch", path), load("seal-tiny-conch", path, precision=precision)
     out = low.encode(patches)
@@ -416,7 +219,7 @@ def test_nan_names_its_row_in_the_batch(seal_conch, monkeypatch):
 @pytest.mark.parametrize(("spec", "side"), [(SEAL_TINY_CONCH, 48), (SEAL_TINY_VIT, 28), (SEAL_TINY_VIT, 50)])
 def test_gpu_agrees_with_cpu(spec, side, precision, tolerance, tmp_path):
     """Resizing on the GPU may differ by 1 grey level, which moves an embedding by less than 1e-3."""
-    path, patches = whole(spec, tmp_path), as_batch(noise_patches(4, side))
+    path, patches = save(seal_file(spec), tmp_path / "whole.pth"), as_batch(noise_patches(4, side))
     on_gpu = load_encoder(spec.name, checkpoint=path, device="cuda:0", precision=precision)
     assert on_gpu.device == torch.device("cuda:0")
     got, expected = on_gpu.encode(patches).cpu(), load(spec.name, path).encode(patches)
@@ -425,7 +228,7 @@ def test_gpu_agrees_with_cpu(spec, side, precision, tolerance, tmp_path):
 
 @pytest.mark.gpu
 def test_gpu_is_the_default_with_the_recommended_precision(tmp_path):
-    encoder = load_encoder("seal-tiny-vit", checkpoint=whole(SEAL_TINY_VIT, tmp_path))
+    encoder = load_encoder("seal-tiny-vit", checkpoint=save(seal_file(SEAL_TINY_VIT), tmp_path / "whole.pth"))
     assert (encoder.device.type, encoder.precision) == ("cuda", torch.bfloat16)
 
 
@@ -476,38 +279,6 @@ def test_transform_and_encoder_travel(seal_conch):
     assert torch.equal(sent(image), seal_conch.transform(image))
     patches = as_batch(noise_patches(2, 32))
     assert torch.equal(copy.deepcopy(seal_conch).encode(patches), seal_conch.encode(patches))
-
-
-# --- our own format -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("spec", [SEAL_TINY_CONCH, SEAL_TINY_VIT], ids=lambda s: s.name)
-def test_round_trip_is_bitwise(spec, tmp_path):
-    encoder = load(spec.name, whole(spec, tmp_path))
-    encoder.save_pretrained(tmp_path / "own")
-    again = load_encoder(tmp_path / "own", device="cpu")
-    assert again.spec == replace(spec, published=None)
-    assert all(torch.equal(v, again.state_dict()[k]) for k, v in encoder.state_dict().items())
-    patches = as_batch(noise_patches(2, 32))
-    assert torch.equal(again.encode(patches), encoder.encode(patches))
-    again.save_pretrained(tmp_path / "twice")
-    first, second = ((tmp_path / d / "model.safetensors").read_bytes() for d in ("own", "twice"))
-    assert first == second
-
-
-def test_a_folder_says_what_it_was_made_from_but_not_where(seal_conch, tmp_path):
-    seal_conch.save_pretrained(tmp_path / "own")
-    text = (tmp_path / "own" / "config.json").read_text(encoding="utf-8")
-    made_from = json.loads(text)["made_from"]
-    assert made_from == [{"file": "whole.pth", "sha256": seal_conch.weights[0].sha256}]
-    assert str(tmp_path) not in text
-
-
-def test_a_folder_may_be_named_like_an_encoder(seal_conch, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    seal_conch.save_pretrained("conch")
-    assert load_encoder("./conch", device="cpu").spec.name == "seal-tiny-conch"
-    assert load_encoder(Path("conch"), device="cpu").spec.name == "seal-tiny-conch"
 
 
 def test_a_public_name_is_imported_when_it_is_used():

@@ -15,9 +15,11 @@ from encoder_fixtures import (
     TINY_CONCH,
     add_tiny_rows,
     as_batch,
+    load,
     local_hub,
     needs_hub_1,
     noise_patches,
+    refuse,
     save,
     seal_file,
     untrained_encoder,
@@ -25,9 +27,9 @@ from encoder_fixtures import (
 from hub_server import GOOD_TOKEN, NARROW_TOKEN, Repo
 from safetensors.torch import load_file, save_file
 
-from seal_extract.encoders import find_spec, folder, load_encoder
+from seal_extract.encoders import find_spec, folder
 from seal_extract.encoders.checkpoint import read_tensors
-from seal_extract.errors import CheckpointError, NetworkError, TokenError, UsageError
+from seal_extract.errors import NetworkError, OutputError, TokenError, UsageError
 
 PANEL = tuple(f"GENE{i}" for i in range(10))
 
@@ -39,8 +41,7 @@ def _tiny_rows(monkeypatch):
 
 @pytest.fixture
 def seal(tmp_path):
-    path = save(seal_file(SEAL_TINY_VIT), tmp_path / "whole.pth")
-    return load_encoder("seal-tiny-vit", checkpoint=path, device="cpu")
+    return load("seal-tiny-vit", save(seal_file(SEAL_TINY_VIT), tmp_path / "whole.pth"))
 
 
 @pytest.fixture
@@ -50,39 +51,48 @@ def own(seal, tmp_path):
     return tmp_path / "own"
 
 
-def refuse(path, *words):
-    with pytest.raises(CheckpointError) as caught:
-        load_encoder(path, device="cpu")
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
+# --- what is written ----------------------------------------------------------------------------------------
 
 
-def edit(path, **changes):
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    (path / "config.json").write_text(json.dumps({**config, **changes}), encoding="utf-8")
+def config_of(path):
+    return json.loads((path / "config.json").read_text(encoding="utf-8"))
 
 
-# --- round trip ---------------------------------------------------------------------------------------------
-
-
-def test_weights_decoder_and_panel_come_back_bitwise(seal, own):
-    again = load_encoder(own, device="cpu")
-    before, after = seal.state_dict(), again.state_dict()
-    assert list(before) == list(after)
-    assert all(torch.equal(value, after[key]) for key, value in before.items())
+def test_decoder_and_panel_come_back(seal, own):
+    again = load(own)
     assert again.genes == PANEL
-    patches = as_batch(noise_patches(2, 28))
-    embeddings = again.encode(patches)
-    assert torch.equal(embeddings, seal.encode(patches))
+    embeddings = again.encode(as_batch(noise_patches(2, 28)))
     assert torch.equal(again.predict_expression(embeddings), seal.predict_expression(embeddings))
+    config = config_of(own)
+    assert {p.name for p in own.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    assert (config["decoder"], config["genes"]) == ({"hidden": 6, "genes": 10}, list(PANEL))
+    assert {k for k in load_file(own / "model.safetensors") if k.startswith("expression_decoder.")} == {
+        f"expression_decoder.{layer}.{leaf}" for layer in ("hidden", "genes") for leaf in ("weight", "bias")
+    }
 
 
-def test_saved_twice_is_the_same_file(own, tmp_path):
-    load_encoder(own, device="cpu").save_pretrained(tmp_path / "twice")
-    first, second = ((folder / "model.safetensors").read_bytes() for folder in (own, tmp_path / "twice"))
-    assert first == second
+def test_without_decoder_and_from_before_decoders_were_kept(tmp_path):
+    untrained_encoder(TINY_CONCH).save_pretrained(tmp_path / "own")
+    config = config_of(tmp_path / "own")
+    assert (config["decoder"], config["genes"]) == (None, None)
+    del config["decoder"], config["genes"], config["input"]["crop_px"]
+    for _ in range(2):
+        again = load(tmp_path / "own")
+        assert (again.decoder, again.genes) == (None, None)
+        (tmp_path / "own" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def test_it_says_what_it_was_made_from_but_nothing_of_this_machine(seal, own, tmp_path):
+    assert config_of(own)["made_from"] == [{"file": "whole.pth", "sha256": seal.weights[0].sha256}]
+    for name in ("README.md", "config.json"):
+        assert str(tmp_path) not in (own / name).read_text(encoding="utf-8")
+
+
+def test_it_may_be_named_like_an_encoder(seal, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seal.save_pretrained("conch")
+    for asked in ("./conch", tmp_path / "conch"):
+        assert load(asked).spec.name == "seal-tiny-vit"
 
 
 @pytest.mark.parametrize("letters", range(8))
@@ -102,33 +112,6 @@ def test_weights_begin_where_memory_of_ones_own_would(tmp_path, letters):
     assert {again[key].data_ptr() % 64 for key in "be"} == {0}
 
 
-def test_what_a_folder_holds(own):
-    assert {p.name for p in own.iterdir()} == {"config.json", "model.safetensors", "README.md"}
-    config = json.loads((own / "config.json").read_text(encoding="utf-8"))
-    assert config["decoder"] == {"hidden": 6, "genes": 10}
-    assert config["genes"] == list(PANEL)
-    kept = load_file(own / "model.safetensors")
-    assert {k for k in kept if k.startswith("expression_decoder.")} == {
-        f"expression_decoder.{layer}.{leaf}" for layer in ("hidden", "genes") for leaf in ("weight", "bias")
-    }
-
-
-def test_without_decoder(tmp_path):
-    untrained_encoder(TINY_CONCH).save_pretrained(tmp_path / "own")
-    config = json.loads((tmp_path / "own" / "config.json").read_text(encoding="utf-8"))
-    assert (config["decoder"], config["genes"]) == (None, None)
-    again = load_encoder(tmp_path / "own", device="cpu")
-    assert (again.decoder, again.genes) == (None, None)
-
-
-def test_a_folder_from_before_decoders_were_kept(tmp_path):
-    untrained_encoder(TINY_CONCH).save_pretrained(tmp_path / "own")
-    config = json.loads((tmp_path / "own" / "config.json").read_text(encoding="utf-8"))
-    del config["decoder"], config["genes"], config["input"]["crop_px"]
-    (tmp_path / "own" / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    assert load_encoder(tmp_path / "own", device="cpu").decoder is None
-
-
 def test_a_header_whose_length_begins_like_a_pickle(tmp_path):
     """One safetensors file in 32 begins with the byte 0x80."""
     letters = 1
@@ -140,24 +123,19 @@ def test_a_header_whose_length_begins_like_a_pickle(tmp_path):
     assert read_tensors(tmp_path / "w.safetensors").keys() == {"a" * letters}
 
 
-# --- the model card -----------------------------------------------------------------------------------------
-
-
-def card_of(folder):
-    text = (folder / "README.md").read_text(encoding="utf-8")
+def card_of(path):
+    text = (path / "README.md").read_text(encoding="utf-8")
     _, head, body = text.split("---\n", 2)
     return yaml.safe_load(head), body
 
 
 def test_the_card_says_what_it_is_whose_and_made_from_what(seal, own):
     head, body = card_of(own)
-    assert head["license"] == "cc-by-nc-nd-4.0"
-    assert head["base_model"] == "lab/SEAL"
+    assert (head["license"], head["base_model"]) == ("cc-by-nc-nd-4.0", "lab/SEAL")
     assert head["library_name"] == "seal_extract"
-    assert "# seal-tiny-vit" in body
-    assert seal.weights[0].sha256 in body
-    assert "| expression decoder | 10 genes, named in config.json |" in body
-    assert 'load_encoder("' in body
+    expected = ("# seal-tiny-vit", seal.weights[0].sha256, 'load_encoder("')
+    for words in (*expected, "| expression decoder | 10 genes, named in config.json |"):
+        assert words in body
 
 
 def test_a_licence_that_the_hub_does_not_know(tmp_path):
@@ -168,9 +146,17 @@ def test_a_licence_that_the_hub_does_not_know(tmp_path):
     assert "| licence of the weights | Owkin non-commercial licence |" in body
 
 
-def test_nothing_of_this_machine_is_told(own, tmp_path):
-    for name in ("README.md", "config.json"):
-        assert str(tmp_path) not in (own / name).read_text(encoding="utf-8")
+def test_where_it_cannot_be_written(seal, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "file").write_text("taken")
+    with pytest.raises(UsageError, match="is a file; give a folder"):
+        seal.save_pretrained(tmp_path / "file")
+    monkeypatch.setattr("seal_extract.encoders.folder.write_weights", full)
+    with pytest.raises(OutputError, match="the disk is full"):
+        seal.save_pretrained(tmp_path / "own")
+    assert list((tmp_path / "own").iterdir()) == []
 
 
 # --- what is refused ----------------------------------------------------------------------------------------
@@ -179,6 +165,14 @@ def test_nothing_of_this_machine_is_told(own, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"format": "timm"}, "config of another tool"),
+        ({"format_version": 2}, "format version 2, this package reads 1; bring your clone"),
+        ({"dim": None}, "does not describe an encoder"),
+        ({"name": "../../etc"}, "not a plain word"),
+        ({"name": 7}, "name is 7, not a text"),
+        ({"precision": "int8"}, "precision is 'int8'; allowed"),
+        ({"input": {}}, "'resize_px' is missing"),
+        ({"mean": [1, 2]}, "three numbers each"),
         ({"genes": list(PANEL[:9])}, "the gene panel has 9 names; its decoder has 10 columns"),
         ({"genes": [*PANEL[:9], PANEL[0]]}, "names GENE0 twice"),
         ({"genes": "GENE0"}, "the gene panel has 1 names"),
@@ -190,35 +184,57 @@ def test_nothing_of_this_machine_is_told(own, tmp_path):
             {"input": {"multiple_of": 14, "resize_px": 28, "filter": "bicubic", "crop_px": 99}},
             "crop_px is 99",
         ),
+        ({"decoder": {"hidden": 7, "genes": 10}}, "[6, 24], not [7, 24]"),
+        ({"decoder": None, "genes": None}, "4 unexpected (expression_decoder.genes.bias"),
     ],
 )
 def test_a_config_that_does_not_fit(own, changes, words):
-    edit(own, **changes)
-    refuse(own, words)
+    (own / "config.json").write_text(json.dumps({**config_of(own), **changes}), encoding="utf-8")
+    refuse(None, words, name=own)
 
 
-def test_a_decoder_of_another_size(own):
-    edit(own, decoder={"hidden": 7, "genes": 10})
-    refuse(own, "model.safetensors is not a weight file of seal-tiny-vit", "[6, 24], not [7, 24]")
+@pytest.mark.parametrize("text", ["", "{", "[]", "3"])
+def test_a_config_that_is_no_json_object(own, text):
+    (own / "config.json").write_text(text)
+    refuse(None, "config.json", "allowed: a folder or repository", name=own)
 
 
-def test_a_decoder_that_the_config_does_not_name(own):
-    edit(own, decoder=None, genes=None)
-    refuse(own, "4 unexpected (expression_decoder.genes.bias")
+def nan(path):
+    tensors = load_file(path)
+    tensors["expression_decoder.hidden.bias"][1] = float("nan")
+    save_file(tensors, path)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers(own, value):
-    tensors = load_file(own / "model.safetensors")
-    tensors["expression_decoder.hidden.bias"][1] = value
-    save_file(tensors, own / "model.safetensors")
-    refuse(own, "1 with NaN or infinite numbers (expression_decoder.hidden.bias)")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (nan, "1 with NaN or infinite numbers (expression_decoder.hidden.bias)"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-10]), "model.safetensors is damaged, cut short"),
+        (lambda path: path.unlink(), "model.safetensors: No such file"),
+        (
+            lambda path: save_file({"cls_token": torch.zeros(1)}, path),
+            "is not a weight file of seal-tiny-vit",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit(own, change, words):
+    change(own / "model.safetensors")
+    refuse(None, words, name=own)
 
 
-def test_truncated_weights(own):
-    content = (own / "model.safetensors").read_bytes()
-    (own / "model.safetensors").write_bytes(content[:-10])
-    refuse(own, "model.safetensors is damaged, cut short")
+def test_no_such_folder(own, tmp_path):
+    words = "config.json and model.safetensors"
+    refuse(None, "there is no folder", words, name=tmp_path / "none")
+    refuse(None, "there is no folder ./none", words, name="./none")
+    (own / "config.json").unlink()
+    refuse(None, "has no config.json", words, name=own)
+
+
+def test_arguments_for_something_else(own):
+    with pytest.raises(UsageError, match="revision= names a revision on the Hub"):
+        load(own, revision="main")
+    with pytest.raises(UsageError, match="checkpoint= goes with the name of an encoder"):
+        load(own, "a.pth")
 
 
 # --- to the Hub ---------------------------------------------------------------------------------------------
@@ -239,7 +255,7 @@ def test_to_the_hub_and_back(seal, hub):
     assert page == f"{hub.url}/lab/ours/commit/{repo.commit}"
     assert repo.private  # unless one says otherwise
     assert set(repo.files) == {"config.json", "model.safetensors", "README.md"}
-    again = load_encoder("lab/ours", device="cpu")
+    again = load("lab/ours")
     patches = as_batch(noise_patches(2, 28))
     assert torch.equal(again.encode(patches), seal.encode(patches))
     assert again.genes == PANEL
@@ -251,25 +267,21 @@ def test_to_a_repository_that_is_there(seal, hub):
     hub.repos["lab/ours"] = Repo({"NOTES.md": b"mine", "config.json": b"{}"})
     seal.push_to_hub("lab/ours", private=False, commit_message="Again")
     assert hub.repos["lab/ours"].files["NOTES.md"] == b"mine"
-    assert load_encoder("lab/ours", device="cpu").spec.name == "seal-tiny-vit"
+    assert load("lab/ours").spec.name == "seal-tiny-vit"
 
 
 @pytest.mark.parametrize(("token", "reason"), [("hf_made_up", ""), (NARROW_TOKEN, "You may not write here")])
 def test_a_token_that_may_not_write(seal, hub, monkeypatch, token, reason):
     monkeypatch.setenv("HF_TOKEN", token)
-    with pytest.raises(
-        TokenError, match=rf"does not let this token write to lab/ours: .*{reason}.*hf auth login"
-    ):
+    words = rf"does not let this token write to lab/ours: .*{reason}.*hf auth login"
+    with pytest.raises(TokenError, match=words):
         seal.push_to_hub("lab/ours")
     assert "lab/ours" not in hub.repos
 
 
-def test_not_a_repository_id(seal, hub):
+def test_what_the_hub_refuses(seal, hub, monkeypatch):
     with pytest.raises(UsageError, match="owner/name"):
         seal.push_to_hub("lab/ours/deeper")
-
-
-def test_a_card_that_the_hub_refuses(seal, hub, monkeypatch):
     monkeypatch.setattr("seal_extract.encoders.folder._HUB_LICENCES", {"nonsense"})
     seal.spec = replace(seal.spec, licence="nonsense")
     with pytest.raises(UsageError, match=r'refuses the files for lab/ours: .*"license" must be one of'):
@@ -278,9 +290,8 @@ def test_a_card_that_the_hub_refuses(seal, hub, monkeypatch):
 
 def test_a_hub_out_of_reach(seal, hub, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(
-        NetworkError, match=r"upload to lab/ours at http://127.0.0.1:9 broke off.*run it again"
-    ):
+    words = r"upload to lab/ours at http://127.0.0.1:9 broke off.*run it again"
+    with pytest.raises(NetworkError, match=words):
         seal.push_to_hub("lab/ours")
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     hub.status = 503
@@ -299,7 +310,7 @@ def test_the_functions_that_are_called_take_these_arguments():
 # --- memory -------------------------------------------------------------------------------------------------
 
 MEASURE = """
-import resource, sys, time
+import resource, sys
 from pathlib import Path
 import seal_extract.encoders.build as build
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -18,11 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_file
-from encoder_fixtures import TINY_VIT, base_file, save, untrained_encoder
+from encoder_fixtures import SEAL_H0, TINY_H0, TINY_VIT, base_file, save, seal_file, untrained_encoder
 from safetensors.torch import save_file
 from test_fuzz import peak_bytes
-from vit_fixtures import H0, SEAL_H0, seal_file
-from vit_fixtures import base_file as vit_base_file
 
 from seal_extract.encoders import load_encoder
 from seal_extract.encoders.rows import ROWS
@@ -60,10 +58,10 @@ ADAPTER = {
 }
 YAML = """encoder: tiny-h0mini
 out_dim: 48
-lora: {r: 8, lora_alpha: 8, lora_dropout: 0.1}
+lora: {r: 4, lora_alpha: 8, lora_dropout: 0.1}
 """
 TIMM = {
-    "architecture": H0.architecture.timm,
+    "architecture": TINY_H0.architecture.timm,
     "pretrained_cfg": {"interpolation": "bicubic", "crop_pct": 1.0, "input_size": [3, 28, 28]},
 }
 
@@ -110,7 +108,7 @@ def garbled(text, rng):
 
 def make(folder):
     """The four kinds of files: where each lies, its text or value, and how it is loaded."""
-    for row in (TINY_VIT, H0, SEAL_H0):
+    for row in (TINY_VIT, TINY_H0, SEAL_H0):
         ROWS[row.name] = row
     encoder = untrained_encoder(TINY_VIT)
     encoder.projection = torch.nn.Linear(24, 24)
@@ -124,7 +122,7 @@ def make(folder):
     (folder / "adapter").mkdir()
     save_file(tensors, folder / "adapter" / "adapter_model.safetensors")
     seal = save(seal_file(SEAL_H0), folder / "seal" / "a.pth")
-    bare = save(vit_base_file(H0), folder / "h0" / "pytorch_model.bin")
+    bare = save(base_file(TINY_H0), folder / "h0" / "pytorch_model.bin")
     own = json.loads((folder / "own" / "config.json").read_text())
     return [
         (folder / "own/config.json", own, lambda: load_encoder(folder / "own", device="cpu")),
@@ -138,7 +136,7 @@ def make(folder):
             YAML,
             lambda: load_encoder(SEAL_H0.name, checkpoint=seal, device="cpu"),
         ),
-        (folder / "h0/config.json", TIMM, lambda: load_encoder(H0.name, checkpoint=bare, device="cpu")),
+        (folder / "h0/config.json", TIMM, lambda: load_encoder(TINY_H0.name, checkpoint=bare, device="cpu")),
     ]
 
 
@@ -214,7 +212,7 @@ def test_mutated_configs_load_or_end_in_one_line(first):
 @pytest.fixture
 def kinds(tmp_path, monkeypatch):
     """Folder and loader of each kind of file, by its name."""
-    for row in (TINY_VIT, H0, SEAL_H0):
+    for row in (TINY_VIT, TINY_H0, SEAL_H0):
         monkeypatch.setitem(ROWS, row.name, row)
     return {str(path.relative_to(tmp_path)): (path, value, load) for path, value, load in make(tmp_path)}
 

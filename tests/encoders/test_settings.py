@@ -7,16 +7,18 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from encoder_fixtures import save
-from vit_fixtures import (
-    H0,
+from encoder_fixtures import (
     SEAL_H0,
-    adapters_file,
-    add_tiny_vits,
+    TINY_H0,
+    R,
+    adapters,
+    add_tiny_rows,
     base_file,
     load,
-    own_tensors,
+    lora_shapes,
+    random_tensors,
     refuse,
+    save,
     seal_file,
     tower_tensors,
 )
@@ -26,7 +28,7 @@ from seal_extract.encoders.request import EncoderRequest
 
 @pytest.fixture(autouse=True)
 def _tiny_rows(monkeypatch):
-    add_tiny_vits(monkeypatch)
+    add_tiny_rows(monkeypatch)
 
 
 def with_config(folder, text, spec=SEAL_H0, name="config.yaml"):
@@ -37,7 +39,7 @@ def with_config(folder, text, spec=SEAL_H0, name="config.yaml"):
 
 def test_a_config_that_agrees_changes_nothing(tmp_path):
     agreeing = (
-        "encoder: tiny-h0mini\nout_dim: 48\nlora: {r: 8, lora_alpha: 8, lora_dropout: 0.15}\nlr: 1.0e-4\n"
+        "encoder: tiny-h0mini\nout_dim: 48\nlora: {r: 4, lora_alpha: 8, lora_dropout: 0.15}\nlr: 1.0e-4\n"
     )
     plain = load(SEAL_H0.name, save(seal_file(SEAL_H0), tmp_path / "plain" / "a.pth"))
     told = load(SEAL_H0.name, with_config(tmp_path, agreeing))
@@ -47,9 +49,9 @@ def test_a_config_that_agrees_changes_nothing(tmp_path):
 
 def test_a_stated_alpha_counts_and_is_recorded(tmp_path):
     encoder = load(SEAL_H0.name, with_config(tmp_path, "lora: {lora_alpha: 24.0}"))
-    lora, _ = own_tensors(SEAL_H0)
+    lora = random_tensors(lora_shapes(SEAL_H0), 1)
     a, b = (lora[f"blocks.1.mlp.fc1.lora_{x}.default.weight"] for x in "AB")
-    expected = tower_tensors(SEAL_H0)["blocks.1.mlp.fc1.weight"] + 3 * b @ a
+    expected = tower_tensors(SEAL_H0)["blocks.1.mlp.fc1.weight"] + 24 / R * b @ a
     torch.testing.assert_close(
         encoder.tower.state_dict()["blocks.1.mlp.fc1.weight"], expected, rtol=0, atol=1e-5
     )
@@ -82,7 +84,7 @@ def test_a_finished_slide_is_known_again_until_the_config_changes(tmp_path):
             ["states encoder univ2, and seal-tiny-h0mini is built on tiny-h0mini", "type seal-univ2"],
         ),
         ("out_dim: 512", ["states out_dim 512, and seal-tiny-h0mini gives 48 numbers"]),
-        ("lora: {r: 4}", ["adapters of another rank than the r 4 of config.yaml"]),
+        ("lora: {r: 8}", ["adapters of another rank than the r 8 of config.yaml"]),
         ("lora: {r: 2.5}", ["states r 2.5; allowed: a whole number"]),
         ("lora: {r: eight}", ["states r 'eight'; allowed: a number above 0"]),
         ("lora: {lora_alpha: .inf}", ["allowed: a number above 0"]),
@@ -101,7 +103,7 @@ def test_a_finished_slide_is_known_again_until_the_config_changes(tmp_path):
 )
 def test_a_config_that_contradicts(tmp_path, monkeypatch, text, words):
     monkeypatch.chdir(tmp_path)
-    refuse(SEAL_H0.name, with_config(tmp_path, text), "config.yaml", *words)
+    refuse(with_config(tmp_path, text), "config.yaml", *words, name=SEAL_H0.name)
     assert not (tmp_path / "made").exists()
 
 
@@ -114,7 +116,7 @@ def test_a_config_that_says_nothing_of_it(tmp_path, text):
 
 
 def timm_config(**stated):
-    return json.dumps({"architecture": H0.architecture.timm, "pretrained_cfg": stated})
+    return json.dumps({"architecture": TINY_H0.architecture.timm, "pretrained_cfg": stated})
 
 
 @pytest.mark.parametrize(
@@ -131,9 +133,9 @@ def timm_config(**stated):
     ],
 )
 def test_the_base_says_how_it_is_fed(tmp_path, text, rule):
-    path = save(base_file(H0), tmp_path / "tiny-h0mini" / "pytorch_model.bin")
+    path = save(base_file(TINY_H0), tmp_path / "tiny-h0mini" / "pytorch_model.bin")
     (path.parent / "config.json").write_text(text)
-    base, seal = load(H0.name, path), load(SEAL_H0.name, save(adapters_file(SEAL_H0), tmp_path / "a.pth"))
+    base, seal = load(TINY_H0.name, path), load(SEAL_H0.name, save(adapters(SEAL_H0), tmp_path / "a.pth"))
     for encoder in (base, seal):
         stated = encoder.spec.input
         assert (stated.resize_px, stated.filter, stated.crop_px, stated.multiple_of) == (*rule, 14)
@@ -148,6 +150,6 @@ def test_the_base_says_how_it_is_fed(tmp_path, text, rule):
     ],
 )
 def test_a_base_that_says_what_cannot_be(tmp_path, text, words):
-    path = save(base_file(H0), tmp_path / "pytorch_model.bin")
+    path = save(base_file(TINY_H0), tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text(text)
-    refuse(H0.name, path, "config.json", words)
+    refuse(path, "config.json", words, name=TINY_H0.name)

@@ -1,0 +1,273 @@
+"""What must not load, must not be encoded, and what is said instead: one line, and what to do."""
+
+import os
+import pickle
+import zipfile
+from dataclasses import replace
+
+import pytest
+import torch
+from encoder_fixtures import (
+    PREFIX,
+    SEAL_TINY_CONCH,
+    SEAL_TINY_VIT,
+    TINY_CONCH,
+    adapters,
+    add_tiny_rows,
+    as_batch,
+    base_file,
+    noise_patches,
+    refuse,
+    save,
+    seal_file,
+    untrained_encoder,
+)
+from PIL import Image
+from safetensors.torch import save_file
+
+from seal_extract.encoders import load_encoder
+from seal_extract.encoders.checkpoint import looks_like
+from seal_extract.errors import UsageError
+
+BLOCK = f"{PREFIX}trunk.blocks.1"
+NORM = f"{PREFIX}trunk.norm"
+
+
+@pytest.fixture(autouse=True)
+def _tiny_rows(monkeypatch):
+    add_tiny_rows(monkeypatch)
+
+
+# --- tensors ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({f"{BLOCK}.attn.qkv.base_layer.bias": None}, ["1 missing", f"{BLOCK}.attn.qkv.bias"]),
+        ({f"{BLOCK}.mlp.fc2.lora_B.default.weight": None}, ["1 half pairs", "mlp.fc2: lora_A [4, 128]"]),
+        ({"decoder.decoder.3.bias": None}, ["1 missing (decoder.decoder.3.bias)"]),
+        ({"nonsense": torch.zeros(1)}, ["1 unexpected (nonsense)"]),
+        ({f"{NORM}.weight": torch.ones(33)}, ["1 of another shape", "trunk.norm.weight [33], not [32]"]),
+        (
+            {f"{BLOCK}.attn.proj.lora_A.default.weight": torch.ones(8, 32)},
+            ["two ranks in a pair", "lora_A [8, 32], lora_B [32, 4]"],
+        ),
+        ({f"{NORM}.weight": torch.ones(32).half()}, ["1 not plain float32", "float16"]),
+        ({f"{NORM}.weight": torch.ones(32).double()}, ["1 not plain float32", "float64"]),
+        ({f"{NORM}.weight": torch.ones(32).int()}, ["1 not plain float32", "int32"]),
+        ({f"{NORM}.weight": torch.ones(32).to_sparse()}, ["1 not plain float32", "sparse"]),
+        ({f"{NORM}.weight": torch.ones(32, device="meta")}, ["1 not plain float32", "float32 on meta"]),
+        (
+            {f"{NORM}.bias": torch.tensor([0.0] * 31 + [float("nan")])},
+            ["1 with NaN or infinite numbers", "trunk.norm.bias", "fetch the file again"],
+        ),
+        ({f"{NORM}.bias": torch.tensor([0.0] * 31 + [float("inf")])}, ["1 with NaN or infinite numbers"]),
+        ({f"{NORM}.bias": torch.tensor([0.0] * 31 + [-float("inf")])}, ["1 with NaN or infinite numbers"]),
+        (
+            {
+                f"{PREFIX}trunk.cls_token": None,
+                f"{NORM}.weight": torch.ones(2),
+                f"{NORM}.bias": torch.ones(32).half(),
+                "foreign": torch.ones(1),
+            },
+            ["1 missing", "1 unexpected", "1 of another shape", "1 not plain float32"],
+        ),
+    ],
+)
+def test_tensors_that_are_not_those_of_the_encoder(tmp_path, changes, words):
+    tensors = {**seal_file(SEAL_TINY_CONCH), **changes}
+    tensors = {key: value for key, value in tensors.items() if value is not None}
+    refuse(save(tensors, tmp_path / "a.pth"), *words)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        (
+            {f"nonsense.{i}": torch.zeros(1) for i in range(9)},
+            ["missing", "9 unexpected (nonsense.0, nonsense.1, nonsense.2, ...)"],
+        ),
+        (seal_file(SEAL_TINY_VIT), ["missing", "unexpected", "another shape"]),
+        (adapters(SEAL_TINY_VIT), ["4 adapters on layers that the tower does not have"]),
+        ({"patch_embed.proj.weight": torch.zeros(1536, 3, 14, 14)}, ["it looks like univ2"]),
+        (
+            {"fc_mu.weight": torch.zeros(2, 2), "flows.0.u": torch.zeros(2)},
+            ["expression half of a SEAL checkpoint: give the vision file"],
+        ),
+    ],
+    ids=["nonsense", "another encoder", "its adapters", "a base", "omics"],
+)
+def test_the_file_of_another_encoder(tmp_path, tensors, words):
+    refuse(save(tensors, tmp_path / "a.pth"), *words)
+
+
+def test_adapters_beside_another_base(tmp_path):
+    save(base_file(replace(TINY_CONCH, dim=24)), tmp_path / "pytorch_model.bin")
+    words = ("pytorch_model.bin is not a weight file of tiny-conch", "another shape")
+    refuse(save(adapters(SEAL_TINY_CONCH), tmp_path / "a.pth"), *words)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "name"),
+    [
+        ("visual.trunk.patch_embed.proj.weight", (768, 3, 16, 16), "conch"),
+        ("patch_embed.proj.weight", (1536, 3, 14, 14), "univ2"),
+        ("patch_embed.proj.weight", (1280, 3, 14, 14), "virchow2"),
+        ("patch_embed.proj.weight", (768, 3, 14, 14), "h0mini"),
+        ("patch_embed.proj.weight", (1024, 3, 16, 16), "uni"),
+        ("embeddings.patch_embeddings.projection.weight", (1024, 3, 16, 16), "phikon2"),
+        ("stem.weight", (64, 3, 7, 7), None),
+    ],
+)
+def test_a_base_is_recognised(key, shape, name):
+    assert looks_like({key: torch.empty(shape, device="meta")}) == name
+
+
+# --- files that are no weights ------------------------------------------------------------------------------
+
+
+class Bomb:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, mark):
+        self.mark = str(mark)
+
+    def __reduce__(self):
+        return os.mkdir, (self.mark,)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "bare pickle"])
+def test_a_pickle_that_runs_code_does_not_run(tmp_path, kind):
+    mark, path = tmp_path / "ran", tmp_path / "a.pth"
+    if kind == "bare pickle":
+        path.write_bytes(pickle.dumps({"bomb": Bomb(mark)}))
+    else:
+        torch.save({"bomb": Bomb(mark)}, path, _use_new_zipfile_serialization=kind == "zip")
+    named = "mkdir" if kind != "bare pickle" else "something that is not a tensor"
+    refuse(path, named, "could run code, so nothing was loaded", "state dict or safetensors")
+    assert not mark.exists()
+    pickle.loads(pickle.dumps(Bomb(mark)))  # it would have
+    assert mark.exists()
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.99])
+def test_a_file_that_was_cut_short(tmp_path, name, keep):
+    path = tmp_path / name
+    (save if name == "a.pth" else save_file)(seal_file(SEAL_TINY_CONCH), path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+    refuse(path, "damaged, cut short", f"({path.stat().st_size:,} bytes)", "fetch it again")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is not a weight file"),
+        (b"hello, I am a text file, and a long one at that", "is not a weight file; allowed: .pth or .bin"),
+        (b"<html>Sign in</html>", "is not a weight file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git-lfs pointer, not the weights"),
+        (b"\x80\x04", "damaged, cut short"),
+        (b"\x10\x00\x00\x00\x00\x00\x00\x00{not json at all", "damaged, cut short"),
+    ],
+)
+def test_not_a_weight_file(tmp_path, content, words):
+    path = tmp_path / "a.pth"
+    path.write_bytes(content)
+    refuse(path, words)
+
+
+def test_a_zip_of_something_else(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    refuse(tmp_path / "a.pth", "damaged, cut short")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({}, "holds an empty dict"),
+        ([torch.zeros(1)], "holds a list"),
+        (torch.zeros(1), "holds a Tensor"),
+        ({"a": "text"}, "holds a str under 'a'"),
+        ({3: torch.zeros(1)}, "under 3"),
+        ({"model": {"a": torch.zeros(1)}}, "holds a dict under 'model'"),
+    ],
+)
+def test_not_a_dict_of_tensors(tmp_path, content, words):
+    refuse(save(content, tmp_path / "a.pth"), words)
+
+
+def test_a_missing_path(tmp_path):
+    refuse(tmp_path / "none.pth", "cannot read", "No such file", "give the path of a file")
+
+
+# --- arguments ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"precision": "int8"}, "precision is 'int8'; allowed: float32, bfloat16, float16"),
+        ({"device": "gpu"}, "device is 'gpu'; allowed: cpu, cuda"),
+        ({"device": "cuda:99"}, "device is cuda:99, but this machine has"),
+        ({"checkpoint": "a.pth", "revision": "main"}, "leave one out"),
+    ],
+)
+def test_arguments_that_cannot_be_meant(kwargs, words):
+    with pytest.raises(UsageError, match=words):
+        load_encoder("seal-tiny-conch", **kwargs)
+
+
+def test_a_file_in_place_of_a_name(tmp_path, monkeypatch):
+    save(seal_file(SEAL_TINY_CONCH), tmp_path / "a.pth")
+    monkeypatch.chdir(tmp_path)
+    for asked in ("a.pth", tmp_path / "a.pth"):
+        with pytest.raises(
+            UsageError, match="is a file; give the encoder's name and this file as checkpoint"
+        ):
+            load_encoder(asked)
+
+
+# --- patches ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def conch():
+    return untrained_encoder(TINY_CONCH)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "words"),
+    [
+        ((2, 4, 32, 32), torch.uint8, r"uint8 \[2, 4, 32, 32\].*drop the alpha channel: patches\[:, :3\]"),
+        ((2, 1, 32, 32), torch.uint8, r"uint8 \[2, 1, 32, 32\]; allowed: uint8 \[B, 3, H, W\], RGB"),
+        ((2, 3, 32, 32), torch.float32, r"float32 \[2, 3, 32, 32\]; allowed: uint8"),
+        ((2, 3, 32, 32), torch.uint16, r"uint16 \[2, 3, 32, 32\]; allowed: uint8"),
+        ((3, 32, 32), torch.uint8, r"uint8 \[3, 32, 32\]; allowed: uint8 \[B, 3, H, W\]"),
+        ((2, 32, 32, 3), torch.uint8, r"uint8 \[2, 32, 32, 3\]; allowed"),
+    ],
+)
+def test_patches_that_cannot_be_encoded(conch, shape, dtype, words):
+    with pytest.raises(UsageError, match=rf"tiny-conch got patches {words}"):
+        conch.encode(torch.zeros(shape, dtype=dtype))
+
+
+def test_sides_that_the_tower_cannot_cut(conch):
+    words = r"tiny-conch got patches of 250 x 250 px; allowed: sides that are a multiple of 16, as 256 x 256"
+    with pytest.raises(UsageError, match=words):
+        conch.encode(as_batch(noise_patches(1, 250)))
+    with pytest.raises(UsageError, match=words):
+        conch(torch.zeros(1, 3, 250, 250))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F", "La", "RGBa"])
+def test_images_that_cannot_become_8_bit_rgb(conch, mode):
+    with pytest.raises(UsageError, match=f"mode {mode}; allowed: 8 bits"):
+        conch.transform(Image.new(mode, (32, 32)))
+
+
+def test_something_that_is_no_image(conch):
+    with pytest.raises(UsageError, match="got ndarray; give a PIL image"):
+        conch.transform(noise_patches(1, 32)[0])
