@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -98,21 +98,30 @@ def list_features(folder: Path) -> tuple[list[SlideFeatures], dict[Path, OutputE
         OutputError: none can be read.
     """
     listed, damaged = scan_features(folder, find_features)
-    for path in written_twice((path, features.provenance) for path, features in listed.items()):
-        del listed[path]
-    ours: dict[Path | str, SlideFeatures] = {}
-    found = {path.resolve(): features for path, features in listed.items()}
-    originals = {origin_of(path, f.provenance) for path, f in found.items() if not is_export(f.provenance)}
-    for path, features in found.items():
-        exported, origin = is_export(features.provenance), origin_of(path, features.provenance)
-        if not (exported and origin in originals):
-            ours.setdefault(origin if exported else path, features)
+    ours = [listed[path] for path in without_copies({p: f.provenance for p, f in listed.items()})]
     if not ours:
         why = f" ({next(iter(damaged.values()))})" if damaged else ""
         raise OutputError(
             f"{folder} holds no features file of seal_extract{why}; give the -o of a finished run"
         )
-    return list(ours.values()), damaged
+    return ours, damaged
+
+
+def without_copies(files: Mapping[Path, dict[str, Any]]) -> list[Path]:
+    """Files without the copies of them: exports, links, and the older one if a slide has got two names.
+
+    Args:
+        files: features files with their provenance.
+    """
+    older = written_twice(files.items())
+    found = {path.resolve(): path for path in files if path not in older}
+    originals = {origin_of(r, files[p]) for r, p in found.items() if not is_export(files[p])}
+    ours: dict[Path | str, Path] = {}
+    for resolved, path in found.items():
+        exported, origin = is_export(files[path]), origin_of(resolved, files[path])
+        if not (exported and origin in originals):
+            ours.setdefault(origin if exported else resolved, path)
+    return list(ours.values())
 
 
 def scan_features(
