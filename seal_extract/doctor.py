@@ -183,13 +183,14 @@ def _slide(path: Path, slide_mpp: float | None, override_mpp: float | None) -> t
     from seal_extract.demo import untrained_encoder
     from seal_extract.patches.stream import stream_batches
     from seal_extract.patches.tiles import open_patch_reader
-    from seal_extract.run.options import ExtractOptions, plan_slide
+    from seal_extract.run.job import find_tissue_and_grid
+    from seal_extract.run.options import ExtractOptions
     from seal_extract.slides.entry import SlideEntry, open_entry
 
     with open_entry(SlideEntry.of(path), slide_mpp, override_mpp) as slide:
-        plan = plan_slide(slide, ExtractOptions(allow_upsampling=True))
+        _, grid = find_tissue_and_grid(slide, ExtractOptions(allow_upsampling=True))
         encoder = untrained_encoder()
-        few = replace(plan.grid, xy_l0=plan.grid.xy_l0[:8])
+        few = replace(grid, xy_l0=grid.xy_l0[:8])
         stream = stream_batches([open_patch_reader(slide, few, encoder.device)], 8, device=encoder.device)
         shapes = [list(encoder.encode(batch.patches).shape) for batch in stream]
-        return "ok", f"{slide}, {plan.grid}, first batch encoded: {shapes[0] if shapes else 'no tissue'}"
+        return "ok", f"{slide}, {grid}, first batch encoded: {shapes[0] if shapes else 'no tissue'}"

@@ -20,7 +20,7 @@ from seal_extract.bench.sample import Sample
 from seal_extract.encoders import Encoder
 from seal_extract.patches.stream import stream_batches
 from seal_extract.run.embed import CPU_ROWS, Embedder, Pending
-from seal_extract.run.writer import BATCHES_AHEAD
+from seal_extract.run.extract import BATCHES_AHEAD
 
 HELD_BYTES = 512 * 2**20  # of patches; encoded again and again where more are asked for
 MATRIX = {"cuda": (8192, 20), "cpu": (1024, 12)}  # side of the square matrices, products a measurement

@@ -17,8 +17,9 @@ from seal_extract.patches.regions import PatchReader, RegionReader, Resampling
 from seal_extract.patches.stream import JOB_BYTES, ROWS_PER_JOB
 from seal_extract.patches.tiled import Unsuitable
 from seal_extract.patches.tiles import TileReader, open_patch_reader
-from seal_extract.run.options import ExtractOptions, plan_slide
-from seal_extract.slides.entry import SlideEntry, open_entry
+from seal_extract.run.job import SlideJob, find_tissue_and_grid
+from seal_extract.run.options import ExtractOptions
+from seal_extract.slides.entry import SlideEntry
 from seal_extract.slides.slide import Slide
 
 
@@ -118,8 +119,9 @@ def take_sample(path: Path, patches: int, device: torch.device, options: Extract
         GeometryError: it has no tissue.
     """
     started = perf_counter()
-    with open_entry(SlideEntry.of(path), options.slide_mpp, options.override_mpp) as slide:
-        grid = plan_slide(slide, options).grid
+    job = SlideJob.of(SlideEntry.of(path), Path(), options)
+    with job.open() as slide:
+        _, grid = find_tissue_and_grid(slide, job.options)
         seconds = perf_counter() - started
         if not len(grid):
             raise GeometryError(

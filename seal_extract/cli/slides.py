@@ -16,10 +16,13 @@ from seal_extract.errors import SealExtractError, UnexpectedError, UsageError
 
 if TYPE_CHECKING:
     from seal_extract.encoders.request import EncoderRequest
+    from seal_extract.patches.grid import PatchGrid
     from seal_extract.run.cohort import CohortReport, Engine
-    from seal_extract.run.options import ExtractOptions, SlidePlan
+    from seal_extract.run.options import ExtractOptions
     from seal_extract.run.status_table import SlideResult
     from seal_extract.slides.listing import SlideList
+    from seal_extract.slides.slide import Slide
+    from seal_extract.tissue.mask import TissueMask
 
 
 def run_slides(args: argparse.Namespace) -> int:
@@ -36,7 +39,7 @@ def run_slides(args: argparse.Namespace) -> int:
         slides = slides.shard(*args.shard)
     _print_ignored(slides, args.verbose)
     if args.dry_run:
-        return _print_plans(slides, options, args.debug)
+        return _run_dry(slides, options, args.debug)
     return embed(slides, requested_encoders(args), options, args)
 
 
@@ -65,24 +68,26 @@ COLUMNS = {
 }
 
 
-def _print_plans(slides: SlideList, options: ExtractOptions, debug: bool) -> int:
-    from seal_extract.run.slide_process import plan_within
-    from seal_extract.run.staging import open_by_itself
+def _run_dry(slides: SlideList, options: ExtractOptions, debug: bool) -> int:
+    from seal_extract.run.job import SlideJob
+    from seal_extract.run.slide_process import open_with_grid
+    from seal_extract.run.staging import with_copy
 
     _print_row(list(COLUMNS))
     failed = 0
     for entry in slides.entries:
         try:
-            with open_by_itself(entry, options) as slide:
-                _print_row(_plan_cells(plan_within(slide, entry, options.for_entry(entry))))
+            with with_copy(SlideJob.of(entry, Path(), options)) as job:
+                slide, mask, grid = open_with_grid(job)
+                with slide:
+                    _print_row(_dry_cells(slide, mask, grid))
         except Exception as exc:
             failed += 1
             _print_failure(entry.blame(exc), debug)
     return _close_run(failed, len(slides))
 
 
-def _plan_cells(plan: SlidePlan) -> list[str]:
-    slide, grid = plan.slide, plan.grid
+def _dry_cells(slide: Slide, mask: TissueMask | None, grid: PatchGrid) -> list[str]:
     return [
         slide.path.name,
         f"{slide.size_l0[0]} x {slide.size_l0[1]}",
@@ -91,7 +96,7 @@ def _plan_cells(plan: SlidePlan) -> list[str]:
         f"level {grid.level}, {grid.read_px} px",
         f"{grid.patch_px} px at {grid.mpp:.4g}",
         f"{grid.patch_size_l0} px",
-        f"{plan.mask.area_mm2:.4g} mm²" if plan.mask is not None else grid.origin,
+        f"{mask.area_mm2:.4g} mm²" if mask is not None else grid.origin,
         str(len(grid)),
     ]
 

@@ -6,9 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
-from time import sleep
 
 import numpy as np
 import torch
@@ -21,10 +19,6 @@ ROWS_PER_JOB = 8  # patches a thread reads at a time: large enough that handing 
 JOB_BYTES = 32 * 2**20  # fewer where patches are huge
 SLIDES_READ_AHEAD = 4  # beyond the jobs that threads need: each open slide has caches of its own
 READ_AHEAD_BYTES = 256 * 2**20  # host memory that decoded regions may fill
-
-POLL_S = 0.005  # between two looks whether the next slide is ready, when there is nothing else to do
-
-OnFailure = Callable[[int, Exception], None]
 
 
 @dataclass(frozen=True)
@@ -69,9 +63,6 @@ class _Job:
         return self.rows.stop == len(self.reader.grid)
 
 
-_Done = tuple[_Job, Tensor, dict[int, str]]  # its patches, and why some are unreadable
-
-
 def stream_batches(
     readers: Iterable[PatchReader],
     batch_size: int,
@@ -79,12 +70,16 @@ def stream_batches(
     device: torch.device | str = "cpu",
     workers: int | None = None,
     max_read_errors: int = 0,
+    is_next_ready: Callable[[], bool] = lambda: True,
+    on_failure: Callable[[int, Exception], None] | None = None,
+    on_read: Callable[[int], None] = lambda slide: None,
 ) -> Generator[PatchBatch, None, None]:
     """Read the grids of ``readers`` one after the other into batches of exactly ``batch_size``.
 
-    Batches cross slide borders while the patch size stays the same; only the last of a size may be smaller.
-    Order does not depend on ``workers``. Readers are taken from the iterable as their turn comes near, and
-    closed when their last patch is read.
+    Batches cross slide borders while the patch size stays the same; only the last batch of a size may be
+    smaller, and one that would otherwise wait for a slide that is not ready. The order does not depend on
+    ``workers``. Readers are taken from the iterable as their turn comes near, and closed when their last
+    patch is read.
 
     Args:
         readers: one per slide.
@@ -92,52 +87,20 @@ def stream_batches(
         device: where patches are resampled and handed out.
         workers: reading threads; all cores by default.
         max_read_errors: patches of a slide that may be unreadable before it fails.
-
-    Raises:
-        ReadError: a slide has failed, as soon as its turn has come.
-    """
-    stream = stream_ready(
-        readers, batch_size, device=device, workers=workers, max_read_errors=max_read_errors
-    )
-    with closing(stream):
-        yield from (batch for batch in stream if batch is not None)
-
-
-def stream_ready(
-    readers: Iterable[PatchReader | None],
-    batch_size: int,
-    *,
-    device: torch.device | str = "cpu",
-    workers: int | None = None,
-    max_read_errors: int = 0,
-    on_failure: OnFailure | None = None,
-    on_read: Callable[[int], None] | None = None,
-) -> Generator[PatchBatch | None, None, None]:
-    """`stream_batches` that never waits for a slide to be opened, nor ends with the first that fails.
-
-    Args:
-        readers: one per slide; None as long as the next one is not ready. What was read until then is handed
-            out as a smaller batch, and then None again and again.
-        batch_size: patches per batch.
-        device: where patches are resampled and handed out.
-        workers: reading threads; all cores by default.
-        max_read_errors: patches of a slide that may be unreadable before it fails.
-        on_failure: told the slide and its error; the stream then goes on without that slide's other patches.
-        on_read: told the slide from which nothing is read any more.
+        is_next_ready: whether ``readers`` gives the next one, or ends, without waiting.
+        on_failure: receives the position of a slide that has failed, and its error; the stream then continues
+            without the other patches of that slide.
+        on_read: receives the position of a slide from which nothing is read any more.
 
     Raises:
         ReadError: a slide has failed, as soon as its turn has come, and there is no ``on_failure``.
     """
-    device = torch.device(device)
     workers = workers or available_cores()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="read", initializer=compute_alone)
     threads = torch.get_num_threads()
-    stream = _Stream(pool, workers, device, max_read_errors, on_failure, on_read or (lambda _: None))
+    stream = _Stream(pool, workers, torch.device(device), max_read_errors, on_failure, on_read)
     try:
-        for batch in _collect(stream.decoded(readers), batch_size):
-            if batch is None:
-                sleep(POLL_S)
-            yield batch
+        yield from stream.batches(iter(readers), is_next_ready, batch_size)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(threads)
@@ -156,7 +119,7 @@ def compute_alone() -> None:
 
 
 class _Stream:
-    """Jobs in order with their patches; as many are being read ahead as fit the memory set aside."""
+    """Reads ahead as many jobs as fit the memory set aside, and joins their patches, in order, to batches."""
 
     def __init__(
         self,
@@ -164,85 +127,93 @@ class _Stream:
         workers: int,
         device: torch.device,
         max_read_errors: int,
-        on_failure: OnFailure | None,
+        on_failure: Callable[[int, Exception], None] | None,
         on_read: Callable[[int], None],
     ) -> None:
         self._pool, self._workers, self._upload = pool, workers, _Upload(device)
         self._max_read_errors, self._on_failure, self._on_read = max_read_errors, on_failure, on_read
+        self._waiting: deque[_Job] = deque()
         self._errors: dict[int, int] = {}  # unreadable patches of each slide
         self._failed: set[int] = set()
 
-    def decoded(self, readers: Iterable[PatchReader | None]) -> Iterator[_Done | None]:
-        """Jobs in order, and None whenever there is nothing to do."""
-        jobs = self._jobs(readers)
-        waiting: deque[_Job] = deque()
-        more = True
-        while more or waiting:
-            while more and self._has_room(waiting):
-                try:
-                    following = next(jobs)
-                except StopIteration:
-                    more = False
+    def batches(
+        self, readers: Iterator[PatchReader], is_next_ready: Callable[[], bool], batch_size: int
+    ) -> Iterator[PatchBatch]:
+        jobs: Iterator[_Job] = iter(())  # the slide that is being read ahead
+        slide, ended = -1, False
+        joined = _Joined(batch_size)
+        while True:
+            while self._has_room():
+                if (job := next(jobs, None)) is not None:
+                    self._waiting.append(job)
+                    continue
+                if ended or not (is_next_ready() or self._is_idle(joined)):
                     break
-                if following is not None:
-                    waiting.append(following)
-                elif waiting:
+                if (reader := next(readers, None)) is None:
+                    ended = True
                     break
-                else:
-                    yield None
-            if not waiting:
+                slide += 1
+                jobs = self._jobs(slide, reader)
+            if self._waiting:
+                if (part := self._next_part()) is not None:
+                    yield from joined.add(part)
                 continue
-            job = waiting.popleft()
-            done = self._result(job)
-            if job.is_last or (job.slide in self._failed and all(w.slide != job.slide for w in waiting)):
-                self._close(job.slide, job.reader)
-            if done is not None:
-                yield done
+            yield from joined.rest()  # it does not wait for the next slide
+            if ended:
+                return
 
-    def _jobs(self, readers: Iterable[PatchReader | None]) -> Iterator[_Job | None]:
-        slide = -1
-        for reader in readers:
-            if reader is None:
-                yield None
-                continue
-            slide += 1
-            rows = len(reader.grid)
-            step = max(1, min(ROWS_PER_JOB, JOB_BYTES // (3 * reader.side_px**2)))
-            for start in range(0, rows, step):
-                if slide in self._failed:
-                    break
-                part = range(start, min(start + step, rows))
-                yield _Job(slide, reader, part, self._pool.submit(reader.read, part))
-            if not rows:
-                self._close(slide, reader)
+    def _is_idle(self, joined: _Joined) -> bool:
+        return not self._waiting and not joined.parts
+
+    def _jobs(self, slide: int, reader: PatchReader) -> Iterator[_Job]:
+        rows = len(reader.grid)
+        step = max(1, min(ROWS_PER_JOB, JOB_BYTES // (3 * reader.side_px**2)))
+        for start in range(0, rows, step):
+            if slide in self._failed:
+                return
+            part = range(start, min(start + step, rows))
+            yield _Job(slide, reader, part, self._pool.submit(reader.read, part))
+        if not rows:
+            self._close(slide, reader)
+
+    def _next_part(self) -> PatchBatch | None:
+        """The patches of the job whose turn it is, on the device; None if its slide has failed."""
+        job = self._waiting.popleft()
+        part = self._result(job)
+        if job.is_last or (job.slide in self._failed and all(w.slide != job.slide for w in self._waiting)):
+            self._close(job.slide, job.reader)
+        return part
 
     def _close(self, slide: int, reader: PatchReader) -> None:
         reader.close()
         self._on_read(slide)
 
-    def _has_room(self, waiting: deque[_Job]) -> bool:
+    def _has_room(self) -> bool:
         """Two jobs a thread, and more while they fit READ_AHEAD_BYTES and are of few slides."""
+        waiting = self._waiting
         if len(waiting) < 2 * self._workers:
             return True
         if waiting[-1].slide - waiting[0].slide >= SLIDES_READ_AHEAD:
             return False
         return len(waiting) < 16 * self._workers and sum(job.bytes for job in waiting) < READ_AHEAD_BYTES
 
-    def _result(self, job: _Job) -> _Done | None:
-        """What a job has read, on the device; None if its slide has failed."""
+    def _result(self, job: _Job) -> PatchBatch | None:
         try:
-            decoded = job.pixels.result()
+            read = job.pixels.result()
             if job.slide in self._failed:
                 return None
-            self._count(job, decoded)
-            return job, self._upload(job.reader, decoded.pixels), dict(decoded.unreadable)
+            self._count(job, read)
+            patches = self._upload(job.reader, read.pixels)
         except Exception as exc:  # whatever a damaged slide leads a reader to
             if self._on_failure is None:
                 raise
             if job.slide not in self._failed:
                 self._failed.add(job.slide)
                 self._on_failure(job.slide, exc)
-        return None
+            return None
+        rows = torch.arange(job.rows.start, job.rows.stop)
+        unreadable = {row - job.rows.start: why for row, why in read.unreadable.items()}
+        return PatchBatch(patches, torch.full_like(rows, job.slide), rows, unreadable)
 
     def _count(self, job: _Job, decoded: HostPixels) -> None:
         errors = self._errors[job.slide] = self._errors.get(job.slide, 0) + len(decoded.unreadable)
@@ -274,31 +245,26 @@ class _Upload:
         return patches
 
 
-def _collect(decoded: Iterable[_Done | None], batch_size: int) -> Iterator[PatchBatch | None]:
-    parts: list[PatchBatch] = []
-    held = 0
-    for done in decoded:
-        if done is None:
-            if parts:
-                yield _join(parts)
-            parts, held = [], 0
-            yield None
-            continue
-        job, patches, unreadable = done
-        if parts and parts[0].patches.shape[-1] != patches.shape[-1]:
-            yield _join(parts)
-            parts, held = [], 0
-        rows = torch.arange(job.rows.start, job.rows.stop)
-        why = {row - job.rows.start: reason for row, reason in unreadable.items()}
-        parts.append(PatchBatch(patches, torch.full_like(rows, job.slide), rows, why))
-        held += len(rows)
-        while held >= batch_size:
-            batch, rest = _split(_join(parts), batch_size)
+class _Joined:
+    """Parts of a batch to come; all have one patch size."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.parts: list[PatchBatch] = []
+        self._batch_size = batch_size
+
+    def add(self, part: PatchBatch) -> Iterator[PatchBatch]:
+        if self.parts and self.parts[0].patches.shape[-1] != part.patches.shape[-1]:
+            yield from self.rest()
+        self.parts.append(part)
+        while sum(map(len, self.parts)) >= self._batch_size:
+            batch, rest = _split(_join(self.parts), self._batch_size)
+            self.parts = [rest] if len(rest) else []
             yield batch
-            held -= batch_size
-            parts = [rest] if held else []
-    if parts:
-        yield _join(parts)
+
+    def rest(self) -> Iterator[PatchBatch]:
+        if self.parts:
+            batch, self.parts = _join(self.parts), []
+            yield batch
 
 
 def _join(parts: list[PatchBatch]) -> PatchBatch:

@@ -18,8 +18,9 @@ from seal_extract.errors import CheckpointError, HubError, UsageError
 from seal_extract.features.layouts import check_layout
 from seal_extract.patches.grid import grid_name
 from seal_extract.publish import sweep
+from seal_extract.run.job import SlideJob
 from seal_extract.run.options import ExtractOptions
-from seal_extract.run.resume import keep_names, resume
+from seal_extract.run.resume import keep_names, without_finished
 from seal_extract.run.status_table import (
     DONE,
     FAILED,
@@ -47,7 +48,7 @@ class Engine(Protocol):
 
     def run(
         self,
-        entries: Sequence[SlideEntry],
+        jobs: Sequence[SlideJob],
         encoders: Sequence[EncoderRequest | Encoder],
         out: Path,
         options: ExtractOptions,
@@ -62,7 +63,7 @@ class ThisProcess:
 
     def run(
         self,
-        entries: Sequence[SlideEntry],
+        jobs: Sequence[SlideJob],
         encoders: Sequence[EncoderRequest | Encoder],
         out: Path,
         options: ExtractOptions,
@@ -74,7 +75,7 @@ class ThisProcess:
 
         slide_process.start_ahead(options)
         loaded = [e.load() if isinstance(e, EncoderRequest) else e for e in encoders]
-        yield from extract_many(entries, loaded, out, options=options, progress=progress)
+        yield from extract_many(jobs, loaded, out, options=options, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -169,17 +170,17 @@ def extract_cohort(
         if on_result is not None:
             on_result(result)
 
-    waiting: list[SlideEntry] = []
+    waiting: list[SlideJob] = []
     for entry in entries:
-        result = _finished_before(entry, asked, Path(out), options)
-        if result is None:
-            waiting.append(entry)
+        job = _without_finished(SlideJob.of(entry, Path(out), options), asked)
+        if isinstance(job, SlideJob):
+            waiting.append(job)
         else:
-            tell(result)
+            tell(job)
     if waiting:
         if options.stage_dir is None:
-            for entry in waiting:
-                refuse_uncopied(entry)
+            for job in waiting:
+                refuse_uncopied(job.entry)
         for result in (engine or ThisProcess()).run(waiting, asked, Path(out), options, progress):
             tell(result)
     return CohortReport(tuple(rows), path, perf_counter() - started)
@@ -203,18 +204,12 @@ def _failed_before(
     return tuple(entry for entry in entries if entry.name in failed)
 
 
-def _finished_before(
-    entry: SlideEntry, encoders: Sequence[EncoderRequest | Encoder], out: Path, options: ExtractOptions
-) -> SlideResult | None:
-    """The result of a former run, or of a slide that stands in its own way; None if there is work to do."""
+def _without_finished(job: SlideJob, encoders: Sequence[EncoderRequest | Encoder]) -> SlideJob | SlideResult:
+    """`without_finished`, in which a slide that cannot be used has failed."""
     started = perf_counter()
     try:
-        found = [resume(entry, encoder, out, options) for encoder in encoders]
+        return without_finished(job, encoders)
     except SAME_FOR_EVERY_SLIDE:
         raise
     except Exception as exc:
-        return SlideResult(entry, (), entry.blame(exc), perf_counter() - started)
-    finished = tuple(features for features in found if features is not None)
-    if len(finished) < len(encoders):
-        return None
-    return SlideResult(entry, finished, None, perf_counter() - started, True)
+        return SlideResult(job.entry, (), job.entry.blame(exc), perf_counter() - started)

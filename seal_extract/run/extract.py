@@ -1,17 +1,18 @@
-"""The story, told once: slide -> tissue -> grid -> batches -> encoders -> store.
+"""The story: list -> for each slide: open -> tissue -> grid -> patches -> embeddings -> HDF5.
 
-Its stages work at the same time, on different slides: one thread opens the next slides and finds their
-tissue, some read patches, the caller's feeds the encoders, one writes. Each hands over in order.
+Three threads of `_Run` work at the same time, on different slides, and hand over through bounded channels:
+one opens the next slides and finds their tissue, one reads patches and feeds the encoders, one writes.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -20,22 +21,28 @@ from seal_extract.encoders.request import EncoderRequest
 from seal_extract.errors import UsageError
 from seal_extract.features.layouts import check_layout
 from seal_extract.features.store import SlideFeatures
+from seal_extract.patches.grid import PatchGrid
 from seal_extract.patches.regions import PatchReader
-from seal_extract.patches.stream import PatchBatch, stream_ready
+from seal_extract.patches.stream import stream_batches
+from seal_extract.patches.tiles import open_patch_reader
 from seal_extract.run import slide_process
-from seal_extract.run.embed import Embedder, Pending, open_embedder
-from seal_extract.run.job import PlannedSlide, prepare
-from seal_extract.run.options import ExtractOptions
-from seal_extract.run.resume import keep_names, resume
+from seal_extract.run.channel import Channel, Stopped
+from seal_extract.run.embed import Embedder, open_embedder
+from seal_extract.run.job import OpenSlide, Output, SlideJob
+from seal_extract.run.options import ExtractOptions, RunOptions
+from seal_extract.run.provenance import describe, fingerprint
+from seal_extract.run.resume import keep_names, without_finished
 from seal_extract.run.staging import Stage
 from seal_extract.run.status_table import Progress, SlideResult
 from seal_extract.run.writer import Writer
 from seal_extract.slides.entry import SlideEntry
+from seal_extract.slides.identity import file_stamp
+from seal_extract.slides.slide import Slide
 
 SLIDES_AHEAD = 2  # opened, and their tissue found, before their turn
+BATCHES_AHEAD = 3  # given to the encoders, or pictures to be drawn, before the first of them has been written
 
-Planned = PlannedSlide | SlideResult
-SlideLike = str | os.PathLike[str] | SlideEntry
+SlideLike = str | os.PathLike[str] | SlideEntry | SlideJob
 
 
 def extract(
@@ -61,25 +68,25 @@ def extract(
     Raises:
         SealExtractError: one of its children; nothing half-written is left.
     """
+    (entry,) = keep_names([SlideEntry.of(slide)], Path(out))
+    if not isinstance(encoder, Encoder | EncoderRequest):
+        encoder = EncoderRequest(encoder)
+    result = without_finished(SlideJob.of(entry, Path(out), options), [encoder])
+    if isinstance(result, SlideJob):
+        loaded = encoder.load() if isinstance(encoder, EncoderRequest) else encoder
 
-    def tell(_: Path, done: int, total: int) -> None:
-        if progress is not None:
-            progress(done, total)
+        def on_batch(_: Path, done: int, total: int) -> None:
+            if progress is not None:
+                progress(done, total)
 
-    entries = keep_names([_entry(slide)], Path(out))
-    if not isinstance(encoder, Encoder):
-        request = encoder if isinstance(encoder, EncoderRequest) else EncoderRequest(encoder)
-        if (finished := resume(entries[0], request, out, options)) is not None:
-            return finished
-        encoder = request.load()
-    (result,) = extract_many(entries, encoder, out, options=options, progress=tell)
+        (result,) = extract_many([result], loaded, out, options=options, progress=on_batch)
     if result.error is not None:
         raise result.error
     return result.features[0]
 
 
 def extract_many(
-    slides: Iterable[SlideLike | None],
+    slides: Iterable[SlideLike],
     encoders: Encoder | Sequence[Encoder],
     out: str | os.PathLike[str],
     *,
@@ -91,15 +98,15 @@ def extract_many(
     Each slide is read once for all encoders.
 
     Args:
-        slides: slide files or URLs of different names, or entries of a `SlideList`; taken as their turn
-            comes near. None as long as there is no other yet.
+        slides: slide files or URLs of different names, entries of a `SlideList`, or jobs; taken as their turn
+            comes near, by a thread.
         encoders: one or several, from `load_encoder`, of different names, on one device.
         out: folder for the results.
         options: all choices.
         progress: called with (slide, patches done, patches in all) after each batch, by a thread.
 
     Yields:
-        What became of each slide, as soon as it is known.
+        The result of each slide, as soon as it is known.
 
     Raises:
         SealExtractError: what would be the same for every slide, such as a patch size that an encoder
@@ -107,36 +114,26 @@ def extract_many(
     """
     encoders = [encoders] if isinstance(encoders, Encoder) else list(encoders)
     _check(encoders, options)
-    with ExitStack() as closing:
-        forwards = [
+    jobs: Iterable[SlideJob] = _list_jobs(slides, Path(out), options)
+    with ExitStack() as stack:
+        embedders = [
             open_embedder(encoder, options.patch_px, options.batch_size, options.workers)
             for encoder in encoders
         ]
-        for forward in forwards:
-            closing.callback(forward.close)
-        writer = Writer(encoders, progress)
-        stage = _open_stage(slides, options)
-        if stage is not None:
-            closing.callback(stage.close)
-        slides_ahead = _SlidesAhead(slides, encoders, Path(out), options, writer, stage)
-        closing.callback(slides_ahead.close)
-        closing.callback(writer.close)  # before the slides, of which it draws pictures
-        batches = stream_ready(
-            slides_ahead.decoders(),
-            max(forward.batch_size for forward in forwards),
-            device=encoders[0].device,
-            workers=options.workers,
-            max_read_errors=options.max_read_errors,
-            on_failure=writer.fail,
-            on_read=slides_ahead.close_slide,
-        )
-        closing.callback(batches.close)
-        for batch in batches:
-            if batch is not None:
-                writer.write(batch, _submit(batch, forwards, slides_ahead))
-            yield from writer.results()
-        writer.wait()
-        yield from writer.results()
+        for embedder in embedders:
+            stack.callback(embedder.close)
+        stage = None
+        if options.stage_dir is not None:
+            stage = stack.enter_context(closing(Stage(options.stage_dir, int(options.stage_gb * 1e9))))
+            if isinstance(slides, Sequence):
+                jobs = list(jobs)
+                stage.check(job.entry for job in jobs)
+            jobs = stage.copied(jobs)
+        run = stack.enter_context(closing(_Run(jobs, encoders, embedders, options, stage, progress)))
+        for source in (slides, stage):  # in which a thread of the run may be waiting
+            if isinstance(source, Channel | Stage):
+                stack.callback(source.stop)
+        yield from run.results
 
 
 def _check(encoders: Sequence[Encoder], options: ExtractOptions) -> None:
@@ -149,129 +146,163 @@ def _check(encoders: Sequence[Encoder], options: ExtractOptions) -> None:
         raise UsageError(f"encoders lie on {', '.join(sorted(devices))}; load them on one device")
 
 
-def _open_stage(slides: Iterable[SlideLike | None], options: ExtractOptions) -> Stage | None:
-    if options.stage_dir is None:
-        return None
-    stage = Stage(options.stage_dir, int(options.stage_gb * 1e9))
-    if isinstance(slides, Sequence):
-        stage.check(map(_entry, slides))
-    return stage
+def _list_jobs(slides: Iterable[SlideLike], out: Path, options: ExtractOptions) -> Iterator[SlideJob]:
+    for slide in slides:
+        if not isinstance(slide, SlideJob):
+            entry = slide if isinstance(slide, SlideEntry) else SlideEntry.of(slide)
+            slide = SlideJob.of(entry, out, options)
+        yield slide
 
 
-def _entry(slide: SlideLike) -> SlideEntry:
-    return slide if isinstance(slide, SlideEntry) else SlideEntry.of(slide)
-
-
-def _submit(batch: PatchBatch, forwards: list[Embedder], slides: _SlidesAhead) -> dict[int, Pending]:
-    """Begin to encode a batch with each encoder that one of its slides still needs."""
-    needed = {i for slide in set(batch.slide.tolist()) for i in slides.needed_by(slide)}
-    return {i: forward.submit(batch.patches) for i, forward in enumerate(forwards) if i in needed}
-
-
-class _SlidesAhead:
-    """Slides opened and planned by a thread before their turn."""
+class _Run:
+    """The threads of one run over many slides."""
 
     def __init__(
         self,
-        slides: Iterable[SlideLike | None],
-        encoders: list[Encoder],
-        out: Path,
-        options: ExtractOptions,
-        writer: Writer,
+        jobs: Iterable[SlideJob],
+        encoders: Sequence[Encoder],
+        embedders: Sequence[Embedder],
+        options: RunOptions,
         stage: Stage | None,
+        progress: Progress | None,
     ) -> None:
-        entries = (None if slide is None else _entry(slide) for slide in slides)
-        self._slides = entries if stage is None else stage.entries(entries)
-        self._stage = stage
-        self._encoders, self._out, self._options, self._writer = encoders, out, options, writer
-        self._thread = ThreadPoolExecutor(1, "plan")
-        self._ahead: deque[Future[Planned]] = deque()
-        self._reading: dict[int, PlannedSlide] = {}
-        self._needed: dict[int, list[int]] = {}
+        self._jobs, self._encoders, self._embedders = jobs, encoders, embedders
+        self._options, self._stage = options, stage
+        self._opened: Channel[OpenSlide] = Channel(SLIDES_AHEAD)
+        self._tasks: Channel[Callable[[], None]] = Channel(BATCHES_AHEAD)
+        self.results: Channel[SlideResult] = Channel()
+        self._writer = Writer(encoders, self.results.put, progress)
+        self._still_open: set[OpenSlide] = set()
+        self._opening, *others = (self._start(work) for work in (self._open, self._embed, self._write))
+        self._threads = (self._opening, *others)
 
-    def decoders(self) -> Iterator[PatchReader | None]:
-        """The slides that have to be read, in order; None while the next is not ready."""
-        index = 0
-        while True:
-            more = self._look_ahead()
-            if not self._ahead and not more:
-                return
-            if not self._ahead or not self._ahead[0].done():
-                yield None
-                continue
-            planned = self._ahead.popleft().result()
-            if isinstance(planned, SlideResult):
-                self._writer.add(planned)
-                continue
-            self._warn(planned)
-            self._reading[index] = planned
-            self._needed[index] = [output.encoder for output in planned.outputs]
-            self._writer.begin(index, planned)
-            yield planned.decoder
-            index += 1
-
-    def _look_ahead(self) -> bool:
-        """Have the next slides planned; False once there are no others."""
-        while len(self._ahead) <= SLIDES_AHEAD:
+    def _start(self, work: Callable[[], None]) -> threading.Thread:
+        def body() -> None:
             try:
-                slide = next(self._slides)
-            except StopIteration:
-                return False
-            if slide is None:
-                break
-            self._ahead.append(self._thread.submit(self._plan, slide))
-        return True
+                work()
+            except Stopped:
+                pass
+            except BaseException as exc:  # is raised by whoever takes the results, and closes this
+                self.results.end(exc)
 
-    def needed_by(self, index: int) -> list[int]:
-        """The encoders that have still to see a slide."""
-        return self._needed[index]
-
-    def close_slide(self, index: int) -> None:
-        """No thread reads from a slide any more."""
-        planned = self._reading.pop(index)
-
-        def close() -> None:
-            planned.plan.slide.close()
-            self._release(planned.entry)
-
-        self._writer.close_slide(close)
-
-    def _release(self, entry: SlideEntry) -> None:
-        if self._stage is not None:
-            self._stage.release(entry)
+        thread = threading.Thread(target=body, name=work.__name__, daemon=True)
+        thread.start()
+        return thread
 
     def close(self) -> None:
-        """Close what was opened and has not been read to its end."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
-        if any(future.running() for future in self._ahead):
+        """Stop the threads, and close the slides that have not been read to their end."""
+        self._opened.stop()
+        self._tasks.stop()
+        if self._opening.is_alive():
             slide_process.stop()
-        self._thread.shutdown(wait=True)
-        ready = [f.result() for f in self._ahead if not f.cancelled() and f.exception() is None]
-        for planned in (*ready, *self._reading.values()):
-            if isinstance(planned, PlannedSlide):
-                planned.decoder.close()
-                planned.plan.slide.close()
+        for thread in self._threads:
+            thread.join()
+        for slide in list(self._still_open):
+            self._close_slide(slide)
 
-    def _plan(self, entry: SlideEntry) -> Planned:
-        planned = self._prepare(entry)
-        if isinstance(planned, SlideResult):
-            self._release(entry)
-        return planned
+    def _close_slide(self, slide: OpenSlide) -> None:
+        slide.close()
+        self._still_open.discard(slide)
+        self._release(slide.job)
 
-    def _prepare(self, entry: SlideEntry) -> Planned:
-        started = perf_counter()
-        try:
-            if self._stage is not None:
-                self._stage.refuse_failed(entry)
-            planned = prepare(entry, self._encoders, self._out, self._options)
-        except Exception as exc:
-            return SlideResult(entry, (), entry.blame(exc), perf_counter() - started)
-        if isinstance(planned, PlannedSlide):
-            return planned
-        return SlideResult(entry, planned, None, perf_counter() - started, True)
+    def _release(self, job: SlideJob) -> None:
+        if self._stage is not None:
+            self._stage.release(job.entry)
 
-    def _warn(self, planned: PlannedSlide) -> None:
-        grid = planned.plan.grid
-        for encoder in self._encoders:
-            if mismatch := encoder.spec.mismatch(grid.patch_px, grid.mpp):
-                warnings.warn(mismatch, stacklevel=2)
+    # --- list -> for each slide: open -> tissue -> grid ------------------------------------------------
+
+    def _open(self) -> None:
+        for job in self._jobs:
+            started = perf_counter()
+            try:
+                opened = self._open_slide(job)
+            except Exception as exc:
+                opened = SlideResult(job.entry, (), job.entry.blame(exc), perf_counter() - started)
+            if isinstance(opened, SlideResult):
+                self._release(job)
+                self.results.put(opened)
+            else:
+                self._still_open.add(opened)
+                self._opened.put(opened)
+        self._opened.end()
+
+    def _open_slide(self, job: SlideJob) -> OpenSlide | SlideResult:
+        """The slide, ready to be read, with its coordinates written; or its result, if it was finished."""
+        unfinished = without_finished(job, self._encoders)
+        if isinstance(unfinished, SlideResult):
+            return unfinished
+        stamp = file_stamp(job.entry.file)
+        slide, mask, grid = slide_process.open_with_grid(unfinished)
+        with ExitStack() as stack:
+            stack.callback(slide.close)
+            layout = job.layout_of(grid)
+            if job.options.coords is not None:  # only their grid tells in which folder features would lie
+                unfinished = without_finished(unfinished, self._encoders, layout)
+                if isinstance(unfinished, SlideResult):
+                    return unfinished
+            opened = OpenSlide(unfinished, slide, mask, grid, self._reader(slide, grid, job), layout, stamp)
+            stack.callback(opened.reader.close)
+            outputs = [
+                self._output(opened, i, encoder)
+                for i, encoder in enumerate(self._encoders)
+                if encoder.spec.name not in unfinished.finished
+            ]
+            layout.write_coords(opened.label, grid, outputs[0].provenance, overwrite=job.options.overwrite)
+            stack.pop_all()
+        return replace(opened, outputs=tuple(outputs))
+
+    def _reader(self, slide: Slide, grid: PatchGrid, job: SlideJob) -> PatchReader:
+        device, options = self._encoders[0].device, job.options
+        return open_patch_reader(slide, grid, device, filter=options.resample, fast=options.fast_decode)
+
+    def _output(self, opened: OpenSlide, index: int, encoder: Encoder) -> Output:
+        job, grid, entry = opened.job, opened.grid, opened.job.entry
+        if mismatch := encoder.spec.mismatch(grid.patch_px, grid.mpp):
+            warnings.warn(mismatch, stacklevel=2)
+        request = fingerprint(opened.slide, job.fingerprint, encoder.identity)
+        description = encoder.description | {"mismatch": mismatch}
+        provenance = describe(opened.slide, opened.mask, grid, request, description, opened.reader.name)
+        if entry.url is not None:
+            state = {"mtime_ns": None, "stamp": None, "version": entry.version}
+            provenance["slide"] |= {"path": entry.source, **state}
+        else:
+            provenance["slide"]["path"] = str(entry.path.resolve())  # not that of its copy
+        # features that are there and not finished hold more unreadable patches than are allowed now
+        there = opened.layout.find(entry.name, encoder.spec.name) is not None
+        return Output(index, provenance, overwrite=job.options.overwrite or there)
+
+    # --- patches -> embeddings -------------------------------------------------------------------------
+
+    def _embed(self) -> None:
+        slides: dict[int, OpenSlide] = {}  # those that are being read, by position in the stream
+        encoders_of: dict[int, set[int]] = {}
+
+        def readers() -> Iterator[PatchReader]:
+            for position, slide in enumerate(self._opened):
+                slides[position] = slide
+                encoders_of[position] = {output.encoder for output in slide.outputs}
+                self._tasks.put(partial(self._writer.begin, position, slide))
+                yield slide.reader
+
+        batches = stream_batches(
+            readers(),
+            max(embedder.batch_size for embedder in self._embedders),
+            device=self._encoders[0].device,
+            workers=self._options.workers,
+            max_read_errors=self._options.max_read_errors,
+            is_next_ready=self._opened.is_ready,
+            on_failure=lambda position, exc: self._tasks.put(partial(self._writer.fail, position, exc)),
+            on_read=lambda position: self._tasks.put(partial(self._close_slide, slides.pop(position))),
+        )
+        with closing(batches):
+            for batch in batches:
+                needed = set[int]().union(*(encoders_of[slide] for slide in batch.slide.tolist()))
+                pending = {i: self._embedders[i].submit(batch.patches) for i in sorted(needed)}
+                self._tasks.put(partial(self._writer.write, batch, pending))
+        self._tasks.end()
+
+    # --- embeddings -> HDF5 ----------------------------------------------------------------------------
+
+    def _write(self) -> None:
+        self._writer.run(self._tasks)
+        self.results.end()

@@ -1,30 +1,163 @@
-"""A slide made ready for its encoders: opened, its tissue found, its patches laid."""
+"""A slide with everything that was asked for it, resolved once; every stage of a run takes the job."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from dataclasses import dataclass
+import re
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from seal_extract.encoders import Encoder
+from seal_extract.errors import GeometryError, SealExtractError, SlideError
 from seal_extract.features.feature_file import SlideLabel
 from seal_extract.features.layout import Layout
-from seal_extract.features.store import SlideFeatures
-from seal_extract.patches.regions import PatchReader
-from seal_extract.patches.tiles import open_patch_reader
-from seal_extract.run.options import ExtractOptions, SlidePlan
-from seal_extract.run.overlay import Style, draw_overlay
-from seal_extract.run.provenance import describe, describe_request
-from seal_extract.run.resume import find_finished, layout_for
-from seal_extract.run.slide_process import open_within, plan_within
-from seal_extract.slides.entry import SlideEntry
-from seal_extract.slides.identity import FileStamp, file_stamp
+from seal_extract.features.layouts import layout_of_grid, open_layout
+from seal_extract.patches.grid import PatchGrid, make_grid, mpp_of_name, read_grid
+from seal_extract.run.options import ExtractOptions
+from seal_extract.slides.entry import SlideEntry, open_entry
+from seal_extract.slides.slide import Slide, absolute
+
+if TYPE_CHECKING:
+    from seal_extract.patches.regions import PatchReader
+    from seal_extract.slides.identity import FileStamp
+    from seal_extract.tissue.mask import TissueMask
+
+COORDS_NAMES = ("{}_patches.h5", "{}.h5")
+ROI_NAMES = ("{}.geojson", "{}.json")
+GRID_FOLDER = re.compile(r"[\d.e+-]+x_(\d+)px_(\d+)px_overlap")
+
+
+@dataclass(frozen=True)
+class SlideJob:
+    """A slide to embed.
+
+    Attributes:
+        entry: the slide, and what a table says of it.
+        options: all choices; ``coords`` and ``roi`` are the files of this slide.
+        out: folder for the results.
+        error: why the slide cannot be embedded, if that is known before it is opened.
+        finished: features files of a former run, by the name of the encoder.
+    """
+
+    entry: SlideEntry
+    options: ExtractOptions
+    out: Path
+    error: SealExtractError | None = None
+    finished: Mapping[str, Path] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, entry: SlideEntry, out: Path, options: ExtractOptions) -> SlideJob:
+        """Find the files of a slide in the folders that ``options`` names; a table may give its tissue."""
+        coords, roi = options.coords, entry.roi or options.roi
+        try:
+            coords = coords and _file_for(entry, coords, COORDS_NAMES, "--coords")
+            roi = roi and _file_for(entry, roi, ROI_NAMES, "--roi")
+        except GeometryError as exc:
+            return cls(entry, options, out, exc)
+        if (coords, roi) != (options.coords, options.roi):
+            options = replace(options, coords=coords, roi=roi)
+        return cls(entry, options, out)
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """See `PatchOptions.fingerprint`."""
+        return self.options.fingerprint()
+
+    @cached_property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Where features of the slide may lie: coordinates from a file decide the folder by their grid."""
+        o = self.options
+        if o.coords is None or o.layout != "trident":
+            return (open_layout(o.layout, self.out, o.patch_px, o.mpp, o.overlap_px),)
+        grids = filter(None, (GRID_FOLDER.fullmatch(path.name) for path in sorted(self.out.glob("*x_*"))))
+        return tuple(
+            open_layout(o.layout, self.out, int(name[1]), mpp_of_name(name[0]), int(name[2]))
+            for name in grids
+        )
+
+    def layout_of(self, grid: PatchGrid) -> Layout:
+        """Where the results go."""
+        return layout_of_grid(self.options.layout, self.out, grid)
+
+    def open(self) -> Slide:
+        """Open the slide in this process; see `open_entry`."""
+        if self.error is not None:
+            raise self.error
+        return open_entry(self.entry, self.options.slide_mpp, self.options.override_mpp)
+
+    def resolved(self) -> SlideJob:
+        """The same, independent of the working folder."""
+        return replace(
+            self, entry=self.entry.resolved(), options=self.options.resolved(), out=absolute(self.out)
+        )
+
+
+def _file_for(entry: SlideEntry, given: Path, names: tuple[str, ...], option: str) -> Path:
+    """The file of a slide: ``given`` itself, or the one in that folder.
+
+    Raises:
+        GeometryError: there is none.
+    """
+    if given.is_file():
+        return given
+    candidates = [
+        given / name.format(stem) for stem in dict.fromkeys((entry.name, entry.path.stem)) for name in names
+    ]
+    found = [c for c in candidates if c.is_file()]
+    if not found:
+        allowed = " or ".join(c.name for c in candidates)
+        raise GeometryError(f"{option} {given} is neither a file nor a folder with {allowed}; check the path")
+    return found[0]
+
+
+def find_tissue_and_grid(slide: Slide, options: ExtractOptions) -> tuple[TissueMask | None, PatchGrid]:
+    """Find the tissue and lay the grid, or take either from the file that ``options`` names.
+
+    Returns:
+        The tissue, None where the coordinates came from a file; and the grid.
+
+    Raises:
+        SlideError: the slide cannot be read, is not brightfield, or is coarser than the target.
+        GeometryError: the file that ``options`` names does not fit the slide.
+    """
+    if options.coords is not None:
+        grid = read_grid(options.coords, slide)
+        return None, replace(grid, inside_l0=slide.bounds_l0) if options.edges == "keep" else grid
+    from seal_extract.tissue.mask import TissueMask  # imports OpenCV
+    from seal_extract.tissue.segmentation import find_tissue
+
+    if options.roi is None:
+        mask = find_tissue(slide)
+    else:
+        mask = TissueMask.from_geojson(options.roi, slide)
+        with suppress(SlideError):  # tissue may be drawn because none can be found
+            found = find_tissue(slide).mask
+            if found.any() and not (found & mask.mask).any():
+                warnings.warn(
+                    f"{options.roi}: no polygon overlaps the tissue found in {slide.path.name}; was it drawn "
+                    "on another slide?",
+                    stacklevel=2,
+                )
+    grid = make_grid(
+        slide,
+        mask,
+        options.patch_px,
+        options.mpp,
+        overlap_px=options.overlap_px,
+        min_tissue=options.min_tissue,
+        mpp_tolerance=options.mpp_tolerance,
+        allow_upsampling=options.allow_upsampling,
+        edges=options.edges,
+    )
+    return mask, grid
 
 
 @dataclass(frozen=True)
 class Output:
-    """What one encoder will write of a slide.
+    """The features file that one encoder will write of a slide.
 
     Attributes:
         encoder: its position among the encoders of the run.
@@ -37,108 +170,36 @@ class Output:
     overwrite: bool
 
 
-@dataclass(frozen=True)
-class PlannedSlide:
-    """A slide that is ready to be read.
+@dataclass(frozen=True, eq=False)
+class OpenSlide:
+    """A slide that is open and ready to be read.
 
     Attributes:
-        entry: what was asked for.
-        plan: slide, tissue and patches.
-        decoder: reads the patches.
+        job: the slide and everything that was asked for it.
+        slide: open.
+        mask: its tissue; None where the coordinates came from a file.
+        grid: its patches.
+        reader: reads them.
         layout: where its files go.
-        outputs: one per encoder that has still to see it.
-        finished: what other encoders wrote in a former run.
         stamp: the state of the slide's files when it was opened.
-        options: all choices.
+        outputs: one per encoder that has still to see it.
     """
 
-    entry: SlideEntry
-    plan: SlidePlan
-    decoder: PatchReader
+    job: SlideJob
+    slide: Slide
+    mask: TissueMask | None
+    grid: PatchGrid
+    reader: PatchReader
     layout: Layout
-    outputs: tuple[Output, ...]
-    finished: tuple[SlideFeatures, ...]
     stamp: FileStamp
-    options: ExtractOptions
+    outputs: tuple[Output, ...] = ()
 
     @property
     def label(self) -> SlideLabel:
         """What files say of the slide."""
-        return SlideLabel(self.entry.name, self.plan.slide.size_l0, self.plan.slide.mpp)
+        return SlideLabel(self.job.entry.name, self.slide.size_l0, self.slide.mpp)
 
-
-def prepare(
-    entry: SlideEntry, encoders: list[Encoder], out: Path, options: ExtractOptions
-) -> PlannedSlide | tuple[SlideFeatures, ...]:
-    """Open a slide, settle what will be read of it, and write its coordinates.
-
-    Returns:
-        The slide, whose file the caller closes; or its features, if all encoders finished it before.
-
-    Raises:
-        SealExtractError: the slide cannot be used, or a file of other options is in the way.
-    """
-    options = options.for_entry(entry)
-    stamp = file_stamp(entry.file)
-    slide = open_within(entry, options)
-    with ExitStack() as closing:
-        closing.callback(slide.close)
-        found = [find_finished(slide, e.identity, out, options, entry.name, entry) for e in encoders]
-        finished = tuple(features for features in found if features is not None)
-        if len(finished) == len(encoders):
-            return finished
-        plan = plan_within(slide, entry, options)
-        resample, fast = options.resample, options.fast_decode
-        decoder = open_patch_reader(slide, plan.grid, encoders[0].device, filter=resample, fast=fast)
-        closing.callback(decoder.close)
-        layout = layout_for(slide, out, options, entry.name)
-        outputs = tuple(
-            _output(i, encoder, plan, decoder, options, entry, layout)
-            for i, (encoder, done) in enumerate(zip(encoders, found, strict=True))
-            if done is None
-        )
-        planned = PlannedSlide(entry, plan, decoder, layout, outputs, finished, stamp, options)
-        layout.write_coords(planned.label, plan.grid, outputs[0].provenance, overwrite=options.overwrite)
-        closing.pop_all()
-    return planned
-
-
-def _output(
-    index: int,
-    encoder: Encoder,
-    plan: SlidePlan,
-    decoder: PatchReader,
-    options: ExtractOptions,
-    entry: SlideEntry,
-    layout: Layout,
-) -> Output:
-    request = describe_request(plan.slide, encoder.identity, options, entry.name)
-    mismatch = encoder.spec.mismatch(plan.grid.patch_px, plan.grid.mpp)
-    provenance = describe(plan, request, encoder.description | {"mismatch": mismatch}, decoder.name)
-    if entry.url is not None:
-        state = {"mtime_ns": None, "stamp": None, "version": entry.version}
-        provenance["slide"] |= {"path": entry.source, **state}
-    else:
-        provenance["slide"]["path"] = str(entry.path.resolve())  # not that of its copy
-    # features that are there and not finished hold more unreadable patches than are allowed now
-    there = layout.find(entry.name, encoder.spec.name) is not None
-    return Output(index, provenance, overwrite=options.overwrite or there)
-
-
-def draw(planned: PlannedSlide) -> None:
-    """Write the tissue and the picture of a slide that is open.
-
-    Raises:
-        SealExtractError: it cannot be read or they cannot be written.
-    """
-    plan, layout, name = planned.plan, planned.layout, planned.entry.name
-    also: dict[Path, Style] = {}
-    if plan.mask is not None:
-        own = layout.tissue(name, plan.grid.name)
-        shared = layout.shared_tissue(name, plan.grid.name, overwrite=planned.options.overwrite)
-        for path in filter(None, (own, shared)):
-            plan.mask.to_geojson(path)
-        if shared is not None and (picture := layout.contours(name)):
-            also[picture] = "outline"
-    overlay = layout.overlay(name, plan.grid.name)
-    draw_overlay(plan.slide, plan.mask, plan.grid, overlay, style=planned.options.overlay, also=also)
+    def close(self) -> None:
+        """Close the slide, and what its reader has opened."""
+        self.reader.close()
+        self.slide.close()

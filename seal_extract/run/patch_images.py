@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ from seal_extract.encoders import Encoder
 from seal_extract.errors import EncoderError, OutputError
 from seal_extract.features.feature_file import SlideLabel
 from seal_extract.features.layouts import check_layout, layout_of_grid
-from seal_extract.features.store import SlideFeatures, find_features, grid_fields, read_features
+from seal_extract.features.store import SlideFeatures, find_features, read_features
 from seal_extract.patches.grid import PatchGrid
 from seal_extract.run.embed import open_embedder
-from seal_extract.run.provenance import PIPELINE, first_difference, library_versions
+from seal_extract.run.provenance import PIPELINE, describe_rest, first_difference
 from seal_extract.slides.patch_files import PatchFile, open_patches
 
 
@@ -127,10 +126,5 @@ def _provenance(
             "decoder": "ready-cut patches",
         },
         "tissue": None,
-        "grid": grid_fields(grid),
-        "encoder": encoder,
-        "read_errors": 0,
-        "unreadable": [],
-        "versions": dict(library_versions()),
-        "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **describe_rest(grid, encoder),
     }

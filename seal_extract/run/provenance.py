@@ -1,17 +1,16 @@
-"""What made a file: the request that decides its numbers, and all that one may want to know later."""
+"""What made a file: the fingerprint, which decides its numbers, and all that one may want to know later."""
 
 from __future__ import annotations
 
-import hashlib
+from dataclasses import fields
 from datetime import datetime, timezone
 from functools import lru_cache
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seal_extract.features.store import grid_fields
 from seal_extract.patches.grid import PatchGrid
-from seal_extract.run.options import ExtractOptions, SlidePlan, coords_file, roi_file
+from seal_extract.run.options import FINGERPRINT_OPTIONS, ExtractOptions
 from seal_extract.slides.identity import content, sizes_and_times
 from seal_extract.slides.slide import Slide
 
@@ -19,12 +18,8 @@ if TYPE_CHECKING:
     from seal_extract.tissue.mask import TissueMask
 
 PIPELINE = 1  # raised whenever the same request gives other numbers than before
-# options that leave the numbers as they are
-WITHOUT_EFFECT = {
-    *("max_read_errors", "batch_size", "workers", "overwrite"),
-    *("layout", "overlay", "stage_dir", "stage_gb", "plan_timeout_s"),
-    *("slide_mpp", "override_mpp"),  # the µm/px that they lead to stands with the slide
-}
+FINGERPRINT_VERSION = 1  # raised when entries change their meaning; a file without "version" has version 1
+OPTIONS = {field.name for field in fields(ExtractOptions)}
 LIBRARIES = (
     "seal-extract",
     "torch",
@@ -38,16 +33,13 @@ LIBRARIES = (
 )
 
 
-def describe_request(
-    slide: Slide, encoder: dict[str, Any], options: ExtractOptions, name: str | None = None
-) -> dict[str, Any]:
-    """All that decides the numbers in a features file, as JSON; equal requests give equal files.
+def fingerprint(slide: Slide, options: dict[str, Any], encoder: dict[str, Any]) -> dict[str, Any]:
+    """All that decides the numbers in a features file, as JSON; equal fingerprints give equal files.
 
     Args:
         slide: the open slide; its name, content and geometry count, not its folder.
+        options: from `PatchOptions.fingerprint`.
         encoder: `Encoder.identity`.
-        options: all choices; files are counted by their content.
-        name: of the slide's results; that of its file by default.
     """
     return {
         "pipeline": PIPELINE,
@@ -59,33 +51,28 @@ def describe_request(
             "mpp": slide.mpp,
             "reader": slide.reader.split()[0],
         },
-        "options": describe_options(slide.path, options, name),
+        "options": options,
         "encoder": encoder,
     }
 
 
-def describe_options(slide: Path, options: ExtractOptions, name: str | None = None) -> dict[str, Any]:
-    """The choices that decide the numbers, as JSON; files are counted by their content."""
-    choices = {k: v for k, v in vars(options).items() if k not in WITHOUT_EFFECT}
-    if options.coords is not None:
-        choices["coords"] = sha256(coords_file(slide, options.coords, name))
-    if options.roi is not None:
-        choices["roi"] = sha256(roi_file(slide, options.roi, name))
-    return choices
-
-
 def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
-    """The first entry in which two requests differ, in words; None if they are equal.
+    """The first entry in which two fingerprints differ, in words; None if they are equal.
 
     An option that one of them lacks, because its version did not know it, counts as its default.
     """
+    if old.get("version", 1) > FINGERPRINT_VERSION:
+        return f"version {old['version']} of the fingerprint, of a newer seal-extract"
+    return _first_difference(old, new)
+
+
+def _first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     for key in dict.fromkeys([*old, *new]):
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             if key == "options":
                 before, after = _all_options(before), _all_options(after)
-            deeper = first_difference(before, after)
-            if deeper:
+            if deeper := _first_difference(before, after):
                 return f"{key} {deeper}"
         elif before != after:
             return f"{key} {_short(before)}, now {_short(after)}"
@@ -93,24 +80,36 @@ def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
 
 
 def _all_options(recorded: dict[str, Any]) -> dict[str, Any]:
-    choices = vars(ExtractOptions()) | recorded
-    return {name: value for name, value in choices.items() if name not in WITHOUT_EFFECT}
+    """With the defaults of those not recorded, without those that leave the numbers as they are."""
+    decisive = {k: v for k, v in recorded.items() if k in FINGERPRINT_OPTIONS or k not in OPTIONS}
+    return FINGERPRINT_OPTIONS | decisive
 
 
 def describe(
-    plan: SlidePlan, request: dict[str, Any], encoder: dict[str, Any], decoder: str
+    slide: Slide,
+    mask: TissueMask | None,
+    grid: PatchGrid,
+    fingerprint: dict[str, Any],
+    encoder: dict[str, Any],
+    decoder: str,
 ) -> dict[str, Any]:
     """The whole provenance of a features file, as JSON.
 
     Args:
-        plan: slide, tissue and grid.
-        request: from `describe_request`.
+        slide: the open slide.
+        mask: its tissue, if it was found or drawn.
+        grid: its patches.
+        fingerprint: from `fingerprint`.
         encoder: what is worth knowing of the encoder beside its identity.
         decoder: how the patches were decoded.
     """
-    slide = plan.slide
+    tissue = mask and {
+        "mpp": mask.mpp,
+        "area_mm2": mask.area_mm2,
+        "uncovered": mask.uncovered(grid.xy_l0, grid.patch_size_l0),
+    }
     return {
-        "request": request,
+        "request": fingerprint,
         "slide": {
             # Absolute, so that the slide is found wherever the results are moved to, and told from another of
             # its name. `names.shareable` takes the folders out of all that is made to be given away.
@@ -124,9 +123,16 @@ def describe(
             "reader": slide.reader,
             "decoder": decoder,
         },
-        "tissue": plan.mask and _describe_tissue(plan.mask, plan.grid),
-        "padding": float(plan.grid.padding.mean()) if len(plan.grid) else 0.0,  # share beyond the slide
-        "grid": grid_fields(plan.grid),
+        "tissue": tissue,
+        "padding": float(grid.padding.mean()) if len(grid) else 0.0,  # share beyond the slide
+        **describe_rest(grid, encoder),
+    }
+
+
+def describe_rest(grid: PatchGrid, encoder: dict[str, Any]) -> dict[str, Any]:
+    """The part of a provenance that is the same for patches of a slide and for ready-cut patches."""
+    return {
+        "grid": grid_fields(grid),
         "encoder": encoder,
         "read_errors": 0,
         "unreadable": [],  # row, xy_l0 and reason of each patch whose features are zeros
@@ -135,24 +141,10 @@ def describe(
     }
 
 
-def _describe_tissue(mask: TissueMask, grid: PatchGrid) -> dict[str, float]:
-    uncovered = mask.uncovered(grid.xy_l0, grid.patch_size_l0)
-    return {"mpp": mask.mpp, "area_mm2": mask.area_mm2, "uncovered": uncovered}
-
-
 @lru_cache(maxsize=1)
 def library_versions() -> tuple[tuple[str, str], ...]:
     """The libraries that decide the numbers, with their versions."""
     return tuple((name, version(name)) for name in LIBRARIES)
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(2**22):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _short(value: Any) -> str:

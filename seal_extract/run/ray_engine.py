@@ -6,22 +6,23 @@ nothing of it, since features get their names only when they are whole.
 
 from __future__ import annotations
 
-import queue
 import re
 import socket
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seal_extract.encoders.request import EncoderRequest
 from seal_extract.errors import SlideOpenError, UsageError, how_to_install
+from seal_extract.run.channel import Channel, Stopped
+from seal_extract.run.job import SlideJob
 from seal_extract.run.options import ExtractOptions
 from seal_extract.run.status_table import Progress, SlideResult
-from seal_extract.slides.entry import SlideEntry
 
 if TYPE_CHECKING:
     from seal_extract.encoders import Encoder
@@ -49,7 +50,7 @@ class RayEngine:
 
     def run(
         self,
-        entries: Sequence[SlideEntry],
+        jobs: Sequence[SlideJob],
         encoders: Sequence[EncoderRequest | Encoder],
         out: Path,
         options: ExtractOptions,
@@ -67,7 +68,7 @@ class RayEngine:
         started = not ray.is_initialized()
         _connect(ray, self.address)
         try:
-            yield from self._run(ray, entries, requests, out.resolve(), options, progress)
+            yield from self._run(ray, jobs, requests, out.resolve(), options, progress)
         finally:
             if started:
                 ray.shutdown()
@@ -75,14 +76,14 @@ class RayEngine:
     def _run(
         self,
         ray: Any,
-        entries: Sequence[SlideEntry],
+        jobs: Sequence[SlideJob],
         requests: list[EncoderRequest],
         out: Path,
         options: ExtractOptions,
         progress: Progress | None,
     ) -> Iterator[SlideResult]:
         workers, cores, gpus = shares(ray.nodes(), self.workers, self.cores)
-        workers = min(workers, len(entries))
+        workers = min(workers, len(jobs))
         actor = ray.remote(_Worker).options(
             num_cpus=cores,
             num_gpus=gpus,
@@ -95,15 +96,15 @@ class RayEngine:
         )
         theirs = replace(shared.resolved(), workers=options.workers or cores)
         actors = [actor.remote(requests, out, theirs) for _ in range(workers)]
-        waiting = [entry.resolved() for entry in reversed(entries)]
-        original = {entry.name: entry for entry in entries}
+        waiting = [job.resolved() for job in reversed(jobs)]
+        original = {job.entry.name: job.entry for job in jobs}
         placed = [one.is_there.remote() for one in actors]
-        running: dict[Any, tuple[Any, SlideEntry]] = {}
+        running: dict[Any, tuple[Any, SlideJob]] = {}
         said = False
 
         def give(actor: Any) -> None:
-            entry = waiting.pop()
-            running[actor.embed.remote(entry)] = actor, entry
+            job = waiting.pop()
+            running[actor.embed.remote(job)] = actor, job
 
         for i in range(min(len(waiting), SLIDES_IN_HAND * workers)):
             give(actors[i % workers])
@@ -112,17 +113,17 @@ class RayEngine:
             if not ready:
                 said = _say_who_is_missing(ray, placed, cores, gpus)
                 continue
-            free, entry = running.pop(ready[0])
+            free, job = running.pop(ready[0])
             if waiting:
                 give(free)
             try:
                 result: SlideResult = ray.get(ready[0])
             except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as exc:
                 died = SlideOpenError(
-                    f"{entry.source}: its worker died {RETRIES + 1} times ({_first_line(exc)}); "
+                    f"{job.entry.source}: its worker died {RETRIES + 1} times ({_first_line(exc)}); "
                     "run it by itself without --engine ray"
                 )
-                result = SlideResult(entry, (), died, 0.0)
+                result = SlideResult(job.entry, (), died, 0.0)
             if progress is not None and result.features:
                 patches = len(result.features[0].grid)
                 progress(original[result.name].path, patches, patches)
@@ -172,20 +173,24 @@ class _Worker:
 
     def __init__(self, requests: list[EncoderRequest], out: Path, options: ExtractOptions) -> None:
         self._requests, self._out, self._options = requests, out, options
-        self._entries: queue.Queue[SlideEntry] = queue.Queue()
+        self._jobs: Channel[SlideJob] = Channel()
         self._results: dict[str, Future[SlideResult]] = {}
+        self._error: BaseException | None = None
         threading.Thread(target=self._stream, daemon=True).start()
 
     def is_there(self) -> bool:
         """Answered once the cluster has found room for this worker."""
         return True
 
-    def embed(self, entry: SlideEntry) -> SlideResult:
+    def embed(self, job: SlideJob) -> SlideResult:
         """Embed a slide; several calls at once follow each other without a pause."""
-        future = self._results[entry.name] = Future()
-        self._entries.put(entry)
+        future = self._results[job.entry.name] = Future()
+        if self._error is not None:
+            raise self._error
+        with suppress(Stopped):  # then the future has, or gets, what stopped the stream
+            self._jobs.put(job)
         result = future.result()
-        del self._results[entry.name]
+        del self._results[job.entry.name]
         return result
 
     def _stream(self) -> None:
@@ -193,26 +198,13 @@ class _Worker:
 
         try:
             encoders = [request.load() for request in self._requests]
-            for result in extract_many(self._coming(), encoders, self._out, options=self._options):
+            for result in extract_many(self._jobs, encoders, self._out, options=self._options):
                 self._results[result.name].set_result(result)
-        except BaseException as exc:
-            self._fail(exc)
-
-    def _coming(self) -> Iterator[SlideEntry | None]:
-        """The slides as they are given; None while there is none."""
-        while True:
-            try:
-                yield self._entries.get_nowait()
-            except queue.Empty:
-                yield None
-
-    def _fail(self, exc: BaseException) -> None:
-        """What stops one slide here stops all."""
-        while True:
+        except BaseException as exc:  # what stops one slide here stops all, also those to come
+            self._error = exc
             for future in list(self._results.values()):
                 if not future.done():
                     future.set_exception(exc)
-            self._entries.get()
 
 
 def _most_on_a_node(nodes: list[dict[str, Any]], workers: int, cores: int, gpus: int) -> int:

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from seal_extract.encoders.request import EncoderRequest
 from seal_extract.errors import OutputError
 from seal_extract.features.layout import Layout
-from seal_extract.features.layouts import layout_of_grid, open_layout
-from seal_extract.features.store import SlideFeatures, find_features, read_provenance
+from seal_extract.features.store import SlideFeatures, find_features, read_features, read_provenance
 from seal_extract.names import SEPARATOR
-from seal_extract.patches.grid import read_grid
 from seal_extract.publish import writing
-from seal_extract.run.options import ExtractOptions, coords_file
-from seal_extract.run.provenance import PIPELINE, describe_options, describe_request, first_difference
-from seal_extract.run.slide_process import open_within
-from seal_extract.run.status_table import read_status_rows
+from seal_extract.run.job import SlideJob
+from seal_extract.run.options import ExtractOptions
+from seal_extract.run.provenance import PIPELINE, fingerprint, first_difference
+from seal_extract.run.slide_process import open_tried
+from seal_extract.run.status_table import SlideResult, read_status_rows
 from seal_extract.slides.entry import SlideEntry
 from seal_extract.slides.identity import content, sizes_and_times
 from seal_extract.slides.listing import with_names
 from seal_extract.slides.mpp import same_mpp
-from seal_extract.slides.remote import address, look, place
-from seal_extract.slides.slide import Slide
+from seal_extract.slides.remote import RemoteFile, address, look, place
 
 if TYPE_CHECKING:
     from seal_extract.encoders import Encoder
@@ -33,78 +32,153 @@ if TYPE_CHECKING:
 GIVEN = ("given", "table", "--slide-mpp", "--override-mpp")  # sources of a µm/px that the file lacks
 
 
-def find_finished(
-    slide: Slide,
-    encoder: dict[str, Any],
-    out: str | os.PathLike[str],
-    options: ExtractOptions,
-    name: str | None = None,
-    entry: SlideEntry | None = None,
-) -> SlideFeatures | None:
-    """The features that the same request wrote before, if they are there.
+def without_finished(
+    job: SlideJob, encoders: Sequence[EncoderRequest | Encoder], layout: Layout | None = None
+) -> SlideJob | SlideResult:
+    """The result of a slide that needs no work; otherwise the job, which then knows what is finished.
+
+    The slide is opened, and weights are read, only where they may have changed.
 
     Args:
-        slide: the open slide.
-        encoder: `Encoder.identity`.
-        out: folder of the results.
-        options: all choices.
-        name: of the slide's results; that of its file by default.
-        entry: where the slide lies, if ``slide`` is a copy of it.
+        job: the slide.
+        encoders: all that are to see it.
+        layout: where the features lie. Without it, features of other coordinates than those asked for are
+            passed over, since the folder of these is unknown until they are read.
 
     Raises:
-        OutputError: a file of that name is there, made by something else, and ``overwrite`` is not set.
+        SealExtractError: the slide cannot be used, or a file made with other options is in the way.
     """
-    layout, name = layout_for(slide, Path(out), options, name), name or slide.path.stem
-    found = _find(layout, name, encoder["name"], options)
-    if found is None:
-        return None
-    request = describe_request(slide, encoder, options, name)
-    before = found.provenance["request"]["slide"]
-    if "content" not in before and _is_same_file(entry or SlideEntry.of(slide.path), found.provenance):
-        del request["slide"]["content"]  # an older version did not write it down
-    return _accept(found, request, layout, name, options)
+    started = perf_counter()
+    if job.error is not None:
+        raise job.error
+    found = [find_finished(job, encoder, layout) for encoder in encoders]
+    finished = tuple(features for features in found if features is not None)
+    if len(finished) == len(encoders):
+        return SlideResult(job.entry, finished, None, perf_counter() - started, finished_before=True)
+    return replace(job, finished={f.provenance["encoder"]["name"]: f.path for f in finished})
 
 
-def resume(
-    slide: str | os.PathLike[str] | SlideEntry,
-    encoder: EncoderRequest | Encoder,
-    out: str | os.PathLike[str],
-    options: ExtractOptions,
+def find_finished(
+    job: SlideJob, encoder: EncoderRequest | Encoder, layout: Layout | None = None
 ) -> SlideFeatures | None:
-    """`find_finished` for a slide that is not open and an encoder that is not loaded.
-
-    The slide is opened, and weights are read, only where they may have changed. A slide at a URL that may
-    have changed is not finished until its copy has been looked at.
+    """The features that the same request wrote before, if they are there; see `without_finished`.
 
     Raises:
         OutputError: a file of that name is there, made by something else, and ``overwrite`` is not set.
-        SlideOpenError: the slide's storage cannot be asked.
+        SlideOpenError: the storage of the slide does not answer.
     """
-    entry = slide if isinstance(slide, SlideEntry) else SlideEntry.of(slide)
-    options = options.for_entry(entry)
-    if options.coords is not None and entry.url is not None:
+    if (path := job.finished.get(encoder.spec.name)) is not None:
+        return read_features(path)
+    for candidate in job.layouts if layout is None else (layout,):
+        found = _find(job, encoder.spec.name, candidate)
+        if found is None or (layout is None and not _has_same_coords(job, found)):
+            continue
+        request = _request(job, encoder, found)
+        return None if request is None else _accepted(job, found, request, candidate)
+    return None
+
+
+def _has_same_coords(job: SlideJob, found: SlideFeatures) -> bool:
+    coords = found.provenance["request"]["options"].get("coords")
+    return job.options.coords is None or coords == job.fingerprint["coords"]
+
+
+def _find(job: SlideJob, encoder: str, layout: Layout) -> SlideFeatures | None:
+    """The features of that name; None if there are none, or they are to be replaced."""
+    with writing(layout.features(job.entry.name, encoder)):  # a name may be too long to be looked for
+        path = layout.find(job.entry.name, encoder)
+    if job.options.overwrite or path is None:
         return None
-    if options.coords is not None:  # the layout depends on the grid that the file gives
-        with open_within(entry, options) as opened:
-            layout = layout_for(opened, Path(out), options, entry.name)
-    else:
-        layout = open_layout(options.layout, Path(out), options.patch_px, options.mpp, options.overlap_px)
-    found = _find(layout, entry.name, encoder.spec.name, options)
+    found = find_features(path, layout.dataset)
     if found is None:
+        raise OutputError(f"{path} exists and is not ours; type --overwrite to replace it, or another -o")
+    return found
+
+
+def _request(job: SlideJob, encoder: EncoderRequest | Encoder, found: SlideFeatures) -> dict[str, Any] | None:
+    """The fingerprint of features that would be made now; None if a URL may have changed and has no copy."""
+    entry, recorded = job.entry, found.provenance["request"]
+    if isinstance(encoder, EncoderRequest):
+        weights = found.provenance["encoder"]["weights"]
+        identity = encoder.identity_if_unchanged(weights) or encoder.load().identity
+    else:
+        identity = encoder.identity
+    is_same = _is_same_file(entry, found.provenance)
+    if is_same and _has_same_mpp(entry, job.options, found.provenance):
+        return {**recorded, "pipeline": PIPELINE, "options": job.fingerprint, "encoder": identity}
+    if entry.url is not None and entry.copy is None:
         return None
-    provenance = found.provenance
-    identity = _identity(encoder, provenance["encoder"]["weights"])
-    if _is_unchanged(entry, options, provenance):
-        request = provenance["request"] | {
-            "pipeline": PIPELINE,
-            "options": describe_options(entry.path, options, entry.name),
-            "encoder": identity,
-        }
-        return _accept(found, request, layout, entry.name, options)
+    with open_tried(job) as slide:
+        request = fingerprint(slide, job.fingerprint, identity)
+    if is_same and "content" not in recorded["slide"]:
+        del request["slide"]["content"]  # an older version did not record it
+    return request
+
+
+def _accepted(
+    job: SlideJob, found: SlideFeatures, request: dict[str, Any], layout: Layout
+) -> SlideFeatures | None:
+    """The features, if the same request made them; None if they have more unreadable patches than allowed.
+
+    Raises:
+        OutputError: another request made them.
+    """
+    recorded, source = found.provenance["request"], found.provenance["slide"]["mpp_source"]
+    slide = recorded["slide"]
+    if source.startswith("given (file: ") and same_mpp(slide["mpp"], request["slide"]["mpp"]):
+        # an older version took --slide-mpp although the file says as much
+        request = request | {"slide": request["slide"] | {"mpp": slide["mpp"], "reader": slide["reader"]}}
+    if slide.get("content") != request["slide"].get("content"):
+        why = "a slide with other content" if "content" in slide else "by an older version"
+        raise OutputError(
+            f"{found.path} exists, made of {found.provenance['slide']['path']} ({why}); "
+            f"type --overwrite to replace it, or another -o"
+        )
+    difference = first_difference(recorded, request)
+    if difference is not None:
+        raise OutputError(
+            f"{found.path} exists, made with another request ({difference}); "
+            f"type --overwrite to replace it, or another -o"
+        )
+    if found.provenance["read_errors"] > job.options.max_read_errors:
+        return None
+    layout.complete(job.entry.name, request["encoder"]["name"])
+    return found
+
+
+def _is_same_file(entry: SlideEntry, provenance: dict[str, Any]) -> bool:
+    """Whether it is the slide that features were made of: in its place as it was, or by its content.
+
+    An older version recorded no content: the same path, size and time are needed.
+    """
+    recorded, slide = provenance["request"]["slide"], provenance["slide"]
+    if entry.path.name != recorded.get("file"):
+        return False
     if entry.url is not None:
-        return None
-    with open_within(entry, options) as opened:
-        return find_finished(opened, identity, out, options, entry.name, entry)
+        copy = entry.copy
+        there = look(entry.url) if copy is None else RemoteFile(copy.stat().st_size, entry.version)
+        return there == RemoteFile(recorded["bytes"], slide.get("version"))
+    try:
+        path = entry.path.resolve()
+        if slide["path"] in (str(path), path.name):  # an export names the file alone
+            stat = entry.path.stat()
+            if "stamp" not in slide:
+                return (stat.st_size, stat.st_mtime_ns) == (recorded["bytes"], slide["mtime_ns"])
+            if sizes_and_times(entry.path) == slide["stamp"]:
+                return True
+        return "content" in recorded and entry.path.is_file() and content(entry.path) == recorded["content"]
+    except OSError:
+        return False
+
+
+def _has_same_mpp(entry: SlideEntry, options: ExtractOptions, provenance: dict[str, Any]) -> bool:
+    """Whether `open_entry` would find the same µm/px, without a warning; False where it must be asked."""
+    before, source = provenance["request"]["slide"]["mpp"], provenance["slide"]["mpp_source"]
+    given = [mpp for mpp in (options.override_mpp, entry.mpp, options.slide_mpp) if mpp is not None]
+    if source in GIVEN:  # by the file alone it is unknown
+        return given[:1] == [before] and all(same_mpp(mpp, before) for mpp in given)
+    overruled = options.override_mpp is not None or " (file: " in source
+    return not overruled and all(same_mpp(mpp, before) for mpp in given)
 
 
 def keep_names(entries: Sequence[SlideEntry], out: Path) -> tuple[SlideEntry, ...]:
@@ -134,107 +208,3 @@ def _resolved(source: str) -> Path:
         return where.resolve() if isinstance(where, Path) else place(where)
     except (OSError, RuntimeError, ValueError):  # nothing that can be a path on this machine
         return Path(source)
-
-
-def _find(layout: Layout, name: str, encoder: str, options: ExtractOptions) -> SlideFeatures | None:
-    """The features of that name; None if there are none, or they shall be replaced."""
-    with writing(layout.features(name, encoder)):  # a name may be too long to be looked for
-        path = layout.find(name, encoder)
-    if options.overwrite or path is None:
-        return None
-    found = find_features(path, layout.dataset)
-    if found is None:
-        raise OutputError(f"{path} exists and is not ours; type --overwrite to replace it, or another -o")
-    return found
-
-
-def _accept(
-    found: SlideFeatures,
-    request: dict[str, Any],
-    layout: Layout,
-    name: str,
-    options: ExtractOptions,
-) -> SlideFeatures | None:
-    before, source = found.provenance["request"], found.provenance["slide"]["mpp_source"]
-    slide = before["slide"]
-    if source.startswith("given (file: ") and same_mpp(slide["mpp"], request["slide"]["mpp"]):
-        # an older version took --slide-mpp although the file says as much
-        request = request | {"slide": request["slide"] | {"mpp": slide["mpp"], "reader": slide["reader"]}}
-    if slide.get("content") != request["slide"].get("content"):
-        why = "a slide with other content" if "content" in slide else "by an older version"
-        raise OutputError(
-            f"{found.path} exists, made of {found.provenance['slide']['path']} ({why}); "
-            f"type --overwrite to replace it, or another -o"
-        )
-    difference = first_difference(before, request)
-    if difference is not None:
-        raise OutputError(
-            f"{found.path} exists, made with another request ({difference}); "
-            f"type --overwrite to replace it, or another -o"
-        )
-    if found.provenance["read_errors"] > options.max_read_errors:
-        return None
-    layout.complete(name, request["encoder"]["name"])
-    return found
-
-
-def _identity(encoder: EncoderRequest | Encoder, recorded: list[dict[str, Any]]) -> dict[str, Any]:
-    if isinstance(encoder, EncoderRequest):
-        return encoder.identity_if_unchanged(recorded) or encoder.load().identity
-    return encoder.identity
-
-
-def _is_unchanged(entry: SlideEntry, options: ExtractOptions, provenance: dict[str, Any]) -> bool:
-    """Whether what was read of the slide still holds."""
-    mpp, source = provenance["request"]["slide"]["mpp"], provenance["slide"]["mpp_source"]
-    return _is_same_file(entry, provenance) and _has_same_mpp(entry, options, mpp, source)
-
-
-def _is_same_file(entry: SlideEntry, provenance: dict[str, Any]) -> bool:
-    """Whether it is the slide that features were made of: in its place as it was, or by its content.
-
-    An older version recorded no content: the same path, size and time are needed.
-    """
-    before, slide = provenance["request"]["slide"], provenance["slide"]
-    if entry.path.name != before["file"]:
-        return False
-    if entry.url is not None:
-        size, version = _remote_state(entry)
-        return (size, version) == (before["bytes"], slide.get("version"))
-    try:
-        there = entry.path.resolve()
-        if slide["path"] in (str(there), there.name):  # an export names the file alone
-            stat = entry.path.stat()
-            if "stamp" not in slide:
-                return (stat.st_size, stat.st_mtime_ns) == (before["bytes"], slide["mtime_ns"])
-            if sizes_and_times(entry.path) == slide["stamp"]:
-                return True
-        return "content" in before and entry.path.is_file() and content(entry.path) == before["content"]
-    except OSError:
-        return False
-
-
-def _remote_state(entry: SlideEntry) -> tuple[int, str]:
-    """Size and version of what is at a URL, or was when it was copied."""
-    if entry.copy is not None:
-        return entry.copy.stat().st_size, entry.version
-    assert entry.url is not None
-    there = look(entry.url)
-    return there.size, there.version
-
-
-def _has_same_mpp(entry: SlideEntry, options: ExtractOptions, before: float, source: str) -> bool:
-    """Whether `open_entry` would find the same µm/px, without a word; False where it must be asked."""
-    given = [mpp for mpp in (options.override_mpp, entry.mpp, options.slide_mpp) if mpp is not None]
-    if source in GIVEN:  # by the file alone it is unknown
-        return given[:1] == [before] and all(same_mpp(mpp, before) for mpp in given)
-    overruled = options.override_mpp is not None or " (file: " in source
-    return not overruled and all(same_mpp(mpp, before) for mpp in given)
-
-
-def layout_for(slide: Slide, out: Path, options: ExtractOptions, name: str | None = None) -> Layout:
-    """Where the results of a slide go: patch size and magnification are the grid's own if a file gave it."""
-    if options.coords is None:
-        return open_layout(options.layout, out, options.patch_px, options.mpp, options.overlap_px)
-    grid = read_grid(coords_file(slide.path, options.coords, name), slide)
-    return layout_of_grid(options.layout, out, grid)

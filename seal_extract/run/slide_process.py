@@ -1,4 +1,4 @@
-"""Slides opened, and their tissue found, in a process of its own, within a limit of time and memory.
+"""A process of its own that opens slides and finds their tissue, within a limit of time and memory.
 
 A damaged or hostile file may lead a reading library into a loop, into memory without end, or into a crash.
 There it costs one slide: the process is killed and another one started. Only a slide that went well is opened
@@ -17,53 +17,54 @@ import subprocess
 import sys
 import threading
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from seal_extract.errors import SealExtractError, SlideOpenError, as_ours
-from seal_extract.run.options import ExtractOptions, SlidePlan, plan_slide
-from seal_extract.slides.entry import SlideEntry, open_entry
-from seal_extract.slides.identity import file_stamp
+from seal_extract.run.job import SlideJob, find_tissue_and_grid
+from seal_extract.run.options import RunOptions
 from seal_extract.slides.slide import Slide
 
 if TYPE_CHECKING:
     from seal_extract.patches.grid import PatchGrid
     from seal_extract.tissue.mask import TissueMask
 
-PLAN_GB = 6  # beyond what the process takes to start; a plain image of the largest size allowed takes 4.2
+LIMIT_GB = 6  # beyond what the process takes to start; a plain image of the largest size allowed takes 4.2
 GRACE_S = 30  # after which the process ends by itself, if whoever started it is no longer there to end it
 COMMAND = "import sys; sys.path[:] = sys.argv[1:]; from seal_extract.run.slide_process import serve; serve()"
 
 
-def open_within(entry: SlideEntry, options: ExtractOptions) -> Slide:
-    """`open_entry`, tried in the other process before.
+def open_tried(job: SlideJob) -> Slide:
+    """Open a slide that the other process could open.
 
     Raises:
         SlideError: see `open_entry`; or the limits were exceeded.
     """
-    if options.plan_timeout_s and _shared.start():
-        _shared.ask(entry, options, plans=False)
-    return open_entry(entry, options.slide_mpp, options.override_mpp)
+    if job.options.plan_timeout_s and _shared.start():
+        _shared.ask(job, finds_tissue=False)
+    return job.open()
 
 
-def plan_within(slide: Slide, entry: SlideEntry, options: ExtractOptions) -> SlidePlan:
-    """`plan_slide` of a slide that is open here, done in the other process.
+def open_with_grid(job: SlideJob) -> tuple[Slide, TissueMask | None, PatchGrid]:
+    """Open a slide whose tissue and grid were found in the other process; see `find_tissue_and_grid`.
 
     Raises:
-        SealExtractError: see `plan_slide`; or the limits were exceeded.
+        SealExtractError: the slide cannot be used, or the limits were exceeded.
     """
-    if not (options.plan_timeout_s and _shared.start()):
-        return plan_slide(slide, options, entry.name)
-    if entry.url is not None:
-        entry = replace(entry, copy=slide.path)
-    mask, grid, told = _shared.ask(entry, options, plans=True)
-    for message in told:
-        warnings.warn(message, stacklevel=2)
-    return SlidePlan(slide, mask, grid)
+    if job.options.plan_timeout_s and _shared.start():
+        mask, grid, messages = _shared.ask(job, finds_tissue=True)
+        for message in messages:
+            warnings.warn(message, stacklevel=2)
+        return job.open(), mask, grid
+    slide = job.open()
+    try:
+        return slide, *find_tissue_and_grid(slide, job.options)
+    except BaseException:
+        slide.close()
+        raise
 
 
-def start_ahead(options: ExtractOptions) -> None:
+def start_ahead(options: RunOptions) -> None:
     """Start the other process without waiting for it, so that it is ready when it is needed."""
     if options.plan_timeout_s:
         _shared.start()
@@ -74,7 +75,7 @@ def stop() -> None:
     _shared.stop()
 
 
-class _Planner:
+class _SlideProcess:
     """The other process as this one sees it: one slide at a time; after a kill another is started."""
 
     def __init__(self) -> None:
@@ -98,19 +99,16 @@ class _Planner:
                     start_new_session=True,  # Ctrl-C is for the process that the user sees
                 )
             except OSError as exc:
-                return self._give_up(exc)
+                self._is_hopeless = True
+                warnings.warn(
+                    f"slides are opened without limits of time and memory: no process can be started ({exc})",
+                    stacklevel=2,
+                )
+                return False
             self._starter, self._is_ready = os.getpid(), False
         return True
 
-    def _give_up(self, why: object) -> bool:
-        self._is_hopeless = True
-        warnings.warn(
-            f"slides are opened without limits of time and memory: no process for it starts ({why})",
-            stacklevel=2,
-        )
-        return False
-
-    def ask(self, entry: SlideEntry, options: ExtractOptions, *, plans: bool) -> Any:
+    def ask(self, job: SlideJob, *, finds_tissue: bool) -> Any:
         """What the process finds out about a slide.
 
         Raises:
@@ -127,18 +125,18 @@ class _Planner:
                 late.set()
                 process.kill()
 
-            timer = threading.Timer(options.plan_timeout_s, end)
+            timer = threading.Timer(job.options.plan_timeout_s, end)
             timer.daemon = True
             try:
                 if not self._is_ready:
                     self._is_ready = pickle.load(process.stdout)
                 timer.start()
-                pickle.dump((os.getcwd(), entry, options, plans), process.stdin)
+                pickle.dump((os.getcwd(), job, finds_tissue), process.stdin)
                 process.stdin.flush()
                 answer = pickle.load(process.stdout)
             except (OSError, EOFError, pickle.UnpicklingError):
                 self.kill()
-                raise _why_not(entry, options, process.wait(), late.is_set()) from None
+                raise _beyond_limits(job, process.wait(), late.is_set()) from None
             except BaseException:  # Ctrl-C: what is still to come would be taken for the next answer
                 self.kill()
                 raise
@@ -149,7 +147,7 @@ class _Planner:
         return answer
 
     def stop(self) -> None:
-        """End the process; whoever waits for its answer clears up."""
+        """End the process; the thread that waits for its answer clears up."""
         process = self._process
         if process is not None and self._starter == os.getpid():
             process.kill()
@@ -165,19 +163,20 @@ class _Planner:
                     pipe.close()  # type: ignore[union-attr]
 
 
-def _why_not(entry: SlideEntry, options: ExtractOptions, status: int, late: bool) -> SlideOpenError:
+def _beyond_limits(job: SlideJob, status: int, late: bool) -> SlideOpenError:
     if late:
         return SlideOpenError(
-            f"{entry.source}: opening it and finding its tissue took more than {options.plan_timeout_s:g} s; "
-            "copy it again, or type --plan-timeout SECONDS if its storage is slow"
+            f"{job.entry.source}: opening it and finding its tissue took more than "
+            f"{job.options.plan_timeout_s:g} s; copy it again, or type --plan-timeout SECONDS if its storage "
+            "is slow"
         )
     return SlideOpenError(
-        f"{entry.source}: the process that opened it ended with status {status}; the file is damaged, or "
-        f"takes more than {PLAN_GB} GB of memory: copy or scan it again"
+        f"{job.entry.source}: the process that opened it ended with status {status}; the file is damaged, or "
+        f"takes more than {LIMIT_GB} GB of memory: copy or scan it again"
     )
 
 
-_shared = _Planner()
+_shared = _SlideProcess()
 atexit.register(_shared.kill)
 
 
@@ -190,36 +189,25 @@ def serve() -> None:
 
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing that a library prints gets among the answers
-    requests: queue.SimpleQueue[tuple[str, SlideEntry, ExtractOptions, bool]] = queue.SimpleQueue()
+    requests: queue.SimpleQueue[tuple[str, SlideJob, bool]] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(sys.stdin.buffer, requests), daemon=True).start()
     _limit_memory()
     pickle.dump(True, answers)
     answers.flush()
-    opened: tuple[Any, Slide] | None = None
     while True:
-        folder, entry, options, plans = requests.get()
+        folder, job, finds_tissue = requests.get()
         if hasattr(signal, "alarm"):
-            signal.alarm(int(options.plan_timeout_s) + GRACE_S)
-        answer: Any = None
+            signal.alarm(int(job.options.plan_timeout_s) + GRACE_S)
         try:
             os.chdir(folder)  # the other process may have gone elsewhere since
-            which = folder, entry, options, file_stamp(entry.file)
-            if opened is None or opened[0] != which:
-                if opened is not None:
-                    opened[1].close()
-                opened = None
-                opened = which, _open_quietly(entry, options)
-            if plans:
-                answer = _plan(opened[1], options, entry.name)
-                opened[1].close()
-                opened = None
+            answer = _answer(job, finds_tissue)
         except MemoryError:
             answer = SlideOpenError(
-                f"{entry.source}: opening it and finding its tissue takes more than {PLAN_GB} GB of memory; "
-                "copy it again, or make a tiled TIFF with a pyramid of it"
+                f"{job.entry.source}: opening it and finding its tissue takes more than {LIMIT_GB} GB of "
+                "memory; copy it again, or make a tiled TIFF with a pyramid of it"
             )
         except Exception as exc:
-            answer = as_ours(exc, entry.source)
+            answer = as_ours(exc, job.entry.source)
         pickle.dump(answer, answers)
         answers.flush()
         if hasattr(signal, "alarm"):
@@ -235,25 +223,27 @@ def _receive(source: IO[bytes], requests: queue.SimpleQueue[Any]) -> None:
             os._exit(0)
 
 
-def _open_quietly(entry: SlideEntry, options: ExtractOptions) -> Slide:
-    with warnings.catch_warnings():  # whoever asks opens it too, and is warned then
-        warnings.simplefilter("ignore")
-        return open_entry(entry, options.slide_mpp, options.override_mpp)
-
-
-def _plan(slide: Slide, options: ExtractOptions, name: str) -> tuple[TissueMask | None, PatchGrid, list[str]]:
-    with warnings.catch_warnings(record=True) as caught:
+def _answer(job: SlideJob, finds_tissue: bool) -> Any:
+    with warnings.catch_warnings(record=True) as caught, _open_quietly(job) as slide:
+        if not finds_tissue:
+            return None
         warnings.simplefilter("always")
-        plan = plan_slide(slide, options, name)
-    return plan.mask, plan.grid, [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+        mask, grid = find_tissue_and_grid(slide, job.options)
+    return mask, grid, [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+
+
+def _open_quietly(job: SlideJob) -> Slide:
+    with warnings.catch_warnings():  # the process that embeds opens it too, and is warned then
+        warnings.simplefilter("ignore")
+        return job.open()
 
 
 def _limit_memory() -> None:
-    """Let this process take `PLAN_GB` more; only Linux holds a process to that."""
+    """Let this process take `LIMIT_GB` more; only Linux enforces that."""
     if sys.platform != "linux":
         return
     import resource
 
     words = Path("/proc/self/status").read_text().partition("VmData:")[2].split()
-    resource.setrlimit(resource.RLIMIT_DATA, (int(words[0]) * 1024 + PLAN_GB * 2**30,) * 2)
+    resource.setrlimit(resource.RLIMIT_DATA, (int(words[0]) * 1024 + LIMIT_GB * 2**30,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -10,7 +10,6 @@ import shutil
 import threading
 import time
 import warnings
-from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
@@ -20,16 +19,14 @@ from tempfile import mkdtemp
 
 from seal_extract.errors import SealExtractError, SlideOpenError, UsageError
 from seal_extract.publish import try_lock, writing
-from seal_extract.run.options import ExtractOptions
-from seal_extract.run.slide_process import open_within
+from seal_extract.run.channel import Channel, Stopped
+from seal_extract.run.job import SlideJob
 from seal_extract.slides.entry import SlideEntry
 from seal_extract.slides.identity import file_stamp
 from seal_extract.slides.remote import fetch, look
-from seal_extract.slides.slide import Slide
 
 IN_PLACE = (".vms", ".vmu", ".dcm")  # slides of several files whose names are inside them
-AHEAD = 4  # copied and waiting at most
-POLL_S = 0.01  # between two looks for another slide, where slides come one by one
+AHEAD = 3  # copied and waiting at most, beside the one that is being copied
 PREFIX = "seal_extract-"  # of the folder that each run makes; those of older versions are left alone
 YOUNG_S = 60.0  # in which a run locks the folder that it has made
 CLOSE_S = 5.0  # for the copy under way: a large one is not waited for
@@ -52,13 +49,11 @@ class Stage:
             _sweep(folder)
             self._folder = Path(mkdtemp(prefix=PREFIX, dir=folder))
         self._lock = _locked(self._folder)
-        self._ready: deque[SlideEntry] = deque()
+        self._copies: Channel[SlideJob] = Channel(AHEAD)
         self._held: dict[str, int] = {}  # bytes of each copy, by the name of the slide
-        self._failed: dict[str, SealExtractError] = {}  # why there is none of a URL, likewise
-        self._error: BaseException | None = None  # what ended the thread
+        self._room = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._changed = threading.Condition()
-        self._ended = self._closed = False
+        self._is_stopped = False
 
     def check(self, entries: Iterable[SlideEntry]) -> None:
         """Refuse a bound that one slide alone exceeds; URLs are asked when their turn comes.
@@ -77,44 +72,33 @@ class Stage:
             f"type --stage-gb {size / 1e9 + 0.01:.2f} or more"
         )
 
-    def entries(self, entries: Iterable[SlideEntry | None]) -> Iterator[SlideEntry | None]:
-        """The same slides, each with its copy; None while the next is being copied."""
-        self._thread = threading.Thread(target=self._copy_all, args=(entries,), name="stage", daemon=True)
-        self._thread.start()
-        while True:
-            with self._changed:
-                if self._ready:
-                    entry: SlideEntry | None = self._ready.popleft()
-                    self._changed.notify_all()
-                elif self._ended:
-                    if self._error is not None:
-                        raise self._error
-                    return
-                else:
-                    entry = None
-            yield entry
+    def copied(self, jobs: Iterable[SlideJob]) -> Iterator[SlideJob]:
+        """The same jobs, each with a copy of its slide, as soon as that is there.
 
-    def refuse_failed(self, entry: SlideEntry) -> None:
-        """Refuse a slide at a URL of which no copy could be had.
-
-        Raises:
-            SealExtractError: the reason.
+        A file that cannot be copied is read in its place. Where there is no copy of a URL, the job has the
+        error.
         """
-        if (error := self._failed.pop(entry.name, None)) is not None:
-            raise error
+        self._thread = threading.Thread(target=self._copy_all, args=(jobs,), name="stage", daemon=True)
+        self._thread.start()
+        return self._copies
 
     def release(self, entry: SlideEntry) -> None:
         """Delete the copy of a slide from which nothing is read any more."""
-        with self._changed:
+        with self._room:
             if self._held.pop(entry.name, None) is not None:
                 shutil.rmtree(self._folder / entry.name, ignore_errors=True)
-                self._changed.notify_all()
+                self._room.notify_all()
+
+    def stop(self) -> None:
+        """Stop copying."""
+        with self._room:
+            self._is_stopped = True
+            self._room.notify_all()
+        self._copies.stop()
 
     def close(self) -> None:
         """Stop copying, and delete all copies."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        self.stop()
         if self._thread is not None:
             self._thread.join(CLOSE_S)
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -124,59 +108,56 @@ class Stage:
 
     # --- in the thread ------------------------------------------------------------------------------
 
-    def _copy_all(self, entries: Iterable[SlideEntry | None]) -> None:
+    def _copy_all(self, jobs: Iterable[SlideJob]) -> None:
         try:
-            for entry in entries:
-                if self._closed:
-                    break
-                if entry is None:
-                    time.sleep(POLL_S)
-                    continue
-                staged = self._staged(entry)
-                with self._changed:
-                    if staged.copy is None:
-                        self._held.pop(entry.name, None)
-                    self._ready.append(staged)
+            for job in jobs:
+                self._copies.put(self._with_copy(job))
+            self._copies.end()
+        except Stopped:
+            pass
         except BaseException as exc:
-            self._error = exc
-        with self._changed:
-            self._ended = True
+            self._copies.end(exc)
 
-    def _staged(self, entry: SlideEntry) -> SlideEntry:
-        """The entry with its copy; without one where none can be had: a file is then read in its place."""
+    def _with_copy(self, job: SlideJob) -> SlideJob:
+        entry = job.entry
         if entry.url is None and (entry.path.suffix.lower() in IN_PLACE or not entry.path.is_file()):
-            return entry
+            return job
         folder = self._folder / entry.name
         try:
             if entry.url is None:
                 self._take_room(entry, _bytes(entry.path))
                 folder.mkdir()
-                return self._copy(entry, folder)
+                return replace(job, entry=self._copy(entry, folder))
             there = look(entry.url, fresh=True)
             self._take_room(entry, there.size)
             folder.mkdir()
-            fetch(entry.url, there, folder / entry.path.name, lambda: self._closed)
-            return replace(entry, copy=folder / entry.path.name, version=there.version)
+            fetch(entry.url, there, folder / entry.path.name, lambda: self._is_stopped)
+            copy = replace(entry, copy=folder / entry.path.name, version=there.version)
+            return replace(job, entry=copy)
+        except Stopped:
+            raise
         except Exception as exc:  # the libraries behind URLs raise whatever they like
             shutil.rmtree(folder, ignore_errors=True)
+            self.release(entry)
             if entry.url is not None:
-                self._failed[entry.name] = entry.blame(exc)
-            elif not self._closed:
-                warnings.warn(f"{entry.path} is not staged but read in its place: {exc}", stacklevel=2)
-            return entry
+                return replace(job, error=entry.blame(exc))
+            warnings.warn(f"{entry.path} is not staged but read in its place: {exc}", stacklevel=2)
+            return job
 
     def _take_room(self, entry: SlideEntry, size: int) -> None:
-        """Wait until a copy fits."""
+        """Wait until a copy fits.
+
+        Raises:
+            Stopped: the run was stopped.
+            SlideOpenError: it never fits.
+        """
         if size > self._limit:
             raise SlideOpenError(self._too_large(entry.source, size))
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._has_room(size))
-            if self._closed:
-                raise SlideOpenError(f"{entry.source}: the run was stopped")
+        with self._room:
+            self._room.wait_for(lambda: self._is_stopped or sum(self._held.values()) + size <= self._limit)
+            if self._is_stopped:
+                raise Stopped
             self._held[entry.name] = size
-
-    def _has_room(self, size: int) -> bool:
-        return len(self._ready) < AHEAD and sum(self._held.values()) + size <= self._limit
 
     def _copy(self, entry: SlideEntry, folder: Path) -> SlideEntry:
         before = file_stamp(entry.path)
@@ -189,25 +170,17 @@ class Stage:
 
 
 @contextmanager
-def open_by_itself(entry: SlideEntry, options: ExtractOptions) -> Iterator[Slide]:
-    """Open one slide; of one at a URL a copy is made in ``stage_dir``, for as long as it is open.
-
-    Raises:
-        SlideError: see `open_entry`.
-        UsageError: it is a URL, and there is no ``stage_dir``.
-    """
-    if entry.url is None or options.stage_dir is None:
-        with open_within(entry, options) as slide:
-            yield slide
+def with_copy(job: SlideJob) -> Iterator[SlideJob]:
+    """The job of a slide at a URL, with a copy in ``stage_dir`` while the block lasts; others as they are."""
+    if job.entry.url is None or job.options.stage_dir is None:
+        yield job
         return
-    with closing(Stage(options.stage_dir, int(options.stage_gb * 1e9))) as stage:
-        copied = next(filter(None, stage.entries([entry])))
-        stage.refuse_failed(entry)
+    with closing(Stage(job.options.stage_dir, int(job.options.stage_gb * 1e9))) as stage:
+        (copied,) = stage.copied([job])
         try:
-            with open_within(copied, options) as slide:
-                yield slide
+            yield copied
         except SealExtractError as exc:
-            copied.blame(exc)
+            copied.entry.blame(exc)  # names the URL, not the copy
             raise
 
 

@@ -1,12 +1,11 @@
-"""What stands behind the encoders: embeddings are taken in order, checked, and written slide by slide."""
+"""Embeddings to HDF5: taken in order, checked, and written slide by slide in a thread of its own."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import perf_counter
 
 import numpy as np
@@ -14,215 +13,178 @@ import numpy as np
 from seal_extract.encoders import Encoder
 from seal_extract.errors import EncoderError, ReadError
 from seal_extract.features.feature_file import FeatureWriter
-from seal_extract.features.store import SlideFeatures
+from seal_extract.features.store import SlideFeatures, read_features
 from seal_extract.patches.stream import PatchBatch
 from seal_extract.run.embed import Embeddings, Pending
-from seal_extract.run.job import Output, PlannedSlide, draw
+from seal_extract.run.job import OpenSlide, Output
+from seal_extract.run.overlay import Style, draw_overlay
 from seal_extract.run.status_table import Progress, SlideResult
 from seal_extract.slides.identity import file_stamp
 
-BATCHES_AHEAD = 3  # given to the encoders, or pictures to be drawn, before the first of them has been written
-
 
 @dataclass
-class _Open:
+class _Unfinished:
     """A slide whose features are being written."""
 
-    planned: PlannedSlide
+    slide: OpenSlide
     files: ExitStack = field(default_factory=ExitStack)
     writers: dict[int, FeatureWriter] = field(default_factory=dict)  # by encoder
 
 
 class Writer:
-    """Writes in a thread of its own; all that it knows of a slide is changed there alone."""
+    """What has to be done for a slide behind the encoders; all of it is done by one thread, in order."""
 
-    def __init__(self, encoders: Sequence[Encoder], progress: Progress | None) -> None:
-        self._encoders, self._progress = encoders, progress
-        self._thread = ThreadPoolExecutor(1, "write")
-        self._open: dict[int, _Open] = {}  # by position in the stream; gone when they have ended
-        self._tasks: deque[Future[None]] = deque()
-        self._results: deque[SlideResult] = deque()
+    def __init__(
+        self,
+        encoders: Sequence[Encoder],
+        on_result: Callable[[SlideResult], None],
+        progress: Progress | None,
+    ) -> None:
+        self._encoders, self._on_result, self._progress = encoders, on_result, progress
+        self._unfinished: dict[int, _Unfinished] = {}  # by position in the stream
         self._last_end = perf_counter()
 
-    def begin(self, index: int, planned: PlannedSlide) -> None:
-        """A slide has its turn: its picture is drawn meanwhile; without patches that is all of it.
+    def run(self, tasks: Iterable[Callable[[], None]]) -> None:
+        """Do one task after the other; whatever ends that, nothing half-written is left."""
+        try:
+            for task in tasks:
+                task()
+        finally:
+            for index in list(self._unfinished):
+                self._end(index, ReadError("the run was stopped"))
 
-        Waits while too much is waiting to be done: slides that fail at once are open until they are drawn.
-        """
-        self._catch_up()
-        self._open[index] = _Open(planned)
-        self._do(self._draw, index)
-        if not len(planned.plan.grid):
-            self._do(self._finish, index)
-
-    def close_slide(self, close: Callable[[], None]) -> None:
-        """Nothing more will be read from a slide but its picture: close it after that."""
-        self._do(close)
+    def begin(self, index: int, slide: OpenSlide) -> None:
+        """Draw the picture of a slide; without patches that is all of it."""
+        self._unfinished[index] = _Unfinished(slide)
+        try:
+            _draw(slide)
+        except Exception as exc:
+            return self.fail(index, exc)
+        if not len(slide.grid):
+            self._finish(index)
 
     def write(self, batch: PatchBatch, pending: dict[int, Pending]) -> None:
-        """Write the embeddings of a batch, by encoder, once they are there.
-
-        Waits while too many batches are on their way.
-        """
-        self._do(self._write, batch, pending)
-        self._catch_up()
-
-    def fail(self, index: int, error: Exception) -> None:
-        """A slide cannot be read any further."""
-        self._do(self._fail, index, error)
-
-    def add(self, result: SlideResult) -> None:
-        """What became of a slide that never came to the encoders."""
-        self._results.append(result)
-
-    def results(self) -> Iterator[SlideResult]:
-        """What has become known since the last call."""
-        while self._results:
-            yield self._results.popleft()
-
-    def wait(self) -> None:
-        """Until all is written."""
-        while self._tasks:
-            self._tasks.popleft().result()
-
-    def close(self) -> None:
-        """Leave nothing half-written, whatever stopped the run."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
-        for index in list(self._open):
-            self._end(index, ReadError("the run was stopped"))
-
-    def _catch_up(self) -> None:
-        while len(self._tasks) > BATCHES_AHEAD:
-            self._tasks.popleft().result()
-
-    def _do(self, task: Callable[..., None], *args: object) -> None:
-        self._tasks.append(self._thread.submit(task, *args))
-
-    # --- in the thread ------------------------------------------------------------------------------
-
-    def _draw(self, index: int) -> None:
-        try:
-            draw(self._open[index].planned)
-        except Exception as exc:
-            self._fail(index, exc)
-
-    def _write(self, batch: PatchBatch, pending: dict[int, Pending]) -> None:
+        """Write the embeddings of a batch, by encoder, once they are there."""
         embeddings = {encoder: wait() for encoder, wait in pending.items()}
         for index in sorted(set(batch.slide.tolist())):
-            if index not in self._open:  # it has failed meanwhile
+            if (unfinished := self._unfinished.get(index)) is None:  # it has failed meanwhile
                 continue
-            which = (batch.slide == index).nonzero()[:, 0].tolist()
+            positions = (batch.slide == index).nonzero()[:, 0].tolist()
             try:
-                self._append(self._open[index], batch, which, embeddings)
+                self._append(unfinished, batch, positions, embeddings)
             except Exception as exc:
                 self._end(index, exc)
                 continue
-            self._tell_progress(self._open[index].planned, int(batch.row[which[-1]]) + 1)
-            if int(batch.row[which[-1]]) == len(self._open[index].planned.plan.grid) - 1:
+            done, total = int(batch.row[positions[-1]]) + 1, len(unfinished.slide.grid)
+            if self._progress is not None:
+                self._progress(unfinished.slide.job.entry.path, done, total)
+            if done == total:
                 self._finish(index)
 
-    def _append(
-        self, slide: _Open, batch: PatchBatch, which: list[int], embeddings: dict[int, Embeddings]
-    ) -> None:
-        """The rows of one slide, at positions ``which`` of the batch."""
-        rows = batch.row[which].tolist()
-        unreadable = [i for i, at in enumerate(which) if at in batch.unreadable]
-        for output in slide.planned.outputs:
-            features = embeddings[output.encoder][which]
-            features[unreadable] = 0
-            self._check_finite(slide.planned, output, features, rows)
-            for i in unreadable:
-                xy_l0 = slide.planned.plan.grid.xy_l0[rows[i]].tolist()
-                output.provenance["unreadable"].append(
-                    {"row": rows[i], "xy_l0": xy_l0, "reason": batch.unreadable[which[i]]}
-                )
-            self._writer(slide, output).append(features)
-
-    def _tell_progress(self, planned: PlannedSlide, done: int) -> None:
-        if self._progress is not None:
-            self._progress(planned.entry.path, done, len(planned.plan.grid))
-
-    def _check_finite(
-        self, planned: PlannedSlide, output: Output, features: Embeddings, rows: list[int]
-    ) -> None:
-        bad = np.flatnonzero(~np.isfinite(features).all(1))
-        if len(bad):
-            xy_l0 = tuple(planned.plan.grid.xy_l0[rows[bad[0]]].tolist())
-            raise EncoderError(
-                f"{planned.entry.source}: {self._encoders[output.encoder].not_finite} for the patch "
-                f"at level-0 {xy_l0}; try --precision float32"
-            )
-
-    def _writer(self, slide: _Open, output: Output) -> FeatureWriter:
-        if output.encoder not in slide.writers:
-            spec, planned = self._encoders[output.encoder].spec, slide.planned
-            slide.writers[output.encoder] = slide.files.enter_context(
-                planned.layout.write_features(
-                    planned.label,
-                    planned.plan.grid,
-                    spec.name,
-                    spec.dim,
-                    output.provenance,
-                    overwrite=output.overwrite,
-                )
-            )
-        return slide.writers[output.encoder]
-
-    def _finish(self, index: int) -> None:
-        slide = self._open.get(index)
-        if slide is None:  # it has failed meanwhile
-            return
-        try:
-            _refuse_changed(slide.planned)
-            for output in slide.planned.outputs:
-                self._writer(slide, output)
-                output.provenance["read_errors"] = len(output.provenance["unreadable"])
-            slide.files.close()
-        except Exception as exc:
-            self._end(index, exc)
-        else:
-            self._end(index)
-
-    def _fail(self, index: int, error: Exception) -> None:
-        if index in self._open:
+    def fail(self, index: int, error: Exception) -> None:
+        """A slide cannot be read any further."""
+        if (unfinished := self._unfinished.get(index)) is not None:
             try:
-                _refuse_changed(self._open[index].planned)
-            except ReadError as changed:  # no wonder that it cannot be read
+                _refuse_changed(unfinished.slide)
+            except ReadError as changed:  # that explains why it cannot be read
                 error = changed
         self._end(index, error)
 
-    def _end(self, index: int, error: Exception | None = None) -> None:
-        slide = self._open.pop(index, None)
-        if slide is None:
+    def _append(
+        self,
+        unfinished: _Unfinished,
+        batch: PatchBatch,
+        positions: list[int],
+        embeddings: dict[int, Embeddings],
+    ) -> None:
+        """Append the rows of one slide, which lie at ``positions`` of the batch."""
+        slide, rows = unfinished.slide, batch.row[positions].tolist()
+        unreadable = [i for i, position in enumerate(positions) if position in batch.unreadable]
+        for output in slide.outputs:
+            features = embeddings[output.encoder][positions]
+            features[unreadable] = 0
+            bad = np.flatnonzero(~np.isfinite(features).all(1))
+            if len(bad):
+                raise EncoderError(
+                    f"{slide.job.entry.source}: {self._encoders[output.encoder].not_finite} for the patch at "
+                    f"level-0 {tuple(slide.grid.xy_l0[rows[bad[0]]].tolist())}; try --precision float32"
+                )
+            output.provenance["unreadable"] += [
+                {
+                    "row": rows[i],
+                    "xy_l0": slide.grid.xy_l0[rows[i]].tolist(),
+                    "reason": batch.unreadable[positions[i]],
+                }
+                for i in unreadable
+            ]
+            self._writer(unfinished, output).append(features)
+
+    def _writer(self, unfinished: _Unfinished, output: Output) -> FeatureWriter:
+        if output.encoder not in unfinished.writers:
+            spec, slide = self._encoders[output.encoder].spec, unfinished.slide
+            file = slide.layout.write_features(
+                slide.label, slide.grid, spec.name, spec.dim, output.provenance, overwrite=output.overwrite
+            )
+            unfinished.writers[output.encoder] = unfinished.files.enter_context(file)
+        return unfinished.writers[output.encoder]
+
+    def _finish(self, index: int) -> None:
+        unfinished = self._unfinished[index]
+        try:
+            _refuse_changed(unfinished.slide)
+            for output in unfinished.slide.outputs:
+                self._writer(unfinished, output)  # a slide without patches has none yet
+                output.provenance["read_errors"] = len(output.provenance["unreadable"])
+            unfinished.files.close()
+            features = self._features(unfinished.slide)
+        except Exception as exc:
+            self._end(index, exc)
+        else:
+            self._end(index, None, features)
+
+    def _end(self, index: int, error: Exception | None, features: tuple[SlideFeatures, ...] = ()) -> None:
+        unfinished = self._unfinished.pop(index, None)
+        if unfinished is None:
             return
+        entry, before = unfinished.slide.job.entry, self._last_end
         if error is not None:
-            slide.files.__exit__(type(error), error, error.__traceback__)
-        now, before = perf_counter(), self._last_end
-        self._last_end = now
-        planned = slide.planned
-        features = () if error else self._in_order([*planned.finished, *self._written(planned)])
-        ours = None if error is None else planned.entry.blame(error)
-        self._results.append(SlideResult(planned.entry, features, ours, now - before))
+            unfinished.files.__exit__(type(error), error, error.__traceback__)
+            error = entry.blame(error)
+        self._last_end = perf_counter()
+        self._on_result(SlideResult(entry, features, error, self._last_end - before))
 
-    def _written(self, planned: PlannedSlide) -> list[SlideFeatures]:
-        grid = planned.plan.grid
-        names = [self._encoders[output.encoder].spec.name for output in planned.outputs]
-        paths = [planned.layout.place(planned.entry.name, name, grid) for name in names]
-        return [
-            SlideFeatures(path, grid, output.provenance)
-            for path, output in zip(paths, planned.outputs, strict=True)
-        ]
-
-    def _in_order(self, features: list[SlideFeatures]) -> tuple[SlideFeatures, ...]:
+    def _features(self, slide: OpenSlide) -> tuple[SlideFeatures, ...]:
+        """Those of all encoders, in their order; some may have been finished by a former run."""
+        found = {name: read_features(path) for name, path in slide.job.finished.items()}
         names = [encoder.spec.name for encoder in self._encoders]
-        return tuple(sorted(features, key=lambda f: names.index(f.provenance["encoder"]["name"])))
+        for output in slide.outputs:
+            name = names[output.encoder]
+            path = slide.layout.place(slide.job.entry.name, name, slide.grid)
+            found[name] = SlideFeatures(path, slide.grid, output.provenance)
+        return tuple(found[name] for name in names)
 
 
-def _refuse_changed(planned: PlannedSlide) -> None:
+def _draw(slide: OpenSlide) -> None:
+    """Write the tissue and the picture of a slide that is open."""
+    layout, name, grid, options = slide.layout, slide.job.entry.name, slide.grid, slide.job.options
+    also: dict[Path, Style] = {}
+    if slide.mask is not None:
+        own = layout.tissue(name, grid.name)
+        shared = layout.shared_tissue(name, grid.name, overwrite=options.overwrite)
+        for path in filter(None, (own, shared)):
+            slide.mask.to_geojson(path)
+        if shared is not None and (picture := layout.contours(name)):
+            also[picture] = "outline"
+    overlay = layout.overlay(name, grid.name)
+    draw_overlay(slide.slide, slide.mask, grid, overlay, style=options.overlay, also=also)
+
+
+def _refuse_changed(slide: OpenSlide) -> None:
     """Refuse a slide whose file is another than when it was opened."""
-    if planned.entry.copy is not None:  # which nobody else has
+    entry = slide.job.entry
+    if entry.copy is not None:  # which nobody else has
         return
-    now = file_stamp(planned.entry.path)
-    if now != planned.stamp:
+    now = file_stamp(entry.path)
+    if now != slide.stamp:
         what = "was changed while it was read" if any(now) else "is gone, or its disk is, while it was read"
-        raise ReadError(f"{planned.entry.path} {what}; run again")
+        raise ReadError(f"{entry.path} {what}; run again")

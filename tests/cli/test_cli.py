@@ -352,7 +352,7 @@ def test_an_unexpected_error_is_one_line_and_debug_shows_where(place, run, tmp_p
     def fail(*args, **kwargs):
         raise ZeroDivisionError("by chance")
 
-    monkeypatch.setattr("seal_extract.run.job.draw_overlay", fail)
+    monkeypatch.setattr("seal_extract.run.writer.draw_overlay", fail)
     command = (place / "slides/a.svs", "-o", tmp_path, "--encoder", place / "encoder")
     one_line(run(*command), 1, "unexpected ZeroDivisionError: by chance; --debug shows where")
     assert any(line.endswith(", in fail") for line in run(*command, "--debug")[2])
@@ -362,7 +362,7 @@ def test_ctrl_c_is_one_line(place, run, tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("seal_extract.run.job.plan_within", interrupt)
+    monkeypatch.setattr("seal_extract.run.slide_process.open_with_grid", interrupt)
     command = (place / "slides/a.svs", "-o", tmp_path, "--encoder", place / "encoder")
     one_line(
         run(*command), 130, "Interrupted. Finished slides are kept; run the same command again to continue."

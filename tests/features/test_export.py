@@ -11,20 +11,17 @@ import numpy as np
 import pytest
 import torch
 from cohort_fixtures import run_here
-from conftest import DrawnSlide
-from test_layouts import CONSUMER_OF, DIM, SIZE, files_in, grid_of, provenance_of, short_of, write
+from test_layouts import CONSUMER_OF, DIM, files_in, grid_of, provenance_of, short_of, write
 
 from seal_extract import extract, open_slide, read_features
 from seal_extract.cli import main
 from seal_extract.encoders.registry import bundled
 from seal_extract.errors import UsageError
 from seal_extract.features.export import EXPORTS, export
-from seal_extract.features.feature_file import SlideLabel
-from seal_extract.features.layouts import LAYOUTS, layout_of_grid
+from seal_extract.features.layouts import LAYOUTS
 from seal_extract.features.store import list_features, read_provenance
+from seal_extract.run.cohort import extract_cohort
 from seal_extract.run.options import ExtractOptions
-from seal_extract.run.provenance import describe_request
-from seal_extract.run.resume import find_finished
 
 FLOAT32 = [name for name in LAYOUTS if name != "stamp"]
 
@@ -163,22 +160,13 @@ def test_a_run_may_be_exported_into_its_own_folder(run):
     assert states(run, "clam", run) == ["finished before", "finished before"]
 
 
-def test_an_extraction_takes_an_export_for_done(tmp_path):
-    slide = DrawnSlide(np.zeros((SIZE[1], SIZE[0], 3), np.uint8))
-    identity = {"name": "tiny", "weights": []}
-    slide.path = tmp_path / "drawn.svs"
-    slide.path.write_bytes(b"stands for the slide")
-    options = ExtractOptions(layout="trident", patch_px=256)
-    grid, label = grid_of(20), SlideLabel("drawn", SIZE, 0.25)
-    provenance = provenance_of(grid) | {"request": describe_request(slide, identity, options)}
-    place = layout_of_grid("trident", tmp_path / "run", grid)
-    with place.write_features(label, grid, "tiny", DIM, provenance) as writer:
-        writer.append(np.ones((20, DIM), np.float32))
+def test_an_extraction_takes_an_export_for_done(tmp_path, drawn_slides, encoder):
+    extract_cohort(drawn_slides[0], encoder, tmp_path / "run")
     for layout in LAYOUTS:
-        options = ExtractOptions(layout=layout, patch_px=256)
         assert states(tmp_path / "run", layout, tmp_path / layout) in (["written"], ["finished before"])
-        found = find_finished(slide, identity, tmp_path / layout, options)
-        assert len(found.grid) == 20, layout
+        results, options = [], ExtractOptions(layout=layout)
+        extract_cohort(drawn_slides[0], encoder, tmp_path / layout, options=options, on_result=results.append)
+        assert [result.finished_before for result in results] == [True], layout
 
 
 # --- what is given away -------------------------------------------------------------------------

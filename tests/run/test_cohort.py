@@ -288,7 +288,7 @@ def test_a_defect_that_one_slide_meets_is_told_with_its_traceback_and_stops_no_o
             raise KeyError("brought to light")
         draw_overlay(slide, *rest, **how)
 
-    monkeypatch.setattr("seal_extract.run.job.draw_overlay", defect)
+    monkeypatch.setattr("seal_extract.run.writer.draw_overlay", defect)
     log = tmp_path / "log.jsonl"
     words = (cohort, "-o", tmp_path / "out", "--encoder", encoder_folder, "-q", "--log-json", log, "--debug")
     status = main([str(word) for word in words])
@@ -529,7 +529,7 @@ def test_tissue_drawn_beside_the_tissue_is_told_and_kept(cohort, encoder, tmp_pa
     corner = [[0, 0], [60, 0], [60, 60], [0, 60], [0, 0]]
     roi = tmp_path / "roi.geojson"
     roi.write_text(json.dumps({"type": "Polygon", "coordinates": [corner]}))
-    words = r"roi\.geojson: all of it lies beside the tissue of slide_0000\.svs; is it another slide's"
+    words = r"roi\.geojson: no polygon overlaps the tissue found in slide_0000\.svs; was it drawn on another"
     with pytest.warns(UserWarning, match=words):
         extract_cohort(cohort / "slide_0000.svs", encoder, tmp_path / "out", options=ExtractOptions(roi=roi))
 

@@ -228,8 +228,8 @@ def no_work(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("work was done again")
 
-    story = import_module("seal_extract.run.job")
-    monkeypatch.setattr(story, "plan_within", refuse)
+    story = import_module("seal_extract.run.extract")  # the package has a function of that name
+    monkeypatch.setattr(story.slide_process, "open_with_grid", refuse)
     monkeypatch.setattr(story, "open_patch_reader", refuse)
 
 

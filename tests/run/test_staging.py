@@ -5,7 +5,6 @@ import platform
 import subprocess
 import sys
 import threading
-import time
 from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,8 +15,13 @@ from cohort_fixtures import contents, link_cohort
 from seal_extract import ExtractOptions
 from seal_extract.errors import OutputError, UsageError
 from seal_extract.run.cohort import extract_cohort
+from seal_extract.run.job import SlideJob
 from seal_extract.run.staging import Stage
 from seal_extract.slides.listing import list_slides
+
+
+def jobs(slides):
+    return [SlideJob.of(entry, Path(), ExtractOptions()) for entry in list_slides([slides]).entries]
 
 
 def copies(folder):
@@ -57,11 +61,9 @@ def test_copies_never_exceed_the_bound(drawn_slides, tmp_path):
     stage = Stage(tmp_path / "fast", limit)
     seen = []
     done = 0
-    for entry in stage.entries(list_slides([slides]).entries):
+    for job in stage.copied(jobs(slides)):
         seen.append(sum(p.stat().st_size for p in copies(tmp_path / "fast")))
-        if entry is None:
-            time.sleep(0.002)
-            continue
+        entry = job.entry
         assert entry.file != entry.path
         assert entry.file.read_bytes() == entry.path.read_bytes()
         done += 1
@@ -94,7 +96,7 @@ def test_a_slide_too_large_for_the_bound_does_not_hold_up_those_after_it(drawn_s
     slides = link_cohort(tmp_path / "slides", drawn_slides, 2)
     stage = Stage(tmp_path / "fast", 1000)
     with pytest.warns(UserWarning, match="is not staged but read in its place: .* more than --stage-gb"):
-        entries = [e for e in stage.entries(iter(list_slides([slides]).entries)) if e is not None]
+        entries = [job.entry for job in stage.copied(jobs(slides))]
     stage.close()
     assert [entry.copy for entry in entries] == [None, None]
 
@@ -143,7 +145,7 @@ def test_copies_lie_in_a_folder_that_nobody_can_have_made_before(drawn_slides, t
         closing(Stage(tmp_path / "fast", 10**8)) as second,
     ):
         for stage in (first, second):
-            entry = next(filter(None, stage.entries(list_slides([slides]).entries)))
+            entry = next(stage.copied(jobs(slides))).entry
             assert entry.file.read_bytes() == entry.path.read_bytes()
             own = entry.file.parents[1]
             assert (own.stat().st_mode & 0o777, own.stat().st_uid) == (0o700, os.geteuid())
@@ -191,12 +193,7 @@ except Exception as exc:
 def test_closing_stops_a_copier_that_waits_for_room(drawn_slides, tmp_path):
     slides = link_cohort(tmp_path / "slides", drawn_slides, 3)
     stage = Stage(tmp_path / "fast", max(p.stat().st_size for p in slides.iterdir()) + 10)
-    entries = stage.entries(list_slides([slides]).entries)
-    while next(entries) is None:
-        time.sleep(0.002)
+    next(stage.copied(jobs(slides)))
     stage.close()
-    deadline = time.monotonic() + 5
-    while any(t.name == "stage" for t in threading.enumerate()) and time.monotonic() < deadline:
-        time.sleep(0.01)
     assert not any(t.name == "stage" for t in threading.enumerate())
     assert os.listdir(tmp_path / "fast") == []

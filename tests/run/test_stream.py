@@ -7,7 +7,6 @@ import shutil
 import signal
 import threading
 import time
-from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -21,9 +20,10 @@ from seal_extract.demo import untrained_encoder
 from seal_extract.errors import EncoderError, ReadError, ResolutionError, SlideOpenError
 from seal_extract.patches.stream import stream_batches
 from seal_extract.patches.tiles import open_patch_reader
+from seal_extract.run import writer
 from seal_extract.run.embed import CpuEmbedder, GpuEmbedder
 from seal_extract.run.extract import extract_many
-from seal_extract.run.writer import BATCHES_AHEAD, Writer
+from seal_extract.run.job import SlideJob
 from seal_extract.synthetic import write_synthetic_slide
 
 
@@ -216,29 +216,23 @@ def test_ctrl_c_leaves_nothing_half_written(slides, tmp_path, after):
     assert not half_written(tmp_path)
 
 
-def test_slides_that_fail_faster_than_they_are_drawn_do_not_pile_up(monkeypatch):
+def test_slides_that_fail_faster_than_they_are_drawn_do_not_pile_up(slides, tmp_path, monkeypatch):
     """Each would be open, with all its memory, until its turn to be drawn."""
-    draw_on, begun = threading.Event(), []
-    monkeypatch.setattr("seal_extract.run.writer.draw", lambda _: draw_on.wait(10))
-    writer = Writer([Checksums()], None)
-    slide = SimpleNamespace(plan=SimpleNamespace(grid=[0]))
-
-    def begin_all():
-        for i in range(20):
-            writer.begin(i, slide)
-            begun.append(i)
-
-    thread = threading.Thread(target=begin_all)
+    draw_on, opened = threading.Event(), []
+    draw, open_slide = writer.draw_overlay, SlideJob.open
+    monkeypatch.setattr(writer, "draw_overlay", lambda *a, **k: draw_on.wait(10) and draw(*a, **k))
+    monkeypatch.setattr(SlideJob, "open", lambda job: opened.append(job) or open_slide(job))
+    damage = Damage(slides[0], tmp_path / "bad.svs")
+    bad = damage.overwrite(3, bytes(damage.counts[3])).write()
+    paths = [shutil.copy(bad, tmp_path / f"{i:02}.svs") for i in range(30)]
+    thread = threading.Thread(target=run, args=(paths, tmp_path / "out"))
     thread.start()
-    time.sleep(0.3)
-    waiting = len(begun)
+    time.sleep(2)
+    waiting = len(opened)
     draw_on.set()
     thread.join()
-    writer.wait()
-    writer._open.clear()
-    writer.close()
-    assert waiting <= BATCHES_AHEAD + 1
-    assert len(begun) == 20
+    assert 0 < waiting < 15
+    assert len(opened) == 30
 
 
 @pytest.mark.usefixtures("no_threads_left")

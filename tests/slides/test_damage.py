@@ -17,7 +17,7 @@ from seal_extract.patches.codecs import JpegCodec, TileError
 from seal_extract.patches.regions import RegionReader, Resampling
 from seal_extract.patches.tiles import TileReader, open_patch_reader
 from seal_extract.run.extract import extract_many
-from seal_extract.run.slide_process import plan_within
+from seal_extract.run.job import SlideJob
 from seal_extract.slides.overview import read_overview
 from seal_extract.synthetic import write_synthetic_slide
 
@@ -320,6 +320,9 @@ def test_a_slide_that_changes_while_it_is_read_fails(svs, tmp_path, monkeypatch,
             changed.set()
             CHANGES[change](path, svs)
 
+    def after_change(function):
+        return lambda *args: change_once() or function(*args)
+
     def after(function):
         def wrapped(*args, **kwargs):
             result = function(*args, **kwargs)
@@ -329,7 +332,7 @@ def test_a_slide_that_changes_while_it_is_read_fails(svs, tmp_path, monkeypatch,
         return wrapped
 
     if when == "planned":
-        monkeypatch.setattr("seal_extract.run.job.plan_within", after(plan_within))
+        monkeypatch.setattr(SlideJob, "open", after_change(SlideJob.open))
     elif when == "decoded":
         monkeypatch.setattr(TileReader, "read", after(TileReader.read))
     else:

@@ -6,6 +6,7 @@ import zipfile
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -15,6 +16,7 @@ from seal_extract import ExtractOptions, extract, open_slide
 from seal_extract.cli import main
 from seal_extract.errors import SlideOpenError, UsageError
 from seal_extract.run.cohort import extract_cohort
+from seal_extract.run.job import SlideJob
 from seal_extract.run.staging import Stage
 from seal_extract.run.status_table import read_status
 from seal_extract.slides.listing import list_slides
@@ -343,15 +345,18 @@ def test_copies_of_urls_stay_within_the_bound(memory, drawn_slides, tmp_path):
     limit = 2 * max(path.stat().st_size for path in drawn_slides)
     stage = Stage(tmp_path / "fast", limit)
     most = done = 0
-    for entry in stage.entries(list_slides(["memory://bucket"]).entries):
+    for job in stage.copied(jobs(["memory://bucket"])):
         most = max(most, sum(p.stat().st_size for p in (tmp_path / "fast").rglob("*.svs")))
-        if entry is not None:
-            assert entry.file.read_bytes() == memory.cat(entry.url)
-            stage.release(entry)
-            done += 1
+        assert job.entry.file.read_bytes() == memory.cat(job.entry.url)
+        stage.release(job.entry)
+        done += 1
     stage.close()
     assert done == 9
     assert 0 < most <= limit
+
+
+def jobs(sources):
+    return [SlideJob.of(entry, Path(), ExtractOptions()) for entry in list_slides(sources).entries]
 
 
 def test_closing_stops_a_copy_under_way(web, drawn_slides, tmp_path, monkeypatch):
@@ -372,8 +377,7 @@ def test_closing_stops_a_copy_under_way(web, drawn_slides, tmp_path, monkeypatch
 
     monkeypatch.setattr(Site, "do_GET", slowly)
     stage = Stage(tmp_path / "fast", 10**8)
-    entries = stage.entries(list_slides([f"{web.url}/slide_0000.svs"]).entries)
-    assert next(entries) is None
+    stage.copied(jobs([f"{web.url}/slide_0000.svs"]))
     assert waiting.wait(10)
     threading.Timer(0.2, go_on.set).start()
     stage.close()

@@ -13,7 +13,9 @@ from conftest import shared
 from seal_extract import ExtractOptions, extract
 from seal_extract.errors import OutputError
 from seal_extract.run.cohort import extract_cohort
-from seal_extract.run.resume import resume
+from seal_extract.run.job import SlideJob
+from seal_extract.run.resume import find_finished
+from seal_extract.slides.entry import SlideEntry
 from seal_extract.slides.identity import content, file_stamp, sizes_and_times, slide_files
 
 MB = 2**20
@@ -70,6 +72,10 @@ def test_a_slide_replaced_in_its_place_is_not_finished(done, encoder):
     assert "(a slide with other content)" in refused(slide, encoder, out)
 
 
+def recognised(slide, encoder, out):
+    return find_finished(SlideJob.of(SlideEntry.of(slide), out, ExtractOptions()), encoder)
+
+
 def test_a_slide_that_was_moved_copied_or_touched_is_finished(done, encoder, tmp_path):
     slide, path, out = done
     copy = tmp_path / "copy/slide.tiff"
@@ -77,14 +83,14 @@ def test_a_slide_that_was_moved_copied_or_touched_is_finished(done, encoder, tmp
     shutil.copyfile(slide, copy)
     slide.touch()
     for place in (slide, copy):
-        assert resume(place, encoder, out, ExtractOptions()).path == path
+        assert recognised(place, encoder, out).path == path
         assert extract(place, encoder, out).path == path
 
 
 def test_an_older_version_s_file_is_finished_in_its_place_alone(done, encoder, tmp_path):
     slide, path, out = done
     without_content(path)
-    assert resume(slide, encoder, out, ExtractOptions()).path == path
+    assert recognised(slide, encoder, out).path == path
     assert extract(slide, encoder, out).path == path
     moved = tmp_path / "moved/slide.tiff"
     moved.parent.mkdir()
