@@ -103,6 +103,16 @@ def _create(part: Path, as_folder: bool) -> int | None:
     return None
 
 
+def file_state(file: Path | int) -> tuple[int, int]:
+    """Size in bytes and time in ns of a file, or of an open descriptor: a file that has others has changed.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    stat = os.stat(file)
+    return stat.st_size, stat.st_mtime_ns
+
+
 def sweep(folder: Path) -> None:
     """Delete what runs that were killed have left below ``folder``; what others are writing stays."""
     for part in folder.rglob(PATTERN):

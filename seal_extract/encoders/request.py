@@ -15,6 +15,7 @@ from seal_extract.encoders.locate import ADAPTER_CONFIG, adapted, is_name, locat
 from seal_extract.encoders.registry import find_spec
 from seal_extract.encoders.spec import EncoderSpec, check_precision
 from seal_extract.errors import UsageError
+from seal_extract.publish import file_state
 
 if TYPE_CHECKING:
     from seal_extract.encoders.encoder import Encoder
@@ -105,5 +106,4 @@ def _is_unchanged(path: Path, recorded: Mapping[str, Mapping[str, Any]]) -> bool
     before = recorded.get(path.name)
     if before is None or not path.is_file():
         return False
-    stat = path.stat()
-    return (stat.st_size, stat.st_mtime_ns) == (before["size"], before["mtime_ns"])
+    return file_state(path) == (before["size"], before["mtime_ns"])

@@ -12,7 +12,7 @@ from typing import Any
 from seal_extract.errors import OutputError
 from seal_extract.features.store import SlideFeatures
 from seal_extract.genes.feature_rows import LAYABLE, RowPlaces
-from seal_extract.publish import publish, writing
+from seal_extract.publish import file_state, publish, writing
 
 MANIFEST = "slides.json"
 OURS = ("shard_*.faiss", "trained_*.faiss", ".*.part")
@@ -49,10 +49,7 @@ class Entry:
 
     def is_still(self, slide: SlideFeatures | None) -> bool:
         """Whether the features file is the one whose rows were put in, by size and time."""
-        if slide is None:
-            return False
-        stat = slide.path.stat()
-        return (stat.st_size, stat.st_mtime_ns) == self.state
+        return slide is not None and file_state(slide.path) == self.state
 
 
 @dataclass(frozen=True)

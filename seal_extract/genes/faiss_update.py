@@ -23,7 +23,7 @@ from seal_extract.genes.faiss_manifest import (
 )
 from seal_extract.genes.feature_rows import RowPlaces
 from seal_extract.genes.index import unit_pieces
-from seal_extract.publish import sweep, writing
+from seal_extract.publish import file_state, sweep, writing
 
 SHARD_BYTES = 2**29  # of rows in a file: so much memory is taken while one is made
 ID_BYTES = 8  # kept with each row
@@ -145,10 +145,10 @@ def _with_shard(manifest: Manifest, slides: list[SlideFeatures], base: int | Non
 
 def _added(slide: SlideFeatures, shard: Any, number: int) -> Entry:
     """Put the rows of a slide into a file that is open."""
-    start, stat, places = shard.ntotal, slide.path.stat(), RowPlaces.of(slide.path)
+    start, state, places = shard.ntotal, file_state(slide.path), RowPlaces.of(slide.path)
     for rows in unit_pieces(slide):
         shard.add(rows)
     if shard.ntotal - start != len(slide.grid):
         raise OutputError(f"{slide.path} has changed while it was read; type --index build again")
     path = str(slide.path.resolve())
-    return Entry(path, stat.st_size, stat.st_mtime_ns, len(slide.grid), number, start, places)
+    return Entry(path, *state, len(slide.grid), number, start, places)

@@ -5,7 +5,6 @@ Opening it as HDF5 takes 2 ms, so that reading what a search found would take lo
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -19,6 +18,7 @@ from seal_extract.errors import OutputError
 from seal_extract.features.feature_file import MICROMETRES, PIXELS
 from seal_extract.features.store import SlideFeatures
 from seal_extract.hdf5 import DAMAGED, open_hdf5
+from seal_extract.publish import file_state
 
 LAYABLE = ("<f4", "<f2")
 
@@ -77,8 +77,7 @@ class RowPlaces:
         """
         try:
             with slide.path.open("rb", buffering=0) as file:
-                stat = os.fstat(file.fileno())
-                if (stat.st_size, stat.st_mtime_ns) != state:
+                if file_state(file.fileno()) != state:
                     raise OSError("it was replaced")
                 if self.chunks:
                     parts = [self._row(file, row) for row in rows.tolist()]

@@ -14,7 +14,7 @@ from seal_extract.errors import OutputError
 from seal_extract.features.layout import Layout
 from seal_extract.features.store import SlideFeatures, find_features, read_features, read_provenance
 from seal_extract.names import SEPARATOR
-from seal_extract.publish import writing
+from seal_extract.publish import file_state, writing
 from seal_extract.run.job import SlideJob
 from seal_extract.run.options import ExtractOptions
 from seal_extract.run.provenance import PIPELINE, fingerprint, first_difference
@@ -161,9 +161,8 @@ def _is_same_file(entry: SlideEntry, provenance: dict[str, Any]) -> bool:
     try:
         path = entry.path.resolve()
         if slide["path"] in (str(path), path.name):  # an export names the file alone
-            stat = entry.path.stat()
             if "stamp" not in slide:
-                return (stat.st_size, stat.st_mtime_ns) == (recorded["bytes"], slide["mtime_ns"])
+                return file_state(entry.path) == (recorded["bytes"], slide["mtime_ns"])
             if sizes_and_times(entry.path) == slide["stamp"]:
                 return True
         return "content" in recorded and entry.path.is_file() and content(entry.path) == recorded["content"]

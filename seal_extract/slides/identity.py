@@ -11,6 +11,8 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
+from seal_extract.publish import file_state
+
 WHOLE_BYTES = 2**23  # a file up to this size is read whole
 SAMPLES, SAMPLE_BYTES = 64, 2**14  # read of a larger one: its head, its tail, and as much between
 LEAST_SAMPLES = 4  # of each file of a slide that has very many
@@ -46,11 +48,9 @@ def file_stamp_of(files: list[Path]) -> FileStamp:
     stamp: list[int] = []
     for file in files:
         try:
-            stat = file.stat()
+            stamp += (file.stat().st_ino, *file_state(file))
         except OSError:
             stamp += (0, 0, 0)
-        else:
-            stamp += (stat.st_ino, stat.st_size, stat.st_mtime_ns)
     return tuple(stamp)
 
 
@@ -60,10 +60,7 @@ def sizes_and_times(path: Path) -> str:
     Raises:
         OSError: there is no such file.
     """
-    files = slide_files(path)
-    stats = [file.stat() for file in files]
-    names = [str(file.relative_to(path.parent)) for file in files]
-    stamps = [(name, s.st_size, s.st_mtime_ns) for name, s in zip(names, stats, strict=True)]
+    stamps = [(str(file.relative_to(path.parent)), *file_state(file)) for file in slide_files(path)]
     return hashlib.sha256(repr(stamps).encode("utf-8", "surrogateescape")).hexdigest()
 
 

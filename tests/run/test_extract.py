@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib import import_module
 from math import inf, nan
 
@@ -16,8 +16,9 @@ from conftest import shared
 from PIL import Image
 
 from seal_extract import ExtractOptions, extract, load_encoder, open_slide, read_features
-from seal_extract.demo import UNTRAINED, write_untrained_encoder
+from seal_extract.demo import UNTRAINED, untrained_encoder, write_untrained_encoder
 from seal_extract.errors import GeometryError, OutputError, ReadError, UsageError
+from seal_extract.run.cohort import extract_cohort
 from seal_extract.synthetic import write_synthetic_slide
 
 
@@ -179,6 +180,31 @@ def test_given_files_that_are_not_there_are_named(svs, encoder, tmp_path):
         ExtractOptions(roi=tmp_path, coords=tmp_path)
 
 
+def test_with_coordinates_and_two_encoders_a_slide_is_opened_once_and_its_coordinates_are_read_once(
+    finished, svs, encoder, tmp_path, monkeypatch
+):
+    job, calls = import_module("seal_extract.run.job"), []
+    for name in ("open_entry", "read_grid"):
+        real = getattr(job, name)
+        monkeypatch.setattr(job, name, lambda *args, real=real, name=name: calls.append(name) or real(*args))
+    options = ExtractOptions(coords=finished[1] / "20x_224px_0px_overlap/patches", plan_timeout_s=0)
+    second, third = (untrained_encoder(replace(UNTRAINED, name=name), seed=7) for name in ("b", "c"))
+    for encoders, now in (
+        ([encoder, second], ["open_entry", "read_grid"]),
+        ([encoder, second], []),
+        ([encoder, second, third], ["open_entry", "read_grid"]),  # for the one that is new
+    ):
+        calls.clear()
+        assert len(extract_cohort(svs, encoders, tmp_path, options=options).done) == 1
+        assert calls == now
+    other = tmp_path / "other.h5"
+    with h5py.File(other, "w") as file:
+        file["coords"] = finished[0].grid.xy_l0[:2]
+        file["coords"].attrs.update(patch_size=224, patch_size_level0=448)
+    with pytest.raises(OutputError, match=r"made with another request \(options coords "):
+        extract(svs, encoder, tmp_path, options=ExtractOptions(coords=other))
+
+
 @pytest.mark.parametrize("name", [field.name for field in fields(ExtractOptions)])
 def test_an_option_of_another_kind_is_refused(name):
     option = f"--{name.replace('_', '-')}"
@@ -267,6 +293,17 @@ def test_an_option_that_an_older_version_did_not_have_counts_as_its_default(
     assert extract(svs, encoder, tmp_path, options=ExtractOptions(layout="flat")).path == older
     with pytest.raises(OutputError, match=r"\(options overlap_px 0, now 32\)"):
         extract(svs, encoder, tmp_path, options=ExtractOptions(layout="flat", overlap_px=32))
+
+
+def test_a_fingerprint_of_a_newer_version_is_refused(finished, svs, encoder, tmp_path, no_work):
+    newer = tmp_path / finished[0].path.name
+    newer.write_bytes(finished[0].path.read_bytes())
+    with h5py.File(newer, "r+") as file:
+        provenance = json.loads(file.attrs["seal_extract"])
+        provenance["request"]["version"] = 2
+        file.attrs["seal_extract"] = json.dumps(provenance)
+    with pytest.raises(OutputError, match="version 2 of the fingerprint, of a newer seal-extract"):
+        extract(svs, encoder, tmp_path, options=ExtractOptions(layout="flat"))
 
 
 def test_a_file_of_other_weights_is_not_taken_for_done(finished, svs, tmp_path, no_work):
