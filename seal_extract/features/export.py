@@ -1,6 +1,6 @@
-"""A finished run into another layout, without encoding again: the same values, copied piece by piece.
+"""Convert a finished run to another layout without encoding again; the same values are copied in pieces.
 
-A file that the same features were exported to before is recognised; any other is left alone.
+A file to which the same features were exported before is recognised. Any other file is left alone.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ EXPORTS = (*LAYOUTS, *SCVERSE)
 
 @dataclass(frozen=True)
 class Exported:
-    """What became of one features file.
+    """The outcome of one feature file.
 
     Attributes:
         source: the file of the finished run.
-        path: where its features now lie.
-        patches: how many.
-        state: ``"written"``, ``"finished before"``, ``"failed"``, or ``"left out"``: that layout has no
-            place for a slide without patches, or none that its readers see.
-        error: why it failed; None otherwise.
-        note: what the file is without, such as the slide's picture.
+        path: the new file.
+        patches: the number of patches.
+        state: ``"written"``, ``"finished before"``, ``"failed"``, or ``"left out"`` if the layout has no
+            place for a slide without patches.
+        error: the error if it failed; None otherwise.
+        note: a remark, such as that the picture of the slide is missing.
     """
 
     source: Path
@@ -68,24 +68,24 @@ def export(
     overwrite: bool = False,
     slides: Path | None = None,
 ) -> Iterator[Exported]:
-    """Write every finished features file under ``folder`` into another layout under ``out``.
+    """Convert every finished feature file under ``folder`` to another layout under ``out``.
 
-    Values are the same, float32, and float16 rounded from it in STAMP's layout. Provenance is kept, with the
-    source's path in ``folder`` added under ``exported_from``; of slide and weights it has the names alone, so
-    that no folder of this machine is given away. Pictures and contours are not copied.
+    Values stay equal in float32, and are rounded to float16 in STAMP's layout. The provenance is kept; the
+    path of the source in ``folder`` is added as ``exported_from``. Slides and weights are named without their
+    folders, so that no folder of this machine is given away. Pictures and contours are not copied.
 
     Args:
-        folder: of a finished run, or a part of it such as one encoder's.
+        folder: the folder of a finished run or a part of it, such as that of one encoder.
         layout: ``"trident"``, ``"clam"``, ``"stamp"``, ``"flat"``, ``"anndata"`` or ``"spatialdata"``.
         out: folder for the results.
-        overwrite: replace files that were made from something else.
-        slides: folder that holds the slides, if they have moved, for the picture in AnnData and SpatialData.
+        overwrite: replace files that were made from other features.
+        slides: folder of the slides, if they have moved; AnnData and SpatialData hold a picture of the slide.
 
     Yields:
-        What became of each file, as it is done; one that fails stops no other.
+        The outcome of each file; a failure does not stop the others.
 
     Raises:
-        UsageError: no such layout, nothing finished in ``folder``, or two files that would get one name.
+        UsageError: the layout is unknown, ``folder`` holds nothing finished, or two files would get one name.
     """
     if layout not in EXPORTS:
         raise UsageError(f"--layout is {layout!r}; allowed: {', '.join(EXPORTS)}")
@@ -101,12 +101,12 @@ def export(
 
 
 def _jobs(folder: Path, layout: str, out: Path) -> tuple[dict[Path, Path], dict[Path, OutputError]]:
-    """The file that each source becomes, with the source; and the sources that are damaged.
+    """The sources by the file that each becomes, and the damaged sources.
 
-    A run exported into its own folder is met again there: the original goes before its exports.
+    If a run was exported into its own folder, originals are preferred to exports.
     """
     if not folder.is_dir():
-        raise UsageError(f"{folder} is no folder; give the -o of a finished run")
+        raise UsageError(f"{folder} is not a folder; give the -o of a finished run")
 
     def job(file: Path) -> tuple[Path, dict[str, Any]] | None:
         features = find_features(file)
@@ -129,8 +129,8 @@ def _jobs(folder: Path, layout: str, out: Path) -> tuple[dict[Path, Path], dict[
         jobs[path] = file
     if not jobs and not damaged:
         raise UsageError(
-            f"{folder} holds no finished features file of seal_extract that is not in this layout already "
-            f"(looked for *.h5 in it and below); give the -o of a finished run"
+            f"{folder} holds no finished feature file of seal_extract that is not in this layout already "
+            f"(searched *.h5 in it and below); give the -o of a finished run"
         )
     return jobs, damaged
 
@@ -151,7 +151,7 @@ def _export_one(
         result = replace(result, patches=len(source.grid))
         if layout != "stamp" and find_features(file, MICROMETRES) is not None:
             raise OutputError(
-                f"{source.path} holds float16 (STAMP's layout), and {layout} promises float32; "
+                f"{source.path} holds float16 (STAMP's layout), but {layout} needs float32; "
                 f"export from a float32 layout, or encode again"
             )
         if layout in SCVERSE and not len(source.grid) and not SCVERSE[layout].takes_empty:
@@ -166,7 +166,7 @@ def _export_one(
             overview = None
             try:
                 overview = origin_overview(source, slides)
-            except SlideError as exc:  # the features are whole without it
+            except SlideError as exc:  # the features are complete without a picture
                 result = replace(result, note=f"; without the slide's picture: {exc}")
             SCVERSE[layout].write(replace(source, provenance=provenance), path, overview)
         else:
@@ -177,7 +177,7 @@ def _export_one(
 
 
 def _is_hidden(source: SlideFeatures, layout: str, out: Path) -> bool:
-    """Whether its file lies where the layout's readers do not look."""
+    """Whether the file lies where readers of the layout do not look."""
     if layout in SCVERSE:
         return False
     name, encoder = source.path.stem, source.provenance["encoder"]["name"]
@@ -185,24 +185,24 @@ def _is_hidden(source: SlideFeatures, layout: str, out: Path) -> bool:
 
 
 def _is_done(path: Path, layout: str, provenance: dict[str, Any]) -> bool:
-    """Whether an earlier export, or the same run, left these features there.
+    """Whether the file holds these features already, from an earlier export or the same run.
 
     Raises:
-        OutputError: something else lies there.
+        OutputError: the file holds something else.
     """
     if not path.exists():
         return False
     read = SCVERSE[layout].read_provenance if layout in SCVERSE else read_provenance
     there = read(path)
     if there is None or _without_origin(there) != _without_origin(provenance):
-        what = "is not ours" if there is None else "was made from other features"
+        what = "is of another tool" if there is None else "was made from other features"
         raise OutputError(f"{path} exists and {what}; type --overwrite to replace it, or another -o")
     return True
 
 
 def _without_origin(provenance: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in provenance.items() if key != EXPORTED_FROM}
-    return shareable(kept)  # an older version exported paths
+    return shareable(kept)  # an older version wrote paths
 
 
 def _copy(source: SlideFeatures, provenance: dict[str, Any], layout: str, out: Path, overwrite: bool) -> None:

@@ -34,13 +34,13 @@ HERE = "."  # other tools expect a folder here; a path of this machine would be 
 
 @dataclass(frozen=True)
 class SlideLabel:
-    """What files say of a slide.
+    """The facts about a slide that its files hold.
 
     Attributes:
-        name: of its files, without suffix.
+        name: the name of the files, without suffix.
         size_l0: (width, height) in level-0 pixels.
-        mpp: its true µm/px at level 0.
-        barcodes: one per patch, where patches have names; they go into every file beside the rows.
+        mpp: the true µm/px at level 0.
+        barcodes: one name per patch, if patches have names; they are written beside the rows.
     """
 
     name: str
@@ -49,13 +49,13 @@ class SlideLabel:
     barcodes: tuple[str, ...] | None = None
 
     def add_barcodes(self, file: h5py.File) -> None:
-        """Write ``barcode``, UTF-8 [N], where there are any."""
+        """Write the dataset ``barcode``, UTF-8 [N], if there are barcodes."""
         if self.barcodes is not None:
             file.create_dataset(BARCODE, data=list(self.barcodes), dtype=h5py.string_dtype())
 
 
 class FeatureWriter:
-    """Takes rows of features in grid order; made by `write_rows`."""
+    """Writes rows of features in the order of the grid; made by `write_rows`."""
 
     def __init__(self, path: Path, dataset: h5py.Dataset, disk: Disk) -> None:
         self.path = path
@@ -66,13 +66,13 @@ class FeatureWriter:
         """Write the next rows: float32 [B, D].
 
         Raises:
-            OutputError: rows of another width, more than expected, or beyond what the file's type can hold.
+            OutputError: rows have another width, are too many, or have values beyond the type of the file.
         """
         expected = (min(len(features), len(self._dataset) - self.rows), self._dataset.shape[1])
         if features.shape != expected:
             raise OutputError(
-                f"{self.path}: row {self.rows} on is {list(features.shape)}, the file takes "
-                f"{list(expected)}; nothing was kept"
+                f"{self.path}: the rows from {self.rows} on are {list(features.shape)}, but the file expects "
+                f"{list(expected)}; nothing was written"
             )
         with writing(self.path):
             self._dataset[self.rows : self.rows + len(features)] = self._fitting(features)
@@ -80,14 +80,14 @@ class FeatureWriter:
         self.rows += len(features)
 
     def check(self) -> None:
-        """Raise if rows are missing.
+        """Check that no row is missing.
 
         Raises:
-            OutputError: not as many came as the file is to have.
+            OutputError: rows are missing.
         """
         if self.rows != len(self._dataset):
             raise OutputError(
-                f"{self.path}: {self.rows} rows came for {len(self._dataset)} patches; nothing was kept"
+                f"{self.path}: {self.rows} rows for {len(self._dataset)} patches; nothing was written"
             )
 
     def _fitting(self, features: NDArray[np.float32]) -> NDArray[Any]:
@@ -96,7 +96,7 @@ class FeatureWriter:
         if dtype == np.float16 and largest > float(np.finfo(np.float16).max):
             raise OutputError(
                 f"{self.path}: a feature of {largest:.4g} does not fit float16, which holds up to 65504; "
-                "choose another --layout, all of which are float32"
+                "choose another --layout; the others are float32"
             )
         return features.astype(dtype, copy=False)
 
@@ -111,23 +111,23 @@ def write_rows(
     describe: Describe,
     keep: Keep | None = None,
 ) -> Iterator[FeatureWriter]:
-    """Open a file of rows; it appears under its name when the block ends with all rows in.
+    """Open a new file of rows; it gets its name when the block ends and all rows are written.
 
     Args:
-        path: its final name.
-        dataset: name of the rows.
+        path: the final name.
+        dataset: the name of the rows.
         shape: (N, D).
-        dtype: of the rows in the file.
-        provenance: written last, as it then is.
+        dtype: the type of the rows in the file.
+        provenance: written at the end, with the changes made until then.
         describe: adds coordinates and attributes to the open file.
         keep: see `publish`.
 
     Raises:
-        OutputError: it cannot be written, or not as many rows came as ``shape`` says.
+        OutputError: the file cannot be written, or rows are missing.
     """
     with new_hdf5(path, keep) as (file, disk):
         rows = max(1, min(shape[0], CHUNK_BYTES // max(1, np.dtype(dtype).itemsize * shape[1])))
-        chunks = (rows, shape[1]) if all(shape) else None  # HDF5 has no chunks of nothing
+        chunks = (rows, shape[1]) if all(shape) else None  # HDF5 cannot chunk an empty dataset
         checked = file.create_dataset(dataset, shape, dtype, chunks=chunks, fletcher32=chunks is not None)
         writer = FeatureWriter(path, checked, disk)
         describe(file)
@@ -142,7 +142,7 @@ def write_described(
     """Write a file without rows, such as coordinates; for ``keep`` see `publish`.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the file cannot be written.
     """
     with new_hdf5(path, keep) as (file, _):
         describe(file)
@@ -173,13 +173,13 @@ def write_pixel_coords(
     """Write a file of ``coords`` int64 [N, 2]; for ``keep`` see `publish`.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the file cannot be written.
     """
     write_described(path, provenance, lambda file: create_coords(file, label, grid), keep)
 
 
 def create_coords(file: h5py.File, label: SlideLabel, grid: PatchGrid) -> None:
-    """``coords`` int64 [N, 2] with the nine attributes, and ``padding`` where there is some."""
+    """Write ``coords`` int64 [N, 2] with TRIDENT's nine attributes, and ``padding`` if there is any."""
     label.add_barcodes(file)
     write_padding(file, grid)
     coords = file.create_dataset("coords", data=grid.xy_l0, **checked(grid.xy_l0))
@@ -197,12 +197,12 @@ def create_coords(file: h5py.File, label: SlideLabel, grid: PatchGrid) -> None:
 
 
 def write_padding(file: h5py.File, grid: PatchGrid) -> None:
-    """The share of each patch beyond the slide, float32 [N], where patches were kept that reach there."""
+    """Write the share of each patch beyond the slide, float32 [N], if such patches were kept."""
     if grid.inside_l0 is not None:
         file["padding"] = grid.padding.astype(np.float32)
 
 
 def _magnification(mpp: float) -> int | float:
-    """10 / µm/px, the field's convention (0.5 µm/px = 20x), whole where it is."""
+    """Magnification by the convention of the field, 10 / µm/px (0.5 µm/px = 20x)."""
     value = round(10 / mpp, 2)
     return int(value) if value == int(value) else value

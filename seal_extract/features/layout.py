@@ -1,4 +1,4 @@
-"""What every layout answers: where a slide's files lie, how they are written, whether they are there."""
+"""The base of all layouts: where the files of a slide lie, and how they are written."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from seal_extract.names import shareable
 from seal_extract.patches.grid import PatchGrid
 from seal_extract.publish import writing
 
-OVERLAYS, CONTOURS = "overlays", "contours_geojson"  # folders, with one below for each grid
+OVERLAYS, CONTOURS = "overlays", "contours_geojson"  # folders with one subfolder per grid
 
 
 @dataclass(frozen=True)
 class Layout(ABC):
     """The files of a run under ``out``.
 
-    A slide is finished when its features file is there: it is published last, and what is derived from it
-    can be made again by `complete`.
+    A slide is finished when its feature file exists: that file is published last, and `complete` can make
+    again the files that are derived from it.
 
     Attributes:
         out: folder of the results.
-        name: as ``--layout`` takes it.
-        dataset: name of the rows in a features file.
-        one_encoder: features of two encoders would have one name.
+        name: the value of ``--layout``.
+        dataset: name of the rows in a feature file.
+        one_encoder: whether the features of two encoders would get one name.
     """
 
     out: Path
@@ -55,30 +55,30 @@ class Layout(ABC):
 
     @abstractmethod
     def features(self, slide: str, encoder: str) -> Path:
-        """Features of a slide, by its name without suffix."""
+        """The feature file of a slide."""
 
     def empty(self, slide: str, encoder: str) -> Path:
-        """What stands for the features of a slide that has no patches: the same file, with no rows."""
+        """The feature file of a slide without patches; by default the same file, without rows."""
         return self.features(slide, encoder)
 
     def derived(self, slide: str, encoder: str) -> tuple[Path, ...]:
-        """Files made from the features file once it is complete."""
+        """Files that are derived from the complete feature file."""
         return ()
 
     def coords(self, slide: str) -> Path | None:
-        """Coordinates of a slide; None where only its features file has them."""
+        """The coordinates file of a slide; None if only the feature file holds them."""
         return None
 
     def overlay(self, slide: str, grid: str) -> Path:
-        """Picture of a slide, by the name of the slide and of its grid."""
+        """The picture of a slide with this grid."""
         return self.out / OVERLAYS / grid / f"{slide}.jpg"
 
     def tissue(self, slide: str, grid: str) -> Path:
-        """Tissue contours of a slide, by the name of the slide and of its grid."""
+        """The tissue contours of a slide with this grid."""
         return self.out / CONTOURS / grid / f"{slide}.geojson"
 
     def shared_tissue(self, slide: str, grid: str, *, overwrite: bool = False) -> Path | None:
-        """The same where TRIDENT and QuPath's users look for it; None where it is another grid's."""
+        """The contours where TRIDENT and QuPath users look for them; None if those are of another grid."""
         shared = self.out / CONTOURS / f"{slide}.geojson"
         if overwrite or not shared.exists():
             return shared
@@ -86,19 +86,19 @@ class Layout(ABC):
         return shared if grids == [grid] else None
 
     def contours(self, slide: str) -> Path | None:
-        """Picture of the tissue beside `shared_tissue`, by which another tool knows that it was found."""
+        """A picture by which another tool recognises that tissue was found; None if it looks for none."""
         return None
 
     def slide_level(self, slide: str, name: str) -> Path:
-        """Embedding of a whole slide, by the name of what pooled it."""
+        """The slide-level embedding, by the name of the pooling."""
         return self.out / f"slide_features_{name}" / f"{slide}.h5"
 
     def place(self, slide: str, encoder: str, grid: PatchGrid) -> Path:
-        """Where the features of a slide with these patches go."""
+        """The feature file of a slide with these patches."""
         return self.features(slide, encoder) if len(grid) else self.empty(slide, encoder)
 
     def find(self, slide: str, encoder: str) -> Path | None:
-        """The features file that is there, with patches or without."""
+        """The feature file that exists, with or without patches; None if there is none."""
         places = (self.features(slide, encoder), self.empty(slide, encoder))
         return next((path for path in places if path.exists()), None)
 
@@ -115,12 +115,13 @@ class Layout(ABC):
         *,
         overwrite: bool = True,
     ) -> Iterator[FeatureWriter]:
-        """Open the features file of a slide; when the block ends with all rows in, it and what is derived
-        from it appear. ``provenance`` is written last, as it then is.
+        """Open the feature file of a slide; it and the derived files appear when the block ends.
+
+        ``provenance`` is written at the end, with the changes made until then.
 
         Raises:
-            OutputError: it cannot be written, or not as many rows came as the grid has; or ``overwrite`` is
-                not set, and another run has meanwhile put a file there that another request made.
+            OutputError: the file cannot be written, rows are missing, or ``overwrite`` is not set and another
+                run has meanwhile written the file from another request.
         """
         path = self.place(label.name, encoder, grid)
         others = {self.features(label.name, encoder), self.empty(label.name, encoder)} - {path}
@@ -128,8 +129,11 @@ class Layout(ABC):
         with self._open(path, label, grid, encoder, dim, provenance, keep) as writer:
             yield writer
             writer.check()
-            if overwrite or self.find(label.name, encoder) is None:  # or they are another run's
-                for stale in (*self.derived(label.name, encoder), *others):  # of a file that is about to go
+            if overwrite or self.find(label.name, encoder) is None:  # otherwise they belong to another run
+                for stale in (
+                    *self.derived(label.name, encoder),
+                    *others,
+                ):  # derived from the file that is replaced
                     with writing(stale):
                         stale.unlink(missing_ok=True)
         self.complete(label.name, encoder)
@@ -144,20 +148,20 @@ class Layout(ABC):
         provenance: dict[str, Any],
         keep: Keep | None,
     ) -> AbstractContextManager[FeatureWriter]:
-        """The features file, in level-0 pixels."""
+        """Open the feature file; coordinates are in level-0 pixels."""
         return write_pixel_features(path, label, grid, encoder, dim, provenance, keep)
 
     def complete(self, slide: str, encoder: str) -> None:
-        """Make those of the `derived` files that are not there."""
+        """Make the `derived` files that do not exist."""
         return None
 
     def write_coords(
         self, label: SlideLabel, grid: PatchGrid, provenance: dict[str, Any], *, overwrite: bool = False
     ) -> None:
-        """Write the coordinates file, unless the same coordinates lie there: encoders share it.
+        """Write the coordinates file, which encoders share, unless it holds the same coordinates already.
 
         Raises:
-            OutputError: it cannot be written, or holds other coordinates and ``overwrite`` is not set.
+            OutputError: the file cannot be written, or holds other coordinates and ``overwrite`` is not set.
         """
         path = self.coords(label.name)
         if path is None:
@@ -168,13 +172,13 @@ class Layout(ABC):
             return
         if there is None and exists and not overwrite:
             raise OutputError(
-                f"{path} exists and holds no coordinates that can be read; "
+                f"{path} exists and its coordinates cannot be read; "
                 f"type --overwrite to replace it, or another -o"
             )
         if there is not None and not overwrite:
             raise OutputError(
-                f"{path} exists, with {len(there[0])} other patches than these {len(grid)}; "
-                f"type --coords {path.parent} to take those, --overwrite to replace them, or another -o"
+                f"{path} exists with {len(there[0])} other patches, and these are {len(grid)}; "
+                f"type --coords {path.parent} to use those, --overwrite to replace them, or another -o"
             )
 
         def keep(path: Path) -> bool:
@@ -190,13 +194,13 @@ class Layout(ABC):
 
 
 def of_grid(folder: Path, grid: str, name: str) -> Path:
-    """A grid's own file, or where there is none that of an older version, which kept one for all grids."""
+    """The file of a grid, or that of an older version, which wrote one file for all grids."""
     own = folder / grid / name
     return own if os.path.exists(own) else folder / name
 
 
 def _of_same_request(provenance: dict[str, Any]) -> Keep:
-    """Whether a features file was made by the same request as ``provenance`` says."""
+    """Make a check whether a feature file was made by the same request as ``provenance``."""
 
     def keep(path: Path) -> bool:
         try:
@@ -209,7 +213,7 @@ def _of_same_request(provenance: dict[str, Any]) -> Keep:
 
 
 def _read_coords(path: Path) -> tuple[NDArray[Any], dict[str, Any] | None] | None:
-    """Coordinates, and the fields of their grid where they are ours; None where no such file can be read."""
+    """Coordinates, and the fields of their grid if the file is ours; None if it cannot be read."""
     try:
         with open_hdf5(path) as file:
             text = file.attrs.get(PROVENANCE)

@@ -61,49 +61,49 @@ class TridentLayout(Layout):
         return self.out / grid_name(self.patch_px, self.mpp, self.overlap_px)
 
     def features(self, slide: str, encoder: str) -> Path:
-        """Features of a slide, by its name without suffix."""
+        """The feature file of a slide."""
         return self.folder / f"features_{encoder}" / f"{slide}.h5"
 
     def coords(self, slide: str) -> Path:
-        """Coordinates of a slide."""
+        """The coordinates file of a slide."""
         return self.folder / "patches" / f"{slide}_patches.h5"
 
     def contours(self, slide: str) -> Path:
-        """TRIDENT segments again, over contours that are there, where it does not find this picture."""
+        """The picture without which TRIDENT would segment the tissue again."""
         return self.out / "contours" / f"{slide}.jpg"
 
     def slide_level(self, slide: str, name: str) -> Path:
-        """Embedding of a whole slide, beside those of its patches."""
+        """The slide-level embedding, beside the features of the patches."""
         return self.folder / f"slide_features_{name}" / f"{slide}.h5"
 
 
 @dataclass(frozen=True)
 class ClamLayout(Layout):
-    """What CLAM takes as a features folder is ``OUT/features_{encoder}``."""
+    """CLAM's layout; CLAM is given the folder ``OUT/features_{encoder}``."""
 
     name = "clam"
 
     def features(self, slide: str, encoder: str) -> Path:
-        """Features of a slide, by its name without suffix."""
+        """The feature file of a slide."""
         return self._folder(encoder) / "h5_files" / f"{slide}.h5"
 
     def empty(self, slide: str, encoder: str) -> Path:
-        """A file apart: CLAM stops at a bag without rows."""
+        """A separate folder, because CLAM stops at a bag without rows."""
         return self._folder(encoder) / "without_patches" / f"{slide}.h5"
 
     def derived(self, slide: str, encoder: str) -> tuple[Path, ...]:
-        """The tensor that CLAM trains on."""
+        """The tensor on which CLAM trains."""
         return (self._folder(encoder) / "pt_files" / f"{slide}.pt",)
 
     def coords(self, slide: str) -> Path:
-        """Coordinates for CLAM's own extraction."""
+        """The coordinates for CLAM's own extraction."""
         return self.out / "patches" / f"{slide}.h5"
 
     def _folder(self, encoder: str) -> Path:
         return self.out / f"features_{encoder}"
 
     def complete(self, slide: str, encoder: str) -> None:
-        """Write the tensor where it is missing."""
+        """Write the tensor if it is missing."""
         features, (tensor,) = self.features(slide, encoder), self.derived(slide, encoder)
         if features.exists() and not tensor.exists():
             write_tensor(features, tensor)
@@ -111,7 +111,7 @@ class ClamLayout(Layout):
     def write_coords(
         self, label: SlideLabel, grid: PatchGrid, provenance: dict[str, Any], *, overwrite: bool = False
     ) -> None:
-        """As in every layout, but none of a slide without patches."""
+        """Write the coordinates file, except for a slide without patches."""
         if len(grid):
             super().write_coords(label, grid, provenance, overwrite=overwrite)
         elif overwrite:
@@ -120,10 +120,10 @@ class ClamLayout(Layout):
     def _write_coords(
         self, path: Path, label: SlideLabel, grid: PatchGrid, provenance: dict[str, Any], keep: Keep | None
     ) -> None:
-        # CLAM reads patch_size pixels of patch_level and does not rescale: `Encoder.transform_for` does
+        # CLAM reads patch_size pixels of patch_level without rescaling; `Encoder.transform_for` rescales
         level, read_px = grid.level, grid.read_px
         if not provenance["slide"].get("reader", "").startswith("openslide"):
-            level, read_px = 0, grid.patch_size_l0  # CLAM's reader may number the other levels otherwise
+            level, read_px = 0, grid.patch_size_l0  # CLAM's reader may number other levels differently
         downsample = grid.patch_size_l0 / read_px
         size = tuple(round(side / downsample) for side in label.size_l0)
 
@@ -145,12 +145,12 @@ class ClamLayout(Layout):
 
 
 def write_tensor(features: Path, path: Path) -> None:
-    """Write the rows of a features file as ``torch.save`` does: float32 [N, D].
+    """Write the rows of a feature file as ``torch.save`` does: float32 [N, D].
 
-    They go through a file, not through memory: a large slide has gigabytes of them.
+    They are copied through a temporary file, because a large slide has gigabytes of rows.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the file cannot be written.
     """
     import torch
 
@@ -167,13 +167,13 @@ def write_tensor(features: Path, path: Path) -> None:
 
 @dataclass(frozen=True)
 class StampLayout(Layout):
-    """What `stamp train` and `stamp deploy` take as a feature folder is ``OUT/{encoder}``."""
+    """STAMP's layout; `stamp train` and `stamp deploy` are given the folder ``OUT/{encoder}``."""
 
     name = "stamp"
     dataset = MICROMETRES
 
     def features(self, slide: str, encoder: str) -> Path:
-        """Features of a slide, by its name without suffix."""
+        """The feature file of a slide."""
         return self.out / encoder / f"{slide}.h5"
 
     def _open(
@@ -186,7 +186,7 @@ class StampLayout(Layout):
         provenance: dict[str, Any],
         keep: Keep | None,
     ) -> AbstractContextManager[FeatureWriter]:
-        # STAMP's heatmaps divide by the µm/px that the slide file says: so the true one, not the nominal
+        # STAMP's heatmaps divide by the µm/px of the slide file, so the true value is used
         def describe(file: h5py.File) -> None:
             label.add_barcodes(file)
             coords_um = (grid.xy_l0 * label.mpp).astype(np.float32)
@@ -211,7 +211,7 @@ class FlatLayout(Layout):
     one_encoder = True
 
     def features(self, slide: str, encoder: str) -> Path:
-        """Features of a slide, by its name without suffix."""
+        """The feature file of a slide."""
         return self.out / f"{slide}.h5"
 
 
@@ -221,7 +221,7 @@ LAYOUTS: dict[str, type[Layout]] = {
 
 
 def open_layout(name: str, out: Path, patch_px: int, mpp: float, overlap_px: int) -> Layout:
-    """The layout of that name under ``out``, for patches of ``patch_px`` at ``mpp``.
+    """Open the layout of that name under ``out``, for patches of ``patch_px`` at ``mpp``.
 
     Raises:
         UsageError: there is no such layout.
@@ -233,20 +233,20 @@ def open_layout(name: str, out: Path, patch_px: int, mpp: float, overlap_px: int
 
 
 def layout_of_grid(name: str, out: Path, grid: PatchGrid) -> Layout:
-    """`open_layout` for patches that are there already."""
+    """Open the layout of that name for patches that exist already."""
     return open_layout(name, out, grid.patch_px, grid.mpp, grid.overlap_px)
 
 
 def check_layout(name: str, encoders: Sequence[str] = ()) -> None:
-    """Refuse a layout that does not exist, or cannot hold these encoders in one folder.
+    """Refuse an unknown layout, and a layout that cannot hold several encoders in one folder.
 
     Raises:
-        UsageError: either.
+        UsageError: the layout is refused.
     """
     if name not in LAYOUTS:
         raise UsageError(f"--layout is {name!r}; allowed: {', '.join(LAYOUTS)}")
     if LAYOUTS[name].one_encoder and len(encoders) > 1:
         raise UsageError(
-            f"--layout {name} has one file per slide, for {len(encoders)} encoders ({', '.join(encoders)}); "
-            f"give each a run with an -o of its own, or type --layout trident"
+            f"--layout {name} has one file per slide, but these are {len(encoders)} encoders "
+            f"({', '.join(encoders)}); run each with an -o of its own, or type --layout trident"
         )

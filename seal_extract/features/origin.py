@@ -1,4 +1,4 @@
-"""The slide that features were made of, found again."""
+"""Finding the slide from which features were made."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from seal_extract.features.store import SlideFeatures
 from seal_extract.slides.overview import Overview, read_overview
 from seal_extract.slides.slide import Slide, open_slide
 
-OVERVIEW_PX = 2000  # as 10x Genomics' own pictures of a slide
+OVERVIEW_PX = 2000  # as in the pictures of 10x Genomics
 
 
 def open_origin(features: SlideFeatures, slides: Path | None = None) -> Slide:
-    """Open the slide that features were made of, where it was or by its file name in another folder.
+    """Open the slide of these features, at its recorded path or by its file name in another folder.
 
     Args:
         features: from `read_features`.
-        slides: folder to look in, with those below it, where the slide has moved.
+        slides: folder to search, with its subfolders, if the slide has moved.
 
     Raises:
-        SlideOpenError: it is in neither place, is another slide of that name, or cannot be opened.
+        SlideOpenError: the slide is not found, has another size, or cannot be opened.
     """
     path = find_origin(features, slides)
     slide = open_slide(path, mpp=features.provenance["slide"]["mpp"])
@@ -29,33 +29,37 @@ def open_origin(features: SlideFeatures, slides: Path | None = None) -> Slide:
     if slide.size_l0 != expected:
         slide.close()
         raise SlideOpenError(
-            f"{path} has {slide.size_l0[0]} x {slide.size_l0[1]} px, and {features.path.name} was made of "
-            f"{expected[0]} x {expected[1]}; give the folder of its own slide as --slides"
+            f"{path} has {slide.size_l0[0]} x {slide.size_l0[1]} px, but {features.path.name} was made from "
+            f"{expected[0]} x {expected[1]}; give the folder of the right slide as --slides"
         )
     return slide
 
 
 def origin_overview(features: SlideFeatures, slides: Path | None = None) -> Overview:
-    """The slide that features were made of at low resolution, at most `OVERVIEW_PX` wide and high.
+    """The slide of these features at low resolution, at most `OVERVIEW_PX` wide and high.
 
     Raises:
-        SlideError: it cannot be found, opened or read.
+        SlideError: the slide cannot be found, opened or read.
     """
     with closing(open_origin(features, slides)) as slide:
         return read_overview(slide, slide.mpp * max(slide.size_l0) / OVERVIEW_PX, holes=True)
 
 
 def find_origin(features: SlideFeatures, slides: Path | None = None) -> Path:
-    """Where `open_origin` finds the slide.
+    """The path at which `open_origin` finds the slide.
 
     Raises:
-        SlideOpenError: nowhere, or in several places.
+        SlideOpenError: the slide is not found, or several files have its name.
     """
     known = Path(features.provenance["slide"]["path"])
     if slides is None:
         if known.is_absolute() and known.exists():
             return known
-        why = "is no longer there" if known.is_absolute() else "lies somewhere that an export does not say"
+        why = (
+            "is no longer there"
+            if known.is_absolute()
+            else "has no recorded folder, because this is an export"
+        )
         raise SlideOpenError(f"the slide {known} {why}; give the folder that holds it as --slides")
     found = [slides] if slides.name == known.name else sorted(slides.rglob(known.name))
     if len(found) != 1 or not found[0].exists():

@@ -1,8 +1,4 @@
-"""The HDF5 files: rows streamed in, published when complete, read back whatever layout they lie in.
-
-`seal_extract.features.layouts` decides where a file lies and what stands in it beside the rows. The root
-attribute ``seal_extract`` holds, as JSON, how the file was made.
-"""
+"""Reading feature files: one file, or all files of a run, in whichever layout."""
 
 from __future__ import annotations
 
@@ -26,20 +22,20 @@ from seal_extract.hdf5 import open_hdf5
 from seal_extract.names import is_export, origin_of, written_twice
 from seal_extract.patches.grid import PatchGrid
 
-PIECE_BYTES = 2**24  # rows copied from file to file at a time
+PIECE_BYTES = 2**24  # size of the pieces in which rows are read
 
-NO_FEATURES = ("patches", "expression_", "slide_features_")  # folders of other files of ours
+NO_FEATURES = ("patches", "expression_", "slide_features_")  # folders of other kinds of files
 Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
 class SlideFeatures:
-    """The embeddings of one slide, in the file that holds them.
+    """The embeddings of one slide, and the file that holds them.
 
     Attributes:
         path: the HDF5 file.
-        grid: where the patches lie.
-        provenance: what made them: slide, µm/px and its source, reader, encoder, weights, options, versions.
+        grid: the places of the patches.
+        provenance: slide, µm/px and its source, reader, encoder, weights, options, versions.
     """
 
     path: Path
@@ -48,20 +44,20 @@ class SlideFeatures:
 
     @cached_property
     def features(self) -> NDArray[np.float32]:
-        """float32 [N, D], read from the file at the first use."""
+        """float32 [N, D]; read from the file when first used."""
         with _open_rows(self.path) as rows, reading(self.path):
             features: NDArray[np.float32] = rows[()].astype(np.float32, copy=False)
         return features
 
     @cached_property
     def barcodes(self) -> tuple[str, ...] | None:
-        """The name of each patch, as ready-cut ones have it; None for patches of a grid."""
+        """The name of each patch, for patches that were cut already; None for patches of a grid."""
         with reading(self.path), open_hdf5(self.path) as file:
             return tuple(file[BARCODE].asstr()[()].tolist()) if BARCODE in file else None
 
     @cached_property
     def dim(self) -> int:
-        """Columns of the features."""
+        """Number of columns of the features."""
         with _open_rows(self.path) as rows:
             return int(rows.shape[1])
 
@@ -71,38 +67,38 @@ class SlideFeatures:
 
 
 def read_features(path: str | os.PathLike[str]) -> SlideFeatures:
-    """Open a features file that this package wrote, in whichever layout; the grid is in level-0 pixels.
+    """Open a feature file that this package wrote, in whichever layout; the grid is in level-0 pixels.
 
     Raises:
-        OutputError: it does not exist, was not written by this package, or is damaged.
+        OutputError: the file does not exist, was not written by this package, or is damaged.
     """
     path = Path(path)
     features = find_features(path) if path.exists() else None
     if features is None:
         raise OutputError(
-            f"{path} is no features file of seal_extract; give OUT/20x_.../features_NAME/SLIDE.h5"
+            f"{path} is not a feature file of seal_extract; give OUT/20x_.../features_NAME/SLIDE.h5"
         )
     return features
 
 
 def list_features(folder: Path) -> tuple[list[SlideFeatures], dict[Path, OutputError]]:
-    """All features of a finished run, in the order of their paths; of a file and its exports only one.
+    """All features of a finished run, in the order of their paths, without exports of other files.
 
     Args:
         folder: the ``-o`` of the run, or a part of it.
 
     Returns:
-        Those that can be read, and for each file that is damaged the error, which names the file.
+        The features, and an error for each damaged file.
 
     Raises:
-        OutputError: none can be read.
+        OutputError: no file can be read.
     """
     listed, damaged = scan_features(folder, find_features)
     ours = [listed[path] for path in without_copies({p: f.provenance for p, f in listed.items()})]
     if not ours:
         why = f" ({next(iter(damaged.values()))})" if damaged else ""
         raise OutputError(
-            f"{folder} holds no features file of seal_extract{why}; give the -o of a finished run"
+            f"{folder} holds no feature file of seal_extract{why}; give the -o of a finished run"
         )
     return ours, damaged
 
@@ -127,16 +123,16 @@ def without_copies(files: Mapping[Path, dict[str, Any]]) -> list[Path]:
 def scan_features(
     folder: Path, read: Callable[[Path], Found | None]
 ) -> tuple[dict[Path, Found], dict[Path, OutputError]]:
-    """What ``read`` finds in each features file below a folder, in the order of their paths.
+    """Read each feature file below a folder, in the order of their paths.
 
-    Files that are not ours, and our files of coordinates, expression and whole slides, are passed over.
+    Files of other tools, and our files of coordinates, expression and whole slides, are ignored.
 
     Args:
         folder: the ``-o`` of a run, or a part of it.
-        read: `find_features`, or `read_provenance` where coordinates are not needed.
+        read: `find_features`, or `read_provenance` if coordinates are not needed.
 
     Returns:
-        What was found, by path, and for each file that is damaged the error, which names the file.
+        The results by path, and an error for each damaged file.
     """
     found: dict[Path, Found] = {}
     damaged: dict[Path, OutputError] = {}
@@ -151,11 +147,11 @@ def scan_features(
 
 
 def find_features(path: Path, dataset: str | None = None) -> SlideFeatures | None:
-    """`read_features`, or None where this package did not write the file; it is opened once.
+    """Like `read_features`, but None for a file of another tool.
 
     Args:
         path: the file.
-        dataset: what its rows must be called; by default any of the layouts' names.
+        dataset: the name that its rows must have; by default that of any layout.
 
     Raises:
         OutputError: the file is damaged.
@@ -175,7 +171,7 @@ def find_features(path: Path, dataset: str | None = None) -> SlideFeatures | Non
 
 
 def read_pieces(path: Path) -> Iterator[NDArray[Any]]:
-    """The rows of a features file, some thousand at a time, as it has them: float32 or float16 [B, D].
+    """Read the rows of a feature file in pieces of some thousand: float32 or float16 [B, D].
 
     Raises:
         OutputError: the file is damaged.
@@ -189,7 +185,7 @@ def read_pieces(path: Path) -> Iterator[NDArray[Any]]:
 
 
 def sample_rows(path: Path, most: int) -> NDArray[np.float32]:
-    """At most ``most`` rows of a features file, in runs from all over it: float32 [M, D].
+    """Read at most ``most`` rows of a feature file, spread over it: float32 [M, D].
 
     Raises:
         OutputError: the file is damaged.
@@ -203,11 +199,11 @@ def sample_rows(path: Path, most: int) -> NDArray[np.float32]:
 
 
 def read_provenance(path: Path, dataset: str | None = None) -> dict[str, Any] | None:
-    """What made the features file, or None where this package did not.
+    """Read the provenance of a feature file; None for a file of another tool.
 
     Args:
         path: the file.
-        dataset: what its rows must be called; by default any of the layouts' names.
+        dataset: the name that its rows must have; by default that of any layout.
 
     Raises:
         OutputError: the file is damaged.
@@ -218,10 +214,10 @@ def read_provenance(path: Path, dataset: str | None = None) -> dict[str, Any] | 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Translate what goes wrong while ``path``, a features file, is read.
+    """Translate errors that occur while the feature file ``path`` is read.
 
     Raises:
-        OutputError: in place of whatever the bytes of the file lead h5py, json and numpy to.
+        OutputError: in place of any error of h5py, json or numpy.
     """
     try:
         yield
@@ -233,24 +229,24 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def _provenance(file: h5py.File, dataset: str | None) -> dict[str, Any] | None:
-    """See `read_provenance`.
+    """Provenance of an open file; None for a file of another tool.
 
     Raises:
-        ValueError: it holds a name that could lead to a file elsewhere, or lacks what all our files have.
+        ValueError: a name in it could lead to a file elsewhere, or a required field is missing.
     """
     there = any(name in file for name in ([dataset] if dataset else (PIXELS, MICROMETRES)))
     text = file.attrs.get(PROVENANCE) if there else None
     provenance = json.loads(text) if isinstance(text, str) else {}
-    if "grid" not in provenance:  # a slide-level file has none of its own
+    if "grid" not in provenance:  # a slide-level file has no grid of its own
         return None
     source = provenance.get("features", provenance)
-    plain_word(source["encoder"]["name"])  # becomes a part of file names
+    plain_word(source["encoder"]["name"])  # it becomes part of file names
     dict(source["slide"])
     return dict(provenance)
 
 
 def grid_fields(grid: PatchGrid) -> dict[str, Any]:
-    """All of a grid but its coordinates, as provenance keeps it."""
+    """The fields of a grid without its coordinates, as the provenance holds them."""
     return {f.name: getattr(grid, f.name) for f in fields(grid) if f.name != "xy_l0"}
 
 

@@ -110,7 +110,8 @@ def test_a_foreign_file_is_not_replaced(run, tmp_path):
         file["features"] = np.zeros((1, DIM), np.float32)
     failed, written = export(run, "flat", tmp_path)
     assert str(failed) == (
-        f"FAILED {tmp_path / 'a.h5'} exists and is not ours; type --overwrite to replace it, or another -o"
+        f"FAILED {tmp_path / 'a.h5'} exists and is of another tool; "
+        "type --overwrite to replace it, or another -o"
     )
     assert written.state == "written"
 
@@ -126,7 +127,7 @@ def test_a_slide_without_patches_is_left_out_of_clams_folders_and_that_is_said(t
 def test_float16_never_becomes_float32(tmp_path):
     write(tmp_path / "run", "stamp")
     (refused,) = export(tmp_path / "run", "flat", tmp_path / "out")
-    assert "holds float16 (STAMP's layout), and flat promises float32" in str(refused)
+    assert "holds float16 (STAMP's layout), but flat needs float32" in str(refused)
     assert not (tmp_path / "out").exists()
     assert states(tmp_path / "run", "stamp", tmp_path / "out") == ["written"]
 
@@ -221,7 +222,7 @@ def test_an_export_serves_the_other_commands(private, tmp_path, monkeypatch):
     monkeypatch.chdir(private / "slides")  # a file of that name here is not taken for the slide
     told = run_here("report", tmp_path, "--no-genes")
     assert told.returncode == 1
-    assert "the slide 0.svs lies somewhere that an export does not say; give the folder" in told.stderr
+    assert "the slide 0.svs has no recorded folder, because this is an export; give the folder" in told.stderr
     assert run_here("report", tmp_path, "--no-genes", "--slides", private / "slides").returncode == 0
 
 
@@ -374,8 +375,8 @@ def test_the_command_prints_a_line_per_file(run, tmp_path, capsys):
     ("folder", "layout", "message"),
     [
         ("run", "clem", f"--layout is 'clem'; allowed: {', '.join(EXPORTS)}"),
-        ("no", "clam", "no is no folder; give the -o of a finished run"),
-        ("empty", "clam", "empty holds no finished features file of seal_extract"),
+        ("no", "clam", "no is not a folder; give the -o of a finished run"),
+        ("empty", "clam", "empty holds no finished feature file of seal_extract"),
     ],
 )
 def test_bad_requests_are_one_line_and_exit_with_2(run, tmp_path, capsys, folder, layout, message):

@@ -272,7 +272,7 @@ def test_other_coordinates_of_a_slide_are_not_replaced_without_overwrite(tmp_pat
     label, other = SlideLabel("a", SIZE, 0.25), grid_of(20)
     with pytest.raises(
         OutputError,
-        match=r"exists, with 50 other patches than these 20; type --coords .* to take those, --overwrite",
+        match=r"exists with 50 other patches, and these are 20; type --coords .* to use those, --overwrite",
     ):
         place.write_coords(label, other, provenance_of(other))
     assert len(clam_extracts_from(place.coords("a"))) == 50
@@ -286,7 +286,9 @@ def test_a_layout_that_does_not_exist_is_refused():
 
 
 def test_one_folder_for_two_encoders_is_refused():
-    with pytest.raises(UsageError, match=r"--layout flat has one file per slide, for 2 encoders \(a, b\)"):
+    with pytest.raises(
+        UsageError, match=r"--layout flat has one file per slide, but these are 2 encoders \(a, b\)"
+    ):
         check_layout("flat", ["a", "b"])
     for layout in ("trident", "clam", "stamp"):
         check_layout(layout, ["a", "b"])
@@ -400,7 +402,7 @@ def test_a_run_that_stops_leaves_the_former_files_as_they_were(tmp_path, layout)
     before = {name: (tmp_path / name).read_bytes() for name in files_in(tmp_path)}
     place, label = layout_of_grid(layout, tmp_path, grid), SlideLabel("a", SIZE, 0.25)
     with (
-        pytest.raises(OutputError, match="16 rows came for 50 patches"),
+        pytest.raises(OutputError, match="16 rows for 50 patches"),
         place.write_features(label, grid, "tiny", DIM, provenance_of(grid)) as writer,
     ):
         writer.append(np.zeros((16, DIM), np.float32))

@@ -95,7 +95,7 @@ def test_files_of_others_are_told_apart(tmp_path):
     with h5py.File(path, "w") as file:
         file["features"] = np.zeros((2, 3))
     assert read_provenance(path) is None
-    with pytest.raises(OutputError, match="no features file of seal_extract"):
+    with pytest.raises(OutputError, match="not a feature file of seal_extract"):
         read_features(path)
 
 
@@ -131,7 +131,7 @@ def test_damaged_features_are_told_apart_from_files_of_others(tmp_path):
 
 def test_a_folder_of_damaged_features_alone_says_so(tmp_path):
     (tmp_path / "a.h5").write_bytes(b"short")
-    with pytest.raises(OutputError, match=r"holds no features file of seal_extract \(.*a\.h5 cannot be read"):
+    with pytest.raises(OutputError, match=r"holds no feature file of seal_extract \(.*a\.h5 cannot be read"):
         list_features(tmp_path)
 
 
@@ -245,7 +245,7 @@ def test_an_error_on_the_way_leaves_nothing(tmp_path):
 @pytest.mark.parametrize("rows", [[16], [16, 16, 16]])
 def test_rows_missing_or_too_many_leave_nothing(tmp_path, rows):
     file = write_pixel_features(tmp_path / "a.h5", SLIDE, grid_of(40), "tiny", DIM, {})
-    with pytest.raises(OutputError, match=r"nothing was kept"), file as writer:
+    with pytest.raises(OutputError, match=r"nothing was written"), file as writer:
         for n in rows:
             writer.append(np.zeros((n, DIM), np.float32))
     assert os.listdir(tmp_path) == []
