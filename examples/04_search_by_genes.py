@@ -13,8 +13,8 @@ import numpy as np
 
 from seal_extract import ExtractOptions, extract, load_encoder
 from seal_extract.genes.decoder import load_decoder
+from seal_extract.genes.gene_lists import read_signature
 from seal_extract.genes.search import search_expression
-from seal_extract.genes.signature import read_signature
 from seal_extract.train.formats import load_sections
 from seal_extract.view.contact_sheet import draw_contact_sheet
 

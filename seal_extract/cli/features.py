@@ -109,7 +109,7 @@ def decoder_for(slides: Sequence[SlideFeatures], args: argparse.Namespace) -> Ge
 
 def given_panel(args: argparse.Namespace) -> tuple[str, ...] | None:
     """The gene names of ``--panel``."""
-    from seal_extract.genes.panel import read_panel
+    from seal_extract.genes.gene_lists import read_panel
 
     return None if args.panel is None else read_panel(args.panel)
 

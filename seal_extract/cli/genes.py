@@ -1,8 +1,11 @@
-"""``seal-extract genes``: predict the expression of finished slides, as tables and as pictures."""
+"""``seal-extract genes``: write predicted expression of finished slides as tables, tiles and heat maps."""
 
 from __future__ import annotations
 
 import argparse
+import re
+from contextlib import closing
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,13 +19,19 @@ from seal_extract.cli.features import (
     keep_sound,
     read_given,
 )
-from seal_extract.cli.gene_files import FORMS, write_forms
 from seal_extract.cli.options import Parser, add, add_common
 from seal_extract.cli.terminal import echo, warn
-from seal_extract.errors import UsageError
+from seal_extract.errors import SlideError, SlideOpenError, UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from seal_extract.features.store import SlideFeatures
     from seal_extract.genes.decoder import GeneDecoder
+    from seal_extract.genes.expression_file import GeneSelection
+
+FORMS = ("h5", "h5ad", "geojson", "png")
 
 
 def genes_parser() -> argparse.ArgumentParser:
@@ -41,8 +50,8 @@ def genes_parser() -> argparse.ArgumentParser:
     which.add_argument(
         "--list",
         action="store_true",
-        help="print the genes that can be asked for; with --genes 'KRT*', those that match; of the encoder "
-        "that made the features, or of --encoder NAME",
+        help="print the genes that can be asked for, of the encoder that made the features or of --encoder "
+        "NAME; with --genes 'KRT*', print the genes that match",
     )
     p.add_argument(
         "--write",
@@ -61,10 +70,10 @@ def genes_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line per slide; the exit status is 1 if a slide failed."""
-    from seal_extract.genes.contents import Contents
-    from seal_extract.genes.predict import expression_path, fit_signatures
-    from seal_extract.genes.signature import read_signature
+    """Write the files and print one line per slide; the exit status is 1 if a slide failed."""
+    from seal_extract.genes.expression_file import GeneSelection, expression_path
+    from seal_extract.genes.gene_lists import read_signature
+    from seal_extract.genes.predict import fit_signatures
 
     if args.list:
         return _list(args)
@@ -75,12 +84,12 @@ def run(args: argparse.Namespace) -> int:
     columns = _columns(args, decoder)
     signatures = [read_signature(text) for text in args.signature]
     for signature in signatures:
-        echo(signature.told(decoder))
+        echo(signature.coverage(decoder))
     slides, damaged = keep_sound(slides, damaged)
     fitted = fit_signatures(slides, decoder, signatures) if signatures else []
-    wanted = {slide.path: Contents.of(slide, decoder, columns, fitted) for slide in slides}
+    selections = {slide.path: GeneSelection.of(slide, decoder, columns, fitted) for slide in slides}
     return each_slide(
-        slides, damaged, lambda slide: write_forms(slide, decoder, wanted[slide.path], forms, args)
+        slides, damaged, lambda slide: _write_forms(slide, decoder, selections[slide.path], forms, args)
     )
 
 
@@ -95,23 +104,26 @@ def _list(args: argparse.Namespace) -> int:
             args.encoder, checkpoint=args.checkpoint, panel=given_panel(args), offline=args.offline
         )
     else:
-        raise UsageError("type the -o of a run or --encoder NAME, whose genes are to be listed")
-    wanted = [part.strip().upper() for part in (args.genes or "*").split(",") if part.strip()]
-    found = [gene for gene in decoder.named() if any(fnmatchcase(gene.upper(), part) for part in wanted)]
+        raise UsageError("type the -o of a run, or --encoder NAME, to list the genes of its encoder")
+    patterns = [pattern.upper() for pattern in _split(args.genes or "*")]
+    found = [gene for gene in decoder.named() if any(fnmatchcase(gene.upper(), p) for p in patterns)]
     if not found:
         raise UsageError(
             f"none of the {decoder.n_genes} genes of {decoder.name} matches {args.genes}; type for example "
-            f"--genes '*{wanted[0].strip('*')[:3]}*'"
+            f"--genes '*{patterns[0].strip('*')[:3]}*'"
         )
     echo(*found)
     return 0
 
 
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def _forms(args: argparse.Namespace) -> list[str]:
     typed = "h5,png" if args.write is None else args.write
-    forms = [form.strip() for form in typed.split(",") if form.strip()]
-    unknown = [form for form in forms if form not in FORMS]
-    if unknown or not forms:
+    forms = _split(typed)
+    if not forms or not set(forms) <= set(FORMS):
         raise UsageError(f"--write {args.write!r}; allowed: {', '.join(FORMS)}")
     if not (args.genes or args.signature or args.all):
         raise UsageError("type --genes A,B, --signature FILE.gmt:NAME or --all")
@@ -121,12 +133,132 @@ def _forms(args: argparse.Namespace) -> list[str]:
 
 
 def _columns(args: argparse.Namespace, decoder: GeneDecoder) -> list[int]:
-    if args.all:
-        if decoder.genes is None:
-            warn(
-                f"the {decoder.n_genes} columns of {decoder.name} have no names, because their list is not "
-                "published; give --panel genes.txt if you have them"
-            )
-        return list(range(decoder.n_genes))
-    names = [name.strip() for name in (args.genes or "").split(",") if name.strip()]
-    return decoder.columns(list(dict.fromkeys(names)))
+    if not args.all:
+        return decoder.columns(list(dict.fromkeys(_split(args.genes or ""))))
+    if decoder.genes is None:
+        warn(
+            f"the {decoder.n_genes} columns of {decoder.name} have no names, because their list is not "
+            "published; give --panel genes.txt if you have them"
+        )
+    return list(range(decoder.n_genes))
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def _write_forms(
+    slide: SlideFeatures,
+    decoder: GeneDecoder,
+    asked: GeneSelection,
+    forms: list[str],
+    args: argparse.Namespace,
+) -> str:
+    """Write the files of one slide; returns their names for the terminal."""
+    from seal_extract.genes.expression_file import expression_path, write_expression
+
+    path, written, problem = expression_path(slide, args.out), [], ""
+    if "h5" in forms:
+        write_expression(
+            slide, decoder, path, asked.columns, signatures=asked.signatures, overwrite=args.overwrite
+        )
+        written.append(path)
+    if "h5ad" in forms:
+        written.append(path.with_suffix(".h5ad"))
+        problem = _write_h5ad(slide, decoder, asked, written[-1], args)
+    drawn = replace(asked, genes=(), columns=()) if args.all else asked
+    if "geojson" in forms and drawn.names:
+        written.append(path.with_suffix(".geojson"))
+        _write_tiles(slide, decoder, drawn, written[-1], args.overwrite)
+    if "png" in forms and len(slide.grid):
+        try:
+            written += _draw_maps(slide, decoder, drawn, path.with_suffix(""), args)
+        except SlideOpenError as exc:
+            if args.write is not None:
+                names = ", ".join(map(str, written))
+                raise SlideOpenError(f"no picture: {exc}{names and f' (written: {names})'}") from exc
+            problem = f"; no picture: {exc}"  # png was not typed, and the tables need no slide
+    return f"{len(slide.grid):,} patches -> {', '.join(map(str, written)) or 'nothing to draw'}{problem}"
+
+
+def _write_h5ad(
+    slide: SlideFeatures, decoder: GeneDecoder, asked: GeneSelection, path: Path, args: argparse.Namespace
+) -> str:
+    """Write the table with a picture of the slide; returns the reason if the slide cannot be read."""
+    from seal_extract.features.origin import origin_overview
+    from seal_extract.features.scverse import read_h5ad_provenance, write_h5ad
+    from seal_extract.genes.expression_file import table_provenance
+    from seal_extract.genes.predict import predicted, score
+
+    selection = asked.to_write(path, read_h5ad_provenance(path), decoder, overwrite=args.overwrite)
+    if selection is None:
+        return ""
+    overview, problem = None, ""
+    try:
+        overview = origin_overview(slide, args.slides)
+    except SlideError as exc:
+        problem = f"; no picture in {path.name}: {exc}"
+    scores = score(slide, decoder, selection.signatures).T
+    write_h5ad(
+        slide,
+        path,
+        overview,
+        selection.genes,
+        predicted(slide, decoder, selection.columns),
+        observed={s.name: values for s, values in zip(selection.signatures, scores, strict=True)},
+        provenance=table_provenance(slide, decoder, selection),
+    )
+    return problem
+
+
+def _write_tiles(
+    slide: SlideFeatures, decoder: GeneDecoder, asked: GeneSelection, path: Path, overwrite: bool
+) -> None:
+    from seal_extract.tissue.geojson import read_made_of, write_patches
+
+    selection = asked.to_write(path, read_made_of(path), decoder, overwrite=overwrite)
+    if selection is not None:
+        values = _values(slide, decoder, selection)
+        write_patches(path, slide.grid.xy_l0, slide.grid.patch_size_l0, values, selection.as_json())
+
+
+def _values(
+    slide: SlideFeatures, decoder: GeneDecoder, selection: GeneSelection
+) -> dict[str, NDArray[np.float32]]:
+    """Float32 [N] of each gene and signature."""
+    from seal_extract.genes.predict import predict_genes, score
+
+    genes = predict_genes(slide, decoder, selection.columns)
+    scores = score(slide, decoder, selection.signatures)
+    return dict(zip(selection.names, [*genes.T, *scores.T], strict=True))
+
+
+def _draw_maps(
+    slide: SlideFeatures, decoder: GeneDecoder, asked: GeneSelection, stem: Path, args: argparse.Namespace
+) -> list[Path]:
+    """Draw a heat map ``SLIDE_GENE.png`` of each gene and signature."""
+    from seal_extract.features.origin import open_origin
+    from seal_extract.genes.expression_file import LOG1P
+    from seal_extract.view.heatmap import draw_heatmap, read_made_of
+
+    maps = {}
+    for one in asked.each():
+        file_name = re.sub(r"[^\w.+-]+", "_", one.names[0])[:80]
+        path = stem.with_name(f"{stem.name}_{file_name}.png")
+        maps[path] = one.to_write(path, read_made_of(path), decoder, overwrite=args.overwrite)
+    missing = {path: selection for path, selection in maps.items() if selection is not None}
+    if missing:
+        with closing(open_origin(slide, args.slides)) as opened:
+            for path, selection in missing.items():
+                ((name, values),) = _values(slide, decoder, selection).items()
+                count = sum(len(s.weights) for s in selection.signatures)
+                draw_heatmap(
+                    opened,
+                    slide.grid,
+                    values,
+                    path,
+                    name,
+                    unit=f"mean of {count} genes, in standard deviations" if count else LOG1P,
+                    encoder=decoder.name,
+                    made_of=selection.as_json(),
+                )
+    return list(maps)

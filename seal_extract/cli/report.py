@@ -51,8 +51,8 @@ def report_parser() -> argparse.ArgumentParser:
 def run_report(args: argparse.Namespace) -> int:
     """Print one line per slide; the exit status is 1 if a slide failed."""
     from seal_extract.features.origin import open_origin
+    from seal_extract.genes.gene_lists import read_signature
     from seal_extract.genes.index import check_one_encoder
-    from seal_extract.genes.signature import read_signature
     from seal_extract.view.report import check_side, report_path, write_slide_report
 
     check_side(args.max_px)
@@ -68,7 +68,7 @@ def run_report(args: argparse.Namespace) -> int:
             decoder.columns(genes)
         for signature in signatures:
             if len(signature.known_to(decoder)[0]) < len(signature.weights):
-                warn(signature.told(decoder))
+                warn(signature.coverage(decoder))
 
     def write_one(features: SlideFeatures) -> str:
         with closing(open_origin(features, args.slides)) as slide:

@@ -103,9 +103,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _find(slides: list[SlideFeatures], index: Index | None, args: argparse.Namespace) -> list[Found]:
+    from seal_extract.genes.gene_lists import Signature, read_signature
     from seal_extract.genes.index import ExactIndex
     from seal_extract.genes.search import search_expression
-    from seal_extract.genes.signature import Signature, read_signature
 
     if args.gene is not None or args.signature is not None:
         decoder = decoder_for(slides, args)
@@ -114,7 +114,7 @@ def _find(slides: list[SlideFeatures], index: Index | None, args: argparse.Names
             signature = Signature(args.gene, {args.gene: 1.0})
         else:
             signature = read_signature(args.signature)
-            echo(signature.told(decoder))
+            echo(signature.coverage(decoder))
         return search_expression(slides, decoder, signature, args.k, per_slide=args.per_slide)
     if args.per_slide is not None:
         raise UsageError("--per-slide applies to --gene and --signature only; leave it out")
@@ -135,14 +135,14 @@ def _query_of_profile(
     slide: SlideFeatures, args: argparse.Namespace
 ) -> tuple[NDArray[np.float32], Callable[[Rows], Rows] | None]:
     """The embedding of the profile, and the projection of images where their half has a head."""
-    from seal_extract.genes.decoder import image_head, recorded_revision, whereabouts
+    from seal_extract.genes.decoder import image_head, recorded_source
+    from seal_extract.genes.gene_lists import read_profile
     from seal_extract.genes.omics import compared_behind_heads, load_omics
-    from seal_extract.genes.search import embed_profile, read_profile
+    from seal_extract.genes.search import embed_profile
 
     counts = read_profile(args.profile)
-    asked = args.encoder or whereabouts(slide.provenance)
-    revision = None if args.omics else recorded_revision(slide.provenance, asked)
-    omics = load_omics(args.omics or asked, revision=revision, offline=args.offline)
+    source, revision = recorded_source(slide.provenance, args.encoder, args.omics)
+    omics = load_omics(args.omics or source, revision=revision, offline=args.offline)
     omics.genes = given_panel(args) or omics.genes
     embedding, project = embed_profile(omics, counts), None
     made_by = slide.provenance["encoder"]
@@ -171,16 +171,16 @@ def _behind_the_head(
 
 def _query_of_image(slide: SlideFeatures, args: argparse.Namespace) -> NDArray[np.float32]:
     from seal_extract.encoders import load_encoder
-    from seal_extract.genes.decoder import recorded_revision, whereabouts
+    from seal_extract.genes.decoder import recorded_source
     from seal_extract.genes.search import embed_picture
 
     if args.image_mpp is None:
         raise UsageError("a picture does not state its scale; give its µm/px, such as --image-mpp 0.5")
-    asked = args.encoder or whereabouts(slide.provenance)
+    source, revision = recorded_source(slide.provenance, args.encoder, args.checkpoint)
     encoder = load_encoder(
-        asked,
+        source,
         checkpoint=args.checkpoint,
-        revision=None if args.checkpoint else recorded_revision(slide.provenance, asked),
+        revision=revision,
         precision=slide.provenance["encoder"]["precision"],
         offline=args.offline,
     )

@@ -95,8 +95,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _omics(args: argparse.Namespace) -> OmicsEncoder:
+    from seal_extract.genes.gene_lists import read_panel
     from seal_extract.genes.omics import load_omics
-    from seal_extract.genes.panel import read_panel
 
     try:
         omics = load_omics(args.omics or args.encoder, offline=args.offline)

@@ -16,7 +16,7 @@ from seal_extract.cli.terminal import echo, warn
 
 if TYPE_CHECKING:
     from seal_extract.genes.decoder import GeneDecoder
-    from seal_extract.genes.signature import Signature
+    from seal_extract.genes.gene_lists import Signature
 
 
 def view_parser() -> argparse.ArgumentParser:
@@ -95,7 +95,7 @@ def _name(encoder: str | None) -> str | None:
 def _signatures(args: argparse.Namespace) -> dict[str, Signature] | None:
     if args.signatures is None:
         return None
-    from seal_extract.genes.signature import read_gmt
+    from seal_extract.genes.gene_lists import read_gmt
 
     return read_gmt(args.signatures)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from seal_extract.genes.panel import read_panel
+from seal_extract.genes.gene_lists import read_panel
 
 if TYPE_CHECKING:
     from seal_extract.genes.omics import OmicsEncoder, load_omics

@@ -1,12 +1,11 @@
-"""The expression decoder of an encoder alone: embeddings in, genes out.
+"""The expression decoder of an encoder: it predicts genes from embeddings.
 
-SEAL's decoder is two layers (arXiv 2602.14177). The tower beside it in the file may have 2 GB, and is not
-needed once the features are written.
+SEAL's decoder has two layers (arXiv 2602.14177). It is loaded without the image tower of the same file, which
+may have 2 GB and is not needed once the features are written.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -27,7 +26,7 @@ from seal_extract.encoders.heads import (
     filled_head,
     official_key,
 )
-from seal_extract.encoders.locate import layout_of, locate
+from seal_extract.encoders.locate import AnyPath, layout_of, locate
 from seal_extract.encoders.registry import bundled, list_encoders, names_with_decoder
 from seal_extract.encoders.spec import HEAD
 from seal_extract.encoders.state_dict import as_row_spells
@@ -39,11 +38,11 @@ class GeneDecoder:
     """Predicts expression from embeddings; made by `load_decoder` or `decoder_of`.
 
     Attributes:
-        name: of the encoder whose decoder it is.
-        dim: columns of the embeddings that it takes.
-        n_genes: columns of what it predicts.
-        genes: the gene of each, or None: nobody has published SEAL's panel.
-        weights: the file that it came from.
+        name: name of the encoder that the decoder belongs to.
+        dim: length of an embedding.
+        n_genes: number of predicted genes.
+        genes: the gene of each column; None for SEAL's own files, whose gene panel is not published.
+        weights: the weight file.
     """
 
     name: str
@@ -62,11 +61,17 @@ class GeneDecoder:
 
         Args:
             features: rows of a features file of this encoder.
-            columns: of the genes wanted, in the order wanted; all by default.
+            columns: columns of the wanted genes, in the wanted order; all by default.
 
         Raises:
-            UsageError: rows of another width, or not finite.
+            UsageError: rows of another width, or rows that are not finite.
         """
+        return self.predict_each(features, [columns])[0]
+
+    def predict_each(
+        self, features: NDArray[Any], selections: Sequence[Sequence[int] | None]
+    ) -> list[NDArray[np.float32]]:
+        """Predict several selections of columns from the same rows; see `predict`."""
         rows = np.asarray(features, np.float32)
         if rows.ndim != 2 or rows.shape[1] != self.dim:
             raise UsageError(
@@ -74,70 +79,73 @@ class GeneDecoder:
             )
         if not np.isfinite(rows).all():
             raise UsageError("features hold NaN or infinity; extract the slide again with --overwrite")
-        last = self._layers.genes
-        weight, bias = (last.weight, last.bias) if columns is None else self._of(columns)
+        last, predicted = self._layers.genes, []
         with torch.inference_mode():
             hidden = self._layers.hidden(torch.from_numpy(rows)).relu_()
-            predicted: NDArray[np.float32] = torch.nn.functional.linear(hidden, weight, bias).relu_().numpy()
+            for columns in selections:
+                chosen = slice(None) if columns is None else torch.as_tensor(list(columns), dtype=torch.int64)
+                expression = torch.nn.functional.linear(hidden, last.weight[chosen], last.bias[chosen])
+                predicted.append(expression.relu_().numpy())
         return predicted
-
-    def _of(self, columns: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        chosen = torch.as_tensor(list(columns), dtype=torch.int64)
-        return self._layers.genes.weight[chosen], self._layers.genes.bias[chosen]
 
     def columns(self, names: Sequence[str]) -> list[int]:
         """The column of each gene.
 
         Raises:
-            UsageError: the columns have no names, or a name is not among them; the nearest are told.
+            UsageError: the columns have no names, or a name is unknown; the message has the nearest names.
         """
-        where = {gene: i for i, gene in enumerate(self.named())}
+        column_of = {gene: i for i, gene in enumerate(self.named())}
         for name in names:
-            if name not in where:
-                raise UsageError(unknown_gene(name, list(where), self.name))
-        return [where[name] for name in names]
+            if name not in column_of:
+                lower = {gene.lower(): gene for gene in column_of}
+                near = [lower[match] for match in get_close_matches(name.lower(), lower, n=3, cutoff=0.5)]
+                others = f"it has {self.n_genes} others, such as {next(iter(column_of))}"
+                hint = f"the nearest are {', '.join(near)}" if near else others
+                raise UsageError(f"{name} is not among the genes of {self.name}; {hint}")
+        return [column_of[name] for name in names]
 
     def named(self) -> tuple[str, ...]:
-        """The genes.
+        """The gene of each column.
 
         Raises:
-            UsageError: nobody has said which gene each column is.
+            UsageError: the columns have no names.
         """
-        if self.genes is None:
-            raise UsageError(
-                f"nobody has published which gene each of the {self.n_genes} columns of {self.name} is; give "
-                "--panel genes.txt, one name per line in the order of its training"
-            )
-        return self.genes
+        return named_genes(self.genes, self.n_genes, self.name)
+
+
+def named_genes(genes: tuple[str, ...] | None, n_genes: int, name: str) -> tuple[str, ...]:
+    """The gene names of a decoder or an expression encoder.
+
+    Raises:
+        UsageError: they are not known.
+    """
+    if genes is None:
+        raise UsageError(
+            f"the gene names of the {n_genes} columns of {name} are not published; give "
+            "--panel genes.txt, one name per line in the order of its training"
+        )
+    return genes
 
 
 def column_names(decoder: GeneDecoder) -> tuple[str, ...]:
-    """The gene of each column; ``column 0``, ``column 1``, ... where nobody has named them."""
+    """The gene of each column; ``column 0``, ``column 1``, ... if the columns have no names."""
     return decoder.genes or tuple(f"column {i}" for i in range(decoder.n_genes))
 
 
-def unknown_gene(name: str, known: Sequence[str], of: str) -> str:
-    """The message about a gene that is not in the panel, with the nearest names."""
-    lower = {gene.lower(): gene for gene in known}
-    near = [lower[match] for match in get_close_matches(name.lower(), lower, n=3, cutoff=0.5)]
-    hint = f"the nearest are {', '.join(near)}" if near else f"it has {len(known)} others, such as {known[0]}"
-    return f"{name} is not among the genes of {of}; {hint}"
-
-
 def load_decoder(
-    name_or_path: str | os.PathLike[str],
+    name_or_path: AnyPath,
     *,
-    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint: AnyPath | None = None,
     panel: Sequence[str] | None = None,
     revision: str | None = None,
     offline: bool = False,
 ) -> GeneDecoder:
-    """Read the decoder out of an encoder's weight file, and nothing else of it.
+    """Read only the expression decoder from an encoder's weight file.
 
     Args:
         name_or_path: as `load_encoder` takes it.
-        checkpoint: a file on this disk, in place of the Hub's; only with a name.
-        panel: gene names in the order of the columns, as `read_panel` gives them; counts over the file's own.
+        checkpoint: a file on this disk instead of the Hub's; only with a name.
+        panel: gene names in the order of the columns, as `read_panel` gives them; replaces the file's own.
         revision: branch, tag or commit on the Hub.
         offline: take the file from the Hub's cache only.
 
@@ -171,97 +179,86 @@ def load_decoder(
     return GeneDecoder(spec.name, spec.dim, shape.genes, named, weights, layers)
 
 
-def whereabouts(provenance: dict[str, Any]) -> str:
-    """Where the encoder is that made features: its name, if all know it, else its folder or repository.
+def recorded_source(
+    provenance: dict[str, Any], encoder: AnyPath | None = None, file: AnyPath | None = None
+) -> tuple[AnyPath, str | None]:
+    """The encoder that made features, by name, folder or repository, and its commit if another one is pinned.
+
+    Args:
+        provenance: provenance of the features.
+        encoder: the encoder as the user typed it, instead of the recorded one.
+        file: its weight file on this disk, which needs no commit.
 
     Raises:
-        UsageError: nothing says so.
+        UsageError: the provenance does not say where the encoder is.
     """
     made_by = provenance["encoder"]
-    if made_by["name"] in {row.name for row in list_encoders()} | set(bundled()):
-        return str(made_by["name"])
-    source = made_by["weights"][0]["source"] if made_by["weights"] else ""
-    if "/" not in source:  # of a folder an export says the name alone
-        raise UsageError(f"nothing says where the encoder {made_by['name']} is; give its folder as --encoder")
-    return str(source)
+    files, rows = made_by["weights"], {row.name: row for row in list_encoders()}
+    if encoder is None and made_by["name"] in rows.keys() | set(bundled()):
+        encoder = str(made_by["name"])
+    elif encoder is None:
+        encoder = str(files[0]["source"]) if files else ""
+        if "/" not in encoder:  # exports record a folder by its name only
+            raise UsageError(
+                f"the features do not say where the encoder {made_by['name']} is; give its folder as "
+                "--encoder"
+            )
+    row = rows.get(str(encoder))
+    pins = tuple(row.published.sha256.values()) if row and row.published else ()
+    if file is not None or not files or not pins or files[0]["sha256"].startswith(pins):
+        return encoder, None
+    return encoder, files[0]["revision"]
 
 
 def decoder_of(
     provenance: dict[str, Any],
     *,
-    encoder: str | os.PathLike[str] | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
+    encoder: AnyPath | None = None,
+    checkpoint: AnyPath | None = None,
     panel: Sequence[str] | None = None,
     offline: bool = False,
 ) -> GeneDecoder:
-    """The decoder of the very encoder that made a features file, by the hash of its weights.
+    """Load the decoder of the encoder that made a features file; the hash of its weights must be the same.
 
     Args:
-        provenance: of the features.
-        encoder: where the encoder is, if not where it was.
-        checkpoint: its file on this disk, if it has a name.
+        provenance: provenance of the features.
+        encoder: name, folder or repository of the encoder, if it is not where it was.
+        checkpoint: its file on this disk, if the encoder has a name.
         panel: see `load_decoder`.
         offline: see `load_decoder`.
 
     Raises:
-        UsageError: the weights are not those that made the features.
-        SealExtractError: as `load_decoder`.
+        UsageError: other weights made the features.
+        SealExtractError: see `load_decoder`.
     """
-    asked = whereabouts(provenance) if encoder is None else encoder
-    revision = None if checkpoint else recorded_revision(provenance, asked)
-    decoder = load_decoder(asked, checkpoint=checkpoint, panel=panel, revision=revision, offline=offline)
-    _check_made_by(provenance, asked, decoder.weights.sha256)
+    source, revision = recorded_source(provenance, encoder, checkpoint)
+    decoder = load_decoder(source, checkpoint=checkpoint, panel=panel, revision=revision, offline=offline)
+    _check_made_by(provenance, source, decoder.weights.sha256)
     return decoder
-
-
-def recorded_revision(provenance: dict[str, Any], asked: str | os.PathLike[str]) -> str | None:
-    """The commit that features were made from, where a named encoder is pinned to other weights."""
-    files = provenance["encoder"]["weights"]
-    row = next((row for row in list_encoders() if row.name == asked and row.published), None)
-    pins = tuple(row.published.sha256.values()) if row and row.published else ()
-    if not files or not pins or files[0]["sha256"].startswith(pins):
-        return None
-    return files[0]["revision"]  # type: ignore[no-any-return]
-
-
-def _check_made_by(provenance: dict[str, Any], asked: str | os.PathLike[str], sha256: str) -> None:
-    made_by = provenance["encoder"]
-    if sha256 not in [w["sha256"] for w in made_by["weights"]]:
-        raise UsageError(
-            f"the features were made by {made_by['name']} of weights {made_by['weights'][0]['sha256'][:12]}, "
-            f"and {asked} has {sha256[:12]}; give the encoder that made them as --encoder"
-        )
 
 
 def image_head(
     provenance: dict[str, Any],
     *,
-    encoder: str | os.PathLike[str] | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
+    encoder: AnyPath | None = None,
+    checkpoint: AnyPath | None = None,
     offline: bool = False,
 ) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-    """The projection head of the very encoder that made a features file, for rows of it.
-
-    Args:
-        provenance: of the features, which says that the encoder has one.
-        encoder: see `decoder_of`.
-        checkpoint: see `decoder_of`.
-        offline: see `load_decoder`.
+    """Load the projection head of the encoder that made a features file; see `decoder_of`.
 
     Returns:
-        float32 [B, D] to float32 [B, P]; rows that are not finite stay so.
+        A function from float32 [B, D] to float32 [B, P]; it keeps rows that are not finite.
 
     Raises:
-        UsageError: the weights are not those that made the features.
-        SealExtractError: as `load_decoder`.
+        UsageError: other weights made the features.
+        SealExtractError: see `load_decoder`.
     """
-    asked = whereabouts(provenance) if encoder is None else encoder
-    revision = None if checkpoint else recorded_revision(provenance, asked)
-    spec, file = locate(asked, checkpoint, revision, offline)
-    _check_made_by(provenance, asked, WeightFile.of(file).sha256)
+    source, revision = recorded_source(provenance, encoder, checkpoint)
+    spec, file = locate(source, checkpoint, revision, offline)
+    _check_made_by(provenance, source, WeightFile.of(file).sha256)
     tensors = {k: v.clone() for k, v in read_tensors(file.path).items() if k.startswith(HEAD)}
     head = filled_head(tensors, spec.dim)
-    assert head is not None, "the hash says that it is the file that has one"
+    assert head is not None, "the provenance of the same weights says that they have one"
 
     def project(rows: NDArray[np.float32]) -> NDArray[np.float32]:
         with torch.inference_mode():
@@ -269,3 +266,13 @@ def image_head(
         return projected
 
     return project
+
+
+def _check_made_by(provenance: dict[str, Any], source: AnyPath, sha256: str) -> None:
+    made_by = provenance["encoder"]
+    if sha256 not in [w["sha256"] for w in made_by["weights"]]:
+        raise UsageError(
+            f"the features were made by {made_by['name']} with weights "
+            f"{made_by['weights'][0]['sha256'][:12]}, and {source} has {sha256[:12]}; give the encoder that "
+            "made them as --encoder"
+        )

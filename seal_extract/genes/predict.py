@@ -1,144 +1,25 @@
-"""Predicted expression of a slide's patches, streamed from its features into a file beside them."""
+"""Predict the expression of genes and the scores of signatures from the features of slides."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache
 from typing import Any
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from seal_extract.errors import OutputError, UsageError
-from seal_extract.features.feature_file import write_rows
-from seal_extract.features.store import SlideFeatures, read_pieces, read_provenance
-from seal_extract.genes.contents import EXPRESSION, Contents, file_provenance, to_write
+from seal_extract.errors import UsageError
+from seal_extract.features.store import SlideFeatures, read_pieces
 from seal_extract.genes.decoder import GeneDecoder
-from seal_extract.genes.signature import FittedSignature, Signature
-from seal_extract.hdf5 import DAMAGED, checked, open_hdf5
+from seal_extract.genes.gene_lists import Signature
 
-GENES = "genes"  # the dataset of their names
-SIGNATURES, SIGNATURE_NAMES = "signatures", "signature_names"
 BLOCK_ROWS = 4096  # rows predicted at a time: 33 MB of 2,000 genes
+KEEP_BYTES = 2**30  # expression that `signature_scores` keeps in memory instead of predicting it twice
 
 
-@dataclass(frozen=True)
-class Expression:
-    """Predicted expression of one slide, in the file that holds it.
-
-    Attributes:
-        path: the HDF5 file: ``expression`` float32 [N, G] in log1p of counts per 10,000, ``coords`` as in the
-            features file, ``genes`` [G]; where signatures were asked for, ``signatures`` float32 [N, S] in
-            standard deviations and ``signature_names`` [S].
-        genes: the gene of each column; ``column 0``, ``column 1``, ... where nobody has named them.
-        signatures: names of the signatures.
-        provenance: the decoder's encoder and weights, and the features file's own.
-    """
-
-    path: Path
-    genes: tuple[str, ...]
-    signatures: tuple[str, ...]
-    provenance: dict[str, Any]
-
-    def column(self, name: str) -> NDArray[np.float32]:
-        """float32 [N] of one gene or signature.
-
-        Raises:
-            UsageError: the file does not hold it.
-        """
-        for dataset, names in ((EXPRESSION, self.genes), (SIGNATURES, self.signatures)):
-            if name in names:
-                with open_hdf5(self.path) as file:
-                    values: NDArray[np.float32] = file[dataset][:, names.index(name)]
-                return values
-        raise UsageError(
-            f"{self.path} holds no {name}; it has {len(self.genes)} genes, {len(self.signatures)} signatures"
-        )
-
-    def __repr__(self) -> str:
-        return f"Expression({self.path.name}: {len(self.genes)} genes)"
-
-
-def expression_path(features: SlideFeatures, out: Path | None = None) -> Path:
-    """Where a slide's expression lies: ``expression_ENCODER/SLIDE.h5`` beside the folder of its features."""
-    folder = out or features.path.parent.parent / f"expression_{features.provenance['encoder']['name']}"
-    return folder / f"{features.path.stem}.h5"
-
-
-def write_expression(
-    features: SlideFeatures,
-    decoder: GeneDecoder,
-    path: Path,
-    columns: Sequence[int] | None = None,
-    *,
-    signatures: Sequence[FittedSignature] = (),
-    overwrite: bool = False,
-    progress: Callable[[int], None] | None = None,
-) -> Expression:
-    """Predict expression and write it, some thousand patches at a time.
-
-    A file that holds other genes or signatures of the same features and weights keeps them.
-
-    Args:
-        features: of the decoder's encoder.
-        decoder: from `decoder_of`.
-        path: the HDF5 file; it appears when it is complete.
-        columns: genes by their column; all by default.
-        signatures: from `fit_signatures`.
-        overwrite: replace what the file holds.
-        progress: told after each block how many patches are done.
-
-    Raises:
-        OutputError: a file is there that was not written by this package, or was made from other features or
-            weights and ``overwrite`` is not set; or it cannot be written.
-        UsageError: features of another width.
-    """
-    wanted = range(decoder.n_genes) if columns is None else columns
-    asked = Contents.of(features, decoder, wanted, signatures)
-    found = find_expression(path)
-    held = None if found is None else Contents.read(found.provenance, decoder)
-    contents = to_write(path, held, asked, overwrite=overwrite)
-    if contents is None:
-        assert found is not None
-        return found
-    provenance = file_provenance(features, decoder, contents)
-
-    def describe(file: h5py.File) -> None:
-        with open_hdf5(features.path) as source:
-            source.copy("coords", file)
-        file.create_dataset(GENES, data=np.array(contents.genes, object), dtype=h5py.string_dtype())
-        if contents.signatures:
-            names = np.array([s.name for s in contents.signatures], object)
-            file.create_dataset(SIGNATURE_NAMES, data=names, dtype=h5py.string_dtype())
-            scores = [score(features, decoder, s) for s in contents.signatures]
-            columns = np.stack(scores, axis=1)
-            file.create_dataset(SIGNATURES, data=columns, **checked(columns))
-        file.attrs["unit"] = provenance["unit"]
-
-    shape = (len(features.grid), len(contents.genes))
-    with write_rows(path, EXPRESSION, shape, np.float32, provenance, describe) as writer:
-        for block in predicted(features, decoder, contents.columns):
-            writer.append(block)
-            if progress is not None:
-                progress(writer.rows)
-    return Expression(path, contents.genes, tuple(s.name for s in contents.signatures), provenance)
-
-
-def find_expression(path: Path) -> Expression | None:
-    """What `write_expression` wrote there; None if it did not."""
-    try:
-        provenance = read_provenance(path, EXPRESSION)
-        if provenance is None or provenance.get("kind") != EXPRESSION:
-            return None
-        with open_hdf5(path) as file:
-            genes = tuple(file[GENES].asstr()[()])
-            signatures = tuple(file[SIGNATURE_NAMES].asstr()[()]) if SIGNATURE_NAMES in file else ()
-    except (*DAMAGED, OutputError):
-        return None
-    provenance.setdefault("genes", list(genes))  # older files have them in their dataset alone
-    return Expression(path, genes, signatures, provenance)
+# --- predictions ----------------------------------------------------------------------------------
 
 
 def predicted(
@@ -154,8 +35,7 @@ def predict_genes(
     features: SlideFeatures, decoder: GeneDecoder, columns: Sequence[int]
 ) -> NDArray[np.float32]:
     """Predicted expression of a few genes, float32 [N, G]."""
-    blocks = list(predicted(features, decoder, columns))
-    return np.concatenate(blocks) if blocks else np.empty((0, len(columns)), np.float32)
+    return np.concatenate([np.empty((0, len(columns)), np.float32), *predicted(features, decoder, columns)])
 
 
 def moments(
@@ -163,23 +43,66 @@ def moments(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mean and standard deviation of each gene over all patches of all slides, float64 [G] each.
 
-    Source: Chan, Golub and LeVeque 1983, by which blocks are joined without loss.
+    Source: Chan, Golub and LeVeque 1983, for joining the moments of blocks without loss.
 
     Raises:
         UsageError: there is no patch.
     """
+    return _moments(block for slide in slides for block in predicted(slide, decoder, columns))
+
+
+def _moments(blocks: Iterable[NDArray[np.float32]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     count, mean, squares = 0, np.zeros(1), np.zeros(1)
-    for slide in slides:
-        for block in predicted(slide, decoder, columns):
-            rows = block.astype(np.float64)
-            n, middle = len(rows), rows.mean(0)
-            gap = middle - mean
-            squares = squares + ((rows - middle) ** 2).sum(0) + gap**2 * (count * n / (count + n))
-            mean = mean + gap * (n / (count + n))
-            count += n
+    for block in blocks:
+        n, rows = len(block), block.astype(np.float64)
+        if not n:
+            continue
+        block_mean = rows.mean(0)
+        gap = block_mean - mean
+        squares = squares + ((rows - block_mean) ** 2).sum(0) + gap**2 * (count * n / (count + n))
+        mean = mean + gap * (n / (count + n))
+        count += n
     if not count:
         raise UsageError("there is no patch in these slides; choose others")
     return mean, np.sqrt(squares / count)
+
+
+# --- signatures -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FittedSignature:
+    """A signature with the moments that standardise its genes, so that scores can be computed again.
+
+    Attributes:
+        name: name of the signature.
+        weights: weight of each gene that the decoder predicts.
+        mean: mean of each gene over the patches of the fit, in log1p of counts per 10,000.
+        deviation: standard deviation of each gene over these patches.
+    """
+
+    name: str
+    weights: dict[str, float]
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+    @classmethod
+    def read(cls, entry: dict[str, Any]) -> FittedSignature:
+        """From JSON, as `dataclasses.asdict` gives it."""
+        return cls(entry["name"], entry["weights"], tuple(entry["mean"]), tuple(entry["deviation"]))
+
+    def scores_like(self, other: FittedSignature) -> bool:
+        """Whether both give the same scores, apart from rounding on another machine."""
+        mine, theirs = ((*one.mean, *one.deviation) for one in (self, other))
+        named = (self.name, list(self.weights.items())) == (other.name, list(other.weights.items()))
+        return named and np.allclose(mine, theirs, rtol=1e-5, atol=1e-7)
+
+    def score(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The weighted mean of its standardised genes: float [B, K] to float32 [B]."""
+        deviation, weights = np.array(self.deviation), np.array(list(self.weights.values()))
+        varies = deviation > 0
+        per_gene = np.where(varies, weights / np.where(varies, deviation, 1), 0) / np.abs(weights).sum()
+        return np.asarray((rows - np.array(self.mean)) @ per_gene, np.float32)
 
 
 def fit_signatures(
@@ -187,32 +110,41 @@ def fit_signatures(
 ) -> list[FittedSignature]:
     """Standardise the genes of signatures over all patches of all ``slides`` together.
 
-    Genes that the decoder does not know are left out.
+    Genes that the decoder does not predict are left out.
 
     Raises:
-        UsageError: the decoder knows none of the genes of one, or there is no patch.
+        UsageError: the decoder predicts no gene of a signature, or there is no patch.
     """
-    known = [signature.known_to(decoder) for signature in signatures]
-    columns = sorted({column for some, _ in known for column in some})
+    known = [signature.known_to(decoder)[0] for signature in signatures]
+    columns = sorted({column for some in known for column in some})
     mean, deviation = moments(slides, decoder, columns)
-    place = {column: i for i, column in enumerate(columns)}
-    names = decoder.named()
+    places = [[columns.index(column) for column in some] for some in known]
     return [
-        FittedSignature(
-            signature.name,
-            {names[column]: weight for column, weight in zip(some, weights, strict=True)},
-            tuple(mean[[place[column] for column in some]].tolist()),
-            tuple(deviation[[place[column] for column in some]].tolist()),
-        )
-        for signature, (some, weights) in zip(signatures, known, strict=True)
+        _fitted(signature, decoder, mean[place], deviation[place])
+        for signature, place in zip(signatures, places, strict=True)
     ]
 
 
-def score(features: SlideFeatures, decoder: GeneDecoder, fitted: FittedSignature) -> NDArray[np.float32]:
-    """Score of a signature in each patch of a slide, float32 [N]."""
-    columns = decoder.columns(list(fitted.weights))
-    blocks = [fitted.score(block) for block in predicted(features, decoder, columns)]
-    return np.concatenate(blocks) if blocks else np.empty(0, np.float32)
+def _fitted(
+    signature: Signature, decoder: GeneDecoder, mean: NDArray[np.float64], deviation: NDArray[np.float64]
+) -> FittedSignature:
+    columns, weights = signature.known_to(decoder)
+    names = [decoder.named()[column] for column in columns]
+    by_gene = dict(zip(names, weights, strict=True))
+    return FittedSignature(signature.name, by_gene, tuple(mean.tolist()), tuple(deviation.tolist()))
+
+
+def score(
+    features: SlideFeatures, decoder: GeneDecoder, signatures: Sequence[FittedSignature]
+) -> NDArray[np.float32]:
+    """Scores of signatures in each patch of a slide, float32 [N, S]; the features are read once for all."""
+    columns = [decoder.columns(list(signature.weights)) for signature in signatures]
+    scores = [np.empty((0, len(signatures)), np.float32)]
+    for piece in read_pieces(features.path) if signatures else ():
+        for start in range(0, len(piece), BLOCK_ROWS):
+            blocks = decoder.predict_each(piece[start : start + BLOCK_ROWS], columns)
+            scores.append(np.stack([s.score(b) for s, b in zip(signatures, blocks, strict=True)], axis=1))
+    return np.concatenate(scores)
 
 
 def signature_scores(
@@ -220,12 +152,19 @@ def signature_scores(
 ) -> list[NDArray[np.float32]]:
     """Score of a signature in each patch, float32 [N] for each slide.
 
-    Each gene is standardised over all patches of all ``slides`` together, so that none counts more for being
-    expressed more; the score is the mean over the genes, weighted, in standard deviations. Genes that the
-    decoder does not know are left out, and those that it predicts the same everywhere count as 0.
+    Each gene is standardised over all patches of all ``slides`` together, so that highly expressed genes do
+    not count more. The score is the weighted mean over the genes, in standard deviations. Genes that the
+    decoder does not predict are left out; genes that it predicts equal everywhere count as 0.
 
     Raises:
-        UsageError: the decoder knows none of the genes, or there is no patch.
+        UsageError: the decoder predicts none of the genes, or there is no patch.
     """
-    (fitted,) = fit_signatures(slides, decoder, [signature])
-    return [score(slide, decoder, fitted) for slide in slides]
+    columns, _ = signature.known_to(decoder)
+
+    def predict(i: int) -> NDArray[np.float32]:
+        return predict_genes(slides[i], decoder, columns)
+
+    fits = sum(len(slide.grid) for slide in slides) * len(columns) * 4 <= KEEP_BYTES
+    expression = cache(predict) if fits else predict
+    fitted = _fitted(signature, decoder, *_moments(map(expression, range(len(slides)))))
+    return [fitted.score(expression(i)) for i in range(len(slides))]

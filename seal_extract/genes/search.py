@@ -1,13 +1,12 @@
-"""Search between images and genes over finished slides: where is a gene high, what looks like this patch.
+"""Search of finished slides by genes, expression profiles and pictures.
 
-By expression, patches are ranked by what the decoder predicts of them. By likeness, they are ranked by the
-cosine of their embedding to that of a patch, an image, or an expression profile that SEAL's expression
-encoder has put into the space of the images (arXiv 2602.14177).
+A gene or signature ranks patches by the expression that the decoder predicts. A picture or profile becomes
+an embedding, and `seal_extract.genes.index` ranks patches by its cosine to their embeddings. SEAL's
+expression encoder maps profiles to the space of the images (arXiv 2602.14177).
 """
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +19,14 @@ from PIL import Image
 from seal_extract.encoders.encoder import Encoder
 from seal_extract.errors import UsageError
 from seal_extract.features.store import SlideFeatures
-from seal_extract.genes.decoder import GeneDecoder
+from seal_extract.genes.decoder import GeneDecoder, named_genes
+from seal_extract.genes.gene_lists import Signature
 from seal_extract.genes.omics import OmicsEncoder
-from seal_extract.genes.panel import read_text
 from seal_extract.genes.predict import predict_genes, signature_scores
-from seal_extract.genes.signature import Signature
 from seal_extract.patches.grid import MPP_TOLERANCE
 
-TARGET_SUM = 10_000.0  # counts of a profile after scaling, as of a spot in training
-LEAST_KNOWN = 0.5  # share of the panel that a profile must name
+TARGET_SUM = 10_000.0  # counts of a profile after scaling, as for the spots in training
+MIN_KNOWN = 0.5  # share of the panel that a profile must name
 
 
 @dataclass(frozen=True)
@@ -36,9 +34,9 @@ class Found:
     """A patch that a search found.
 
     Attributes:
-        slide: its features.
-        row: which patch.
-        score: of the search, higher is better.
+        slide: features of its slide.
+        row: its row in the features.
+        score: score of the search; higher is better.
     """
 
     slide: SlideFeatures
@@ -60,17 +58,17 @@ def search_expression(
     *,
     per_slide: int | None = None,
 ) -> list[Found]:
-    """The patches in which a gene, or a signature, is predicted to be highest.
+    """The patches with the highest predicted expression of a gene or a signature.
 
     Args:
-        slides: of the decoder's encoder.
+        slides: features made by the decoder's encoder.
         decoder: from `decoder_of`.
-        signature: a single gene is ranked by its expression, several by `signature_scores`.
-        k: how many patches.
-        per_slide: at most so many of one slide.
+        signature: a single gene is ranked by its expression, several genes by `signature_scores`.
+        k: number of patches.
+        per_slide: highest number of patches from one slide.
 
     Raises:
-        UsageError: no gene is known to the decoder, or there is no patch.
+        UsageError: the decoder predicts none of the genes, or there is no patch.
     """
     columns, weights = signature.known_to(decoder)
     if len(columns) == 1:
@@ -88,7 +86,7 @@ def best(
     *,
     per_slide: int | None = None,
 ) -> list[Found]:
-    """The patches of the highest scores; equal ones in the order of slides and rows.
+    """The patches with the highest scores; patches with equal scores in the order of slides and rows.
 
     Raises:
         UsageError: ``k`` or ``per_slide`` is below 1.
@@ -102,86 +100,52 @@ def best(
     return sorted(found, key=lambda one: -one.score)[:k]
 
 
-def read_profile(path: Path) -> dict[str, float]:
-    """Counts of one sample by gene, from a table with a gene and a count in each line.
-
-    Raises:
-        UsageError: it cannot be read, or a line is no such pair.
-    """
-    text = read_text(path, str(path), "a table of genes and counts, as CSV or TSV")
-    counts: dict[str, float] = {}
-    rows = enumerate(csv.reader(text.splitlines(), delimiter="\t" if "\t" in text else ","), 1)
-    try:
-        for number, row in rows:
-            if not row or (number == 1 and not _is_count(row[-1])):
-                continue  # its head
-            gene = row[0].strip()
-            if len(row) != 2 or not gene or gene in counts or not _is_count(row[1]):
-                raise UsageError(
-                    f"line {number} of {path} is {row}; give a gene and its count, each gene once"
-                )
-            counts[gene] = float(row[1])
-    except csv.Error as exc:
-        raise UsageError(f"{path} is no table ({exc}); give a gene and its count in each line") from exc
-    if not 0 < sum(counts.values()) < float("inf"):
-        raise UsageError(f"{path} holds no counts, or too large ones; give a gene and its count in each line")
-    return counts
-
-
-def _is_count(text: str) -> bool:
-    try:
-        return 0 <= float(text) < float("inf")
-    except ValueError:
-        return False
-
-
 def embed_profile(omics: OmicsEncoder, counts: dict[str, float]) -> NDArray[np.float32]:
-    """An expression profile in the space of the images, float32 [D].
+    """Embed an expression profile in the space of the images, float32 [D].
 
-    Counts are scaled to 10,000 over all genes of the profile and log1p is taken, as of the spots in training;
-    genes of the panel that it does not name count as 0. It goes through the expression half's projection head
-    where there is one; see `compared_behind_heads`.
+    Counts are scaled to 10,000 over all genes of the profile and log1p is taken, as for spots in training.
+    Genes of the panel that the profile does not name count as 0. The projection head of the expression
+    encoder is applied if it has one; see `compared_behind_heads`.
+
+    Args:
+        omics: the expression encoder.
+        counts: count of each gene, from `read_profile`.
 
     Raises:
-        UsageError: nobody has named the columns of the expression encoder, or the profile names less than
-            half
-            of them.
+        UsageError: the genes of the expression encoder are not known, or the profile names less than half of
+            them.
     """
-    if omics.genes is None:
-        raise UsageError(
-            f"nobody has published which gene each of the {omics.n_genes} columns of {omics.name} is; give "
-            "--panel genes.txt, one name per line in the order of its training"
-        )
-    known = sum(gene in counts for gene in omics.genes)
-    if known < LEAST_KNOWN * omics.n_genes:
+    genes = named_genes(omics.genes, omics.n_genes, omics.name)
+    known = sum(gene in counts for gene in genes)
+    if known < MIN_KNOWN * omics.n_genes:
         raise UsageError(
             f"the profile names {known} of the {omics.n_genes} genes of {omics.name}, such as "
-            f"{omics.genes[0]}; allowed: half of them or more"
+            f"{genes[0]}; allowed: half of them or more"
         )
     scale = TARGET_SUM / sum(counts.values())
-    row = np.log1p(np.array([[counts.get(gene, 0.0) * scale for gene in omics.genes]]))
+    row = np.log1p(np.array([[counts.get(gene, 0.0) * scale for gene in genes]]))
     embedded = omics.encode(row.astype(np.float32), project=omics.projection_head is not None)
     embedding: NDArray[np.float32] = embedded[0].cpu().numpy()
     return embedding
 
 
 def embed_picture(encoder: Encoder, path: Path, mpp: float, like: SlideFeatures) -> NDArray[np.float32]:
-    """The middle of a picture, cut and scaled as the patches of a slide were, as an embedding float32 [D].
+    """Embed the middle of a picture, cut and scaled as the patches of a slide were, float32 [D].
 
     Args:
-        encoder: that made the features of the slide.
-        path: of the picture.
-        mpp: its µm/px.
-        like: gives the size and µm/px of a patch.
+        encoder: the encoder that made the features of the slide.
+        path: the picture.
+        mpp: µm/px of the picture.
+        like: features of the slide, which give the size and µm/px of a patch.
 
     Raises:
-        UsageError: it is no picture, coarser than the patches or smaller than one; or another encoder made
-            them.
+        UsageError: the file is not a picture, or is coarser than the patches or smaller than one; or another
+            encoder made the features.
     """
     made_by = like.provenance["request"]["encoder"]
     if encoder.identity != made_by:
         raise UsageError(
-            f"{encoder.spec.name} is not the {made_by['name']} that made {like.path}; give that one"
+            f"{encoder.spec.name} is not the {made_by['name']} that made {like.path}; give that encoder"
         )
     patch = np.array(cut_picture(path, mpp, like))
     pixels = torch.from_numpy(patch).permute(2, 0, 1)[None]  # uint8 [1, 3, S, S]
@@ -190,11 +154,7 @@ def embed_picture(encoder: Encoder, path: Path, mpp: float, like: SlideFeatures)
 
 
 def cut_picture(path: Path, mpp: float, like: SlideFeatures) -> Image.Image:
-    """The middle of a picture, cut and scaled as the patches of a slide were.
-
-    Raises:
-        UsageError: it is no picture, coarser than the patches or smaller than one.
-    """
+    """Cut and scale the middle of a picture as the patches of a slide; see `embed_picture`."""
     try:
         with Image.open(path) as opened:
             picture = opened.convert("RGB")

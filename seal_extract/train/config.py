@@ -12,7 +12,7 @@ from msgspec.structs import force_setattr, replace
 from seal_extract.encoders.locate import is_name, is_repository, is_timm, locate, named_spec
 from seal_extract.encoders.spec import check_precision
 from seal_extract.errors import UsageError
-from seal_extract.genes.panel import read_panel
+from seal_extract.genes.gene_lists import read_panel
 from seal_extract.patches.grid import MAX_PATCH_PX
 from seal_extract.slides.mpp import PLAUSIBLE_MPP
 from seal_extract.train.formats import find_sections, load_sections, read_sources

@@ -15,7 +15,7 @@ from msgspec import structs, to_builtins
 from seal_extract.encoders import folder, load_encoder
 from seal_extract.encoders.hub import upload
 from seal_extract.errors import OutputError
-from seal_extract.genes.panel import read_panel
+from seal_extract.genes.gene_lists import read_panel
 from seal_extract.train.config import TrainConfig, check
 from seal_extract.train.finetune import merge_adapters
 from seal_extract.train.formats import load_sections

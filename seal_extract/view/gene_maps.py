@@ -15,7 +15,7 @@ from seal_extract.features.store import SlideFeatures
 
 if TYPE_CHECKING:
     from seal_extract.genes.decoder import GeneDecoder
-    from seal_extract.genes.signature import Signature
+    from seal_extract.genes.gene_lists import Signature
 
 UNIT = "predicted log1p expression"
 SAMPLE = 4096  # patches of a slide that a patch is compared with
@@ -106,7 +106,7 @@ class GeneMaps:
 
     def _typed(self, text: str) -> Signature:
         """``ESR1``, or ``ESR1, PGR:0.5``, spelled as the panel spells it."""
-        from seal_extract.genes.signature import Signature
+        from seal_extract.genes.gene_lists import Signature
 
         spelled = {name.upper(): name for name in self.decoder.named()}
         parts = [part.strip() for part in text.replace(";", ",").split(",") if part.strip()]

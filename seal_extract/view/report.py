@@ -42,7 +42,7 @@ from seal_extract.view.tiles import jpeg
 
 if TYPE_CHECKING:
     from seal_extract.genes.decoder import GeneDecoder
-    from seal_extract.genes.signature import Signature
+    from seal_extract.genes.gene_lists import Signature
 
 GENERATOR = "seal-extract report"  # in the page, by which it is known
 HEAD_BYTES = 4096  # within which it stands

@@ -18,17 +18,9 @@ from seal_extract import extract, load_encoder
 from seal_extract.errors import EncoderError, OutputError, SlideOpenError, UsageError
 from seal_extract.features.origin import open_origin
 from seal_extract.genes.decoder import decoder_of, load_decoder
-from seal_extract.genes.panel import read_panel
-from seal_extract.genes.predict import (
-    expression_path,
-    find_expression,
-    moments,
-    predict_genes,
-    signature_scores,
-    write_expression,
-)
-from seal_extract.genes.search import read_profile
-from seal_extract.genes.signature import Signature, read_gmt, read_signature
+from seal_extract.genes.expression_file import expression_path, find_expression, write_expression
+from seal_extract.genes.gene_lists import Signature, read_gmt, read_panel, read_profile, read_signature
+from seal_extract.genes.predict import moments, predict_genes, signature_scores
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +49,7 @@ def test_a_decoder_of_other_weights_is_refused(finished, tmp_path):
     other = load_encoder("seal-tiny", device="cpu")
     other.decoder.genes.bias += 1
     other.save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match=r"made by seal-tiny of weights \w+, and .* has \w+; give"):
+    with pytest.raises(UsageError, match=r"made by seal-tiny with weights \w+, and .* has \w+; give"):
         decoder_of(finished[0].provenance, encoder=tmp_path)
 
 
@@ -71,7 +63,7 @@ def test_the_panel_names_the_columns_or_is_refused(tiny, tmp_path):
     config = tmp_path / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"genes": None}))
     unnamed = load_decoder(tmp_path)
-    with pytest.raises(UsageError, match="nobody has published which gene each of the 500 columns"):
+    with pytest.raises(UsageError, match="the gene names of the 500 columns of seal-tiny are not published"):
         unnamed.columns(["CD24"])
     with pytest.raises(UsageError, match="the gene panel has 2 names; seal-tiny has 500 columns"):
         load_decoder(tmp_path, panel=["A", "B"])
@@ -146,7 +138,7 @@ def test_whatever_a_gene_list_holds_is_read_or_refused_in_one_line(data, tmp_pat
 @pytest.mark.parametrize("read", [read_gmt, read_panel, read_profile])
 def test_a_pipe_is_refused(read, tmp_path):
     os.mkfifo(tmp_path / "pipe.gmt")
-    with pytest.raises(UsageError, match="it is no regular file; give"):
+    with pytest.raises(UsageError, match="it is not a regular file; give"):
         read(tmp_path / "pipe.gmt")
 
 
@@ -344,7 +336,7 @@ def test_all_genes_of_a_run(finished, tmp_path):
         ([], "type --genes A,B, --signature FILE.gmt:NAME or --all"),
         (["--all", "--write", "pdf"], "allowed: h5, h5ad, geojson, png"),
         (["--all", "--write", "png"], "needs genes by name; type --genes A,B in place of --all"),
-        (["--list", "--genes", "NOGENE*"], "none of the 500 genes of seal-tiny is like NOGENE*"),
+        (["--list", "--genes", "NOGENE*"], "none of the 500 genes of seal-tiny matches NOGENE*"),
         (["--all", "--panel", "missing.txt"], "cannot read the gene panel"),
         (["--signature", "none.gmt:X"], "cannot read none.gmt"),
     ],
@@ -363,7 +355,7 @@ def test_the_genes_that_can_be_asked_for_are_listed(finished, decoder):
     assert done.stdout.split() == [g for g in decoder.genes if g.startswith("CD2") or g == "A2M"]
     done = run("genes", "--list")
     assert (done.returncode, done.stderr) == (
-        2, "seal-extract: type the -o of a run or --encoder NAME, whose genes are to be listed\n",
+        2, "seal-extract: type the -o of a run, or --encoder NAME, to list the genes of its encoder\n",
     )  # fmt: skip
 
 
@@ -446,7 +438,7 @@ from seal_extract.encoders.files import WeightFile
 from seal_extract.encoders.heads import ExpressionDecoder
 from seal_extract.encoders.spec import Decoder
 from seal_extract.genes.decoder import GeneDecoder
-from seal_extract.genes.predict import write_expression
+from seal_extract.genes.expression_file import write_expression
 from seal_extract.patches.grid import PatchGrid
 from seal_extract.features.store import SlideFeatures, grid_fields, read_features, read_pieces, write_rows
 

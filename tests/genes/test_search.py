@@ -15,6 +15,7 @@ from seal_extract import extract, open_slide
 from seal_extract.errors import OutputError, UsageError
 from seal_extract.features.feature_file import write_rows
 from seal_extract.features.store import grid_fields, list_features, read_features
+from seal_extract.genes.gene_lists import Signature, read_profile
 from seal_extract.genes.index import ExactIndex
 from seal_extract.genes.omics import load_omics
 from seal_extract.genes.predict import predict_genes
@@ -24,10 +25,8 @@ from seal_extract.genes.search import (
     best,
     embed_picture,
     embed_profile,
-    read_profile,
     search_expression,
 )
-from seal_extract.genes.signature import Signature
 from seal_extract.patches.grid import PatchGrid
 from seal_extract.run.cohort import extract_cohort
 from seal_extract.tissue.geojson import inside_polygons

@@ -24,7 +24,7 @@ from slide_helpers import Checksums
 
 from seal_extract import ExtractOptions, open_slide, read_features
 from seal_extract.errors import SealExtractError
-from seal_extract.genes.signature import read_gmt
+from seal_extract.genes.gene_lists import read_gmt
 from seal_extract.patches.grid import read_grid
 from seal_extract.run.extract import extract_many
 from seal_extract.synthetic import write_synthetic_slide

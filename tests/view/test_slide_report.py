@@ -23,8 +23,8 @@ from viewer_fixtures import Page
 from seal_extract import ExtractOptions, extract, read_features
 from seal_extract.errors import OutputError, UsageError
 from seal_extract.features.origin import open_origin
+from seal_extract.genes.gene_lists import Signature
 from seal_extract.genes.predict import moments, predict_genes, signature_scores
-from seal_extract.genes.signature import Signature
 from seal_extract.patches.grid import PatchGrid
 from seal_extract.view import report
 from seal_extract.view.heatmap import PatchRaster, colour, limits

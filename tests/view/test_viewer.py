@@ -354,7 +354,7 @@ def test_no_random_question_is_an_unexpected_failure(client):
 
 
 def test_sets_of_genes_are_named(viewer_out):
-    from seal_extract.genes.signature import Signature
+    from seal_extract.genes.gene_lists import Signature
 
     immune = Signature("IMMUNE", {"CD74": 1.0, "HLA-DRA": 1.0})
     gallery = gallery_of(viewer_out, signatures={"IMMUNE": immune})
