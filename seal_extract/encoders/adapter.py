@@ -13,12 +13,14 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from msgspec import Meta
 
 from seal_extract.encoders.checkpoint import is_finite
-from seal_extract.encoders.files import check_regular
+from seal_extract.encoders.folder import as_record, read_json
 from seal_extract.encoders.locate import ADAPTER_CONFIG
 from seal_extract.encoders.lora import Update
 from seal_extract.encoders.registry import list_encoders
@@ -50,29 +52,33 @@ _ALLOWED = "allowed: a folder of PEFT with plain LoRA on Linear layers, bias non
 # --- the config ---------------------------------------------------------------------------------------------
 
 
+Rank = Annotated[int, Meta(gt=0)]
+Alpha = Annotated[float, Meta(gt=0, le=1e9)]
+Names = Annotated[str, Meta(min_length=1)] | Annotated[tuple[str, ...], Meta(min_length=1)]
+
+
 @dataclass(frozen=True)
 class LoraConfig:
-    """The numbers in an ``adapter_config.json``.
+    """The fields of ``adapter_config.json`` that decide the numbers, by their names in PEFT.
 
     Attributes:
-        path: the file.
+        target_modules: last words of the names of adapted layers, or a regular expression for whole names.
         r: rank.
-        alpha: numerator of the scale.
-        rslora: whether the scale is alpha / sqrt(r) (arXiv 2312.03732) and not alpha / r.
-        targets: the last words of the names of adapted layers, or a regular expression for whole names.
-        ranks: another r for layers that match a pattern.
-        alphas: another alpha for layers that match a pattern.
-        base: the model it was trained on, if stated.
+        lora_alpha: numerator of the scale.
+        use_rslora: whether the scale is alpha / sqrt(r) (arXiv 2312.03732) and not alpha / r.
+        rank_pattern: another r for layers that match a pattern.
+        alpha_pattern: another alpha for layers that match a pattern.
+        base_model_name_or_path: the model it was trained on, if stated.
     """
 
-    path: Path
-    r: int
-    alpha: float
-    rslora: bool
-    targets: tuple[str, ...] | str
-    ranks: Mapping[str, int] = field(default_factory=dict)
-    alphas: Mapping[str, float] = field(default_factory=dict)
-    base: str | None = None
+    peft_type: str
+    target_modules: Names
+    r: Rank = 8
+    lora_alpha: Alpha = 8
+    use_rslora: bool | None = False
+    rank_pattern: dict[str, Rank] | None = None
+    alpha_pattern: dict[str, Alpha] | None = None
+    base_model_name_or_path: Any = None
 
     def numbers(self, layers: Sequence[str]) -> dict[str, tuple[int, float, bool]]:
         """Rank and scale of each layer's adapter, and whether the layer is one of the target modules.
@@ -80,16 +86,18 @@ class LoraConfig:
         Raises:
             ValueError: a pattern is no regular expression, or takes too long to match.
         """
-        by_pattern = {p: rf"(.*\.)?({p})" for p in (*self.ranks, *self.alphas)}  # as PEFT matches them
-        targets = self.targets if isinstance(self.targets, str) and self.targets != "all-linear" else ".*"
+        ranks, alphas = self.rank_pattern or {}, self.alpha_pattern or {}
+        by_pattern = {p: rf"(.*\.)?({p})" for p in (*ranks, *alphas)}  # as PEFT matches them
+        names = self.target_modules
+        targets = names if isinstance(names, str) and names != "all-linear" else ".*"
         patterns = list(dict.fromkeys([*by_pattern.values(), targets]))
         found = dict(zip(patterns, matches(patterns, layers), strict=True))
         numbers = {}
         for i, layer in enumerate(layers):
-            rank = next((r for p, r in self.ranks.items() if found[by_pattern[p]][i]), self.r)
-            alpha = next((a for p, a in self.alphas.items() if found[by_pattern[p]][i]), self.alpha)
-            scale = alpha / (math.sqrt(rank) if self.rslora else rank)
-            named = isinstance(self.targets, str) or any(_ends_in(layer, name) for name in self.targets)
+            rank = next((r for p, r in ranks.items() if found[by_pattern[p]][i]), self.r)
+            alpha = next((a for p, a in alphas.items() if found[by_pattern[p]][i]), self.lora_alpha)
+            scale = alpha / (math.sqrt(rank) if self.use_rslora else rank)
+            named = isinstance(names, str) or any(_ends_in(layer, name) for name in names)
             numbers[layer] = (rank, float(scale), named and found[targets][i])
         return numbers
 
@@ -104,12 +112,7 @@ def read_adapter_config(path: Path) -> LoraConfig:
     Raises:
         CheckpointError: missing, not JSON, or not plain LoRA on Linear layers; the message names the field.
     """
-    check_regular(path)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else exc
-        raise CheckpointError(f"{path} cannot be read as JSON: {reason}; {_ALLOWED}") from exc
+    config = read_json(path, _ALLOWED)
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is a {type(config).__name__}, not an adapter's config; {_ALLOWED}")
     for name, value in config.items():
@@ -118,43 +121,7 @@ def read_adapter_config(path: Path) -> LoraConfig:
             raise CheckpointError(
                 f"{path} has {name} {json.dumps(value)[:80]}, which is not merged; {_ALLOWED}"
             )
-    try:
-        return _parse(path, config)
-    except (TypeError, ValueError, ArithmeticError) as exc:
-        raise CheckpointError(f"{path} does not describe an adapter: {exc!s:.300}; {_ALLOWED}") from exc
-
-
-def _parse(path: Path, config: Mapping[str, Any]) -> LoraConfig:
-    if "peft_type" not in config:
-        raise ValueError("peft_type is missing")
-    targets: Any = config.get("target_modules")
-    is_list = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
-    if not targets or not (is_list or isinstance(targets, str)):
-        raise ValueError(f"target_modules is {targets!r}, neither names nor a regular expression")
-    base = config.get("base_model_name_or_path")
-    return LoraConfig(
-        path,
-        r=_positive("r", config.get("r", 8), int),
-        alpha=_positive("lora_alpha", config.get("lora_alpha", 8), (int, float)),
-        rslora=bool(config.get("use_rslora")),
-        targets=targets if isinstance(targets, str) else tuple(targets),
-        ranks=_patterns(config, "rank_pattern", int),
-        alphas=_patterns(config, "alpha_pattern", (int, float)),
-        base=base if isinstance(base, str) and base else None,
-    )
-
-
-def _patterns(config: Mapping[str, Any], name: str, kind: Any) -> dict[str, Any]:
-    patterns = config.get(name) or {}
-    if not isinstance(patterns, dict):
-        raise TypeError(f"{name} is {patterns!r}, not numbers by pattern")
-    return {pattern: _positive(f"{name} {pattern}", value, kind) for pattern, value in patterns.items()}
-
-
-def _positive(name: str, value: Any, kind: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < math.inf:
-        raise ValueError(f"{name} is {value!r}, not a number above 0")
-    return value
+    return as_record(config, LoraConfig, path, "an adapter", _ALLOWED)
 
 
 # Python's regular expressions have no time limit, and a pattern from a file may take for ever: those that are
@@ -227,7 +194,7 @@ def read_adapter(config: LoraConfig, tensors: Mapping[str, Tensor], weights_path
         numbers = config.numbers(list(pairs))
     except (ValueError, ArithmeticError) as exc:
         raise CheckpointError(
-            f"{config.path} does not describe an adapter: {exc!s:.300}; {_ALLOWED}"
+            f"{weights_path.with_name(ADAPTER_CONFIG)} does not describe an adapter: {exc!s:.300}; {_ALLOWED}"
         ) from exc
     halves: Halves = {}
     for layer, keys in pairs.items():
@@ -239,7 +206,7 @@ def read_adapter(config: LoraConfig, tensors: Mapping[str, Tensor], weights_path
         if complaint:
             raise CheckpointError(f"{weights_path} does not belong to its {ADAPTER_CONFIG}: {complaint}")
         halves[layer] = (pair["A"], pair["B"], scale)
-    for name in config.targets if isinstance(config.targets, tuple) else ():
+    for name in config.target_modules if isinstance(config.target_modules, tuple) else ():
         if not any(_ends_in(layer, name) for layer in pairs):
             raise CheckpointError(
                 f"{weights_path} has no weights for {name} of target_modules; fetch it again"
@@ -264,12 +231,15 @@ def _mismatch(layer: str, pair: Mapping[str, Tensor], rank: int) -> str:
     return ""
 
 
-def adapter_updates(config: LoraConfig, halves: Halves, spec: EncoderSpec, tower: Shapes) -> list[Update]:
+def adapter_updates(
+    config: LoraConfig, halves: Halves, weights_path: Path, spec: EncoderSpec, tower: Shapes
+) -> list[Update]:
     """The updates of a tower's weights by an adapter.
 
     Args:
         config: of the adapter.
         halves: from `read_adapter`.
+        weights_path: of the adapter, for the message.
         spec: the row of the tower, for the message.
         tower: shape of every tensor.
 
@@ -280,10 +250,11 @@ def adapter_updates(config: LoraConfig, halves: Halves, spec: EncoderSpec, tower
     try:
         places = find_places(shapes, tower)
     except ValueError as exc:
-        trained = f", trained on {config.base}," if config.base else ""
+        base = config.base_model_name_or_path
+        trained = f", trained on {base}," if base and isinstance(base, str) else ""
         names = ", ".join(_fitting(shapes, spec)) or "none of the named encoders"
         raise CheckpointError(
-            f"the adapter {config.path.parent}{trained} does not fit {spec.name}: {exc}; it fits {names}"
+            f"the adapter {weights_path.parent}{trained} does not fit {spec.name}: {exc}; it fits {names}"
         ) from exc
     return [Update(spot.key, *halves[layer], spot.rows[0]) for layer, spot in places.items()]
 

@@ -126,7 +126,7 @@ def _load(
     """The encoder on top of the mapped files, while another thread computes their hashes."""
     tower = empty_tower(spec)
     shapes = tower_shapes(tower)
-    own = folder.Contents(layout_of(spec).decoder)
+    own = folder.Contents(spec.dim, layout_of(spec).decoder)
     config = file.path.with_name(folder.CONFIG)
     with ThreadPoolExecutor(1) as pool:
         reader = _Reader(pool)
@@ -141,7 +141,7 @@ def _load(
             weights, adapter_config = adapter
             numbers = read_adapter_config(adapter_config.path)
             halves = read_adapter(numbers, reader(weights), weights.path)
-            updates = adapter_updates(numbers, halves, spec, shapes)
+            updates = adapter_updates(numbers, halves, weights.path, spec, shapes)
             reader.hash(adapter_config)  # it sets the scale, so it counts as a weight file too
             merged = merged_layers(weights.path.name, updates)
             parts = replace(parts, tower=merge(parts.tower, updates), merged=(*parts.merged, *merged))
@@ -188,7 +188,7 @@ def _own_parts(
     """A file in this package's own format."""
     tensors = read(file)
     decoder = {folder.DECODER + key: s for key, s in decoder_shapes(spec.dim, own.decoder).items()}
-    head = {HEAD + key: s for key, s in own.head.items()}
+    head = {HEAD + key: s for key, s in own.projection.items()}
     check_tensors(tensors, shapes | decoder | head, (), file.path, spec.name)
     return _Parts(
         {key: tensors[key] for key in shapes},

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import msgspec
+
 from seal_extract.encoders.files import check_regular
-from seal_extract.encoders.spec import HEAD, Architecture, Decoder, EncoderSpec, InputRule, head_layers
+from seal_extract.encoders.spec import HEAD, Decoder, EncoderSpec, head_layers
 from seal_extract.errors import CheckpointError, UsageError
 from seal_extract.publish import publish
 
@@ -40,16 +42,31 @@ class Contents:
     """The parts of a weight file in this format, apart from the tower.
 
     Attributes:
+        dim: length of the embedding.
         decoder: the expression decoder.
         genes: the gene of each of its columns.
-        head: names and shapes of the projection head's tensors; empty without one.
+        projection: names and shapes of the projection head's tensors; empty without one.
         merged: the adapters that are merged into the tower; see `merged_layers`.
+
+    Raises:
+        ValueError: genes without a decoder or not one per column, or tensors that are no projection head.
     """
 
+    dim: int
     decoder: Decoder | None = None
     genes: tuple[str, ...] | None = None
-    head: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    projection: dict[str, tuple[int, ...]] = field(default_factory=dict)
     merged: tuple[dict[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.decoder is None and self.genes is not None:
+            raise ValueError("genes without a decoder")
+        if self.decoder is not None:
+            if not all(1 <= n <= MOST_GENES for n in (self.decoder.hidden, self.decoder.genes)):
+                raise ValueError(f"decoder is {self.decoder}; allowed: sizes of 1 to {MOST_GENES:,}")
+            if self.genes is not None:
+                check_panel(self.genes, self.decoder.genes, "its decoder")
+        head_layers(self.projection, self.dim)
 
 
 # --- writing ------------------------------------------------------------------------------------------------
@@ -199,22 +216,23 @@ def read_config(path: Path) -> EncoderSpec:
     Raises:
         CheckpointError: missing, not JSON, of another tool or version, or with a value that is not allowed.
     """
-    return _parse(path, from_config)
+    spec = as_record(_own_config(path), EncoderSpec, path, "an encoder", _ALLOWED)
+    try:
+        plain_word(spec.name)
+    except ValueError as exc:
+        raise CheckpointError(f"{path} does not describe an encoder: {exc}; {_ALLOWED}") from exc
+    return spec
 
 
 def read_contents(path: Path) -> Contents:
     """The parts of the weight file beside a config.json; raises as `read_config` does."""
-    return _parse(path, _contents)
+    return as_record(_own_config(path), Contents, path, "an encoder", _ALLOWED)
 
 
-def _parse(path: Path, parse: Callable[[Mapping[str, Any]], T]) -> T:
+def _own_config(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"{path.parent} has no {CONFIG}; {_ALLOWED}")
-    check_regular(path)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as exc:
-        raise CheckpointError(f"{path} cannot be read as JSON: {exc}; {_ALLOWED}") from exc
+    config = read_json(path, _ALLOWED)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise CheckpointError(f"{path} is a config of another tool; {_ALLOWED}")
     if config.get("format_version") != VERSION:
@@ -222,66 +240,39 @@ def _parse(path: Path, parse: Callable[[Mapping[str, Any]], T]) -> T:
             f"{path} has format version {config.get('format_version')}, this package reads {VERSION}; "
             "bring your clone of seal-extract up to date and type there: pip install ."
         )
+    return {key: value for key, value in config.items() if key != "published"}
+
+
+def read_json(path: Path, allowed: str) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        CheckpointError: it is no regular file, or not JSON; the message ends with ``allowed``.
+    """
+    check_regular(path)
     try:
-        return parse(config)
-    except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError, UsageError) as exc:
-        missing = f"{exc} is missing" if isinstance(exc, KeyError) else f"{exc}"[:300]
-        raise CheckpointError(f"{path} does not describe an encoder: {missing}; {_ALLOWED}") from exc
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as exc:
+        raise CheckpointError(f"{path} cannot be read as JSON: {exc}; {allowed}") from exc
 
 
-def from_config(config: Mapping[str, Any]) -> EncoderSpec:
-    """The row that `to_config` was given, without ``published``."""
-    architecture, rule = config["architecture"], config["input"]
-    resize_px = rule["resize_px"]
-    return EncoderSpec(
-        name=plain_word(_text(config, "name")),
-        dim=int(config["dim"]),
-        patch_px=int(config["patch_px"]),
-        mpp=None if config["mpp"] is None else float(config["mpp"]),
-        mean=tuple(float(v) for v in config["mean"]),
-        std=tuple(float(v) for v in config["std"]),
-        precision=_text(config, "precision"),
-        licence=_text(config, "licence"),
-        source=_text(config, "source"),
-        architecture=Architecture(
-            _text(architecture, "timm"),
-            dict(architecture["kwargs"]),
-            bool(architecture.get("antialias", True)),
-        ),
-        pooling=_text(config, "pooling"),
-        input=InputRule(
-            int(rule["multiple_of"]),
-            resize_px and int(resize_px),
-            _text(rule, "filter"),
-            rule.get("crop_px") and int(rule["crop_px"]),
-        ),
-        paper=_text(config, "paper"),
-        also_mpp=tuple(float(v) for v in config.get("also_mpp", ())),
-        mpp_basis=str(config.get("mpp_basis", "")),
-    )
+def as_record(content: Any, kind: type[T], path: Path, what: str, allowed: str) -> T:
+    """Values from a file as a dataclass, with the types that it states.
 
+    Args:
+        content: of the file.
+        kind: the dataclass; other keys are ignored.
+        path: of the file, for the message.
+        what: the file describes, for the message.
+        allowed: end of the message.
 
-def _contents(config: Mapping[str, Any]) -> Contents:
-    shape, genes = config.get("decoder"), config.get("genes")
-    decoder = None if shape is None else Decoder(int(shape["hidden"]), int(shape["genes"]))
-    if decoder is None and genes is not None:
-        raise ValueError("genes without a decoder")
-    if decoder is not None and not all(1 <= n <= MOST_GENES for n in (decoder.hidden, decoder.genes)):
-        raise ValueError(f"decoder is {shape}; allowed: sizes of 1 to {MOST_GENES:,}")
-    if decoder is not None and genes is not None:
-        genes = check_panel(genes, decoder.genes, "its decoder")
-    head = {str(key): tuple(map(int, size)) for key, size in (config.get("projection") or {}).items()}
-    head_layers(head, int(config["dim"]))
-    merged = config.get("merged") or ()
-    if not all(isinstance(one, dict) for one in merged):
-        raise TypeError(f"merged is {merged!r}, not a list of tables")
-    return Contents(decoder, genes, head, tuple(merged))
-
-
-def _text(values: Mapping[str, Any], key: str) -> str:
-    if not isinstance(values[key], str):
-        raise TypeError(f"{key} is {values[key]!r}, not a text")
-    return str(values[key])
+    Raises:
+        CheckpointError: a value is missing, of another type, or refused by the dataclass.
+    """
+    try:
+        return msgspec.convert(content, kind)
+    except (msgspec.ValidationError, RecursionError) as exc:
+        raise CheckpointError(f"{path} does not describe {what}: {exc!s:.300}; {allowed}") from exc
 
 
 def plain_word(name: str) -> str:

@@ -7,20 +7,21 @@ the ``config.json`` of timm beside the weights of a base.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
+
+from msgspec import Meta
 
 from seal_extract.encoders import folder
 from seal_extract.encoders.files import FoundFile
 from seal_extract.encoders.registry import bundled, find_spec
 from seal_extract.encoders.rows import ALIASES, ROWS
-from seal_extract.encoders.spec import FILTERS, EncoderSpec, InputRule, Lora, Published
+from seal_extract.encoders.spec import EncoderSpec, InputRule, Lora, Published
 from seal_extract.errors import CheckpointError, HubError, MissingOnHubError, NetworkError, UsageError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -232,27 +233,22 @@ def _with_settings(spec: EncoderSpec, file: FoundFile, offline: bool) -> tuple[E
     return replace(spec, published=replace(layout, lora=lora)), file
 
 
+@dataclass(frozen=True)
+class _SealLora:
+    r: Annotated[int, Meta(gt=0)] | None = None
+    lora_alpha: Annotated[float, Meta(gt=0, le=1e9)] | None = None
+    use_rslora: bool = False
+
+
+@dataclass(frozen=True)
+class _SealConfig:
+    encoder: str | None = None
+    out_dim: int | None = None
+    lora: _SealLora | None = None
+
+
 def _stated_lora(path: Path, spec: EncoderSpec, default: Lora) -> Lora:
     """The adapters' r and alpha in a config.yaml of SEAL's training code, which must be of the same base."""
-    stated, base = _read_yaml(path), str(layout_of(spec).base)
-    encoder, dim = stated.get("encoder", base), stated.get("out_dim", spec.dim)
-    if ALIASES.get(str(encoder), encoder) != base:
-        raise CheckpointError(
-            f"{path} states encoder {encoder!s:.80}, and {spec.name} is built on {base}; type "
-            f"seal-{encoder!s:.80}, or take that file away"
-        )
-    if dim != spec.dim:
-        raise CheckpointError(f"{path} states out_dim {dim!s:.80}, and {spec.name} gives {spec.dim} numbers")
-    lora = stated.get("lora") or {}
-    if not isinstance(lora, dict) or lora.get("use_rslora"):
-        raise CheckpointError(f"{path} states lora {lora!s:.80}; allowed: a table of r and lora_alpha")
-    r, alpha = (_above_0(path, name, lora.get(name)) for name in ("r", "lora_alpha"))
-    if r is not None and r != int(r):
-        raise CheckpointError(f"{path} states r {r}; allowed: a whole number")
-    return Lora(alpha or default.alpha, None if r is None else int(r))
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
@@ -261,34 +257,46 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_bytes())
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as exc:
         raise CheckpointError(f"{path} cannot be read as YAML: {' '.join(str(exc).split())[:160]}") from exc
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        return default
+    stated = folder.as_record(
+        content, _SealConfig, path, "a SEAL encoder", "allowed: the config of its training"
+    )
+    base, lora = str(layout_of(spec).base), stated.lora or _SealLora()
+    if ALIASES.get(str(stated.encoder), stated.encoder) not in (None, base):
+        raise CheckpointError(
+            f"{path} states encoder {stated.encoder!s:.80}, and {spec.name} is built on {base}; type "
+            f"seal-{stated.encoder!s:.80}, or take that file away"
+        )
+    if stated.out_dim not in (None, spec.dim):
+        raise CheckpointError(
+            f"{path} states out_dim {stated.out_dim}, and {spec.name} gives {spec.dim} numbers"
+        )
+    if lora.use_rslora:
+        raise CheckpointError(f"{path} states use_rslora true, which is not merged; allowed: false")
+    return Lora(lora.lora_alpha or default.alpha, lora.r)
 
 
-def _above_0(path: Path, name: str, value: Any) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise CheckpointError(f"{path} states {name} {value!r:.80}; allowed: a number above 0")
-    return float(value)
+@dataclass(frozen=True)
+class _TimmInput:
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    crop_pct: Annotated[float, Meta(gt=0.05, le=1)] = 1.0
 
 
 def _stated_input(path: Path, spec: EncoderSpec) -> InputRule:
     """The input of a row, with filter and crop as the config.json of a timm model states them."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as exc:
-        raise CheckpointError(f"{path} cannot be read as JSON: {exc}") from exc
-    stated = config.get("pretrained_cfg") if isinstance(config, dict) else None
-    side = spec.input.side_px
-    if not isinstance(stated, dict) or side is None or config.get("architecture") != spec.architecture.timm:
+    allowed = "allowed: a config.json of timm"
+    config, side = folder.read_json(path, allowed), spec.input.side_px
+    if not isinstance(config, dict) or side is None or config.get("architecture") != spec.architecture.timm:
         return spec.input  # of another tool, or another model
-    kind, share = stated.get("interpolation", spec.input.filter), stated.get("crop_pct", 1.0)
-    if kind not in FILTERS:
-        raise CheckpointError(f"{path} states interpolation {kind!r:.80}; allowed: {', '.join(FILTERS)}")
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.05 < share <= 1:
-        raise CheckpointError(f"{path} states crop_pct {share!r:.80}; allowed: above 0.05, at most 1")
-    resize_px = math.floor(side / share)  # as timm rounds it
-    return replace(spec.input, resize_px=resize_px, filter=kind, crop_px=None if resize_px == side else side)
+    stated = folder.as_record(config.get("pretrained_cfg", {}), _TimmInput, path, "an input", allowed)
+    resize_px = math.floor(side / stated.crop_pct)  # as timm rounds it
+    return replace(
+        spec.input,
+        resize_px=resize_px,
+        filter=stated.interpolation or spec.input.filter,
+        crop_px=None if resize_px == side else side,
+    )
 
 
 # --- adapters of PEFT ---------------------------------------------------------------------------------------

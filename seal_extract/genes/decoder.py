@@ -158,7 +158,7 @@ def load_decoder(
     spec, file = locate(name_or_path, checkpoint, revision, offline)
     config = file.path.with_name(folder.CONFIG)
     own = spec.published is None and config.is_file()
-    contents = folder.read_contents(config) if own else folder.Contents(layout_of(spec).decoder)
+    contents = folder.read_contents(config) if own else folder.Contents(spec.dim, layout_of(spec).decoder)
     shape, genes = contents.decoder, contents.genes
     if shape is None:
         names = ", ".join(names_with_decoder())

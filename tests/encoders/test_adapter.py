@@ -308,15 +308,15 @@ def test_another_kind_of_adapter(base, tmp_path, field, value):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"peft_type": ...}, "peft_type is missing"),
-        ({"r": 0}, "r is 0, not a number above 0"),
-        ({"r": "8"}, "r is '8'"),
-        ({"lora_alpha": None}, "lora_alpha is None"),
-        ({"rank_pattern": {"fc1": 1.5}}, "rank_pattern fc1 is 1.5"),
-        ({"rank_pattern": ["fc1"]}, "rank_pattern is ['fc1']"),
-        ({"target_modules": None}, "target_modules is None"),
+        ({"peft_type": ...}, "missing required field `peft_type`"),
+        ({"r": 0}, "Expected `int` >= 1 - at `$.r`"),
+        ({"r": "8"}, "Expected `int`, got `str` - at `$.r`"),
+        ({"lora_alpha": None}, "got `null` - at `$.lora_alpha`"),
+        ({"rank_pattern": {"fc1": 1.5}}, "Expected `int`, got `float` - at `$.rank_pattern[...]`"),
+        ({"rank_pattern": ["fc1"]}, "got `array` - at `$.rank_pattern`"),
+        ({"target_modules": None}, "got `null` - at `$.target_modules`"),
         ({"target_modules": "(qkv"}, "does not describe an adapter"),
-        ({"target_modules": [3]}, "target_modules is [3]"),
+        ({"target_modules": [3]}, "got `int` - at `$.target_modules[0]`"),
     ],
 )
 def test_a_config_that_does_not_fit(base, tmp_path, changes, words):
