@@ -1,4 +1,4 @@
-"""``seal-extract evaluate``: the comparison's tables, printed and written."""
+"""``seal-extract evaluate``: prints and writes the tables of an evaluation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seal_extract.cli.options import Parser, add, add_common, mpp
+from seal_extract.cli.options import Parser, add, add_common
 from seal_extract.cli.terminal import echo, progress_line
 
 if TYPE_CHECKING:
@@ -18,42 +18,37 @@ def evaluate_parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="seal-extract evaluate",
         description="Predict gene expression from an encoder's embeddings by the HEST-Benchmark's protocol, "
-        "and find spots by image: beside permuted rows, hand-made features and the encoder before alignment.",
+        "and retrieve spots by image. The tables compare permuted rows, handcrafted features and the encoder "
+        "before alignment.",
     )
     p.set_defaults(handler=run)
-    p.add_argument(
-        "--encoder",
-        required=True,
-        metavar="NAME|FOLDER",
-        help="{fold} in a folder stands for the section or patient held out: one encoder for each",
-    )
+    help = "a name or a folder; {fold} in it stands for what is held out, with an encoder for each"
+    add(p, "--encoder", required=True, help=help)
     p.add_argument("--base", metavar="NAME|FOLDER", help="the same encoder before alignment")
     p.add_argument(
         "--sections",
         required=True,
         type=Path,
         metavar="CONFIG.toml|FOLDER",
-        help="the config of a training, or a folder with counts/, spots/ and images/ as her2st has",
+        help="the configuration of a training run, or a folder of sections, as of `seal-extract spots`",
     )
     p.add_argument("--by", default="section", metavar="WHAT", help="section or patient (default: section)")
     p.add_argument(
-        "--genes", type=int, default=250, metavar="N", help="the most variable ones (default: 250)"
+        "--genes", type=int, default=250, metavar="N", help="number of most variable genes (default: 250)"
     )
     p.add_argument("-o", "--out", type=Path, required=True, help="folder for evaluation.md, .csv and .json")
-    p.add_argument("--overwrite", action="store_true", help="replace those of another evaluation")
-    p.add_argument("--mpp", type=mpp, default=0.5, metavar="UM", help="µm/px, or 20x (default: 0.5)")
-    p.add_argument("--patch-px", type=int, default=224, metavar="N", help="side in pixels (default: 224)")
-    p.add_argument(
-        "--batch-size", type=int, default=64, metavar="N", help="patches per forward (default: 64)"
-    )
-    p.add_argument("--seeds", type=int, default=10, metavar="N", help="orders of permuted rows (default: 10)")
+    p.add_argument("--overwrite", action="store_true", help="replace the files of another evaluation")
+    add(p, "--mpp", default=0.5)
+    add(p, "--patch-px", default=224)
+    add(p, "--batch-size", default=64, help="patches per forward pass (default: 64)")
+    p.add_argument("--seeds", type=int, default=10, metavar="N", help="permutations of rows (default: 10)")
     add(p, "--precision", "--device", "--offline")
     add_common(p)
     return p
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the tables, then where they were written."""
+    """Print the tables, and where they were written."""
     from seal_extract.evaluate.run import EvaluateOptions, evaluate, output_files
     from seal_extract.train.config import sections_of
 
@@ -62,11 +57,11 @@ def run(args: argparse.Namespace) -> int:
     encoder = _request(args.encoder, args)
     base = None if args.base is None else _request(args.base, args)
     sections = sections_of(args.sections)
-    tell = progress_line(args.quiet)
+    show = progress_line(args.quiet)
     try:
-        found = evaluate(sections, encoder, base, options=options, log=tell)
+        found = evaluate(sections, encoder, base, options=options, log=show)
     finally:
-        tell("")
+        show("")
     echo(*found.to_markdown().split("\n"))
     for file in found.write(args.out, overwrite=args.overwrite):
         echo(f"-> {file}")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seal_extract.cli.options import Parser, add, add_common, mpp
+from seal_extract.cli.options import Parser, add, add_common
 from seal_extract.cli.terminal import echo, fail
 from seal_extract.errors import CheckpointError, SealExtractError, UsageError
 
@@ -26,32 +26,30 @@ def spots_parser() -> argparse.ArgumentParser:
         "source",
         type=Path,
         metavar="FOLDER|CONFIG.toml",
-        help="a folder of HEST, of Space Ranger (Visium, Visium HD), with NAME.h5ad and NAME.tif, or as "
-        "her2st; or the config of a training",
+        help="a folder of HEST, of Space Ranger (Visium, Visium HD), with NAME.h5ad and NAME.tif, or with "
+        "images/, counts/ and spots/; or the configuration of a training run",
     )
     p.add_argument("-o", "--out", type=Path, default=Path("out"), help="folder for NAME.h5ad (default: out)")
-    p.add_argument("--encoder", required=True, metavar="NAME", help="a SEAL encoder, or a folder")
-    p.add_argument("--checkpoint", type=Path, metavar="FILE", help="its official weight file (.pth)")
-    p.add_argument("--omics", type=Path, metavar="FILE", help="its expression half, where it lies elsewhere")
-    p.add_argument("--panel", type=Path, metavar="FILE", help="the gene of each of its columns, one per line")
-    p.add_argument("--image-only", action="store_true", help="leave the embeddings of the expression out")
-    p.add_argument("--no-smooth", action="store_true", help="expression of each spot without its neighbours'")
-    p.add_argument("--names", metavar="NAME[,NAME]", help="of sections (default: all in the folder)")
+    add(p, "--encoder", required=True, help="a SEAL encoder, or a folder")
+    add(p, "--checkpoint")
+    p.add_argument("--omics", type=Path, metavar="FILE", help="its expression encoder, if in another file")
+    add(p, "--panel")
+    p.add_argument("--image-only", action="store_true", help="leave out the embeddings of the expression")
+    p.add_argument("--no-smooth", action="store_true", help="do not average expression with neighbours")
+    p.add_argument("--names", metavar="NAME[,NAME]", help="sections to embed (default: all in the folder)")
     p.add_argument("--slide", metavar="FILE", help="the full-resolution image that Space Ranger was given")
-    p.add_argument("--slide-mpp", type=mpp, metavar="UM", help="µm/px of the image, where nothing states it")
-    p.add_argument("--mpp", type=mpp, default=0.5, metavar="UM", help="of the patches, or 20x (default: 0.5)")
-    p.add_argument("--patch-px", type=int, default=224, metavar="N", help="side in pixels (default: 224)")
-    p.add_argument(
-        "--batch-size", type=int, default=64, metavar="N", help="patches per forward (default: 64)"
-    )
+    add(p, "--slide-mpp", help="µm/px of the image, if no file states it")
+    add(p, "--mpp", default=0.5)
+    add(p, "--patch-px", default=224)
+    add(p, "--batch-size", default=64, help="patches per forward pass (default: 64)")
     add(p, "--precision", "--device", "--offline")
-    p.add_argument("--overwrite", action="store_true", help="replace files that were made of something else")
+    p.add_argument("--overwrite", action="store_true", help="replace files that have another provenance")
     add_common(p)
     return p
 
 
 def run(args: argparse.Namespace) -> int:
-    """A line for each section; one that fails stops no other, and makes the exit status 1."""
+    """Print a line for each section; after a failure go on with the next, and return 1."""
     from seal_extract.encoders import load_encoder
     from seal_extract.evaluate.spots import embed_spots, was_smoothed
     from seal_extract.train.config import sections_of

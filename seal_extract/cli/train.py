@@ -14,19 +14,19 @@ def train_parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="seal-extract train",
         description="Align an encoder with spatial transcriptomics, by SEAL, multi-scale contrast "
-        "or a baseline. The same command goes on with a run that was stopped.",
+        "or a baseline. The same command resumes a run that was stopped.",
     )
     p.set_defaults(handler=run_train)
-    p.add_argument("config", type=Path, metavar="CONFIG.toml", help="all options; the README has one")
+    p.add_argument("config", type=Path, metavar="CONFIG.toml", help="all options; the README has an example")
     p.add_argument(
-        "--check", action="store_true", help="only check the options, and that encoder and folders exist"
+        "--check", action="store_true", help="only check the options, and whether encoder and folders exist"
     )
     add_common(p)
     return p
 
 
 def run_train(args: argparse.Namespace) -> int:
-    """Train and write; 2 for options that cannot be meant."""
+    """Train and write the encoder's folder, or only check the configuration."""
     from seal_extract.train.config import check, read_config
 
     config = read_config(args.config)

@@ -8,7 +8,6 @@ import sys
 import h5py
 import numpy as np
 import pytest
-from conftest import shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix, issparse
@@ -138,16 +137,6 @@ def test_tables_of_normalised_counts(tmp_path):
     tables.refuses('A1: counts are not whole numbers.*counts_are = "log1p"')
     section = tables.load(counts_are="log1p")
     np.testing.assert_array_equal(section.log1p(), section.counts)
-
-
-def test_her2st_itself():
-    folder = shared("data", "her2st")
-    with pytest.warns(UserWarning, match="are left out"):
-        sections = load("st-tables", folder, ["C2", "C3", "C4", "C5"])
-    assert [len(s) for s in sections] == [187, 180, 184, 181]
-    assert {s.patient for s in sections} == {"C"}
-    for section in sections:
-        assert section.mpp == pytest.approx(0.687, rel=0.01)
 
 
 # --- AnnData ----------------------------------------------------------------------------------------

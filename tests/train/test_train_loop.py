@@ -1,6 +1,7 @@
 """The loop: stops, goes on, gives back the best; a whole run to a folder that loads; options and refusals."""
 
 import csv
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr
@@ -157,22 +158,25 @@ def test_a_checkpoint_of_an_older_version_names_the_precision_short(tmp_path, sh
 # --- a whole run ------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def study(tmp_path):
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
     """Two sections in tables, with expression that goes by the colour, and an encoder to finetune."""
+    place = tmp_path_factory.mktemp("study")
 
     def counts(rng, colour):
         return rng.poisson(1 + np.outer(colour / 40, np.arange(1, 8)).ravel()[:20])
 
-    write_study(tmp_path / "study", ("A1", "B1"), 200, [f"G{i}" for i in range(20)], counts)
-    tiny_encoder().save_pretrained(tmp_path / "base")
-    return tmp_path
+    write_study(place / "study", ("A1", "B1"), 200, [f"G{i}" for i in range(20)], counts)
+    base = tiny_encoder()
+    base.projection = torch.nn.Linear(32, 32)  # which no encoder that is made of it keeps
+    base.save_pretrained(place / "base")
+    return place
 
 
 CONFIG = """
 name = "ours"
 encoder = "{place}/base"
-out = "{place}/out"
+out = "{out}"
 method = "{method}"
 batch_size = 12
 licence = "CC-BY-4.0"
@@ -197,49 +201,50 @@ patience = 2
 """
 
 
-def write_config(place, method="seal", **changes):
-    text = CONFIG.format(place=place, method=method)
-    for old, new in changes.values():
-        assert old in text
-        text = text.replace(old, new)
-    path = place / "config.toml"
-    path.write_text(text)
+def write_config(study, out, method="seal", change=("", "")):
+    text = CONFIG.format(place=study, out=out, method=method)
+    assert change[0] in text
+    path = out.with_suffix(".toml")
+    path.write_text(text.replace(*change) if change[0] else text)
     return path
 
 
+@pytest.fixture(scope="module")
+def trained(study, tmp_path_factory):
+    return run(read_config(write_config(study, tmp_path_factory.mktemp("trained") / "out")))
+
+
 @pytest.mark.parametrize("method", ["seal", "multiscale", "clip", "regression", "probe"])
-def test_a_configuration_becomes_an_encoder(study, capsys, method):
-    assert main(["train", str(write_config(study, method))]) == 0
+def test_a_configuration_becomes_an_encoder(study, tmp_path, capsys, method):
+    out = tmp_path / "out"
+    assert main(["train", str(write_config(study, out, method))]) == 0
     assert "--encoder" in capsys.readouterr().out
-    encoder = load_encoder(study / "out")
-    assert encoder.spec.name == "ours"
-    assert encoder.spec.licence == "CC-BY-4.0"
+    encoder = load_encoder(out)
+    assert (encoder.spec.name, encoder.spec.licence, encoder.projection) == ("ours", "CC-BY-4.0", None)
     patches = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     embedded = encoder.encode(patches)
     assert embedded.shape == (3, TINY.dim)
-    unchanged = torch.equal(embedded, tiny_encoder().encode(patches))
-    assert unchanged == (method == "probe")
+    assert torch.equal(embedded, tiny_encoder().encode(patches)) == (method == "probe")
     if method in ("seal", "regression", "probe"):
-        assert encoder.genes is not None
         assert set(encoder.genes) <= {f"G{i}" for i in range(20)}
         assert encoder.predict_expression(embedded).shape == (3, 10)
     if method in ("seal", "multiscale", "clip"):
-        omics = load_omics(study / "out")
+        omics = load_omics(out)
         assert (omics.name, omics.dim, omics.n_genes, omics.hidden) == ("ours", 32, 10, (32, 16))
         assert omics.encode(np.ones((2, 10), np.float32)).shape == (2, 32)
-    card = (study / "out" / "README.md").read_text()
+    card = (out / "README.md").read_text()
     assert f"by `{method}` on 36 pairs" in card
-    assert str(study) not in card + (study / "out" / "config.json").read_text()
-    assert (study / "out" / "stage_2" / "curves.png").is_file()
+    assert str(study) not in card + (out / "config.json").read_text()
+    assert (out / "stage_2" / "curves.png").is_file()
 
 
 @pytest.mark.parametrize(
     ("method", "kind", "layers"), [("seal", "mlp", ("0", "2")), ("multiscale", "linear", ("",))]
 )
-def test_both_halves_learn_projection_heads(study, method, kind, layers):
-    config = write_config(study, method, change=('name = "ours"', f'name = "ours"\nprojection = "{kind}"'))
-    run(read_config(config))
-    encoder, omics = load_encoder(study / "out"), load_omics(study / "out")
+def test_both_halves_learn_projection_heads(study, tmp_path, method, kind, layers):
+    change = ('name = "ours"', f'name = "ours"\nprojection = "{kind}"')
+    run(read_config(write_config(study, tmp_path / "out", method, change)))
+    encoder, omics = load_encoder(tmp_path / "out"), load_omics(tmp_path / "out")
     assert encoder.project(torch.ones(2, 32)).shape == (2, 32)
     assert omics.encode(np.ones((2, 10), np.float32), project=True).shape == (2, 32)
     for head in (encoder.projection, omics.projection_head):
@@ -248,27 +253,17 @@ def test_both_halves_learn_projection_heads(study, method, kind, layers):
         assert all(len(value) == 32 for value in weights.values())
 
 
-def test_heads_of_the_encoder_that_is_finetuned_are_not_kept(study):
-    base = load_encoder(study / "base", device="cpu")
-    base.projection = torch.nn.Linear(32, 32)
-    base.save_pretrained(study / "base")
-    run(read_config(write_config(study)))
-    assert load_encoder(study / "out").projection is None
-
-
-def test_its_results_extract_as_any_encoder_s(study):
-    run(read_config(write_config(study)))
+def test_its_results_extract_as_any_encoder_s(study, trained, tmp_path):
     image = study / "study" / "images" / "A1.png"
     words = ["--slide-mpp", "1.0", "--mpp", "1", "--patch-px", "32", "--min-tissue", "0", "-q"]
-    assert main([str(image), "-o", str(study / "x"), "--encoder", str(study / "out"), *words]) == 0
-    (features,) = (study / "x").rglob("features_ours/*.h5")
+    assert main([str(image), "-o", str(tmp_path), "--encoder", str(trained.path), *words]) == 0
+    (features,) = tmp_path.rglob("features_ours/*.h5")
     with h5py.File(features) as file:
         assert file["features"].shape[1] == 32
 
 
 @needs_hub_1
-def test_to_the_hub_and_back_with_both_halves(study, tmp_path, monkeypatch):
-    trained = run(read_config(write_config(study)))
+def test_to_the_hub_and_back_with_both_halves(trained, tmp_path, monkeypatch):
     with local_hub(tmp_path / "hf", monkeypatch) as hub:
         monkeypatch.setenv("HF_TOKEN", GOOD_TOKEN)
         page = trained.push_to_hub("lab/ours")
@@ -281,11 +276,9 @@ def test_to_the_hub_and_back_with_both_halves(study, tmp_path, monkeypatch):
     assert omics.name == "ours"
 
 
-def test_a_finished_encoder_is_not_overwritten(study):
-    config = read_config(write_config(study))
-    run(config)
+def test_a_finished_encoder_is_not_overwritten(study, trained):
     with pytest.raises(OutputError, match="holds a finished encoder"):
-        run(config)
+        run(read_config(write_config(study, trained.path)))
 
 
 REFUSED_AT_ONCE = {  # by --check too, before a section is read
@@ -295,10 +288,7 @@ REFUSED_AT_ONCE = {  # by --check too, before a section is read
     ("[loop]", '[loop]\nprecision = "x"'): "precision is 'x'; allowed: float32, bfloat16, float16",
     ('name = "ours"', ""): "name is missing",
     ('name = "ours"', 'name = "a"\nprojection = "big"'): "projection is 'big'; allowed: linear, mlp, none",
-    (
-        'method = "seal"',
-        'method = "magic"',
-    ): "method is 'magic'; allowed: clip, multiscale, probe",
+    ('method = "seal"', 'method = "magic"'): "method is 'magic'; allowed: clip, multiscale, probe",
     ('method = "seal"', 'method = "clip"\nseal = {}'): "'clip' fixes the options of [seal]; leave [seal] out",
     ('method = "seal"', 'checkpoint = "gone.bin"'): "checkpoint gone.bin does not exist; give the weight",
     ('encoder = "PLACE/base"', 'encoder = "konch"'): "no encoder 'konch'; did you mean conch",
@@ -311,10 +301,7 @@ REFUSED_AT_ONCE = {  # by --check too, before a section is read
     ('validation = ["B1"]', ""): "patience needs a validation section",
     ("genes = 10", 'panel = "no.txt"'): "cannot read the gene panel no.txt",
     ("hidden = [32, 16]", "hidden = [32]"): "omics.hidden is [32]; it has to be list of length 2, got 1",
-    (
-        "[loop]",
-        "[seal]\nalignment=0\nprediction=0\nreconstruction=0\n[loop]",
-    ): "one of them has to be above 0",
+    ("[loop]", "[multiscale]\npatch = 0\nregion = 0\n[loop]"): "one of them has to be above 0",
     ("batch_size = 12", "batch_size = -4"): "batch_size is -4; it has to be int >= 1",
     ("[loop]", "[loop]\nlr = nan"): "loop.lr is nan; it has to be float > 0",
     ("[loop]", "[loop]\nweight_decay = inf"): "loop.weight_decay is inf; it has to be float <= 1000000000",
@@ -333,36 +320,46 @@ REFUSED_LATER = {
 }
 
 
-@pytest.mark.parametrize("change", [*REFUSED_AT_ONCE, *REFUSED_LATER])
-def test_options_that_cannot_be_meant(study, capsys, change):
-    at_once = REFUSED_AT_ONCE.get(change)
-    if at_once:
-        for table in study.glob("study/counts/*"):  # reading sections would refuse this first
-            table.write_text("broken")
-    changed = tuple(text.replace("PLACE", str(study)) for text in change)
-    config = str(write_config(study, change=changed))
-    for words in ([], ["--check"]) if at_once else ([],):
+@pytest.fixture(scope="module")
+def unreadable(study, tmp_path_factory):
+    """The study with tables that any attempt to read them would refuse first."""
+    place = tmp_path_factory.mktemp("unreadable") / "place"
+    shutil.copytree(study, place)
+    for table in place.glob("study/counts/*"):
+        table.write_text("broken")
+    return place
+
+
+@pytest.mark.parametrize("change", REFUSED_AT_ONCE)
+def test_options_that_cannot_be_meant(unreadable, tmp_path, capsys, change):
+    changed = tuple(text.replace("PLACE", str(unreadable)) for text in change)
+    config = str(write_config(unreadable, tmp_path / "out", change=changed))
+    for words in ([], ["--check"]):
         assert main(["train", *words, config]) in (1, 2)
-        *_, line = capsys.readouterr().err.splitlines()
-        assert (at_once or REFUSED_LATER[change]) in line
-    assert not (study / "out").exists()
+        (line,) = capsys.readouterr().err.splitlines()
+        assert REFUSED_AT_ONCE[change] in line
+    assert not (tmp_path / "out").exists()
 
 
-def test_check_reads_the_options_and_no_more(study, capsys):
+@pytest.mark.filterwarnings("ignore:.*are enlarged")
+@pytest.mark.parametrize("change", REFUSED_LATER)
+def test_options_that_do_not_fit_the_sections(study, tmp_path, change):
+    config = read_config(write_config(study, tmp_path / "out", change=change))
+    with pytest.raises(UsageError, match=REFUSED_LATER[change]):
+        run(config)
+
+
+def test_check_reads_the_options_and_no_more(unreadable, tmp_path, capsys):
     for short, full in {"no": "float32", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.items():
-        config = write_config(study, change=("[loop]", f'[loop]\nprecision = "{short}"'))
-        assert main(["train", "--check", str(config)]) == 0
+        change = ("[loop]", f'[loop]\nprecision = "{short}"')
+        config = str(write_config(unreadable, tmp_path / "out", change=change))
+        assert main(["train", "--check", config]) == 0
         said = capsys.readouterr().out
         assert "batch_size=12" in said
         assert f"precision='{full}'" in said
-    assert not (study / "out").exists()
-
-
-def test_check_does_not_wait_for_torch(study):
-    program = (
-        "import sys; from seal_extract.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
-    )
-    config = str(write_config(study))
+    assert not (tmp_path / "out").exists()
+    program = "import sys; from seal_extract.cli import main; main(sys.argv[1:]); "
+    program += "assert 'torch' not in sys.modules"  # which is slow to import
     subprocess.run([sys.executable, "-c", program, "train", "--check", config], check=True)
 
 
@@ -376,7 +373,7 @@ SETTINGS = [line.partition(" = ")[0] for line in CONFIG.splitlines() if " = " in
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_a_training_file_holds_is_taken_or_refused_in_one_line(tmp_path, name, value, tail):
     (tmp_path / "study").mkdir(exist_ok=True)
-    lines = CONFIG.format(place=tmp_path, method="seal").splitlines()
+    lines = CONFIG.format(place=tmp_path, out="out", method="seal").splitlines()
     lines = [f"{name} = {value}" if line.startswith(f"{name} = ") else line for line in lines]
     (tmp_path / "config.toml").write_bytes("\n".join(lines).encode() + tail)
     told = StringIO()
