@@ -1,12 +1,14 @@
-"""A small finished run, and a server over it in a thread."""
+"""A small finished run, the report of a slide of it, a viewer of it in a thread, and a browser."""
 
+import base64
 import http.client
 import json
 import os
+import re
 import shutil
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import h5py
 import numpy as np
@@ -44,6 +46,52 @@ def write_attention(out):
         source.copy("coords", file)
         n = len(source["coords"])
         file["attention"] = np.linspace(1, 2, n, dtype=np.float32)[None].repeat(2, 0) / n
+
+
+# --- a report -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def slide_0(viewer_out):
+    """Features of slide_0, which has an outline, and attention in two classes."""
+    from seal_extract import read_features
+
+    return read_features(next(viewer_out.rglob("features_seal-tiny/slide_0.h5")))
+
+
+@pytest.fixture(scope="session")
+def slide_report(slide_0, decoder, tmp_path_factory):
+    """The report of slide_0, with a signature whose name looks like markup."""
+    from seal_extract.genes.signature import Signature
+
+    path = tmp_path_factory.mktemp("report") / "deep" / "slide.html"
+    return write_report(slide_0, path, decoder, signatures=[Signature("Epithelium <b>", EPITHELIUM)])
+
+
+EPITHELIUM = {"EPCAM": 1.0, "KRT8": 1.0}
+
+
+def write_report(features, path, decoder, **options):
+    """As the command does it."""
+    from seal_extract.features.origin import open_origin
+    from seal_extract.view.report import write_slide_report
+
+    with closing(open_origin(features)) as slide:
+        return write_slide_report(features, path, slide=slide, decoder=decoder, **options)
+
+
+def data_of(path):
+    """The data that a report's script reads."""
+    html = path.read_text(encoding="utf-8")
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.S)[1])
+
+
+def numbers(packed):
+    """Numbers of a layer in a report."""
+    return np.frombuffer(base64.b64decode(packed["base64"]), f"<{packed['type']}")
+
+
+# --- a viewer -------------------------------------------------------------------------------------
 
 
 def gallery_of(out, *, encoder=None, slides=None, panel=None, signatures=None):
@@ -142,8 +190,12 @@ class Page:
 
     def open(self, url):
         self.driver.get("about:blank")
+        self.console()  # of the page before
         self.driver.get(url)
-        self.until("return document.querySelectorAll('.slide-tile.leaflet-tile-loaded').length > 0")
+        self.until(
+            "const i = document.querySelector('.slide-tile.leaflet-tile-loaded, .slide-picture');"
+            "return i && i.naturalWidth > 0"
+        )
 
     def until(self, script):
         from selenium.webdriver.support.ui import WebDriverWait

@@ -1,13 +1,9 @@
 """The page on a cohort says what happened, shows what to look at, and loads nothing from anywhere."""
 
 import base64
-import json
 import os
 import random
 import re
-import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
@@ -15,6 +11,7 @@ from io import BytesIO
 import numpy as np
 import pytest
 from PIL import Image
+from viewer_fixtures import Page as Browser
 
 from seal_extract.errors import OutputError
 from seal_extract.names import shown
@@ -32,7 +29,6 @@ HOSTILE = [
     "--> {{verdict}} </table>",
     "n" * 240,
 ]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def homogeneous(count, seed=5):
@@ -334,100 +330,8 @@ def test_durations_are_short(seconds, words):
 # --- in a browser -------------------------------------------------------------------------------------
 
 
-class Browser:
-    """Chromium, by its DevTools protocol over a pipe."""
-
-    LAUNCH = (
-        "import os, sys; r, w = map(int, sys.argv[1:3]); os.dup2(r, 3); os.dup2(w, 4); "
-        "os.execv(sys.argv[3], sys.argv[3:])"
-    )
-
-    def __init__(self, profile):
-        answers, theirs_w = os.pipe()
-        theirs_r, orders = os.pipe()
-        flags = [
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-dev-shm-usage",
-            "--remote-debugging-pipe",
-        ]
-        self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                self.LAUNCH,
-                str(theirs_r),
-                str(theirs_w),
-                CHROMIUM,
-                *flags,
-                f"--user-data-dir={profile}",
-            ],
-            pass_fds=(theirs_r, theirs_w),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(theirs_r)
-        os.close(theirs_w)
-        self.orders, self.answers = os.fdopen(orders, "wb", 0), os.fdopen(answers, "rb")
-        self.unread, self.events, self.session, self.count = b"", [], {}, 0
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        self.session = {"sessionId": session}
-        for domain in ("Page", "Runtime", "Log"):
-            self.call(f"{domain}.enable")
-
-    def call(self, method, **params):
-        self.count += 1
-        order = {"id": self.count, "method": method, "params": params, **self.session}
-        self.orders.write(json.dumps(order).encode() + b"\0")
-        while (answer := self.read()).get("id") != self.count:
-            self.events.append(answer)
-        assert "error" not in answer, answer
-        return answer["result"]
-
-    def read(self):
-        while b"\0" not in self.unread:
-            piece = self.answers.read1(2**20)
-            assert piece, "the browser has gone"
-            self.unread += piece
-        message, _, self.unread = self.unread.partition(b"\0")
-        return json.loads(message)
-
-    def open(self, path):
-        self.events.clear()
-        self.call("Page.navigate", url=path.as_uri())
-        while not any(event["method"] == "Page.loadEventFired" for event in self.events):
-            self.events.append(self.read())
-
-    def run(self, script):
-        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    def complaints(self):
-        bad = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
-        return [event for event in self.events if event["method"] in bad]
-
-    def close(self):
-        self.process.kill()
-        self.process.wait()
-        self.orders.close()
-        self.answers.close()
-
-
-@pytest.fixture
-def browser(tmp_path):
-    if CHROMIUM is None:
-        pytest.skip("no chromium is installed")
-    browser = Browser(tmp_path / "profile")
-    yield browser
-    browser.close()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("width", [1280, 400])
-def test_a_browser_sorts_filters_and_does_not_complain(browser, tmp_path, width):
+@pytest.mark.parametrize("width", [1280, 500])
+def test_a_browser_sorts_filters_and_does_not_complain(chromium, tmp_path, width):
     rows = homogeneous(30)
     rows[4] = replace(rows[4], patches=0, tissue_mm2=0.0, name=HOSTILE[0])
     rows[5] = replace(rows[5], patches=None)
@@ -437,37 +341,36 @@ def test_a_browser_sorts_filters_and_does_not_complain(browser, tmp_path, width)
             overlay(tmp_path, row.name)
     rows[6] = replace(rows[6], read_errors=3)
     path = write_report(rows, tmp_path, tmp_path / "report.html", title=HOSTILE[0])
-    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    browser.call("Emulation.setDeviceMetricsOverride", **metrics)
-    browser.open(path)
+    page = Browser(chromium)
+    chromium.set_window_size(width, 900)
+    chromium.get(path.as_uri())
     names = "[...document.querySelectorAll('#slides tbody tr:not([hidden]) .name')].map(e => e.textContent)"
-    assert len(browser.run(names)) == 31
-    assert browser.run("document.title") != "x"
-    assert browser.run("Promise.all([...document.images].map(i => i.decode())).then(() => true)")
-    assert browser.run("document.images.length") == 18  # one is shown again
+    assert len(page.look(names)) == 31
+    assert page.look("document.title") != "x"
+    page.until("return [...document.images].every(i => i.complete && i.naturalWidth > 0)")
+    assert page.look("document.images.length") == 18  # one is shown again
+    assert page.look("document.documentElement.scrollWidth <= window.innerWidth")
 
-    browser.run("{const s = document.getElementById('sort'); s.value = 3; s.onchange()}")
+    choose = "(() => {{ const s = document.getElementById('{}'); s.value = '{}'; s.onchange(); }})()"
+    page.look(choose.format("sort", 3))
     patches = [row.patches for row in sorted(rows, key=lambda r: -(-1 if r.patches is None else r.patches))]
     texts = "[...document.querySelectorAll('#slides tbody tr')].map(r => r.cells[3].textContent)"
-    assert browser.run(texts) == ["–" if n is None else f"{n:,}" for n in patches]
-    browser.run("document.getElementById('turn').click()")
-    assert browser.run(texts)[0] == "0"
+    assert page.look(texts) == ["–" if n is None else f"{n:,}" for n in patches]
+    page.look("document.getElementById('turn').click()")
+    assert page.look(texts)[0] == "0"
 
-    find = "{const f = document.getElementById('find'); f.focus(); f.value = ''; f.oninput()}"
-    browser.run(find)
-    browser.call("Input.insertText", text="BROKEN empty")
-    assert browser.run(names) == ["broken"]
-    assert browser.run("document.getElementById('shown').textContent") == "1 of 31 slides shown"
-    browser.run(find)
-    browser.run("{const s = document.getElementById('show'); s.value = 'unusual'; s.onchange()}")
-    assert sorted(browser.run(names)) == sorted([HOSTILE[0], "s6"])
+    field = chromium.find_element("id", "find")
+    field.send_keys("BROKEN empty")
+    assert page.look(names) == ["broken"]
+    assert page.text("#shown") == "1 of 31 slides shown"
+    field.clear()
+    page.look(choose.format("show", "unusual"))
+    assert sorted(page.look(names)) == sorted([HOSTILE[0], "s6"])
 
-    assert browser.run("getComputedStyle(document.querySelector('#slides tbody')).display") == "grid"
-    browser.run("document.querySelector('[data-view=table]').click()")
-    assert (
-        browser.run("getComputedStyle(document.querySelector('#slides tbody')).display") == "table-row-group"
-    )
-    browser.run("document.querySelector('th [data-column=\"6\"]').click()")
-    assert browser.run("document.querySelector('th[aria-sort]').textContent") == "Read errors"
-    assert browser.run("document.documentElement.scrollWidth") <= width
-    assert browser.complaints() == []
+    assert page.look("getComputedStyle(document.querySelector('#slides tbody')).display") == "grid"
+    page.look("document.querySelector('[data-view=table]').click()")
+    assert page.look("getComputedStyle(document.querySelector('#slides tbody')).display") == "table-row-group"
+    page.look("document.querySelector('th [data-column=\"6\"]').click()")
+    assert page.look("document.querySelector('th[aria-sort]').textContent") == "Read errors"
+    assert page.console() == []
+    chromium.set_window_size(1300, 900)
