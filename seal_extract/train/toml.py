@@ -9,13 +9,10 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Annotated, Any, TypeVar
 
-from seal_extract.errors import UsageError, how_to_install
+import msgspec
+from msgspec.inspect import LiteralType, StructType, Type, UnionType, type_info
 
-try:
-    import msgspec
-    from msgspec.inspect import LiteralType, StructType, Type, UnionType, type_info
-except ImportError as exc:
-    raise UsageError(f"msgspec is not installed; {how_to_install('train')}") from exc
+from seal_extract.errors import UsageError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -68,7 +65,9 @@ def convert(values: Any, kind: type[T], where: str) -> T:
     try:
         return msgspec.convert(values, kind)
     except msgspec.ValidationError as exc:
-        raise UsageError(f"{where}: {_explained(str(exc), values, type_info(kind))}") from exc
+        own = isinstance(exc.__cause__, UsageError)  # a rule of the record itself
+        message = exc.__cause__ if own else _explained(str(exc), values, type_info(kind))
+        raise UsageError(f"{where}: {message}") from exc
 
 
 def _explained(message: str, value: Any, kind: Type) -> str:
@@ -77,9 +76,9 @@ def _explained(message: str, value: Any, kind: Type) -> str:
     place = place.strip(".`")
     for option, row in re.findall(r"([^.\[\]]+)|\[(\d+)\]", place):
         value = value[int(row)] if row else value[option]
-        kind = next((f.type for f in _table(kind).fields if f.name == option), kind)
+        kind = _options(kind).get(option, kind)
     if "unknown field" in message:
-        name, names = message.split("`")[1], [field.name for field in _table(kind).fields]
+        name, names = message.split("`")[1], list(_options(kind))
         near = get_close_matches(name, names, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         there = f" in {place}" if place else ""
@@ -94,7 +93,7 @@ def _explained(message: str, value: Any, kind: Type) -> str:
     return f"{place or 'the file'} is {short(value)}; {message}"
 
 
-def _table(kind: Type) -> StructType:
-    """The record among the alternatives of an option."""
+def _options(kind: Type) -> dict[str, Type]:
+    """The options of a table; none of other types."""
     kinds = kind.types if isinstance(kind, UnionType) else (kind,)
-    return next(k for k in kinds if isinstance(k, StructType))
+    return {f.name: f.type for k in kinds if isinstance(k, StructType) for f in k.fields}
