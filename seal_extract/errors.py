@@ -1,7 +1,7 @@
-"""Everything this package refuses, as one family.
+"""All errors that this package raises on purpose, as one family.
 
     SealExtractError
-    ├── UsageError             what was asked cannot be meant: an unknown name, options that contradict
+    ├── UsageError             the request makes no sense: an unknown name, options that contradict each other
     ├── SlideError             the slide
     │   ├── SlideOpenError       missing, not a slide, damaged
     │   ├── UnsupportedSlideError  opens, but is not 8-bit RGB brightfield
@@ -16,10 +16,10 @@
     │       ├── MissingOnHubError  repository, revision or file does not exist
     │       └── NetworkError       the Hub cannot be reached, or must not be (offline)
     ├── OutputError            disk full, folder not writable, file of another run in the way
-    └── UnexpectedError        what this package should have refused by name; carries the traceback
+    └── UnexpectedError        an error that this package did not foresee; carries the traceback
 
-A message is one line: what came, what is allowed, what to type instead. Errors of the libraries
-underneath are translated where they appear and stay reachable as ``__cause__``.
+A message is one line: what came, what is allowed, what to type instead. Errors of other libraries are
+translated where they appear and stay reachable as ``__cause__``.
 """
 
 import errno
@@ -29,8 +29,13 @@ NAME_TOO_LONG = "the name is too long for that disk; rename the slide or choose 
 
 
 def how_to_install(extra: str) -> str:
-    """What to type where an optional part is missing; the package is on no index yet, only in clones."""
+    """The command that installs an optional part; the package is on no index yet, only in clones."""
     return f'type, in your clone of seal-extract: pip install ".[{extra}]"'
+
+
+def first_line(error: object) -> str:
+    """The message of an error, often another library's, in one line of bounded length."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 class SealExtractError(Exception):
@@ -40,7 +45,7 @@ class SealExtractError(Exception):
 
 
 class UsageError(SealExtractError, ValueError):
-    """What was asked for cannot be meant."""
+    """The request makes no sense."""
 
     exit_status = 2
 
@@ -98,30 +103,32 @@ class NetworkError(HubError):
 
 
 class OutputError(SealExtractError):
-    """The result cannot be written where it was asked for."""
+    """The result cannot be written."""
 
 
 class UnexpectedError(SealExtractError):
-    """A defect of this package, met on one slide.
+    """A defect of this package that one slide revealed.
 
     Attributes:
-        details: the traceback, as text, which also survives the way from another process.
+        details: the traceback as text, which survives the way from another process.
     """
 
     details: str = ""
 
 
 def as_ours(error: Exception, slide: str) -> SealExtractError:
-    """What stopped a slide, whatever it was, as one of our errors; ``slide`` is how messages name it."""
+    """Any error that stopped a slide, as one of ours; messages name the slide as ``slide``."""
     if isinstance(error, SealExtractError):
         return error
-    why = " ".join(str(error).split())[:300]
-    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # of its results: the slide is there
+    why = first_line(error)
+    if (
+        isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
+    ):  # the name of its results, not of the slide
         return OutputError(f"{slide}: {NAME_TOO_LONG}; nothing half-written was left")
-    if isinstance(error, OSError):  # the slide's own: what is written is translated where it is written
+    if isinstance(error, OSError):  # of reading; writing translates its own
         return SlideOpenError(f"{slide} can no longer be read: {error.strerror or why}; check its disk")
     if isinstance(error, MemoryError):
-        return SlideOpenError(f"{slide} needs more memory than there is ({why or 'MemoryError'})")
+        return SlideOpenError(f"{slide} needs more memory than there is ({why})")
     unexpected = UnexpectedError(f"{slide}: unexpected {type(error).__name__}: {why}; --debug shows where")
     unexpected.details = "".join(traceback.format_exception(error))
     return unexpected

@@ -1,4 +1,4 @@
-"""HDF5 files: reading one reads no other file, and a file that is written is whole or not there."""
+"""HDF5 files: reading one never reads another file, and a file is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 
 from seal_extract.publish import publish
 
-DAMAGED = (OSError, RuntimeError, ValueError, KeyError)  # what h5py and json find in damaged files
+DAMAGED = (OSError, RuntimeError, ValueError, KeyError)  # of h5py and json over damaged files
 MOST_COMPRESSED = 2000  # times smaller than its values; deflate reaches 1032
 SMALL_BYTES = 2**20  # what a dataset may claim without having stored it
 
 
 @contextmanager
 def open_hdf5(path: Path) -> Iterator[h5py.File]:
-    """Open a file for reading, once it is known that all it shows is stored in it.
+    """Open a file for reading, after checking that all its values are stored in it.
 
     Raises:
         OSError: the file cannot be opened, or is no HDF5 file.
@@ -65,7 +65,7 @@ def _refuse_dataset(file: Any, name: bytes, file_bytes: int) -> str | None:
 
 
 class Disk(FileIO):
-    """A file that keeps its failure to itself: HDF5 would meet it again on closing, and not close."""
+    """A file that remembers an error instead of raising it, over which HDF5 could not close."""
 
     failure: OSError | None = None
 
@@ -88,22 +88,22 @@ class Disk(FileIO):
             return size or 0
 
     def check(self) -> None:
-        """Raise what failed since the file was opened."""
+        """Raise the first error since the file was opened."""
         if self.failure is not None:
             raise self.failure
 
 
 def checked(values: NDArray[Any]) -> dict[str, bool]:
-    """What gives a dataset of these values checksums; HDF5 has none of nothing."""
+    """The option of a dataset of these values for checksums; HDF5 has none for an empty one."""
     return {"fletcher32": True} if values.size else {}
 
 
 @contextmanager
 def new_hdf5(path: Path, keep: Callable[[Path], bool] | None = None) -> Iterator[tuple[h5py.File, Disk]]:
-    """A new HDF5 file that appears under its name, complete, when the block ends well; see `publish`.
+    """A new HDF5 file that appears under its name, complete, when the block ends; see `publish`.
 
     Raises:
-        OutputError: it cannot be written, or there is a file that will not do.
+        OutputError: the file cannot be written, or ``keep`` returned False.
     """
     with publish(path, keep) as part, Disk(part, "w+") as disk:
         with h5py.File(disk, "w") as file:

@@ -1,8 +1,8 @@
-"""What slides are called: unique in a list, always the same, and shown as text that no terminal obeys.
+"""Names of slides: unique in a list, stable, and printed safely.
 
-A file name is bytes. It may hold what is no text (Python keeps that as lone surrogates), move the cursor, or
-be a formula to a spreadsheet. Files are named with it as it is; whatever is printed, logged or put into a
-table goes through `shown` or `cell`.
+A file name is bytes. It may hold bytes that are no text (Python keeps them as lone surrogates), control
+characters that move a terminal's cursor, or a formula for a spreadsheet. Files are named with it unchanged;
+everything that is printed, logged or written to a table goes through `shown` or `cell`.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ def _shown(char: str) -> str:
 
 
 def cell(text: str) -> str:
-    """`shown` for a table: what a spreadsheet would compute gets an apostrophe in front."""
+    """`shown` for a table: text that a spreadsheet would compute gets an apostrophe in front."""
     text = shown(_LOOKS_ESCAPED.sub(r"\\x5c", text))
     return f"'{text}" if _FORMULA.match(text) else text
 
 
 def from_cell(text: str) -> str:
-    """The text of which `cell` made this."""
+    """The text from which `cell` made this."""
 
     def char(escaped: re.Match[str]) -> str:
         code = int(next(filter(None, escaped.groups())), 16)
@@ -56,11 +56,11 @@ def from_cell(text: str) -> str:
 
 
 def without_folders(text: str, *folders: str | Path) -> str:
-    """Text that may be given away: of each absolute path in it the last name alone.
+    """Text without the folders of this machine: each absolute path in it is cut to its last name.
 
     Args:
         text: a message, for example.
-        folders: that it may name, or folders beside them; they are found although they have spaces in them.
+        folders: folders that it may name; they and those above them are found even if they contain spaces.
     """
     for folder in folders:
         text = text.replace(f"{folder}/", "")
@@ -71,9 +71,9 @@ def without_folders(text: str, *folders: str | Path) -> str:
 
 
 def shareable(provenance: dict[str, Any]) -> dict[str, Any]:
-    """The provenance of features as it may be given away: files by their names, no folder of this machine.
+    """The provenance of features without the folders of this machine; files keep their names.
 
-    The request, which tells whether a file was made by the same one, names no folder and stays as it is.
+    The request names no folder and stays unchanged, because it identifies finished files.
     """
     path = str(provenance["slide"].get("path", ""))
     folder = path.rpartition("/")[0]
@@ -96,7 +96,7 @@ def is_export(provenance: dict[str, Any]) -> bool:
 
 
 def origin_of(path: Path, provenance: dict[str, Any]) -> str:
-    """What a features file and its exports have in common: slide, grid and encoder, as text."""
+    """Slide, grid and encoder as text, which a features file and its exports have in common."""
     slide = provenance.get("request", {}).get("slide")
     return json.dumps([path.stem, provenance["encoder"]["name"], provenance["grid"], slide], sort_keys=True)
 
@@ -108,9 +108,9 @@ def choose_names(
 
     Args:
         paths: of the slides, resolved.
-        names: that they have in a longer list; they stay but where they clash with those given before.
-        given: names that slides have got before, by their paths. They keep them, and no other slide gets
-            one: a slide that has moved, so that its old path is gone, counts as the same.
+        names: their names in a longer list; they stay unless they clash with those given before.
+        given: names given to slides before, by their paths. These slides keep them, and no other slide gets
+            one; but a slide that has moved, so that its old path is gone, counts as the same.
     """
     given = given or {}
     owners = {name: path for path, name in given.items()}
@@ -140,7 +140,7 @@ def choose_names(
 
 
 def _is_taken(name: str, path: Path, owners: Mapping[str, Path]) -> bool:
-    """Whether a name is another slide's; of a copy elsewhere its size tells."""
+    """Whether a name is another slide's; a file of equal name and size counts as a copy of the same."""
     owner = owners.get(name)
     if owner is None:
         return False
@@ -151,7 +151,7 @@ def _is_taken(name: str, path: Path, owners: Mapping[str, Path]) -> bool:
 
 
 def written_twice(files: Iterable[tuple[Path, dict[str, Any]]]) -> set[Path]:
-    """Files of a slide that has a newer one beside it, under another name; they are told in a warning.
+    """Files of a slide that has a newer file beside it under another name; a warning names them.
 
     Args:
         files: features files, each with its provenance.

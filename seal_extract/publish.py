@@ -1,9 +1,10 @@
-"""A file with its final name is complete: written beside it under a temporary name, then renamed.
+"""Atomic writes: a file is written beside its place under a temporary name, then renamed.
 
-While it is written, its writer holds an advisory lock on the temporary file itself, which ends with the
-process, however that ends: so what a killed run has left is told from what another is writing, also from
-another container. There are no lock files. The lock is a shared one: the file has its final name a moment
-before its writer lets go, and HDF5 takes a shared lock of its own on what it reads.
+So a file with its final name is complete. The writer holds an advisory lock on the temporary file, which
+ends with the process, however it ends. The lock distinguishes the temporary files of killed runs from those
+that another process is writing, also in another container. There are no lock files. The lock is shared,
+because the file has its final name a moment before its writer releases it, and HDF5 takes a shared lock on
+the files that it reads.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
-from seal_extract.errors import NAME_TOO_LONG, OutputError
+from seal_extract.errors import NAME_TOO_LONG, OutputError, first_line
 
 try:
     import fcntl
@@ -29,7 +30,7 @@ except ImportError:  # Windows
 
 
 def _kernel() -> str:
-    """What processes have in common that see each other's locks: also those in other containers."""
+    """A name that all processes share that see each other's locks, also those in other containers."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -39,23 +40,24 @@ def _kernel() -> str:
 KERNEL = _kernel()
 OURS = re.compile(r"\.seal-extract\.([\w-]+)\.[0-9a-f]{16}\.part")
 PATTERN = ".seal-extract.*.part"
-FORGOTTEN_S = 7 * 24 * 3600  # nobody writes for a week to a file whose lock cannot be trusted
+FORGOTTEN_S = 7 * 24 * 3600  # nobody writes to a file for a week; decides where locks cannot be trusted
 
 
 @contextmanager
 def publish(path: Path, keep: Callable[[Path], bool] | None = None) -> Iterator[Path]:
-    """Yield a temporary path in the folder of ``path``, made if need be; rename it when the block ends well.
+    """Yield a temporary path in the folder of ``path``; rename it when the block ends without an error.
 
-    An error in the block leaves neither file behind. What killed runs have left in the folder is deleted.
+    The folder is made if need be. An error in the block leaves neither file behind. Temporary files of killed
+    runs in the folder are deleted.
 
     Args:
         path: the file.
-        keep: never replace a file, but ask this whether the one that another run has put there meanwhile
-            will do. By default a file that is there is replaced.
+        keep: never replace an existing file, but call this with one that another run has written meanwhile,
+            to ask whether it can stay in place of this one. By default an existing file is replaced.
 
     Raises:
         OutputError: the folder or the file cannot be written, which includes any OSError in the block; or
-            there is a file that will not do.
+            ``keep`` returned False.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,13 +78,13 @@ def publish(path: Path, keep: Callable[[Path], bool] | None = None) -> Iterator[
 
 @contextmanager
 def claimed(folder: Path, *, as_folder: bool = False) -> Iterator[Path]:
-    """A new file, or folder, that no other process takes or deletes; what is left of it goes at the end."""
+    """A new temporary file or folder that no other process uses or deletes; it is deleted at the end."""
     while True:
         part = folder / f".seal-extract.{KERNEL}.{secrets.token_hex(8)}.part"
         descriptor = _create(part, as_folder)
         if descriptor is None or (try_lock(descriptor, shared=True) is not False and part.exists()):
             break
-        os.close(descriptor)  # another process sweeps it away already
+        os.close(descriptor)  # another process is deleting it
     try:
         yield part
     finally:
@@ -92,7 +94,7 @@ def claimed(folder: Path, *, as_folder: bool = False) -> Iterator[Path]:
 
 
 def _create(part: Path, as_folder: bool) -> int | None:
-    """What its lock is held by; None on Windows, where a file that is open could not be renamed."""
+    """A descriptor to hold its lock; None on Windows, where an open file cannot be renamed."""
     if as_folder:
         part.mkdir(mode=0o700)
         return None if fcntl is None else os.open(part, os.O_RDONLY)
@@ -114,7 +116,7 @@ def file_state(file: Path | int) -> tuple[int, int]:
 
 
 def sweep(folder: Path) -> None:
-    """Delete what runs that were killed have left below ``folder``; what others are writing stays."""
+    """Delete the temporary files of killed runs below ``folder``; those being written stay."""
     for part in folder.rglob(PATTERN):
         _delete_if_dead(part)
 
@@ -134,7 +136,7 @@ def _delete_if_dead(part: Path) -> None:
         try:
             lock = try_lock(descriptor)
             is_forgotten = time.time() - os.fstat(descriptor).st_mtime > FORGOTTEN_S
-            # a disk of several machines may keep locks to each: another's absence proves nothing
+            # on a shared disk each machine may see its own locks only
             if lock is not False and ((lock and found[1] == KERNEL) or is_forgotten):
                 _delete(part)
         finally:
@@ -142,7 +144,7 @@ def _delete_if_dead(part: Path) -> None:
 
 
 def try_lock(descriptor: int, *, shared: bool = False) -> bool | None:
-    """Take the lock of an open file or folder: whether it was had; None where there are no locks."""
+    """Take the lock of an open file or folder: whether it was free; None where there are no locks."""
     if fcntl is None:
         return None
     try:
@@ -163,7 +165,7 @@ def _delete(part: Path) -> None:
 
 
 def _named(part: Path, path: Path) -> bool:
-    """Give a file its name; False if there is one of that name."""
+    """Give a file its name; False if that name exists."""
     try:
         os.link(part, path)
     except FileExistsError:
@@ -185,7 +187,7 @@ def _sync(path: Path, flags: int) -> None:
 
 @contextmanager
 def writing(path: Path, option: str = "-o") -> Iterator[None]:
-    """Translate what goes wrong while ``path``, below the folder that ``option`` names, is written.
+    """Translate disk errors while ``path``, below the folder that ``option`` names, is written.
 
     Raises:
         OutputError: in place of any OSError.
@@ -193,7 +195,7 @@ def writing(path: Path, option: str = "-o") -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        why = _why(exc).replace("another -o", f"another {option}")
+        why = _ADVICE.get(exc.errno or 0, first_line(exc)).replace("another -o", f"another {option}")
         raise OutputError(f"cannot write {path}: {why}; nothing half-written was left") from exc
 
 
@@ -208,9 +210,3 @@ _ADVICE = {
     errno.EEXIST: "a part of the path is a file; choose another -o",
     errno.ENAMETOOLONG: NAME_TOO_LONG,
 }
-
-
-def _why(exc: OSError) -> str:
-    if exc.errno in _ADVICE:
-        return _ADVICE[exc.errno]
-    return (str(exc).splitlines() or [type(exc).__name__])[0]

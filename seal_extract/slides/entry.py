@@ -20,14 +20,14 @@ class SlideEntry:
     """A slide to embed.
 
     Attributes:
-        path: of the slide; of a URL something alike, for names only.
+        path: of the slide; for a URL a path that looks like it, for names only.
         name: of its results; unique in its list.
-        mpp: µm/px at level 0 that a table gives; it counts where it contradicts the file.
-        case_id: the patient, if a table says so.
-        roi: GeoJSON of its tissue, if a table says so.
-        copy: of the slide, on faster storage, that is read in its place.
+        mpp: µm/px at level 0 that a table gives; it overrides the file's.
+        case_id: the patient, if a table names one.
+        roi: GeoJSON of its tissue, if a table names one.
+        copy: a copy of the slide on faster storage, which is read in its place.
         url: of a slide that is no file; only a copy of it can be read.
-        version: of what is at the URL, as its storage said when it was copied.
+        version: of the file at the URL, as its storage stated it when it was copied.
     """
 
     path: Path
@@ -46,7 +46,7 @@ class SlideEntry:
 
     @property
     def source(self) -> str:
-        """Where the slide lies, as tables and messages say it."""
+        """Where the slide is, as tables and messages show it."""
         return str(self.path) if self.url is None else remote.public(self.url)
 
     @classmethod
@@ -73,7 +73,7 @@ class SlideEntry:
         return replace(self, path=path, roi=self.roi and absolute(self.roi))
 
     def blame(self, error: Exception) -> SealExtractError:
-        """What stopped this slide, whatever it was, as one of our errors that names the slide."""
+        """Any error that stopped this slide, as one of our errors that names the slide."""
         ours = as_ours(error, self.source)
         if self.copy is not None:
             ours.args = (str(ours).replace(str(self.copy), self.source),)
@@ -84,7 +84,7 @@ def refuse_uncopied(entry: SlideEntry) -> None:
     """Refuse a slide at a URL that has no copy.
 
     Raises:
-        UsageError: it is one.
+        UsageError: the slide is at a URL.
     """
     if entry.url is not None and entry.copy is None:
         raise UsageError(
@@ -97,16 +97,16 @@ def open_entry(entry: SlideEntry, slide_mpp: float | None = None, override_mpp: 
     """Open a slide and settle its µm/px: by its table, else by its file, else by ``slide_mpp``.
 
     A table that agrees with the file within 5 % leaves the file's number as it is. A larger contradiction is
-    told in a warning, and by the slide's ``mpp_conflict``.
+    reported by a warning, and by the slide's ``mpp_conflict``.
 
     Args:
         entry: the slide.
         slide_mpp: µm/px at level 0 where neither table nor file has one.
-        override_mpp: µm/px at level 0 that counts in place of everything else.
+        override_mpp: µm/px at level 0 that overrides everything else.
 
     Raises:
         SlideError: see `open_slide`.
-        UsageError: it is a URL, and there is no copy.
+        UsageError: the slide is at a URL, and there is no copy.
     """
     refuse_uncopied(entry)
     claims = {"--override-mpp": override_mpp, "table": entry.mpp, "file": None, "--slide-mpp": slide_mpp}

@@ -1,6 +1,6 @@
-"""Which slide a file is: all files that belong to it, whether they have changed, and what is in them.
+"""The identity of a slide: all files that belong to it, whether they have changed, and a digest of them.
 
-A name and a size do not tell two slides apart: uncompressed scans of equal width and height have equal sizes.
+Name and size do not tell two slides apart: uncompressed scans of equal width and height have equal sizes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FileStamp = tuple[int, ...]
 
 
 def slide_files(path: Path) -> list[Path]:
-    """The file itself and those that are read with it: images of VMS and VMU, parts of MRXS and DICOM."""
+    """The file and those that are read with it: images of VMS and VMU, parts of MRXS and DICOM."""
     kind = path.suffix.lower() if path.is_file() else ""  # opening a FIFO would wait for ever
     if kind == ".mrxs":
         return [path, *sorted(p for p in path.with_suffix("").rglob("*") if p.is_file())]
@@ -36,9 +36,9 @@ def slide_files(path: Path) -> list[Path]:
 
 
 def file_stamp(path: Path) -> FileStamp:
-    """Inode, size and time in ns of each file of a slide: they change when one is replaced or written to.
+    """Inode, size and time in ns of each file of a slide, zeros for a missing one.
 
-    Zeros where there is no file.
+    They change when a file is replaced or written to.
     """
     return file_stamp_of(slide_files(path))
 
@@ -58,7 +58,7 @@ def sizes_and_times(path: Path) -> str:
     """A digest of name, size and time in ns of each file of a slide; equal for a copy that keeps the times.
 
     Raises:
-        OSError: there is no such file.
+        OSError: a file is missing.
     """
     stamps = [(str(file.relative_to(path.parent)), *file_state(file)) for file in slide_files(path)]
     return hashlib.sha256(repr(stamps).encode("utf-8", "surrogateescape")).hexdigest()
@@ -103,7 +103,7 @@ def _values(path: Path) -> list[str]:
 
 @lru_cache(maxsize=2**16)
 def _series(path: Path, stamp: FileStamp) -> bytes:
-    """What the files of one DICOM slide have in common: SeriesInstanceUID, (0020,000E); empty if unknown."""
+    """SeriesInstanceUID, (0020,000E), which all files of one DICOM slide state; empty if unknown."""
     try:
         with path.open("rb") as file:
             head = file.read(DICOM_HEAD_BYTES)

@@ -1,4 +1,4 @@
-"""Plain PNG and JPEG images, which are decoded whole, strictly: what a library would paint over is damage."""
+"""Plain PNG and JPEG images, which are decoded whole and strictly, so that damage is an error."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from seal_extract.errors import SlideOpenError, UnsupportedSlideError
-from seal_extract.slides.readers import PYRAMID, Array, Reader, first_line
+from seal_extract.errors import SlideOpenError, UnsupportedSlideError, first_line
+from seal_extract.slides.readers import PYRAMID, Array, Reader
 from seal_extract.slides.tiff_pixels import ORIENTATION, refuse_orientation
 
 MAX_IMAGE_PX = 600_000_000  # 3 bytes a pixel, 4 with alpha
@@ -49,7 +49,7 @@ class ImageReader(Reader):
 
     @cached_property
     def _pixels(self) -> Array | str:
-        """uint8 [H, W, 3], or what is damaged."""
+        """uint8 [H, W, 3], or a message that says why it cannot be decoded."""
         with self.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 if self._format == "PNG":
@@ -73,7 +73,7 @@ class ImageReader(Reader):
             with self._lock:
                 pixels = self._pixels
         except OSError as exc:
-            raise self._read_error(xy_l0, level, size_px, first_line(exc)) from exc
+            raise self._read_error(xy_l0, level, size_px, exc) from exc
         if isinstance(pixels, str):
             raise self._read_error(xy_l0, level, size_px, pixels)
         region = np.zeros((h, w, 3), np.uint8)
@@ -92,7 +92,7 @@ _pillow_lock = threading.Lock()
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """The header of an image; Pillow's limit, a module global, is raised meanwhile, for slides are larger."""
+    """The header of an image, opened without Pillow's limit on its size, which is a global of the module."""
     with _pillow_lock:
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:

@@ -38,7 +38,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata of a section; nothing where the file is missing.
 
     Raises:
-        UsageError: it is no JSON.
+        UsageError: the file is not JSON.
     """
     if not path.is_file():
         return {}
@@ -64,7 +64,7 @@ def hest_mpp(slide: Path) -> tuple[str, float] | None:
     """The µm/px that HEST's metadata give a slide of a HEST folder, and where; None for any other slide.
 
     Raises:
-        UsageError: the metadata are no JSON.
+        UsageError: the metadata are not JSON.
         ResolutionError: they give a µm/px that cannot be true.
     """
     if slide.parent.name != "wsis":

@@ -1,4 +1,4 @@
-"""The whole slide at low resolution: what tissue is found on and pictures are drawn over."""
+"""The whole slide at low resolution, on which tissue is found and pictures are drawn."""
 
 from __future__ import annotations
 
@@ -45,14 +45,13 @@ class Overview:
         return f"Overview({w} x {h} px, {self.mpp:.4g} µm/px, {self.scanned.mean():.0%} scanned)"
 
 
-def read_overview(slide: Slide, mpp: float, *, workers: int | None = None, holes: bool = False) -> Overview:
+def read_overview(slide: Slide, mpp: float, *, holes: bool = False) -> Overview:
     """Read the whole slide at ``mpp`` by area averages, block by block, in bounded memory.
 
     Args:
         slide: an open slide.
         mpp: µm/px wanted; not finer than level 0.
-        workers: reading threads; all cores by default.
-        holes: leave some places that cannot be read white, as if never scanned: enough for a picture.
+        holes: leave some places that cannot be read white, as if never scanned; enough for a picture.
 
     Raises:
         UnsupportedSlideError: the slide is dark where it was scanned: fluorescence, not brightfield.
@@ -64,33 +63,26 @@ def read_overview(slide: Slide, mpp: float, *, workers: int | None = None, holes
     scanned = np.empty((height, width), np.bool_)
     level = coarsest_level(slide, downsample)
     step = max(1, int(BLOCK_PX * slide.levels[level].downsample / downsample))  # overview px per block
+    left_out: list[str] = []  # messages only; an error would keep its frames and all that they hold
 
-    left_out: list[str] = []  # why; an error would keep its frames, and those all that they hold
-
-    def fill(block: Box) -> None:  # not calling itself: the cycle would keep the slide and the picture
+    def fill(block: Box) -> None:  # no recursion: that cycle would keep the slide and the picture in memory
         to_read = [block]
         while to_read:
-            box = to_read.pop()
-            part = np.s_[box[1] : box[3], box[0] : box[2]]
+            x0, y0, x1, y1 = to_read.pop()
+            part = np.s_[y0:y1, x0:x1]
             try:
-                rgb[part], scanned[part] = _read_block(slide, level, box, downsample)
+                rgb[part], scanned[part] = _read_block(slide, level, (x0, y0, x1, y1), downsample)
             except ReadError as exc:
                 if not holes or len(left_out) == MOST_HOLES:
                     raise
-                if max(box[2] - box[0], box[3] - box[1]) <= max(1, step * HOLE_PX // BLOCK_PX):
+                if max(x1 - x0, y1 - y0) <= max(1, step * HOLE_PX // BLOCK_PX):
                     left_out.append(str(exc))
                     rgb[part], scanned[part] = 255, False
                 else:
-                    to_read += reversed(_quarters(box))
+                    to_read += _blocks(x0, y0, x1, y1, -(-max(x1 - x0, y1 - y0) // 2))
 
-    boxes = [
-        (x, y, min(x + step, width), min(y + step, height))
-        for y in range(0, height, step)
-        for x in range(0, width, step)
-    ]
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        for _ in pool.map(fill, boxes):
-            pass
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        list(pool.map(fill, _blocks(0, 0, width, height, step)))
     if left_out and not scanned.any():
         raise ReadError(left_out[0])
     overview = Overview(rgb, scanned, slide.mpp * downsample, downsample)
@@ -98,13 +90,17 @@ def read_overview(slide: Slide, mpp: float, *, workers: int | None = None, holes
     return overview
 
 
+def _blocks(x0: int, y0: int, x1: int, y1: int, step: int) -> list[Box]:
+    """A rectangle cut into squares of ``step``, smaller at its right and bottom."""
+    return [
+        (x, y, min(x + step, x1), min(y + step, y1)) for y in range(y0, y1, step) for x in range(x0, x1, step)
+    ]
+
+
 def _refuse_fluorescence(slide: Slide, overview: Overview) -> None:
     step = max(1, round((overview.scanned.size / SAMPLE_PX) ** 0.5))
-    red, green, blue = np.moveaxis(overview.rgb[::step, ::step], 2, 0)
-    brightest = np.maximum(
-        np.maximum(red, green), blue
-    )  # numpy's max over so short an axis takes 20 x as long
-    bright = brightest[overview.scanned[::step, ::step]]
+    channels = cv2.split(np.ascontiguousarray(overview.rgb[::step, ::step]))
+    bright = np.maximum.reduce(channels)[overview.scanned[::step, ::step]]
     median = float(np.median(bright)) if bright.size else 0.0
     if median < FLUORESCENCE_BELOW:
         why = f"its median brightness is {median:.0f} of 255" if bright.size else "nothing in it was scanned"
@@ -112,13 +108,6 @@ def _refuse_fluorescence(slide: Slide, overview: Overview) -> None:
             f"{slide.path}: not a brightfield slide: {why} (fluorescence, or an empty scan); "
             f"allowed: 8-bit RGB brightfield, such as H&E"
         )
-
-
-def _quarters(box: Box) -> list[Box]:
-    x0, y0, x1, y1 = box
-    x, y = (x0 + x1) // 2, (y0 + y1) // 2
-    parts = [(x0, y0, x, y), (x, y0, x1, y), (x0, y, x, y1), (x, y, x1, y1)]
-    return [part for part in parts if part[0] < part[2] and part[1] < part[3]]
 
 
 def _read_block(slide: Slide, level: int, box: Box, downsample: float) -> tuple[Array, NDArray[np.bool_]]:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from seal_extract.errors import SlideOpenError, UnsupportedSlideError, UsageError
+from seal_extract.errors import SlideOpenError, UnsupportedSlideError, UsageError, first_line
 from seal_extract.hdf5 import open_hdf5
 from seal_extract.slides.mpp import PLAUSIBLE_MPP
 
@@ -141,8 +141,8 @@ def open_patches(
             )
     source = "--mpp" if stated is None else "the file"
     if held.xy_l0 is None:
-        columns = math.ceil(math.sqrt(held.count))
-        order = np.arange(held.count, dtype=np.int64)
+        columns = math.ceil(math.sqrt(held.patches))
+        order = np.arange(held.patches, dtype=np.int64)
         sheet = np.stack([order % columns, order // columns], axis=1) * held.side
         return PatchFile(path, held.side, used, source, used, sheet, held.side, held.barcodes, False)
     if pixel_size is None:
@@ -157,7 +157,7 @@ def open_patches(
 class _Held(NamedTuple):
     """What a file or folder holds, before its µm/px is settled."""
 
-    count: int
+    patches: int
     side: int  # px
     stated: Mapping[str, float]  # µm/px and the like, by the file's own keys
     xy_l0: NDArray[np.int64] | None
@@ -239,7 +239,7 @@ def _names(path: Path, barcodes: NDArray[Any] | None, n: int) -> tuple[str, ...]
 
 
 def _damaged(path: Path, exc: Exception) -> SlideOpenError:
-    return SlideOpenError(f"{path} cannot be read ({' '.join(str(exc).split())[:120]}); copy it again")
+    return SlideOpenError(f"{path} cannot be read ({first_line(exc)}); copy it again")
 
 
 # --- pictures -----------------------------------------------------------------------------------------

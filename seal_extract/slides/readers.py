@@ -1,7 +1,7 @@
-"""One class per reading library; each translates that library's errors and finds the file's µm/px.
+"""One class per reading library, which translates that library's errors and finds the file's µm/px.
 
-OpenSlide reads the scanners' formats and DICOM, tiffslide the TIFFs that OpenSlide refuses or opens without
-µm/px (OME-TIFF above all), Pillow plain PNG and JPEG images (`seal_extract.slides.images`).
+OpenSlide reads the scanners' formats and DICOM. Tiffslide reads the TIFFs that OpenSlide refuses or opens
+without µm/px, OME-TIFF above all. Pillow reads plain PNG and JPEG images (`seal_extract.slides.images`).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from seal_extract.errors import (
     SealExtractError,
     SlideOpenError,
     UnsupportedSlideError,
+    first_line,
 )
 from seal_extract.slides.mpp import STATED_MPP, check_mpp
 from seal_extract.slides.tiff import tiles_longer_than_the_file
@@ -42,8 +43,8 @@ from seal_extract.slides.tiff_pixels import (
     refuse_what_tiffslide_gets_wrong,
 )
 
-MAX_ANISOTROPY = 0.05  # µm/px may differ this much between x and y ...
-TOLD_ANISOTROPY = 0.01  # ... and is told from here on
+MAX_ANISOTROPY = 0.05  # µm/px may differ this much between x and y
+TOLD_ANISOTROPY = 0.01  # a warning says so from here on
 
 MOST_COARSEST_PX = 2**35  # 100 x 34 mm at 0.3 µm/px
 PYRAMID = "vips tiffsave IN OUT.tif --tile --pyramid"
@@ -95,17 +96,20 @@ class Reader:
         """Take the first plausible of ``found`` (source, µm/px in x, in y), or ``given`` in its place."""
         refusal: ResolutionError | None = None
         for source, x, y in found:
+            stated = f"{source} gives {x:.4g} µm/px across and {y:.4g} down"
             try:
                 check_mpp(x, source, self.path, STATED_MPP)
-                _check_square(x, y, source, self.path)
+                if abs(x / y - 1) > MAX_ANISOTROPY:
+                    raise ResolutionError(
+                        f"{self.path}: {stated}; allowed: square pixels within {MAX_ANISOTROPY:.0%}; "
+                        "find the true one and type --slide-mpp VALUE"
+                    )
             except ResolutionError as exc:
                 refusal = refusal or exc
                 continue
             self.mpp, self.mpp_source = x, source
             if abs(x / y - 1) > TOLD_ANISOTROPY:
-                self.mpp_conflict = (
-                    f"{source} gives {x:.4g} µm/px across and {y:.4g} down; patches are cut by x"
-                )
+                self.mpp_conflict = f"{stated}; patches are cut by x"
             break
         if given is not None:
             file_says = f" (file: {self.mpp:.4g}, {self.mpp_source})" if hasattr(self, "mpp") else ""
@@ -136,10 +140,9 @@ class Reader:
     def _read_error(
         self, xy_l0: tuple[int, int], level: int, size_px: tuple[int, int], why: object
     ) -> ReadError:
-        why = " ".join(str(why).split())
         return ReadError(
             f"{self.path}: {self.reader.split()[0]} cannot read {size_px[0]} x {size_px[1]} px of level "
-            f"{level} at level-0 ({xy_l0[0]}, {xy_l0[1]}): {why}; the file is damaged there: "
+            f"{level} at level-0 ({xy_l0[0]}, {xy_l0[1]}): {first_line(why)}; the file is damaged there: "
             "copy or scan it again"
         )
 
@@ -148,7 +151,7 @@ SAFE_OPENSLIDE = (4, 0, 1)
 
 
 def openslide_danger() -> str | None:
-    """What is wrong with the OpenSlide library of this machine, and how to mend it; None if nothing is."""
+    """A warning that the OpenSlide library of this machine is unsafe, with the remedy; None if it is safe."""
     found = openslide.__library_version__
     if tuple(map(int, re.findall(r"\d+", found)[:3])) >= SAFE_OPENSLIDE:
         return None
@@ -182,7 +185,8 @@ class OpenSlideReader(Reader):
             self._too_long = tiles_longer_than_the_file(path)  # none, as a rule
             power = properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER)
             hint = f" (only that its objective was {power}x, which is no measure)" if power else ""
-            self._set_mpp(mpp, _openslide_mpp(properties), hint)
+            stated = _mpp_of(properties, openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)
+            self._set_mpp(mpp, stated, hint)
 
     def _bounds(self) -> tuple[int, int, int, int]:
         names = ("BOUNDS_X", "BOUNDS_Y", "BOUNDS_WIDTH", "BOUNDS_HEIGHT")
@@ -271,14 +275,15 @@ class TiffSlideReader(Reader):
             self._describe(list(self._handle.level_dimensions), list(self._handle.level_downsamples))
             refuse_other_pixels(path, self.sizes_px)
             refuse_what_tiffslide_gets_wrong(path, self.sizes_px)
-            self._set_mpp(mpp, ome_mpp(path) + _tiffslide_mpp(self._handle.properties))
+            stated = _mpp_of(self._handle.properties, "tiffslide.mpp-x", "tiffslide.mpp-y")
+            self._set_mpp(mpp, ome_mpp(path) + stated)
 
     def read_region(self, xy_l0: tuple[int, int], level: int, size_px: tuple[int, int]) -> Array:
         """See `Slide.read_region`."""
         try:
             region = self._handle.read_region(xy_l0, level, size_px, as_array=True)
         except Exception as exc:
-            raise self._read_error(xy_l0, level, size_px, first_line(exc)) from exc
+            raise self._read_error(xy_l0, level, size_px, exc) from exc
         if region.shape[2] == 3:
             return np.ascontiguousarray(region)
         return np.where(region[..., 3:] > 0, region[..., :3], np.uint8(0))
@@ -300,36 +305,16 @@ def _closing_on_error(handle: Any, library: str) -> Iterator[None]:
         raise
 
 
-def _check_square(x: float, y: float, source: str, path: Path) -> None:
-    if abs(x / y - 1) > MAX_ANISOTROPY:
-        raise ResolutionError(
-            f"{path}: {source} gives {x:.4g} µm/px across and {y:.4g} down; allowed: square pixels within "
-            f"{MAX_ANISOTROPY:.0%}; find the true one and type --slide-mpp VALUE"
-        )
-
-
 def _same_shape(size_l0: tuple[int, int], size_px: tuple[int, int]) -> bool:
     (w0, h0), (w, h) = size_l0, size_px
     rounding = 2 / min(w, h)  # small levels are off by a pixel
     return abs((w0 / w) / (h0 / h) - 1) < 0.01 + rounding
 
 
-def _openslide_mpp(properties: Any) -> list[tuple[str, float, float]]:
-    x = properties.get(openslide.PROPERTY_NAME_MPP_X)
-    y = properties.get(openslide.PROPERTY_NAME_MPP_Y)
+def _mpp_of(properties: Any, x_key: str, y_key: str) -> list[tuple[str, float, float]]:
+    x, y = properties.get(x_key), properties.get(y_key)
     if x is None:
         return []
-    source = openslide.PROPERTY_NAME_MPP_X
-    if properties.get(openslide.PROPERTY_NAME_VENDOR) == "generic-tiff":
-        source += " (the TIFF's resolution tag)"
-    return [(source, float(x), float(y if y is not None else x))]
-
-
-def _tiffslide_mpp(properties: Any) -> list[tuple[str, float, float]]:
-    x, y = properties.get("tiffslide.mpp-x"), properties.get("tiffslide.mpp-y")
-    return [("tiffslide.mpp-x", float(x), float(y if y is not None else x))] if x is not None else []
-
-
-def first_line(exc: BaseException) -> str:
-    """What a library's error says, in one line of bounded length."""
-    return " ".join(str(exc).split())[:200] or type(exc).__name__
+    is_tag = properties.get(openslide.PROPERTY_NAME_VENDOR) == "generic-tiff"
+    source = x_key + " (the TIFF's resolution tag)" * is_tag
+    return [(source, float(x), float(x if y is None else y))]

@@ -1,6 +1,6 @@
-"""Slides that are URLs: what their storage says of them, which ones lie below a folder, a copy of one.
+"""Slides at URLs: list those below a folder, ask for the size and version of one, copy one.
 
-The protocols are fsspec's. Readers take files only, and so a URL is copied before it is read.
+The protocols are fsspec's. Readers need files, so a URL is copied before it is read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote
 
-from seal_extract.errors import SealExtractError, SlideOpenError, UsageError
+from seal_extract.errors import SealExtractError, SlideOpenError, UsageError, first_line
 
 PACKAGES = {
     **dict.fromkeys(("http", "https"), "aiohttp"),
@@ -28,7 +28,7 @@ HTTP = ("http", "https")
 CONTAINERS = ("abfs", "abfss", "wasb", "wasbs")  # whose container stands before the @
 _HOST = re.compile(r"(\[[\da-fA-F:.]*\]|[^:@]*)(:\d*)?")
 CONNECT_S, SILENT_S = 30, 60  # aiohttp's own limit is 5 minutes for a file, too short for a slide
-VERSIONS = (  # what storages say that changes with the file, the surest first
+VERSIONS = (  # attributes of storages that change with the file, the surest first
     *("ETag", "etag", "md5Hash", "md5", "Content-MD5", "Digest", "crc32c"),
     *("LastModified", "Last-Modified", "last_modified", "updated", "mtime", "created"),
 )
@@ -36,11 +36,11 @@ VERSIONS = (  # what storages say that changes with the file, the surest first
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """What a storage says of a file.
+    """Size and version of a file in a storage.
 
     Attributes:
         size: in bytes.
-        version: changes when the file does; empty where the storage says nothing like it.
+        version: changes when the file does; empty if the storage states none.
     """
 
     size: int
@@ -60,7 +60,7 @@ def address(source: str | os.PathLike[str]) -> str | Path:
 def public(url: str) -> str:
     """Scheme, host and path of a URL, and of each link of a chained one (``zip://a.svs::https://…``).
 
-    User, password, query and fragment, which may be secrets, are left out. Of a URL that cannot be told apart
+    User, password, query and fragment, which may be secrets, are left out. Of a URL that cannot be parsed
     only the scheme is left.
     """
     return "::".join(_public(link) for link in _links(url))
@@ -98,7 +98,7 @@ def check_protocol(url: str) -> None:
     """Refuse a protocol that is unknown, or whose package is not installed.
 
     Raises:
-        UsageError: it is.
+        UsageError: the protocol cannot be used.
     """
     from fsspec import get_filesystem_class
 
@@ -107,7 +107,7 @@ def check_protocol(url: str) -> None:
         get_filesystem_class(protocol)
     except ImportError as exc:
         package = PACKAGES.get(protocol)
-        hint = f"type: pip install {package}" if package else _first_line(exc)
+        hint = f"type: pip install {package}" if package else first_line(exc)
         raise UsageError(f"{public(url)}: {protocol}:// needs a package that is missing; {hint}") from exc
     except ValueError as exc:
         raise UsageError(
@@ -125,16 +125,18 @@ def list_files(url: str) -> list[str]:
     """All files below a folder, or that match a pattern.
 
     Raises:
-        SlideOpenError: it cannot be listed.
+        SlideOpenError: the folder cannot be listed.
     """
     with _asking(url, "listed"):
         storage, path = _storage(url)
         if has_magic(url):
             found = [p for p, info in storage.glob(path, detail=True).items() if info["type"] == "file"]
             if not found:
-                storage.ls(re.split(r"[*?[]", path)[0].rpartition("/")[0])  # says what glob() is silent on
+                storage.ls(
+                    re.split(r"[*?[]", path)[0].rpartition("/")[0]
+                )  # raises the error that glob() hides
         else:
-            steps = storage.walk(path, detail=True, on_error="raise")  # find() is as silent
+            steps = storage.walk(path, detail=True, on_error="raise")  # find() hides errors too
             found = [info["name"] for _, _, files in steps for info in files.values()]
         front, path = url.rstrip("/"), path.rstrip("/")
         if front.endswith(path):  # keeps a host that the storage leaves out of its paths
@@ -150,7 +152,7 @@ def look(url: str, *, fresh: bool = False) -> RemoteFile:
         fresh: ask even if it was in a listing.
 
     Raises:
-        SlideOpenError: it is not there, or its size is unknown.
+        SlideOpenError: the file is missing, or its size is unknown.
     """
     with _asking(url):
         storage, path = _storage(url)
@@ -171,11 +173,11 @@ def fetch(url: str, expected: RemoteFile, copy: Path, is_stopped: Callable[[], b
     Args:
         url: of the file.
         expected: from `look`.
-        copy: where to; what was written of it is left when an error is raised.
-        is_stopped: asked now and then.
+        copy: the path of the copy; a part of it may be left when an error is raised.
+        is_stopped: asked now and then; the copy ends once it returns True.
 
     Raises:
-        SlideOpenError: it was not all there, changed meanwhile, or ``is_stopped``.
+        SlideOpenError: the copy is incomplete, the file was changed meanwhile, or ``is_stopped``.
     """
     from fsspec.callbacks import Callback
 
@@ -206,17 +208,16 @@ def _storage(url: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 
     check_protocol(url)
-    if _protocol(url) not in HTTP:
-        storage, path = url_to_fs(url)
-        return storage, path
-    from aiohttp import ClientTimeout
+    options = {}
+    if _protocol(url) in HTTP:
+        from aiohttp import ClientTimeout
 
-    client = {
-        "timeout": ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENT_S),
-        "trust_env": True,  # proxies
-        **conf.get(_protocol(url), {}).get("client_kwargs", {}),
-    }
-    storage, path = url_to_fs(url, client_kwargs=client)
+        options["client_kwargs"] = {
+            "timeout": ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENT_S),
+            "trust_env": True,  # proxies
+            **conf.get(_protocol(url), {}).get("client_kwargs", {}),
+        }
+    storage, path = url_to_fs(url, **options)
     return storage, path
 
 
@@ -234,19 +235,12 @@ def _asking(url: str, what: str = "fetched") -> Iterator[None]:
 
 
 def _reason(exc: BaseException, url: str) -> str:
-    """What went wrong, without any URL: it may be another spelling of this one, or where this one led."""
+    """The reason of an error without any URL, which may be another spelling of this one or its redirect."""
     if isinstance(status := getattr(exc, "status", None), int):  # aiohttp's
         return f"HTTP {status} {getattr(exc, 'message', '')}".rstrip()
-    text = re.split(r"[^\s]*://", _first_line(exc))[0].strip(" ,:('\"")
+    text = re.split(r"[^\s]*://", first_line(exc))[0].strip(" ,:('\"")
     hidden = [word for word in re.split(r"\W+", unquote(url)) if word and word not in unquote(public(url))]
     if text and not any(word in unquote(text) for word in hidden):
         return text
-    named: dict[type[BaseException], str] = {
-        FileNotFoundError: "there is no such file",
-        PermissionError: "access was denied",
-    }
+    named: dict[Any, str] = {FileNotFoundError: "there is no such file", PermissionError: "access was denied"}
     return named.get(type(exc), type(exc).__name__)
-
-
-def _first_line(exc: BaseException) -> str:
-    return (str(exc).splitlines() or [""])[0][:200] or type(exc).__name__

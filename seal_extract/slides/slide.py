@@ -1,7 +1,6 @@
 """Open a slide, whatever its format, with the reader that knows most about it.
 
-µm/px is settled here: where it is missing or cannot be true the slide is refused, because every length
-downstream hangs on it.
+A slide whose µm/px is missing or cannot be true is refused, because every later length depends on it.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class Slide(Protocol):
         bounds_l0: (x, y, width, height) of the scanned area; the whole slide where the file names none.
         mpp: µm/px at level 0.
         mpp_source: where that number was read.
-        mpp_conflict: in words, what else was said of the µm/px that contradicts it; empty if nothing.
+        mpp_conflict: a sentence about another statement of µm/px that contradicts it; empty if there is none.
         levels: finest first.
     """
 
@@ -78,13 +77,13 @@ def open_slide(
 
     Args:
         path: a slide file (or the ``.mrxs``, ``.vms`` or one ``.dcm`` file of a slide of several files).
-        mpp: µm/px at level 0, where the file has none or a false one; it then counts in place of the file's.
-        origin: the slide that ``path`` is a copy of, if it is one; metadata of HEST lie beside that.
+        mpp: µm/px at level 0 that is used in place of the file's.
+        origin: the slide that ``path`` is a copy of, if it is one; the metadata of HEST lie beside that.
 
     Raises:
-        SlideOpenError: missing, not a slide, damaged.
-        UnsupportedSlideError: not 8-bit RGB.
-        ResolutionError: no plausible µm/px, and none given.
+        SlideOpenError: the file is missing, is not a slide, or is damaged.
+        UnsupportedSlideError: the slide is not 8-bit RGB.
+        ResolutionError: the slide has no plausible µm/px, and none is given.
     """
     path = Path(path)
     check_path(path)
@@ -120,9 +119,9 @@ def open_slide(
 
 
 def open_with_another_reader(slide: Slide) -> Slide | None:
-    """The same slide, level by level, through a library that did not open it; None if no other can.
+    """The same slide with the same levels through another library; None if no other can open it.
 
-    Tiffslide decodes what is left of damaged JPEG and keeps silent, so it is not asked for JPEG.
+    Tiffslide decodes the rest of a damaged JPEG silently, so it is not used for JPEG.
     """
     for reader in READERS:
         if isinstance(slide, reader):
@@ -149,15 +148,16 @@ def coarsest_level(slide: Slide, downsample: float) -> int:
 
 
 def absolute(path: Path) -> Path:
-    """The path that no link leads to; `Path.resolve` raises where a link leads to itself."""
+    """The path with all links resolved; `Path.resolve` raises where a link leads to itself."""
     return Path(os.path.realpath(path))
 
 
 def check_path(path: Path) -> None:
-    """Refuse what cannot be read as a slide, before a library waits for it for ever.
+    """Refuse a path that is no regular file, for which a library might wait for ever.
 
     Raises:
-        SlideOpenError: missing, a folder, empty, a FIFO or a device; or one is among the files of its slide.
+        SlideOpenError: the path is missing, a folder, empty, a FIFO or a device; or one is among the files of
+            its slide.
     """
     if path.is_dir():
         raise SlideOpenError(f"{path} is a folder; give a slide file, for example {path / 'slide.svs'}")
@@ -180,7 +180,7 @@ def check_path(path: Path) -> None:
 
 
 def _files_of(path: Path) -> Iterable[Path]:
-    """What OpenSlide opens beside the file that it is given."""
+    """The files that OpenSlide opens beside the one that it is given."""
     with path.open("rb") as file:
         head = file.read(132)
     if path.suffix.lower() == ".mrxs":
@@ -199,6 +199,6 @@ def _looks_like(path: Path) -> str:
     return f"it begins with the bytes {head[:8].hex(' ')}"
 
 
-_: Callable[..., Slide] = OpenSlideReader  # mypy holds the readers to the protocol
+_: Callable[..., Slide] = OpenSlideReader  # mypy checks the readers against the protocol
 _ = TiffSlideReader
 _ = ImageReader

@@ -1,7 +1,7 @@
-"""What a TIFF says of itself, with every number held to the file's size before anybody uses it.
+"""The directories of a TIFF, with every number checked against the file's size before it is used.
 
-OpenSlide, libtiff and tifffile take much of a TIFF on trust: they follow directories in circles, allocate
-what an entry claims, and turn other colour spaces into RGB unasked. So the directories are read here first.
+OpenSlide, libtiff and tifffile trust a TIFF: they follow directories in circles, allocate the memory that an
+entry claims, and convert other colour spaces to RGB unasked. So the directories are checked here first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from seal_extract.errors import SlideOpenError
 
-# what tifffile logs of a damaged file reaches an application's handlers, not the terminal: we tell it once
+# tifffile's log about a damaged file reaches an application's handlers, not the terminal: an error says it
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -60,7 +60,7 @@ class Entry:
 
     @property
     def bytes(self) -> int:
-        """What the values claim to take."""
+        """The size that the values claim."""
         return self.count * _BYTES.get(self.kind, 1)
 
 
@@ -102,7 +102,7 @@ class Tiff:
     ndpi: bool = False
 
     def values(self, entry: Entry | None) -> NDArray[Any]:
-        """The whole numbers of an entry, fewer than it claims where the file ends before."""
+        """The whole numbers of an entry, fewer than it claims if the file ends before."""
         if entry is None or entry.kind not in _WHOLE or entry.at >= self.bytes:
             return np.empty(0, np.uint64)
         kind = np.dtype(self.order + _WHOLE[entry.kind])
@@ -110,7 +110,7 @@ class Tiff:
         return np.fromfile(self.path, kind, count, offset=entry.at)
 
     def text(self, entry: Entry | None) -> str:
-        """The text of an entry; nothing where it lies outside the file."""
+        """The text of an entry; empty if it lies outside the file."""
         if entry is None or entry.at + entry.bytes > self.bytes:
             return ""
         with self.path.open("rb") as file:
@@ -120,7 +120,7 @@ class Tiff:
 
 @dataclass(frozen=True)
 class _Form:
-    """How a TIFF spells numbers: its order, and formats of `struct` for its counts, entries and offsets."""
+    """The byte order of a TIFF, and the formats of `struct` for its counts, entries and offsets."""
 
     order: str
     count: str
@@ -134,7 +134,7 @@ def read_tiff(path: Path) -> Tiff:
     """Read the directories of a TIFF; none of a file that is no TIFF.
 
     Raises:
-        SlideOpenError: they lead in a circle, or claim more than a slide's can and the file holds.
+        SlideOpenError: they lead in a circle, or claim more values than the file holds or a slide has.
     """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -231,11 +231,11 @@ def _take(file: BinaryIO, at: int, count: int, size: int) -> bytes:
 
 
 def refuse_impossible(path: Path) -> None:
-    """Refuse what OpenSlide and libtiff take on trust, with a crash or with black pixels for an answer.
+    """Refuse directories over which OpenSlide and libtiff crash or show black pixels.
 
-    They follow directories in circles, divide by sides of zero, ask for the memory of any tile and end the
-    process if there is none, and show black, which is taken for glass, where a table of tiles has ended.
-    Files that are no TIFF pass.
+    They follow directories in circles, divide by sides of zero, end the process if there is no memory for a
+    tile, and show black, which looks like glass, beyond the end of a table of tiles. Files that are no TIFF
+    pass.
 
     Raises:
         SlideOpenError: a directory is of such a kind.
@@ -261,7 +261,7 @@ def counted(directory: Directory, *tables: int) -> int:
 
 
 def tiles_longer_than_the_file(path: Path) -> dict[tuple[int, int], NDArray[np.int64]]:
-    """Tiles that claim more bytes than there are: OpenSlide ends the process where it cannot have the memory.
+    """Tiles that claim more bytes than the file has: OpenSlide would end the process if it lacked the memory.
 
     Returns:
         By the (width, height) of their directory, int64 [K, 4] of (left, top, right, bottom) in its pixels.
@@ -279,7 +279,7 @@ def tiles_longer_than_the_file(path: Path) -> dict[tuple[int, int], NDArray[np.i
 
 
 def refuse_truncated(path: Path) -> None:
-    """Refuse a TIFF that ends before its directories or tiles do: tiffslide would give what is left of it.
+    """Refuse a TIFF that ends before its directories or tiles do: tiffslide would read the rest of it.
 
     Does nothing to files that are no TIFF.
 

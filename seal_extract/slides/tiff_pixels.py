@@ -1,4 +1,4 @@
-"""What kind of pixels a TIFF holds, and the images and sizes that OME-XML tells of."""
+"""The kind of pixels that a TIFF holds, and the images and sizes that its OME-XML describes."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ _UM_PER_UNIT = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 
 
 
 def refuse_other_pixels(path: Path, sizes_px: Collection[tuple[int, int]]) -> None:
-    """Refuse what libtiff or tifffile would show in other colours or places than its writer meant.
+    """Refuse images that libtiff or tifffile would show in other colours or places than their writer meant.
 
-    They squeeze 16-bit, grey and CIELAB images into RGB unasked, mirror each tile where the image is to be
-    mirrored, and disagree on a fourth channel.
+    They convert 16-bit, grey and CIELAB images to RGB unasked, mirror each tile by itself if the image is to
+    be mirrored, and disagree on a fourth channel.
 
     Args:
         path: the file; anything but a TIFF passes.
         sizes_px: (width, height) of the levels; directories of other sizes are labels and the like.
 
     Raises:
-        UnsupportedSlideError: a level holds something else than RGB of 8 bits.
+        UnsupportedSlideError: a level is not RGB of 8 bits.
     """
     for level in _levels(path, sizes_px):
         why = _why_not_rgb8(level)
@@ -84,10 +84,10 @@ def _why_not_rgb8(directory: Directory) -> str:
 
 
 def refuse_orientation(path: Path, orientation: int) -> None:
-    """Refuse an image that says, by TIFF or EXIF, that it is to be shown turned or mirrored.
+    """Refuse an image that is to be shown turned or mirrored, by its TIFF tag or EXIF.
 
     Raises:
-        UnsupportedSlideError: it says so.
+        UnsupportedSlideError: the orientation is another one than upright.
     """
     if orientation in range(2, 9):
         raise UnsupportedSlideError(
@@ -97,7 +97,7 @@ def refuse_orientation(path: Path, orientation: int) -> None:
 
 
 def refuse_alpha(path: Path, sizes_px: Collection[tuple[int, int]]) -> None:
-    """Refuse four channels: OpenSlide multiplies colours by the fourth and divides them again, and rounds.
+    """Refuse four channels: OpenSlide multiplies colours by the fourth, divides them again, and rounds.
 
     Raises:
         SlideOpenError: a level has four channels.
@@ -107,7 +107,7 @@ def refuse_alpha(path: Path, sizes_px: Collection[tuple[int, int]]) -> None:
 
 
 def refuse_what_tiffslide_gets_wrong(path: Path, sizes_px: Collection[tuple[int, int]]) -> None:
-    """Refuse YCbCr that tifffile hands out as RGB, which is all but JPEG's, and strips that are not there.
+    """Refuse YCbCr other than JPEG's, which tifffile returns as RGB, and strips that are missing.
 
     Raises:
         SlideOpenError: a level is of such a kind.
@@ -163,7 +163,7 @@ class OmeImage(NamedTuple):
 
 
 def ome_images(path: Path) -> list[OmeImage]:
-    """The images that the OME-XML of a TIFF describes; none where it has none that can be read."""
+    """The images that the OME-XML of a TIFF describes; none if it cannot be read."""
     tiff = read_tiff(path)
     xml = tiff.text(tiff.directories[0].get(DESCRIPTION)) if tiff.directories else ""
     if not xml.rstrip().endswith("OME>") or "<!ENTITY" in xml:  # entities grow without bounds
@@ -197,10 +197,10 @@ def ome_mpp(path: Path) -> list[tuple[str, float, float]]:
 
 
 def check_ome(path: Path) -> None:
-    """Refuse stacks and files whose first image is not the largest; tell of others but label and macro.
+    """Refuse stacks and files whose first image is not the largest; warn of other images that are not read.
 
     Raises:
-        UnsupportedSlideError: another plane or image may be meant than the one that would be read.
+        UnsupportedSlideError: it is unclear which plane or image is meant.
     """
     images = ome_images(path)
     if not images:

@@ -25,15 +25,13 @@ def read(path):
         return slide.read_region((0, 0), 0, slide.size_l0)
 
 
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {"subsampling": 0},
-        {"subsampling": 2, "progressive": True},
-        {"subsampling": 1, "restart_marker_blocks": 3},
-        {"keep_rgb": True},
-    ],
+PROGRESSIVE, RESTARTING = (
+    {"subsampling": 2, "progressive": True},
+    {"subsampling": 1, "restart_marker_blocks": 3},
 )
+
+
+@pytest.mark.parametrize("kwargs", [{"subsampling": 0}, PROGRESSIVE, RESTARTING, {"keep_rgb": True}])
 def test_a_jpegs_pixels_are_pillows(tmp_path, kwargs):
     path = save(tmp_path / "a.jpg", **kwargs)
     np.testing.assert_array_equal(read(path), np.asarray(Image.open(path)))
@@ -65,6 +63,11 @@ def test_a_16_bit_png_is_refused(tmp_path, channels):
         open_slide(path, mpp=0.5)
 
 
+def test_a_grey_png_is_refused(tmp_path):
+    with pytest.raises(UnsupportedSlideError, match="an image of mode L; allowed: 8-bit RGB"):
+        open_slide(save(tmp_path / "a.png", NOISE[..., 0]), mpp=0.5)
+
+
 def test_damage_that_libjpeg_only_warns_of_is_an_error_with_the_warning(tmp_path):
     whole = io.BytesIO()
     Image.fromarray(NOISE[..., :3]).save(whole, "JPEG", quality=90)
@@ -87,13 +90,15 @@ def test_damage_that_libjpeg_only_warns_of_is_an_error_with_the_warning(tmp_path
     assert {words.partition(":")[0] for words in told} == {"Corrupt JPEG data"}, told
 
 
-def test_damaged_png_is_an_error(tmp_path):
-    path = save(tmp_path / "a.png")
-    data = bytearray(path.read_bytes())
+def test_damaged_png_and_cut_jpeg_are_errors(tmp_path):
+    png, jpeg = save(tmp_path / "a.png"), save(tmp_path / "a.jpg")
+    data = bytearray(png.read_bytes())
     data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(ReadError, match="CRC error"):
-        read(path)
+    png.write_bytes(data)
+    jpeg.write_bytes(jpeg.read_bytes()[:9000])
+    for path, words in ((png, "CRC error"), (jpeg, "Premature end of JPEG file")):
+        with pytest.raises(ReadError, match=words):
+            read(path)
 
 
 def test_decoding_takes_the_memory_of_the_pixels_once(tmp_path):
