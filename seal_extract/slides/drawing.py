@@ -77,6 +77,21 @@ def draw_text(
         x += _part_width(part, font)
 
 
+def draw_fitting_text(
+    draw: ImageDraw.ImageDraw,
+    xy: tuple[float, float],
+    text: str,
+    width: float,
+    largest: int = 22,
+    *,
+    ink: tuple[int, int, int] = INK,
+    anchor: str = "la",
+) -> None:
+    """Draw a line of text at most ``width`` wide: in a smaller font, or shortened."""
+    font = fitting_font(text, width, largest)
+    draw_text(draw, xy, shortened(text, font, width), font, ink=ink, anchor=anchor)
+
+
 def draw_scale_bar(
     draw: ImageDraw.ImageDraw, right: float, y: float, um_per_px: float, most_px: float, font: Font
 ) -> None:

@@ -17,18 +17,16 @@ from seal_extract.publish import publish
 from seal_extract.slides.drawing import (
     FAINT,
     caption_font,
+    draw_fitting_text,
     draw_scale_bar,
-    draw_text,
     encoder_words,
-    fitting_font,
-    shortened,
 )
 from seal_extract.slides.slide import Slide
 
 SIDE_PX = 192  # of a patch in the sheet
 GAP_PX, CAPTION_PX, TITLE_PX = 12, 44, 76
 COLUMNS = 6
-QUERY_RGB = (200, 60, 0)  # frames the patch that was asked with
+QUERY_RGB = (200, 60, 0)  # frames the query
 
 
 def draw_contact_sheet(
@@ -47,22 +45,22 @@ def draw_contact_sheet(
         found: best first.
         path: the PNG; its folder is made.
         title: above them.
-        slides: folder to look in for slides that have moved.
-        score: what the numbers are.
-        query: the patch, or a picture as large as one, that was asked with: drawn first, in a frame.
+        slides: folder that holds slides which have moved.
+        score: name of the numbers.
+        query: the patch, or a picture as large as one, that was searched for: drawn first, in a frame.
         names: of the slides by their features file; the file's name by default.
 
     Raises:
-        SlideOpenError: a slide is not where it was.
+        SlideOpenError: a slide has moved.
         ReadError: a patch cannot be read.
         OutputError: the picture cannot be written.
     """
     first = [query] if isinstance(query, Found) else []
     pictures = enumerate(_read_patches([*first, *found], slides), 1 - len(first))
-    cells = [(picture, *_words(one, rank, names)) for rank, (one, picture) in pictures]
+    cells = [(picture, *_caption(one, rank, names)) for rank, (one, picture) in pictures]
     if isinstance(query, Image.Image):
         picture = query.resize((SIDE_PX, SIDE_PX), Image.Resampling.LANCZOS)
-        cells.insert(0, (picture, "asked with", "a picture"))
+        cells.insert(0, (picture, "query", "a picture"))
     columns = max(1, min(COLUMNS, len(cells)))
     rows = -(-len(cells) // columns)
     cell = SIDE_PX + GAP_PX
@@ -75,10 +73,8 @@ def draw_contact_sheet(
         sheet.paste(picture, (x, y))
         if query is not None and i == 0:
             draw.rectangle([x - 4, y - 4, x + SIDE_PX + 3, y + SIDE_PX + 3], None, QUERY_RGB, 4)
-        font = fitting_font(name, SIDE_PX, largest=14)
-        draw_text(draw, (x, y + SIDE_PX + 5), shortened(name, font, SIDE_PX), font)
-        font = fitting_font(place, SIDE_PX, largest=12)
-        draw_text(draw, (x, y + SIDE_PX + 24), place, font, ink=FAINT)
+        draw_fitting_text(draw, (x, y + SIDE_PX + 5), name, SIDE_PX, 14)
+        draw_fitting_text(draw, (x, y + SIDE_PX + 24), place, SIDE_PX, 12, ink=FAINT)
     with publish(Path(path)) as part:
         sheet.save(part, "PNG", optimize=True)
 
@@ -96,12 +92,12 @@ def _read_patches(found: Sequence[Found], slides: Path | None) -> list[tuple[Fou
     return [(one, pictures[i]) for i, one in enumerate(found)]
 
 
-def _words(one: Found, rank: int, names: Mapping[Path, str] | None) -> tuple[str, str]:
-    """The two lines below a patch; that of rank 0 is what was asked with."""
+def _caption(one: Found, rank: int, names: Mapping[Path, str] | None) -> tuple[str, str]:
+    """The two lines below a patch; that of rank 0 is the query."""
     name = one.slide.path.stem if names is None else names.get(one.slide.path, one.slide.path.stem)
     x, y = one.xy_l0
     if rank == 0:
-        return f"asked with   {name}", f"{x}, {y}"
+        return f"query   {name}", f"{x}, {y}"
     return f"{rank}   {name}", f"{x}, {y}   {one.score:.3g}"
 
 
@@ -109,15 +105,13 @@ def _head(draw: ImageDraw.ImageDraw, found: Sequence[Found], title: str, score: 
     """Title, encoder, what a number is, and a scale bar where all patches are of one width."""
     widths_um = {round(one.slide.grid.patch_px * one.slide.grid.mpp, 3) for one in found}
     room = width - 3 * GAP_PX - SIDE_PX
-    font = fitting_font(title, room)
-    draw_text(draw, (GAP_PX, 24), shortened(title, font, room), font, anchor="lm")
+    draw_fitting_text(draw, (GAP_PX, 24), title, room, anchor="lm")
     if not found:
         return
     encoder = encoder_words(found[0].slide.provenance["encoder"]["name"])
     wide = " or ".join(f"{um:.4g} µm" for um in sorted(widths_um))
     text = f"{encoder}   patches {wide} wide   below each: level-0 pixels, {score}"
-    font = fitting_font(text, room, largest=14)
-    draw_text(draw, (GAP_PX, 52), shortened(text, font, room), font, ink=FAINT, anchor="lm")
+    draw_fitting_text(draw, (GAP_PX, 52), text, room, 14, ink=FAINT, anchor="lm")
     if len(widths_um) == 1:
         um_per_px = widths_um.pop() / SIDE_PX
         draw_scale_bar(draw, width - GAP_PX, 52, um_per_px, SIDE_PX / 2, caption_font(14))

@@ -1,4 +1,4 @@
-"""What a viewer asks about genes: which there are, where one is high, what sets a patch or a region apart."""
+"""Genes for the viewer: their names, maps over a slide, and those that set a patch or a region apart."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class GeneMaps:
     def __init__(
         self, load: Callable[[], GeneDecoder], signatures: Mapping[str, Signature] | None = None
     ) -> None:
-        """Keep how to ``load`` it; ``signatures`` are sets that may be named."""
+        """``load`` makes the decoder; ``signatures`` are sets of genes that may be asked for by name."""
         self.signatures = dict(signatures or {})
         self._load = load
         self._lock = threading.Lock()
@@ -56,7 +56,7 @@ class GeneMaps:
         return self._decoder
 
     def state(self) -> dict[str, Any]:
-        """Whether there are genes, and if not why, in a line."""
+        """Whether the genes have names, and if not the reason, in a line."""
         try:
             names = self.decoder.named()
         except SealExtractError as exc:
@@ -64,7 +64,7 @@ class GeneMaps:
         return {"named": True, "why": "", "count": len(names), "signatures": sorted(self.signatures)}
 
     def suggest(self, typed: str) -> list[str]:
-        """Genes and sets that begin with what was typed, then those that contain it."""
+        """Genes and sets that begin with the typed text, then those that contain it."""
         wanted = typed.strip().upper()
         known = [*self.decoder.named(), *self.signatures]
         begin = sorted(name for name in known if name.upper().startswith(wanted))
@@ -72,7 +72,7 @@ class GeneMaps:
         return (begin + inside)[:MOST_SUGGESTED]
 
     def check(self, asked: str) -> dict[str, Any]:
-        """Why what was typed cannot be shown, in a line that is empty if it can, and the nearest genes."""
+        """The reason why a typed text cannot be shown, empty if it can, and the nearest genes."""
         try:
             _ = self.signatures.get(asked) or self._typed(asked)
         except SealExtractError as exc:
@@ -80,7 +80,7 @@ class GeneMaps:
         return {"why": "", "nearest": []}
 
     def _near(self, asked: str) -> list[str]:
-        """Genes spelled like the first that is not known."""
+        """Genes with a name like that of the first unknown one."""
         spelled = {name.upper(): name for name in self.decoder.named()}
         typed = (part.partition(":")[0].strip().upper() for part in asked.split(","))
         unknown = next((name for name in typed if name and name not in spelled), "")
@@ -90,7 +90,7 @@ class GeneMaps:
         """A title, a unit and float32 [N] for a gene, for several with commas, or for a named set.
 
         Raises:
-            UsageError: an unknown gene; the nearest are told.
+            UsageError: an unknown gene; the message names the nearest.
         """
         from seal_extract.genes.predict import predict_genes, signature_scores
 
@@ -152,19 +152,12 @@ class GeneMaps:
 
         large = len(features.grid) * self.decoder.n_genes > LARGE
         found = region_genes(features, self.decoder, inside, permutations=199 if large else 999)
-        numbers = (found.inside, found.outside, found.effect, found.p_pieces, found.q_pieces)
-        rows = zip(found.genes, *numbers, strict=True)
+        columns = {"inside": found.inside, "outside": found.outside, "effect": found.effect}
+        columns |= {"p": found.p_pieces, "q": found.q_pieces}
         return {
             "genes": [
-                {
-                    "gene": gene,
-                    "inside": float(within),
-                    "outside": float(beyond),
-                    "effect": float(effect),
-                    "p": float(p),
-                    "q": float(q),
-                }
-                for gene, within, beyond, effect, p, q in list(rows)[:most]
+                {"gene": gene} | {name: float(values[i]) for name, values in columns.items()}
+                for i, gene in enumerate(found.genes[:most])
             ],
             "note": f"{UNIT}; effect is Cohen's d; p is the share of {found.permutations} regions of equal "
             f"size, elsewhere on the slide, that differ as much; q corrects it for {len(found.genes):,} "

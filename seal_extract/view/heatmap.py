@@ -24,11 +24,10 @@ from seal_extract.slides.drawing import (
     FAINT,
     INK,
     caption_font,
+    draw_fitting_text,
     draw_scale_bar,
     draw_text,
     encoder_words,
-    fitting_font,
-    shortened,
 )
 from seal_extract.slides.overview import read_overview
 from seal_extract.slides.readers import Array
@@ -66,7 +65,7 @@ class PatchRaster:
 
     @classmethod
     def of(cls, grid: PatchGrid) -> PatchRaster:
-        """The raster of a grid; of patches that overlap, the middle as wide as their distance.
+        """The raster of a grid; of overlapping patches it has the middle, as wide as their distance.
 
         Raises:
             GeometryError: there is no patch.
@@ -132,8 +131,8 @@ def draw_heatmap(
         title: in the legend.
         unit: of the values, behind the title.
         max_px: longest side of the picture without its legend.
-        encoder: what the values were predicted by, named in the legend.
-        made_of: JSON that `read_made_of` gives back.
+        encoder: that the values were predicted by, named in the legend.
+        made_of: JSON that goes into the file, for `read_made_of`.
 
     Returns:
         The values at the two ends of the colours.
@@ -167,7 +166,7 @@ def draw_heatmap(
 
 
 def read_made_of(path: Path) -> dict[str, Any] | None:
-    """What `draw_heatmap` was told that a picture was made of; None where that is not there."""
+    """The ``made_of`` that `draw_heatmap` put into a picture; None if there is none."""
     try:
         with Image.open(path) as picture:
             found = json.loads(picture.text[MADE_OF]) if isinstance(picture, PngImageFile) else None
@@ -233,8 +232,8 @@ def _with_legend(canvas: Array, legend: Legend, um_per_px: float) -> Image.Image
         (3.2, legend.source, 0.9, FAINT),
         (4.6, legend.span, 0.9, FAINT),
     ):
-        font = fitting_font(text, room, largest=round(largest * em))
-        draw_text(draw, (em, height + y * em), shortened(text, font, room), font, ink=ink, anchor="lm")
+        place = (em, height + y * em)
+        draw_fitting_text(draw, place, text, room, round(largest * em), ink=ink, anchor="lm")
     return picture
 
 
@@ -256,7 +255,7 @@ class Legend:
 
 
 def legend_of(title: str, unit: str, source: str, values: Values) -> Legend:
-    """What is written below values, float [N]; ``≤`` and ``≥`` tell that some lie beyond the ends."""
+    """The legend of values, float [N]; ``≤`` and ``≥`` say that some lie beyond the ends."""
     (low, high), least, most = limits(values), float(values.min()), float(values.max())
     below, above = least < low - 1e-6, most > high + 1e-6
     ends = f"{'≤ ' if below else ''}{low:.3g}", f"{'≥ ' if above else ''}{high:.3g}"
