@@ -6,9 +6,9 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from encoder_fixtures import SEAL_TINY_CONCH, add_tiny_rows, save, seal_file
+from encoder_fixtures import SEAL_TINY_CONCH, add_tiny_rows, load, save, seal_file
 
-from seal_extract.encoders import files, load_encoder
+from seal_extract.encoders import files
 from seal_extract.encoders.files import FoundFile, WeightFile, sha256_of
 from seal_extract.errors import CheckpointError
 
@@ -52,37 +52,22 @@ def sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-# --- the same file ------------------------------------------------------------------------------------------
-
-
-def test_the_second_time_it_is_remembered(hasher, weights):
-    assert [sha256_of(weights)[0] for _ in range(2)] == [sha256(weights)] * 2
-    assert hasher.count == 1
-
-
-def test_under_another_name_that_leads_to_it(hasher, weights, tmp_path):
-    sha256_of(weights)
+def test_the_second_time_it_is_remembered_under_any_name(hasher, weights, tmp_path):
     (tmp_path / "link.pth").symlink_to(weights)
-    assert sha256_of(tmp_path / "link.pth")[0] == sha256(weights)
+    for path in (weights, weights, tmp_path / "link.pth"):
+        assert sha256_of(path)[0] == sha256(weights)
     assert hasher.count == 1
+    with pytest.raises(CheckpointError, match="is damaged"):  # held to the Hub's promise all the same
+        WeightFile.of(FoundFile(weights, "lab/x", sha256="0" * 64))
+    assert WeightFile.of(FoundFile(weights, "lab/x", sha256=sha256(weights))).sha256 == sha256(weights)
 
 
 def test_an_encoder_loaded_twice(hasher, tmp_path, monkeypatch):
     add_tiny_rows(monkeypatch)
     path = save(seal_file(SEAL_TINY_CONCH), tmp_path / "whole.pth")
-    first, second = (load_encoder("seal-tiny-conch", checkpoint=path, device="cpu") for _ in range(2))
+    first, second = (load("seal-tiny-conch", path) for _ in range(2))
     assert first.weights == second.weights
     assert (first.weights[0].sha256, hasher.count) == (sha256(path), 1)
-
-
-def test_a_remembered_hash_is_held_to_the_hubs_promise(hasher, weights):
-    sha256_of(weights)
-    with pytest.raises(CheckpointError, match="is damaged"):
-        WeightFile.of(FoundFile(weights, "lab/x", sha256="0" * 64))
-    assert WeightFile.of(FoundFile(weights, "lab/x", sha256=sha256(weights))).sha256 == sha256(weights)
-
-
-# --- another file -------------------------------------------------------------------------------------------
 
 
 def written_to(path):
@@ -113,20 +98,14 @@ def test_a_file_that_changed_is_hashed_again(hasher, weights, change):
     assert sha256_of(weights)[0] == sha256(weights) != before
 
 
-def test_one_that_was_just_written_may_change_unseen_and_is_not_remembered(hasher, weights, monkeypatch):
-    monkeypatch.setattr(files, "SETTLED_NS", 10**12)
-    sha256_of(weights)
-    sha256_of(weights)
+@pytest.mark.parametrize(("limit", "value"), [("SETTLED_NS", 10**12), ("WORTH_BYTES", 20)])
+def test_young_and_small_files_are_not_remembered(hasher, weights, monkeypatch, tmp_path, limit, value):
+    """A young one may change unseen."""
+    monkeypatch.setattr(files, limit, value)
+    for _ in range(2):
+        assert sha256_of(weights)[0] == sha256(weights)
     assert hasher.count == 2
-
-
-def test_small_files_are_not_remembered(hasher, weights, monkeypatch, tmp_path):
-    monkeypatch.setattr(files, "WORTH_BYTES", 20)
-    assert sha256_of(weights)[0] == sha256(weights)
     assert not (tmp_path / "cache").exists()
-
-
-# --- the memory ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -134,7 +113,7 @@ def test_small_files_are_not_remembered(hasher, weights, monkeypatch, tmp_path):
     ["", "{", "[]", "null", '{"%s": 3}', '{"%s": {"stamp": [], "sha256": "00"}}', "[" * 100_000],
     ids=["empty", "cut", "list", "null", "number", "no stamp", "deep"],
 )
-def test_one_that_is_damaged_is_made_anew(hasher, weights, memory, content):
+def test_a_memory_that_is_damaged_is_made_anew(hasher, weights, memory, content):
     memory.write_text(content.replace("%s", str(weights)))
     assert sha256_of(weights)[0] == sha256_of(weights)[0] == sha256(weights)
     assert hasher.count == 1
@@ -143,33 +122,30 @@ def test_one_that_is_damaged_is_made_anew(hasher, weights, memory, content):
 
 @pytest.mark.parametrize("remembered", ["", "0" * 63, 7, None])
 def test_what_is_no_hash_is_not_believed(hasher, weights, memory, remembered):
-    stamp = files._stamp(weights.stat())
-    memory.write_text(json.dumps({os.path.realpath(weights): {"stamp": stamp, "sha256": remembered}}))
+    sha256_of(weights)
+    content = json.loads(memory.read_text())
+    content[os.path.realpath(weights)]["sha256"] = remembered
+    memory.write_text(json.dumps(content))
     assert sha256_of(weights)[0] == sha256(weights)
 
 
-def test_one_that_cannot_be_kept_is_done_without(hasher, weights, tmp_path, monkeypatch):
+def test_a_memory_that_cannot_be_kept_is_done_without(hasher, weights, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     for cache in (tmp_path / "file", tmp_path / "file" / "below", "~nobody_of_this_name"):
         monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
         assert sha256_of(weights)[0] == sha256(weights)
 
 
-def test_many_at_once_leave_a_whole_one(hasher, tmp_path, memory):
+def test_many_at_once_leave_a_whole_memory_without_the_oldest(hasher, tmp_path, memory, monkeypatch):
     paths = [tmp_path / f"{i}.pth" for i in range(40)]
     for path in paths:
         path.write_bytes(path.name.encode())
     with ThreadPoolExecutor(8) as pool:
-        found = [sha for sha, _ in pool.map(sha256_of, paths)]
-    assert found == [sha256(path) for path in paths]
+        assert [sha for sha, _ in pool.map(sha256_of, paths)] == [sha256(path) for path in paths]
     assert [p.name for p in memory.parent.iterdir()] == ["digests.json"]
     assert set(json.loads(memory.read_text())) <= {os.path.realpath(p) for p in paths}
-
-
-def test_the_oldest_are_forgotten(hasher, tmp_path, memory, monkeypatch):
     monkeypatch.setattr(files, "MAX_FILES", 3)
-    paths = [tmp_path / f"{i}.pth" for i in range(5)]
-    for path in paths:
-        path.write_bytes(b"x")
+    memory.unlink()
+    for path in paths[:5]:
         sha256_of(path)
-    assert list(json.loads(memory.read_text())) == [os.path.realpath(p) for p in paths[-3:]]
+    assert list(json.loads(memory.read_text())) == [os.path.realpath(p) for p in paths[2:5]]
