@@ -1,11 +1,13 @@
 """Adapters in PEFT's folders: merged into what they were trained on, or refused by the field in the way."""
 
+import itertools
 import json
 import math
 
 import pytest
 import torch
 from encoder_fixtures import (
+    LAYERS,
     SEAL_TINY_VIT,
     TINY_CONCH,
     TINY_H0,
@@ -19,9 +21,11 @@ from encoder_fixtures import (
     random_tensors,
     save,
     seal_file,
+    shapes_of,
     tower_tensors,
     untrained_encoder,
 )
+from encoder_fixtures import refuse as refused
 from hub_server import Repo
 from safetensors.torch import save_file
 from torch import nn
@@ -29,10 +33,8 @@ from torch import nn
 from seal_extract.encoders import load_encoder
 from seal_extract.encoders.request import EncoderRequest
 from seal_extract.encoders.state_dict import find_places
-from seal_extract.encoders.tower import empty_tower, tower_shapes
-from seal_extract.errors import CheckpointError, MissingOnHubError
+from seal_extract.errors import MissingOnHubError
 
-VIT_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["qkv", "proj", "fc1", "fc2"]}
 
 
@@ -57,8 +59,9 @@ def halves(shapes, r=4, seed=3):
 
 
 def vit_layers(*endings, front="blocks"):
-    shapes = tower_shapes(empty_tower(TINY_VIT))
-    return {f"{front}.{i}.{e}": shapes[f"blocks.{i}.{e}.weight"] for i in (0, 1) for e in endings}
+    return {
+        f"{front}.{i}.{e}": shapes_of(TINY_VIT)[f"blocks.{i}.{e}.weight"] for i in (0, 1) for e in endings
+    }
 
 
 def write(folder, tensors, **changes):
@@ -72,6 +75,10 @@ def write(folder, tensors, **changes):
 
 def load(name, checkpoint, adapter, **kwargs):
     return load_encoder(name, checkpoint=checkpoint, adapter=adapter, device="cpu", **kwargs)
+
+
+def every_layer():
+    return halves(vit_layers(*LAYERS))
 
 
 def product(tensors, layer):
@@ -96,25 +103,9 @@ def hold(encoder, expected):
 
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 8 / 4), (True, 8 / math.sqrt(4))])
 def test_every_adapted_layer_gets_its_product(base, tmp_path, rslora, scale):
-    tensors = halves(vit_layers(*VIT_LAYERS))
+    tensors = every_layer()
     encoder = load("tiny-vit", base, write(tmp_path / "a", tensors, use_rslora=rslora))
-    hold(encoder, {layer: scale * product(tensors, layer) for layer in vit_layers(*VIT_LAYERS)})
-
-
-def test_merged_equals_unmerged(base, tmp_path):
-    """The adapters as PEFT runs them: beside the layer, not in it."""
-    tensors = halves(vit_layers(*VIT_LAYERS))
-    merged = load("tiny-vit", base, write(tmp_path / "a", tensors))
-    bare = untrained_encoder(TINY_VIT)
-    for layer in vit_layers(*VIT_LAYERS):
-        a, b = (tensors[f"base_model.model.{layer}.lora_{half}.weight"] for half in "AB")
-        bare.tower.get_submodule(layer).register_forward_hook(
-            lambda m, args, out, a=a, b=b: out + 2 * (args[0] @ a.T @ b.T)
-        )
-    images = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(0))
-    got, expected = merged(images), bare(images)
-    assert (got - expected).norm() / expected.norm() < 1e-6
-    assert (got - untrained_encoder(TINY_VIT)(images)).norm() / expected.norm() > 1e-2
+    hold(encoder, {layer: scale * product(tensors, layer) for layer in vit_layers(*LAYERS)})
 
 
 def test_patterns_of_rank_and_alpha(base, tmp_path):
@@ -147,7 +138,7 @@ def test_q_and_v_apart_are_rows_of_the_fused_layer(base, tmp_path):
     hold(encoder, expected)
 
 
-SHAPES = tower_shapes(empty_tower(TINY_VIT))
+SHAPES = shapes_of(TINY_VIT)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +186,7 @@ def test_on_top_of_the_adapters_of_a_seal_file(tmp_path):
 
 
 def test_on_a_folder_of_our_own_and_saved_again(base, tmp_path):
-    adapter = write(tmp_path / "mine", halves(vit_layers(*VIT_LAYERS)))
+    adapter = write(tmp_path / "mine", every_layer())
     load("tiny-vit", base, None).save_pretrained(tmp_path / "own")
     merged = load(tmp_path / "own", None, adapter)
     merged.save_pretrained(tmp_path / "merged")
@@ -217,14 +208,14 @@ def test_fields_without_effect_are_let_pass(base, tmp_path):
         "task_type": None,
         "some_future_field": False,
     }
-    load("tiny-vit", base, write(tmp_path / "a", halves(vit_layers(*VIT_LAYERS)), **neutral))
+    load("tiny-vit", base, write(tmp_path / "a", every_layer(), **neutral))
 
 
 # --- what is recorded ---------------------------------------------------------------------------------------
 
 
 def test_the_adapter_counts_in_name_weights_and_identity(base, tmp_path):
-    adapter = write(tmp_path / "my stain", halves(vit_layers(*VIT_LAYERS)))
+    adapter = write(tmp_path / "my stain", every_layer())
     plain, merged = load("tiny-vit", base, None), load("tiny-vit", base, adapter)
     assert merged.spec.name == merged.enc_name == "tiny-vit+my-stain"
     assert [w.file for w in merged.weights] == [
@@ -233,12 +224,12 @@ def test_the_adapter_counts_in_name_weights_and_identity(base, tmp_path):
         "adapter_config.json",
     ]
     assert merged.identity["weights"][:1] == plain.identity["weights"]
-    write(adapter, halves(vit_layers(*VIT_LAYERS)), lora_alpha=16)
+    write(adapter, every_layer(), lora_alpha=16)
     assert load("tiny-vit", base, adapter).identity != merged.identity
 
 
 def test_a_request_knows_the_identity_without_loading(base, tmp_path):
-    adapter = write(tmp_path / "a", halves(vit_layers(*VIT_LAYERS)))
+    adapter = write(tmp_path / "a", every_layer())
     request = EncoderRequest("tiny-vit", checkpoint=base, adapter=adapter, device="cpu")
     assert request.spec.name == "tiny-vit+a"
     encoder = request.load()
@@ -247,35 +238,15 @@ def test_a_request_knows_the_identity_without_loading(base, tmp_path):
     without = EncoderRequest("tiny-vit", checkpoint=base, device="cpu")
     assert without.identity_if_unchanged(recorded) is None
     assert request.identity_if_unchanged(without.load().description["weights"]) is None
-    write(adapter, halves(vit_layers(*VIT_LAYERS)), lora_alpha=16)
+    write(adapter, every_layer(), lora_alpha=16)
     assert request.identity_if_unchanged(recorded) is None
-
-
-def test_from_the_hub(base, tmp_path, monkeypatch):
-    folder = write(tmp_path / "a", halves(vit_layers(*VIT_LAYERS)))
-    with local_hub(tmp_path / "hf", monkeypatch) as hub:
-        hub.repos["lab/stain"] = Repo({p.name: p.read_bytes() for p in folder.iterdir()})
-        encoder = load("tiny-vit", base, "lab/stain")
-        hub.repos["lab/other"] = Repo({"README.md": b""})
-        with pytest.raises(MissingOnHubError, match=r"lab/other has no file adapter_config.json"):
-            load("tiny-vit", base, "lab/other")
-    assert encoder.weights[1].revision == hub.repos["lab/stain"].commit
-    assert torch.equal(
-        encoder.tower.state_dict()["blocks.0.attn.qkv.weight"],
-        load("tiny-vit", base, folder).tower.state_dict()["blocks.0.attn.qkv.weight"],
-    )
 
 
 # --- what is refused ----------------------------------------------------------------------------------------
 
 
-def refuse(base, adapter, *words, name="tiny-vit"):
-    with pytest.raises(CheckpointError) as caught:
-        load(name, base, adapter)
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
+def refuse(base, adapter, *words):
+    refused(base, *words, name="tiny-vit", adapter=adapter)
 
 
 @pytest.mark.parametrize(
@@ -301,7 +272,7 @@ def refuse(base, adapter, *words, name="tiny-vit"):
     ],
 )
 def test_another_kind_of_adapter(base, tmp_path, field, value):
-    adapter = write(tmp_path / "a", halves(vit_layers(*VIT_LAYERS)), **{field: value})
+    adapter = write(tmp_path / "a", every_layer(), **{field: value})
     refuse(base, adapter, f"has {field} {json.dumps(value)}", "not merged", "plain LoRA on Linear layers")
 
 
@@ -320,47 +291,45 @@ def test_another_kind_of_adapter(base, tmp_path, field, value):
     ],
 )
 def test_a_config_that_does_not_fit(base, tmp_path, changes, words):
-    refuse(base, write(tmp_path / "a", halves(vit_layers(*VIT_LAYERS)), **changes), words)
+    refuse(base, write(tmp_path / "a", every_layer(), **changes), words)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3"])
 def test_a_config_that_is_no_json_object(base, tmp_path, text):
-    adapter = write(tmp_path / "a", halves(vit_layers(*VIT_LAYERS)))
+    adapter = write(tmp_path / "a", every_layer())
     (adapter / "adapter_config.json").write_text(text)
     refuse(base, adapter, "adapter_config.json", "allowed: a folder of PEFT")
 
 
-def test_an_adapter_for_another_base_names_what_it_fits(base, tmp_path):
-    tensors = halves({"trunk.blocks.1.attn.qkv": (96, 32)})
-    adapter = write(tmp_path / "a", tensors, target_modules=["qkv"], base_model_name_or_path="lab/x")
-    words = ("trained on lab/x", "does not fit tiny-vit", "[96, 32]", "[72, 24]", "it fits tiny-conch")
-    refuse(base, adapter, *words)
-
-
-def test_an_adapter_for_nothing_here(base, tmp_path):
-    adapter = write(tmp_path / "a", halves({"h.0.attn.c_attn": (96, 32)}), target_modules=["c_attn"])
-    refuse(base, adapter, "has no layer h.0.attn.c_attn", "fits none of the named encoders")
-
-
-def test_more_blocks_than_the_tower_has(base, tmp_path):
-    adapter = write(
-        tmp_path / "a", halves({f"blocks.{i}.mlp.fc2": (24, 48) for i in range(9)}), target_modules=["fc2"]
-    )
-    refuse(base, adapter, "has no layer blocks.2.mlp.fc2 and 6 more")
-
-
-def test_a_convolution(base, tmp_path):
-    tensors = {
-        "base_model.model.patch_embed.proj.lora_A.weight": torch.zeros(4, 3, 14, 14),
-        "base_model.model.patch_embed.proj.lora_B.weight": torch.zeros(24, 4, 1, 1),
-    }
-    adapter = write(tmp_path / "a", tensors, target_modules=["proj"])
-    refuse(base, adapter, "patch_embed.proj.lora_A.weight has 4 dimensions, as of a convolution")
-
-
-def test_a_layer_that_is_no_linear_one(base, tmp_path):
-    adapter = write(tmp_path / "a", halves({"patch_embed.proj": (24, 588)}), target_modules=["proj"])
-    refuse(base, adapter, "patch_embed.proj was adapted as [24, 588]", "[24, 3, 14, 14]")
+@pytest.mark.parametrize(
+    ("layers", "targets", "words"),
+    [
+        (
+            {"trunk.blocks.1.attn.qkv": (96, 32)},
+            ["qkv"],
+            ["trained on lab/x", "does not fit tiny-vit", "[96, 32]", "[72, 24]", "it fits tiny-conch"],
+        ),
+        (
+            {"h.0.attn.c_attn": (96, 32)},
+            ["c_attn"],
+            ["has no layer h.0.attn.c_attn", "fits none of the named encoders"],
+        ),
+        (
+            {f"blocks.{i}.mlp.fc2": (24, 48) for i in range(9)},
+            ["fc2"],
+            ["has no layer blocks.2.mlp.fc2 and 6 more"],
+        ),
+        (
+            {"patch_embed.proj": (24, 588)},
+            ["proj"],
+            ["patch_embed.proj was adapted as [24, 588]", "[24, 3, 14, 14]"],
+        ),
+    ],
+    ids=["another base", "nothing here", "more blocks", "no Linear layer"],
+)
+def test_layers_that_the_tower_does_not_have(base, tmp_path, layers, targets, words):
+    changes = {"target_modules": targets, "base_model_name_or_path": "lab/x"}
+    refuse(base, write(tmp_path / "a", halves(layers), **changes), *words)
 
 
 LAYER = "base_model.model.blocks.0.attn.qkv"
@@ -381,26 +350,28 @@ def change(tensors, key, value):
         (f"{LAYER}.lora_A.weight", torch.ones(4, 24, dtype=torch.float64), "is float64, not float32"),
         (f"{LAYER}.lora_magnitude_vector", torch.ones(72), "is no LoRA weight of a Linear layer"),
         ("base_model.model.norm.weight", torch.ones(24), "norm.weight is no LoRA weight"),
+        (f"{LAYER}.lora_A.weight", torch.ones(4, 3, 14, 14), "has 4 dimensions, as of a convolution"),
         ("base_model.model.head.lora_A.weight", torch.ones(4, 24), "head has no lora_B"),
     ],
 )
 def test_weights_that_do_not_belong_to_the_config(base, tmp_path, key, value, words):
-    refuse(base, write(tmp_path / "a", change(halves(vit_layers(*VIT_LAYERS)), key, value)), words)
+    refuse(base, write(tmp_path / "a", change(every_layer(), key, value)), words)
 
 
-def test_a_target_without_weights(base, tmp_path):
-    refuse(
-        base, write(tmp_path / "a", halves(vit_layers("attn.qkv"))), "no weights for proj of target_modules"
-    )
-
-
-def test_a_layer_that_was_not_targeted(base, tmp_path):
-    adapter = write(tmp_path / "a", halves(vit_layers("attn.qkv")), target_modules=r".*\.1\..*")
-    refuse(base, adapter, "blocks.0.attn.qkv is not among its target_modules")
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        (CONFIG["target_modules"], "no weights for proj of target_modules"),
+        (r".*\.1\..*", "blocks.0.attn.qkv is not among its target_modules"),
+    ],
+)
+def test_targets_and_weights_that_differ(base, tmp_path, targets, words):
+    adapter = write(tmp_path / "a", halves(vit_layers("attn.qkv")), target_modules=targets)
+    refuse(base, adapter, words)
 
 
 def test_a_truncated_file(base, tmp_path):
-    adapter = write(tmp_path / "a", halves(vit_layers(*VIT_LAYERS)))
+    adapter = write(tmp_path / "a", every_layer())
     path = adapter / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     refuse(base, adapter, "adapter_model.safetensors is damaged, cut short")
@@ -419,7 +390,7 @@ def test_not_an_adapter(base, tmp_path):
 def test_peft_gives_the_same(base, tmp_path, kind):
     peft = pytest.importorskip("peft", reason="peft is not installed; it is needed by no other test")
     settings = {
-        "list": {"target_modules": list(VIT_LAYERS)},
+        "list": {"target_modules": list(LAYERS)},
         "regex": {"target_modules": r"blocks\.1\..*\.(qkv|fc2)"},
         "patterns": {
             "target_modules": ["qkv", "fc1"],
@@ -450,79 +421,56 @@ def test_peft_gives_the_same(base, tmp_path, kind):
 SPECTRA = {"base_model_name_or_path": None, "r": 32, "lora_alpha": 64, "lora_dropout": 0.0, "bias": "none"}
 
 
-def timm_spectra(row, seed):
-    shapes = tower_shapes(empty_tower(row))
-    layers = {k.removesuffix(".weight"): s for k, s in shapes.items() if k.endswith(FOUR) and len(s) == 2}
-    return halves(layers, 32, seed), ["qkv", "attn.proj", "fc1", "fc2"]
+TIMM = {"attn.qkv": ["attn.qkv"], "attn.proj": ["attn.proj"], "mlp.fc1": ["mlp.fc1"], "mlp.fc2": ["mlp.fc2"]}
+DINOV2 = {
+    **{"attn.qkv": [f"attention.attention.{part}" for part in ("query", "key", "value")]},
+    **{"attn.proj": ["attention.output.dense"], "mlp.fc1": ["mlp.fc1"], "mlp.fc2": ["mlp.fc2"]},
+}
+SWIGLU = {**DINOV2, "mlp.fc1": ["mlp.weights_in"], "mlp.fc2": ["mlp.weights_out"]}
 
 
-FOUR = tuple(f"{layer}.weight" for layer in VIT_LAYERS)
+def spectra(folder, row, names=TIMM, seed=1):
+    """An adapter of MedARC's layout, and the rows of the tower that each of its layers is for.
 
-
-def transformers_spectra(row, seed, mlp=("mlp.fc1", "mlp.fc2")):
-    shapes = tower_shapes(empty_tower(row))
-    layers = {}
-    for i in range(2):
-        width = shapes[f"blocks.{i}.attn.proj.weight"]
-        for name in ("attention.attention.query", "attention.attention.key", "attention.attention.value"):
-            layers[f"encoder.layer.{i}.{name}"] = width
-        layers[f"encoder.layer.{i}.attention.output.dense"] = width
-        for name, own in zip(mlp, ("mlp.fc1", "mlp.fc2"), strict=True):
-            layers[f"encoder.layer.{i}.{name}"] = shapes[f"blocks.{i}.{own}.weight"]
-    return halves(layers, 32, seed), ["query", "key", "value", "dense", *(m.split(".")[1] for m in mlp)]
-
-
-def spectra(folder, row, make, seed):
-    """An adapter of MedARC's layout: alpha is twice the rank, and beside it a file that is no strict JSON."""
-    tensors, targets = make(row, seed)
-    write(folder, tensors, **SPECTRA, target_modules=targets)
+    Alpha is twice the rank, and beside it lies a file that is no strict JSON.
+    """
+    block = "blocks.{}." if names is TIMM else "encoder.layer.{}."
+    front = "trunk." if row.pooling == "conch" else ""
+    places = {}
+    for i, (layer, parts) in itertools.product(range(2), names.items()):
+        key = f"{front}blocks.{i}.{layer}.weight"
+        rows = shapes_of(row)[key][0] // len(parts)
+        for j, part in enumerate(parts):
+            places[front + block.format(i) + part] = (key, slice(j * rows, (j + 1) * rows))
+    shapes = {name: (at.stop - at.start, shapes_of(row)[key][1]) for name, (key, at) in places.items()}
+    tensors = halves(shapes, 32, seed)
+    ends = sorted({".".join(name.split(".")[-2:]) for name in places})
+    write(folder, tensors, **SPECTRA, target_modules=ends)
     (folder / "training_config.json").write_text('{"best_score": -Infinity}')
-    return tensors
-
-
-def in_timm(tensors):
-    """The same products, by the names and fused rows of timm."""
-    products = {}
-    for key in tensors:
-        if ".lora_A" in key:
-            layer = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            products[layer] = product(tensors, layer)
-    if any("query" in layer for layer in products):
-        named = {}
-        for i in range(2):
-            front, at = f"encoder.layer.{i}.", f"encoder.layer.{i}.attention.attention."
-            parts = [products[at + part] for part in ("query", "key", "value")]
-            mlp = [p for layer, p in products.items() if layer.startswith(f"{front}mlp.")]
-            named |= {f"blocks.{i}.attn.qkv": torch.cat(parts), f"blocks.{i}.mlp.fc1": mlp[0]}
-            named |= {f"blocks.{i}.attn.proj": products[f"{front}attention.output.dense"]}
-            named |= {f"blocks.{i}.mlp.fc2": mlp[1]}
-        return named
-    return products
+    return tensors, places
 
 
 @pytest.mark.parametrize(
-    ("row", "make"),
+    ("row", "names"),
     [
-        (TINY_VIT, timm_spectra),
-        (TINY_VIT, transformers_spectra),
-        (TINY_VIT, lambda row, seed: transformers_spectra(row, seed, ("mlp.weights_in", "mlp.weights_out"))),
-        (TINY_PHIKON, transformers_spectra),
-        (TINY_H0, timm_spectra),
-        (TINY_CONCH, timm_spectra),
+        (TINY_VIT, TIMM),
+        (TINY_VIT, DINOV2),
+        (TINY_VIT, SWIGLU),
+        (TINY_PHIKON, DINOV2),
+        (TINY_H0, TIMM),
+        (TINY_CONCH, TIMM),
     ],
     ids=["timm", "transformers", "swiglu of transformers", "phikon", "h0mini", "conch"],
 )
-def test_adapters_of_spectra_merge_into_any_row_that_fits(tmp_path, row, make):
+def test_adapters_of_spectra_merge_into_any_row_that_fits(tmp_path, row, names):
     checkpoint = save(base_file(row), tmp_path / "base" / "pytorch_model.bin")
-    before = load(row.name, checkpoint, None).tower.state_dict()
-    tensors = spectra(tmp_path / "spectra" / "seed1", row, make, 1)
+    tensors, places = spectra(tmp_path / "spectra" / "seed1", row, names)
     encoder = load(row.name, checkpoint, tmp_path / "spectra" / "seed1")
-    expected = in_timm(tensors)
-    changed = {k for k, v in encoder.tower.state_dict().items() if not torch.equal(v, before[k])}
-    assert changed == {f"{layer}.weight" for layer in expected}
-    for layer, update in expected.items():
-        value = encoder.tower.state_dict()[f"{layer}.weight"].double()
-        torch.testing.assert_close(value, before[f"{layer}.weight"].double() + 2 * update, rtol=0, atol=1e-5)
+    expected = {key: value.double() for key, value in tower_tensors(row).items()}
+    for layer, (key, rows) in places.items():
+        expected[key][rows] += 2 * product(tensors, layer)
+    for key, value in encoder.tower.state_dict().items():
+        torch.testing.assert_close(value.double(), expected[key], rtol=0, atol=1e-5)
     (merged,) = encoder.merged
     assert (merged["rank"], merged["scale"], len(merged["layers"])) == (32, 2.0, 8)
 
@@ -530,7 +478,7 @@ def test_adapters_of_spectra_merge_into_any_row_that_fits(tmp_path, row, make):
 def test_seeds_of_a_repository_are_told_apart(base, tmp_path, monkeypatch):
     files = {}
     for seed in range(3):
-        spectra(tmp_path / "spectra" / f"seed{seed}", TINY_VIT, timm_spectra, seed)
+        spectra(tmp_path / "spectra" / f"seed{seed}", TINY_VIT, seed=seed)
         for path in (tmp_path / "spectra" / f"seed{seed}").iterdir():
             files[f"seed{seed}/{path.name}"] = path.read_bytes()
     with local_hub(tmp_path / "hf", monkeypatch) as hub:
