@@ -22,8 +22,12 @@ def evaluate_parser() -> argparse.ArgumentParser:
         "before alignment.",
     )
     p.set_defaults(handler=run)
-    help = "a name or a folder; {fold} in it stands for what is held out, with an encoder for each"
-    add(p, "--encoder", required=True, help=help)
+    add(
+        p,
+        "--encoder",
+        required=True,
+        help="a name or a folder; {fold} in it stands for what is held out, with an encoder for each",
+    )
     p.add_argument("--base", metavar="NAME|FOLDER", help="the same encoder before alignment")
     p.add_argument(
         "--sections",

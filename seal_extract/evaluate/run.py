@@ -166,6 +166,7 @@ def evaluate(
         for panel in [panels[name]]
     ]
     requests = [request for request in (encoder, base) if request is not None]
+    warnings = [warning for request in requests for warning in _seen(request, folds)]
     contenders = [_embedded(request, sections, pairs, folds, options.batch_size, log) for request in requests]
     if base is not None:
         contenders[1] = replace(contenders[1], name=f"{contenders[1].name}, before alignment")
@@ -182,7 +183,6 @@ def evaluate(
         "encoder": os.fspath(encoder.name_or_path),
         "base": None if base is None else os.fspath(base.name_or_path),
     }
-    warnings = [warning for request in requests for warning in _seen(request, folds)]
     return Evaluation(found, tables(found), about, warnings)
 
 

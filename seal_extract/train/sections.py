@@ -77,7 +77,7 @@ class Section:
                 raise UsageError(
                     f"{self.name}: {len(twice)} {what}s occur twice, the first is {twice[0]}; make it unique"
                 )
-        _check_scale(self.name, _values(self.counts), self.scale)
+        _check_scale(self.name, self.counts, self.scale)
 
     def __repr__(self) -> str:
         mpp = "µm/px of the file" if self.mpp is None else f"{self.mpp:.4g} µm/px by {self.mpp_source}"
@@ -98,8 +98,7 @@ class Section:
         Raises:
             UsageError: a gene that was not measured here.
         """
-        columns = self._columns(genes)
-        values = self.counts if columns is None else self.counts[:, columns]
+        values = self.counts if genes is None else self.counts[:, self._columns(genes)]
         values = np.asarray(values.toarray() if hasattr(values, "toarray") else values, np.float64)
         if self.scale == "log1p":
             return np.asarray(values, np.float32)
@@ -147,9 +146,7 @@ class Section:
             embeddings=None if self.embeddings is None else self.embeddings[rows],
         )
 
-    def _columns(self, genes: Sequence[str] | None) -> list[int] | None:
-        if genes is None:
-            return None
+    def _columns(self, genes: Sequence[str]) -> list[int]:
         place = {gene: i for i, gene in enumerate(self.genes)}
         missing = [gene for gene in genes if gene not in place]
         if missing:
@@ -186,11 +183,8 @@ def choose_panel(sections: Sequence[Section], count: int) -> tuple[str, ...]:
     return tuple(common[i] for i in order)
 
 
-def _values(counts: Any) -> NDArray[Any]:
-    return np.asarray(counts.data if hasattr(counts, "toarray") else counts).ravel()
-
-
-def _check_scale(name: str, values: NDArray[Any], scale: str) -> None:
+def _check_scale(name: str, counts: Any, scale: str) -> None:
+    values = np.asarray(counts.data if hasattr(counts, "toarray") else counts).ravel()
     if not np.isfinite(values).all() or (len(values) and values.min() < 0):
         raise UsageError(f"{name}: counts hold NaN, infinity or numbers below 0; give raw counts")
     whole = not len(values) or bool((values == np.round(values)).all())

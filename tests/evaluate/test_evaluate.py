@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -76,9 +77,6 @@ def test_a_constant_gene_has_no_r_and_a_constant_prediction_has_none_to_gain():
     r = pearson(np.array([[1.0, 0.3], [2.0, 0.3], [3.0, 0.3]]), observed)
     assert np.isnan(r[0])
     assert r[1] == 0
-
-
-def test_constant_genes_are_counted_and_left_out_of_the_mean():
     x, y, sections = linear_data()
     y[sections == "a", 0] = 1.5
     score = score_fold(x, folds_of(y, sections)[0])
@@ -182,7 +180,7 @@ def test_a_permutation_stays_within_the_training_rows_of_a_section():
 def test_folds_may_have_their_own_encoder_and_panel():
     x, y, sections = linear_data()
     folds = folds_of(y, sections)
-    short = Fold("c", folds[2].train, folds[2].held_out, y[:, :2], ("g0", "g1"), sections, sections)
+    short = replace(folds[2], expression=y[:, :2], panel=("g0", "g1"))
     own = {fold: Embeddings(images) for fold, images in {"a": x, "b": x[:, :3], "c": x}.items()}
     found = compare([Contender("own", own)], [folds[0], folds[1], short], probes=[HEST], seeds=2)
     assert [len(score.per_gene) for score in found.scores["own", HEST.name]] == [4, 4, 2]
@@ -203,20 +201,19 @@ def test_leave_one_out_holds_out_every_group_once():
 # --- retrieval --------------------------------------------------------------------------------
 
 
-def test_equal_embeddings_are_found_first():
+def test_equal_embeddings_are_found_first_and_ties_share_their_ranks():
     points = RNG(0).normal(size=(50, 8))
     found = retrieve(points * 7, points)  # length does not matter
     assert found.to_expression.recall == {1: 1.0, 5: 1.0, 10: 1.0}
     assert found.to_expression.median_rank == found.to_image.median_rank == 1
     assert found.chance.recall == {1: 0.02, 5: 0.1, 10: 0.2}
-
-
-def test_the_ranks_of_a_permuted_identity():
-    """Rows of the identity, shifted by one: the right partner shares ranks 2 to N with all others."""
-    eye = np.eye(4)
-    found = retrieve(eye, np.roll(eye, 1, axis=0), ks=(1, 2, 3))
+    # rows of the identity, shifted by one: the right partner shares ranks 2 to N with all others
+    found = retrieve(np.eye(4), np.roll(np.eye(4), 1, axis=0), ks=(1, 2, 3))
     assert found.to_expression.recall == {1: 0, 2: 0, 3: 1}
     assert found.to_expression.median_rank == 3
+    found = retrieve(np.ones((101, 4)), np.ones((101, 4)))
+    assert found.to_expression.median_rank == found.chance.median_rank == 51
+    assert found.to_expression.recall[10] == 0
 
 
 def test_the_two_directions_by_hand():
@@ -228,12 +225,6 @@ def test_the_two_directions_by_hand():
     assert found.to_image.recall == pytest.approx({1: 1 / 3, 2: 1})
 
 
-def test_embeddings_that_are_all_alike_are_in_the_middle():
-    found = retrieve(np.ones((101, 4)), np.ones((101, 4)))
-    assert found.to_expression.median_rank == found.chance.median_rank == 51
-    assert found.to_expression.recall[10] == 0
-
-
 def test_random_embeddings_are_at_chance():
     found = retrieve(RNG(0).normal(size=(800, 16)), RNG(1).normal(size=(800, 16)))
     assert found.to_expression.recall[10] == pytest.approx(found.chance.recall[10], abs=0.012)
@@ -243,21 +234,18 @@ def test_random_embeddings_are_at_chance():
 # --- tables -----------------------------------------------------------------------------------
 
 
-def test_the_table_has_every_line_beside_the_encoder_and_the_same_numbers_everywhere():
+def test_the_table_has_every_contender_and_the_same_numbers_everywhere():
     x, y, sections = linear_data()
-    lines = [contender("enc", x, x), contender("base", x[:, :2]), contender("hand-made", x[:, :1])]
-    made = tables(compare(lines, folds_of(y, sections), seeds=3))
+    contenders = [contender("enc", x, x), contender("base", x[:, :2]), contender("hand-made", x[:, :1])]
+    made = tables(compare(contenders, folds_of(y, sections), seeds=3))
     first = made[0]
     assert [row.name for row in first.rows] == ["enc", "enc, rows permuted", "base", "hand-made"]
     assert first.columns == ("a", "b", "c")
     assert first.rows[1].spread is not None
-    joint = [table for table in made if "space of the alignment" in table.title]
-    assert [row.name for row in joint[0].rows] == [
-        "enc, image to expression",
-        "enc, expression to image",
-        "chance",
-    ]
-    assert joint[0].rows[0].values == (1.0, 1.0, 1.0)
+    joint = next(table for table in made if "space of the alignment" in table.title)
+    both = ["enc, image to expression", "enc, expression to image"]
+    assert [row.name for row in joint.rows] == [*both, "chance"]
+    assert joint.rows[0].values == (1.0, 1.0, 1.0)
 
     numbers = {(t, line, fold): v for t, line, fold, v, _ in list(csv.reader(io.StringIO(to_csv(made))))[1:]}
     as_json = json.loads(json.dumps(first.to_json(), allow_nan=False))
@@ -326,7 +314,6 @@ def test_bad_input_is_one_line():
     fold = folds_of(y, sections)[0]
     holed = x.copy()
     holed[7, 2] = np.nan
-    panel = fold.panel
     for message, call in [
         (r"embeddings hold NaN or infinity in 1 of 240 rows, first in row 7", lambda: fit_probe(holed, y)),
         (r"embeddings are \[239, 6\], expression is \[240, 4\]", lambda: fit_probe(x[1:], y)),
@@ -335,14 +322,8 @@ def test_bad_input_is_one_line():
         (r"predicted is \[2, 1\], observed \[3, 1\]", lambda: pearson(np.ones((2, 1)), np.ones((3, 1)))),
         (r"images are \[2, 3\], expression is \[2, 4\]", lambda: retrieve(np.ones((2, 3)), np.ones((2, 4)))),
         (r"contenders are \['l', 'l'\]", lambda: compare([contender("l", x)] * 2, [fold])),
-        (
-            r"1 of them in both",
-            lambda: Fold("f", np.arange(3), np.arange(2, 9), y, panel, sections, sections),
-        ),
-        (
-            r"the panel has 3 genes",
-            lambda: Fold("f", fold.train, fold.held_out, y, panel[1:], sections, sections),
-        ),
+        (r"1 of them in both", lambda: replace(fold, train=np.arange(3), held_out=np.arange(2, 9))),
+        (r"the panel has 3 genes", lambda: replace(fold, panel=fold.panel[1:])),
         (r"components is 0", lambda: Probe("none", components=0)),
     ]:
         with pytest.raises(UsageError, match=message) as caught:

@@ -52,6 +52,14 @@ def write_patches(path, order, stated=STATED):
         file["coords"].attrs.update(stated)
 
 
+def precut(folder, order=range(SPOTS), stated=STATED):
+    """A section of HEST of which only the ready-cut patches were downloaded."""
+    write_hest(folder, meta=META, slide=False)
+    write_patches(folder / "patches/TENX1.h5", order, stated)
+    (section,) = find_sections(folder)
+    return section
+
+
 def expected_expression(omics, rows):
     """Counts to 10,000 a spot, log1p, half from the spots around, in the order of the encoder's genes."""
     counts, place = counts_of(SPOTS), {tuple(rc): i for i, rc in enumerate(hexagon().tolist())}
@@ -65,10 +73,8 @@ def expected_expression(omics, rows):
 
 
 def test_ready_cut_patches_and_expression_meet_by_barcode(tmp_path, encoder, omics):
-    write_hest(tmp_path, meta=META, slide=False)
     order = [11, 3, 24, 0, 7]
-    write_patches(tmp_path / "patches/TENX1.h5", order)
-    (section,) = find_sections(tmp_path)
+    section = precut(tmp_path, order)
     with pytest.warns(UserWarning, match="20 of 25 spots are left out, as they have no patch"):
         path = embed_spots(section, encoder, tmp_path / "out", omics)
     assert path == tmp_path / "out/TENX1.h5ad"
@@ -96,9 +102,7 @@ def test_patches_are_cut_from_the_slide_where_it_is_there(tmp_path, encoder, omi
 
 
 def test_the_same_request_is_finished_and_another_is_refused(tmp_path, encoder, omics):
-    write_hest(tmp_path, meta=META, slide=False)
-    write_patches(tmp_path / "patches/TENX1.h5", range(SPOTS))
-    (section,) = find_sections(tmp_path)
+    section = precut(tmp_path)
     path = embed_spots(section, encoder, tmp_path, omics)
     before = path.stat().st_mtime_ns
     assert embed_spots(section, encoder, tmp_path, omics) == path
@@ -111,9 +115,7 @@ def test_the_same_request_is_finished_and_another_is_refused(tmp_path, encoder, 
 
 
 def test_genes_are_never_guessed(tmp_path, encoder, omics):
-    write_hest(tmp_path, meta=META, slide=False)
-    write_patches(tmp_path / "patches/TENX1.h5", range(SPOTS))
-    (section,) = find_sections(tmp_path)
+    section = precut(tmp_path)
     omics.genes = (*GENES[:2], "OTHER1", "OTHER2", "OTHER3")
     with pytest.raises(UsageError, match=r"TENX1 has 2 of the 5 genes of untrained-demo, such as ACTB"):
         embed_spots(section, encoder, tmp_path / "out", omics)
@@ -133,9 +135,7 @@ def test_genes_are_never_guessed(tmp_path, encoder, omics):
     ],
 )
 def test_ready_cut_patches_of_another_scale_are_refused(tmp_path, encoder, stated, message):
-    write_hest(tmp_path, meta=META, slide=False)
-    write_patches(tmp_path / "patches/TENX1.h5", range(SPOTS), stated)
-    (section,) = find_sections(tmp_path)
+    section = precut(tmp_path, stated=stated)
     with pytest.raises(UsageError, match=message):
         embed_spots(section, encoder, tmp_path / "out")
 

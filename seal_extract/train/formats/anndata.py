@@ -130,7 +130,7 @@ def _open(path: Path, name: str) -> Any:
     anndata = needed("anndata")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about old files, and about names that `unique_genes` checks
+            warnings.simplefilter("ignore")  # about old files, and about names that occur twice
             data = anndata.read_h5ad(path)
             if "in_tissue" in data.obs:
                 data = data[np.asarray(data.obs["in_tissue"]).astype(float) != 0].copy()

@@ -76,7 +76,11 @@ class Source(Options, frozen=True):
         advice: str = "",
         embeddings: Expression | None = None,
     ) -> Section:
-        """The section of what a file holds; its µm/px is that of the spots' pitch, else the stated one."""
+        """The section of a file's counts [N, G] and positions [N, 2].
+
+        Its µm/px is that of the spots' pitch, else the ``stated`` one, by default the option ``mpp``.
+        ``advice`` completes the message about genes that occur twice.
+        """
         unique, counts = self._unique_genes(name, genes, counts, advice)
         xy_l0 = checked_positions(name, xy_l0)
         by_pitch = None
