@@ -1,7 +1,7 @@
-"""Many slides: what is finished is passed over, what fails is told and tried again next time.
+"""Many slides: finished slides are skipped; failed slides are reported, and tried again by the next run.
 
-A run may be killed at any moment. Features have their final names only when they are whole, and so the same
-command goes on where it stopped.
+A run may be killed at any moment: features get their final names only when they are complete, so the same
+command continues where it stopped.
 """
 
 from __future__ import annotations
@@ -50,7 +50,6 @@ class Engine(Protocol):
         self,
         jobs: Sequence[SlideJob],
         encoders: Sequence[EncoderRequest | Encoder],
-        out: Path,
         options: ExtractOptions,
         progress: Progress | None,
     ) -> Iterator[SlideResult]:
@@ -65,22 +64,21 @@ class ThisProcess:
         self,
         jobs: Sequence[SlideJob],
         encoders: Sequence[EncoderRequest | Encoder],
-        out: Path,
         options: ExtractOptions,
         progress: Progress | None,
     ) -> Iterator[SlideResult]:
         """See `Engine.run`."""
         from seal_extract.run import slide_process
-        from seal_extract.run.extract import extract_many
+        from seal_extract.run.extract import extract_jobs
 
         slide_process.start_ahead(options)
         loaded = [e.load() if isinstance(e, EncoderRequest) else e for e in encoders]
-        yield from extract_many(jobs, loaded, out, options=options, progress=progress)
+        yield from extract_jobs(jobs, loaded, options, progress)
 
 
 @dataclass(frozen=True)
 class CohortReport:
-    """What became of a cohort.
+    """The results of a cohort.
 
     Attributes:
         rows: one per slide of this run, and per file that was ignored.
@@ -94,12 +92,12 @@ class CohortReport:
 
     @property
     def done(self) -> tuple[StatusRow, ...]:
-        """Those that are embedded, now or before."""
+        """Slides that are embedded, by this run or a former one."""
         return tuple(row for row in self.rows if row.status == DONE)
 
     @property
     def failed(self) -> tuple[StatusRow, ...]:
-        """Those that failed."""
+        """Slides that failed."""
         return tuple(row for row in self.rows if row.status == FAILED)
 
     def __repr__(self) -> str:
@@ -123,7 +121,7 @@ def extract_cohort(
     """Embed slides with one or several encoders, each slide read once for all of them.
 
     Slides that were finished before are recognised without loading any encoder; those that failed before are
-    tried again. ``status.csv`` in ``out`` tells what became of each, while the run goes on.
+    tried again. ``status.csv`` in ``out`` has a row for each slide, written as soon as its result is known.
 
     Args:
         slides: from `list_slides`, or what it takes: files, folders, patterns, URLs, tables.
@@ -133,11 +131,11 @@ def extract_cohort(
         engine: where the work is done; this process by default.
         retry_failed: only the slides that the table says have failed.
         status_name: of the table, for runs that share ``out``.
-        on_result: told what became of each slide, as soon as it is known.
+        on_result: called with the result of each slide, as soon as it is known.
         progress: called with (slide, patches done, patches in all) after each batch, by a thread.
 
     Raises:
-        SealExtractError: what is the same for every slide: an encoder that cannot be loaded, options that
+        SealExtractError: an error that every slide would have: an encoder that cannot be loaded, options that
             contradict each other, a folder that cannot be written.
     """
     started = perf_counter()
@@ -149,7 +147,7 @@ def extract_cohort(
     before = read_status_rows(path)
 
     def is_of_grid(row: StatusRow) -> bool:
-        # an older version's rows name none, and where coordinates are given they decide
+        # rows of an older version have no grid; with --coords the grid of a slide is not known yet
         return not grid or row.grid in ("", grid)
 
     entries = keep_names(listed.entries, Path(out))
@@ -163,7 +161,7 @@ def extract_cohort(
     table = StatusFile(path, [*others, *ignored])
     rows = list(ignored)
 
-    def tell(result: SlideResult) -> None:
+    def record(result: SlideResult) -> None:
         row = StatusRow.of(result, grid)
         rows.append(row)
         table.add(row)
@@ -176,13 +174,13 @@ def extract_cohort(
         if isinstance(job, SlideJob):
             waiting.append(job)
         else:
-            tell(job)
+            record(job)
     if waiting:
         if options.stage_dir is None:
             for job in waiting:
                 refuse_uncopied(job.entry)
-        for result in (engine or ThisProcess()).run(waiting, asked, Path(out), options, progress):
-            tell(result)
+        for result in (engine or ThisProcess()).run(waiting, asked, options, progress):
+            record(result)
     return CohortReport(tuple(rows), path, perf_counter() - started)
 
 
@@ -199,7 +197,9 @@ def _failed_before(
     entries: Sequence[SlideEntry], before: list[StatusRow], path: Path
 ) -> tuple[SlideEntry, ...]:
     if not before:
-        raise UsageError(f"--retry-failed: there is no {path} that says what failed; leave it out")
+        raise UsageError(
+            f"--retry-failed: {path} with the failed slides does not exist; leave --retry-failed out"
+        )
     failed = {row.name for row in before if row.status == FAILED}
     return tuple(entry for entry in entries if entry.name in failed)
 

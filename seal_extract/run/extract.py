@@ -29,7 +29,7 @@ from seal_extract.run import slide_process
 from seal_extract.run.channel import Channel, Stopped
 from seal_extract.run.embed import Embedder, open_embedder
 from seal_extract.run.job import OpenSlide, Output, SlideJob
-from seal_extract.run.options import ExtractOptions, RunOptions
+from seal_extract.run.options import ExtractOptions
 from seal_extract.run.provenance import describe, fingerprint
 from seal_extract.run.resume import keep_names, without_finished
 from seal_extract.run.staging import Stage
@@ -39,10 +39,8 @@ from seal_extract.slides.entry import SlideEntry
 from seal_extract.slides.identity import file_stamp
 from seal_extract.slides.slide import Slide
 
-SLIDES_AHEAD = 2  # opened, and their tissue found, before their turn
-BATCHES_AHEAD = 3  # given to the encoders, or pictures to be drawn, before the first of them has been written
-
-SlideLike = str | os.PathLike[str] | SlideEntry | SlideJob
+SLIDES_AHEAD = 2  # opened, with their tissue found, before their turn to be read
+BATCHES_AHEAD = 3  # batches being encoded, or pictures to draw, that may wait to be written
 
 
 def extract(
@@ -55,18 +53,18 @@ def extract(
 ) -> SlideFeatures:
     """Embed the tissue of one slide into ``out``, in the layout of ``options``.
 
-    Beside the features it writes the coordinates, the tissue as GeoJSON and a picture of both. A file that
-    the same request finished before is returned as it is.
+    It also writes the coordinates, the tissue as GeoJSON and a picture of both. Features that the same slide,
+    options and weights made before are returned without any work.
 
     Args:
         slide: the slide file, or the URL of one.
-        encoder: from `load_encoder`; or a name or folder, whose weights are only loaded if they are needed.
+        encoder: from `load_encoder`; or a name or folder, whose weights are loaded only if they are needed.
         out: folder for the results.
         options: all choices.
         progress: called with (patches done, patches in all) after each batch.
 
     Raises:
-        SealExtractError: one of its children; nothing half-written is left.
+        SealExtractError: the slide cannot be embedded; no half-written file is left.
     """
     (entry,) = keep_names([SlideEntry.of(slide)], Path(out))
     if not isinstance(encoder, Encoder | EncoderRequest):
@@ -79,42 +77,60 @@ def extract(
             if progress is not None:
                 progress(done, total)
 
-        (result,) = extract_many([result], loaded, out, options=options, progress=on_batch)
+        (result,) = extract_jobs([result], [loaded], options, on_batch)
     if result.error is not None:
         raise result.error
     return result.features[0]
 
 
 def extract_many(
-    slides: Iterable[SlideLike],
+    slides: Iterable[str | os.PathLike[str] | SlideEntry],
     encoders: Encoder | Sequence[Encoder],
     out: str | os.PathLike[str],
     *,
     options: ExtractOptions = ExtractOptions(),
     progress: Progress | None = None,
 ) -> Iterator[SlideResult]:
-    """`extract` for slide after slide without a pause between them; a slide that fails stops no other.
+    """`extract` for many slides, without a pause between them; a slide that fails stops no other slide.
 
     Each slide is read once for all encoders.
 
     Args:
-        slides: slide files or URLs of different names, entries of a `SlideList`, or jobs; taken as their turn
-            comes near, by a thread.
+        slides: slide files or URLs of different names, or entries of a `SlideList`.
         encoders: one or several, from `load_encoder`, of different names, on one device.
         out: folder for the results.
         options: all choices.
         progress: called with (slide, patches done, patches in all) after each batch, by a thread.
 
     Yields:
-        The result of each slide, as soon as it is known.
+        The result of each slide, as soon as it is known; the order may differ from that of ``slides``.
 
     Raises:
-        SealExtractError: what would be the same for every slide, such as a patch size that an encoder
-            cannot take.
+        SealExtractError: an error that every slide would have, such as a patch size that an encoder cannot
+            take.
     """
     encoders = [encoders] if isinstance(encoders, Encoder) else list(encoders)
-    _check(encoders, options)
-    jobs: Iterable[SlideJob] = _list_jobs(slides, Path(out), options)
+    entries = (slide if isinstance(slide, SlideEntry) else SlideEntry.of(slide) for slide in slides)
+    jobs: Iterable[SlideJob] = (SlideJob.of(entry, Path(out), options) for entry in entries)
+    if isinstance(slides, Sequence):
+        jobs = list(jobs)
+    return extract_jobs(jobs, encoders, options, progress)
+
+
+def extract_jobs(
+    jobs: Iterable[SlideJob],
+    encoders: Sequence[Encoder],
+    options: ExtractOptions,
+    progress: Progress | None = None,
+) -> Iterator[SlideResult]:
+    """See `extract_many`; a `Channel` of jobs is stopped at the end."""
+    names = [encoder.spec.name for encoder in encoders]
+    if not names or len(set(names)) < len(names):
+        raise UsageError(f"encoders are {', '.join(names) or 'none'}; give one or more of different names")
+    check_layout(options.layout, names)
+    devices = {str(encoder.device) for encoder in encoders}
+    if len(devices) > 1:
+        raise UsageError(f"encoders lie on {', '.join(sorted(devices))}; load them on one device")
     with ExitStack() as stack:
         embedders = [
             open_embedder(encoder, options.patch_px, options.batch_size, options.workers)
@@ -125,33 +141,14 @@ def extract_many(
         stage = None
         if options.stage_dir is not None:
             stage = stack.enter_context(closing(Stage(options.stage_dir, int(options.stage_gb * 1e9))))
-            if isinstance(slides, Sequence):
-                jobs = list(jobs)
+            if isinstance(jobs, Sequence):
                 stage.check(job.entry for job in jobs)
-            jobs = stage.copied(jobs)
-        run = stack.enter_context(closing(_Run(jobs, encoders, embedders, options, stage, progress)))
-        for source in (slides, stage):  # in which a thread of the run may be waiting
+        copied = jobs if stage is None else stage.copied(jobs)
+        run = stack.enter_context(closing(_Run(copied, encoders, embedders, options, stage, progress)))
+        for source in (jobs, stage):  # in which a thread of the run may be waiting
             if isinstance(source, Channel | Stage):
                 stack.callback(source.stop)
         yield from run.results
-
-
-def _check(encoders: Sequence[Encoder], options: ExtractOptions) -> None:
-    names = [encoder.spec.name for encoder in encoders]
-    if not names or len(set(names)) < len(names):
-        raise UsageError(f"encoders are {', '.join(names) or 'none'}; give one or more of different names")
-    check_layout(options.layout, names)
-    devices = {str(encoder.device) for encoder in encoders}
-    if len(devices) > 1:
-        raise UsageError(f"encoders lie on {', '.join(sorted(devices))}; load them on one device")
-
-
-def _list_jobs(slides: Iterable[SlideLike], out: Path, options: ExtractOptions) -> Iterator[SlideJob]:
-    for slide in slides:
-        if not isinstance(slide, SlideJob):
-            entry = slide if isinstance(slide, SlideEntry) else SlideEntry.of(slide)
-            slide = SlideJob.of(entry, out, options)
-        yield slide
 
 
 class _Run:
@@ -162,7 +159,7 @@ class _Run:
         jobs: Iterable[SlideJob],
         encoders: Sequence[Encoder],
         embedders: Sequence[Embedder],
-        options: RunOptions,
+        options: ExtractOptions,
         stage: Stage | None,
         progress: Progress | None,
     ) -> None:
@@ -182,7 +179,7 @@ class _Run:
                 work()
             except Stopped:
                 pass
-            except BaseException as exc:  # is raised by whoever takes the results, and closes this
+            except BaseException as exc:  # the iteration over the results raises it
                 self.results.end(exc)
 
         thread = threading.Thread(target=body, name=work.__name__, daemon=True)
@@ -236,7 +233,7 @@ class _Run:
         with ExitStack() as stack:
             stack.callback(slide.close)
             layout = job.layout_of(grid)
-            if job.options.coords is not None:  # only their grid tells in which folder features would lie
+            if job.options.coords is not None:  # the folder of the features depends on their grid
                 unfinished = without_finished(unfinished, self._encoders, layout)
                 if isinstance(unfinished, SlideResult):
                     return unfinished
@@ -267,7 +264,7 @@ class _Run:
             provenance["slide"] |= {"path": entry.source, **state}
         else:
             provenance["slide"]["path"] = str(entry.path.resolve())  # not that of its copy
-        # features that are there and not finished hold more unreadable patches than are allowed now
+        # features that exist but do not count as finished have more unreadable patches than are allowed now
         there = opened.layout.find(entry.name, encoder.spec.name) is not None
         return Output(index, provenance, overwrite=job.options.overwrite or there)
 

@@ -1,7 +1,7 @@
-"""A cohort over all GPUs of a Ray cluster: one actor per GPU, or per share of the cores; a task per slide.
+"""A cohort on all GPUs of a Ray cluster: one actor per GPU, or per share of the cores; one task per slide.
 
-Scheduling, restarts and retries are Ray's. A slide whose worker died is given to a restarted one, which finds
-nothing of it, since features get their names only when they are whole.
+Ray does the scheduling, restarts and retries. A slide whose worker died is given to a restarted worker. That
+finds no half-written features, because features get their names only when they are complete.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seal_extract.encoders.request import EncoderRequest
@@ -27,11 +26,11 @@ from seal_extract.run.status_table import Progress, SlideResult
 if TYPE_CHECKING:
     from seal_extract.encoders import Encoder
 
-SLIDES_IN_HAND = 4  # of each worker: one at the encoder, the next opened and planned
+SLIDES_PER_WORKER = 4  # given to it at a time: one is encoded, the next are opened
 CORES_PER_WORKER = 4  # where there is no GPU
 RETRIES = 3  # of a slide whose worker died
-SAY_S = 30.0  # without a slide done, until the workers are said that have no room
-KNOCK_S = 10.0  # for a head node to answer
+WARN_S = 30.0  # without a finished slide, until a warning names the workers that have no room
+CONNECT_S = 10.0  # for a head node to answer
 
 
 @dataclass(frozen=True)
@@ -52,11 +51,10 @@ class RayEngine:
         self,
         jobs: Sequence[SlideJob],
         encoders: Sequence[EncoderRequest | Encoder],
-        out: Path,
         options: ExtractOptions,
         progress: Progress | None,
     ) -> Iterator[SlideResult]:
-        """See `Engine.run`; progress is told slide by slide.
+        """See `Engine.run`; progress is reported once per slide.
 
         Raises:
             UsageError: Ray is not installed, not reachable, or too small; or an encoder is no request.
@@ -68,7 +66,7 @@ class RayEngine:
         started = not ray.is_initialized()
         _connect(ray, self.address)
         try:
-            yield from self._run(ray, jobs, requests, out.resolve(), options, progress)
+            yield from self._run(ray, jobs, requests, options, progress)
         finally:
             if started:
                 ray.shutdown()
@@ -78,7 +76,6 @@ class RayEngine:
         ray: Any,
         jobs: Sequence[SlideJob],
         requests: list[EncoderRequest],
-        out: Path,
         options: ExtractOptions,
         progress: Progress | None,
     ) -> Iterator[SlideResult]:
@@ -87,7 +84,7 @@ class RayEngine:
         actor = ray.remote(_Worker).options(
             num_cpus=cores,
             num_gpus=gpus,
-            max_concurrency=SLIDES_IN_HAND,
+            max_concurrency=SLIDES_PER_WORKER,
             max_restarts=-1,
             max_task_retries=RETRIES,
         )
@@ -95,27 +92,27 @@ class RayEngine:
             options, stage_gb=options.stage_gb / _most_on_a_node(ray.nodes(), workers, cores, gpus)
         )
         theirs = replace(shared.resolved(), workers=options.workers or cores)
-        actors = [actor.remote(requests, out, theirs) for _ in range(workers)]
+        actors = [actor.remote(requests, theirs) for _ in range(workers)]
         waiting = [job.resolved() for job in reversed(jobs)]
         original = {job.entry.name: job.entry for job in jobs}
         placed = [one.is_there.remote() for one in actors]
         running: dict[Any, tuple[Any, SlideJob]] = {}
-        said = False
+        warned = False
 
-        def give(actor: Any) -> None:
+        def submit(actor: Any) -> None:
             job = waiting.pop()
             running[actor.embed.remote(job)] = actor, job
 
-        for i in range(min(len(waiting), SLIDES_IN_HAND * workers)):
-            give(actors[i % workers])
+        for i in range(min(len(waiting), SLIDES_PER_WORKER * workers)):
+            submit(actors[i % workers])
         while running:
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=None if said else SAY_S)
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=None if warned else WARN_S)
             if not ready:
-                said = _say_who_is_missing(ray, placed, cores, gpus)
+                warned = _warn_of_missing(ray, placed, cores, gpus)
                 continue
             free, job = running.pop(ready[0])
             if waiting:
-                give(free)
+                submit(free)
             try:
                 result: SlideResult = ray.get(ready[0])
             except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as exc:
@@ -135,9 +132,9 @@ class RayEngine:
 def shares(
     nodes: list[dict[str, Any]], workers: int | None = None, cores: int | None = None
 ) -> tuple[int, int, int]:
-    """Workers, and the cores and GPUs of each, so that every worker fits on one node.
+    """The number of workers, and the cores and GPUs of each, so that every worker fits on one node.
 
-    Where any node has a GPU each worker takes one, and nodes without stay idle.
+    If any node has a GPU, each worker takes one, and nodes without a GPU stay idle.
 
     Args:
         nodes: as `ray.nodes` gives them.
@@ -145,7 +142,7 @@ def shares(
         cores: of each; the most with which all of them have room, by default.
 
     Raises:
-        UsageError: there is no room for them.
+        UsageError: the nodes have no room for them.
     """
     there = [node["Resources"] for node in nodes if node["Alive"]]
     have = [(int(n.get("CPU", 0)), int(n.get("GPU", 0))) for n in there]
@@ -169,38 +166,38 @@ def shares(
 
 
 class _Worker:
-    """One stream over the slides that it is given; each call waits for its own."""
+    """One stream over the slides that it receives; each call waits for its own slide."""
 
-    def __init__(self, requests: list[EncoderRequest], out: Path, options: ExtractOptions) -> None:
-        self._requests, self._out, self._options = requests, out, options
+    def __init__(self, requests: list[EncoderRequest], options: ExtractOptions) -> None:
+        self._requests, self._options = requests, options
         self._jobs: Channel[SlideJob] = Channel()
         self._results: dict[str, Future[SlideResult]] = {}
         self._error: BaseException | None = None
         threading.Thread(target=self._stream, daemon=True).start()
 
     def is_there(self) -> bool:
-        """Answered once the cluster has found room for this worker."""
+        """Answers once the cluster has found room for this worker."""
         return True
 
     def embed(self, job: SlideJob) -> SlideResult:
-        """Embed a slide; several calls at once follow each other without a pause."""
+        """Embed a slide; concurrent calls follow each other without a pause."""
         future = self._results[job.entry.name] = Future()
         if self._error is not None:
             raise self._error
-        with suppress(Stopped):  # then the future has, or gets, what stopped the stream
+        with suppress(Stopped):  # the future then raises what stopped the stream
             self._jobs.put(job)
         result = future.result()
         del self._results[job.entry.name]
         return result
 
     def _stream(self) -> None:
-        from seal_extract.run.extract import extract_many
+        from seal_extract.run.extract import extract_jobs
 
         try:
             encoders = [request.load() for request in self._requests]
-            for result in extract_many(self._jobs, encoders, self._out, options=self._options):
+            for result in extract_jobs(self._jobs, encoders, self._options):
                 self._results[result.name].set_result(result)
-        except BaseException as exc:  # what stops one slide here stops all, also those to come
+        except BaseException as exc:  # it stops the other slides too, and those to come
             self._error = exc
             for future in list(self._results.values()):
                 if not future.done():
@@ -208,14 +205,14 @@ class _Worker:
 
 
 def _most_on_a_node(nodes: list[dict[str, Any]], workers: int, cores: int, gpus: int) -> int:
-    """Workers that may come to share the disk of one node."""
+    """The largest number of workers that can share the disk of one node."""
     have = [node["Resources"] for node in nodes if node["Alive"]]
     room = (min(n.get("CPU", 0) // cores, n.get("GPU", 0) // gpus if gpus else workers) for n in have)
     return max(1, min(workers, int(max(room, default=1))))
 
 
-def _say_who_is_missing(ray: Any, placed: list[Any], cores: int, gpus: int) -> bool:
-    """Warn of workers for which the cluster has no room now; whether there are any."""
+def _warn_of_missing(ray: Any, placed: list[Any], cores: int, gpus: int) -> bool:
+    """Warn of the workers for which the cluster has no room now; returns whether there are any."""
     _, missing = ray.wait(placed, num_returns=len(placed), timeout=0)
     if missing:
         warnings.warn(
@@ -242,7 +239,7 @@ def _connect(ray: Any, address: str | None) -> None:
     if ray.is_initialized():
         return
     try:
-        _knock(address)
+        _check_answers(address)
         ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level="ERROR")
     except (OSError, RuntimeError, ValueError) as exc:
         raise UsageError(
@@ -251,8 +248,8 @@ def _connect(ray: Any, address: str | None) -> None:
         ) from exc
 
 
-def _knock(address: str | None) -> None:
-    """Raise OSError where nobody answers at HOST:PORT; Ray itself would try for minutes, and say so often."""
+def _check_answers(address: str | None) -> None:
+    """Raise OSError if nothing answers at HOST:PORT: Ray itself would retry for minutes."""
     found = re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", address or "")
     if found is not None:
-        socket.create_connection((found[1], int(found[2])), KNOCK_S).close()
+        socket.create_connection((found[1], int(found[2])), CONNECT_S).close()

@@ -1,4 +1,4 @@
-"""``status.csv``: what became of each slide, a line as soon as it is known."""
+"""The result of a slide, and ``status.csv``, with a row for each slide as soon as its result is known."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class SlideResult:
         entry: the slide.
         features: one per encoder, in their order; empty if it failed.
         error: None if it went well.
-        seconds: from the end of the slide before it to its own.
-        finished_before: whether nothing had to be done.
+        seconds: from the end of the previous slide to the end of this one.
+        finished_before: a former run had made the features.
     """
 
     entry: SlideEntry
@@ -58,19 +58,19 @@ class StatusRow:
         slide: path of the file, or URL.
         name: of its results.
         status: ``"done"``, ``"failed"``, or ``"ignored"`` for a file that is no slide.
-        case_id: the patient, if a table said so.
+        case_id: the patient, if a table states it.
         patches: how many were embedded.
         tissue_mm2: area of tissue found, in square millimetres.
         mpp: µm/px at level 0.
-        mpp_source: where that was read.
+        mpp_source: where the µm/px comes from.
         reader: the library that opened the slide, and how its patches were decoded.
-        seconds: of the run that were this slide's.
-        patches_per_s: in that time.
+        seconds: time that the run spent on this slide.
+        patches_per_s: patches embedded per second of that time.
         read_errors: patches that could not be read, whose features are zeros.
-        grid: of its patches, such as ``20x_224px_0px_overlap``; empty where that is not known.
+        grid: name of its grid, such as ``20x_224px_0px_overlap``; empty if unknown.
         uncovered: share of the tissue under no patch.
-        padding: share of the patches' area beyond the slide.
-        warning: what contradicts the µm/px.
+        padding: share of the area of all patches that lies beyond the slide.
+        warning: a statement that contradicts the µm/px.
         reason: why it failed or was ignored.
     """
 
@@ -94,11 +94,11 @@ class StatusRow:
 
     @classmethod
     def of(cls, result: SlideResult, grid: str = "") -> StatusRow:
-        """What a result says; of several encoders the first, as they share patches and errors.
+        """The row of a result; of several encoders the first counts, as they share patches and errors.
 
         Args:
             result: of one slide.
-            grid: that was asked for.
+            grid: name of the grid that was asked for, which a failed slide lacks.
         """
         entry = result.entry
         where: dict[str, Any] = {"slide": entry.source, "name": entry.name, "case_id": entry.case_id or ""}
@@ -137,10 +137,10 @@ COLUMNS = tuple(field.name for field in fields(StatusRow))
 
 
 class StatusFile:
-    """The table of a run, which takes up that of the run before.
+    """The table of a run, which begins with the rows of former runs.
 
-    Lines are appended, so that a run that is killed leaves all but its last; each slide counts by its last
-    of each grid.
+    Rows are appended, so that a killed run loses at most its last row. Of several rows of one slide and grid,
+    the last one counts.
     """
 
     def __init__(self, path: Path, before: Iterable[StatusRow] = ()) -> None:
@@ -166,12 +166,12 @@ class StatusFile:
 
 
 def read_status(path: str | os.PathLike[str]) -> dict[str, StatusRow]:
-    """The last line of each slide, by its name; nothing where there is no table."""
+    """The last row of each slide, by its name; empty if there is no table."""
     return {row.name: row for row in read_status_rows(path)}
 
 
 def read_status_rows(path: str | os.PathLike[str]) -> list[StatusRow]:
-    """The last line of each slide and grid; nothing where there is no table."""
+    """The last row of each slide and grid; empty if there is no table."""
     try:
         with Path(path).open(newline="", encoding="utf-8", errors="replace") as file:
             lines = list(csv.DictReader(file))
@@ -192,7 +192,7 @@ NUMBERS = {"patches": int, "read_errors": int} | dict.fromkeys(
 
 
 def _row(cells: dict[str, Any]) -> StatusRow | None:
-    """A line of the table; None for one that a killed run left unfinished."""
+    """A row of the table; None for one that a killed run left incomplete."""
     try:
         values: dict[str, Any] = {
             name: (NUMBERS[name](cells[name]) if cells[name] else None)

@@ -86,7 +86,7 @@ def test_workers_that_fit_on_no_node_are_refused(nodes, asked, words):
 def test_what_the_cluster_has_no_room_for_is_said(drawn_slides, encoder_folder, tmp_path, monkeypatch):
     """Another job holds the only core: the worker waits, and that is told while it does."""
     ray = pytest.importorskip("ray")
-    monkeypatch.setattr("seal_extract.run.ray_engine.SAY_S", 1.0)
+    monkeypatch.setattr("seal_extract.run.ray_engine.WARN_S", 1.0)
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         holding = ray.remote(num_cpus=1)(lambda: time.sleep(8)).remote()
