@@ -38,8 +38,7 @@ class Channel(Generic[T]):
             self._changed.wait_for(
                 lambda: self._stopped or self._size is None or len(self._items) < self._size
             )
-            if self._stopped:
-                raise Stopped
+            self.check()
             self._items.append(item)
             self._changed.notify_all()
 
@@ -56,6 +55,11 @@ class Channel(Generic[T]):
             self._stopped = True
             self._changed.notify_all()
 
+    def check(self) -> None:
+        """Raise `Stopped` if the channel was stopped."""
+        if self._stopped:
+            raise Stopped
+
     def is_ready(self) -> bool:
         """Whether iterating goes on without waiting."""
         return bool(self._items) or self._ended or self._stopped
@@ -66,8 +70,7 @@ class Channel(Generic[T]):
     def __next__(self) -> T:
         with self._changed:
             self._changed.wait_for(self.is_ready)
-            if self._stopped:
-                raise Stopped
+            self.check()
             if self._items:
                 item = self._items.popleft()
                 self._changed.notify_all()

@@ -210,6 +210,7 @@ class _Run:
 
     def _open(self) -> None:
         for job in self._jobs:
+            self._opened.check()
             started = perf_counter()
             try:
                 opened = self._open_slide(job)

@@ -147,9 +147,9 @@ class _SlideProcess:
         return answer
 
     def stop(self) -> None:
-        """End the process; the thread that waits for its answer clears up."""
+        """End the process if a thread waits for its answer; that thread clears up."""
         process = self._process
-        if process is not None and self._starter == os.getpid():
+        if self._asking.locked() and process is not None and self._starter == os.getpid():
             process.kill()
 
     def kill(self) -> None:

@@ -194,7 +194,7 @@ def test_failed_slides_are_tried_again_and_finished_ones_are_not(cohort, drawn_s
 
 def test_only_failed_slides_are_retried_when_asked_to(cohort, drawn_slides, encoder, tmp_path):
     with pytest.raises(
-        UsageError, match="--retry-failed: .*status.csv with the failed slides does not exist"
+        UsageError, match=r"--retry-failed: .*status\.csv with the failed slides does not exist"
     ):
         extract_cohort(cohort, encoder, tmp_path / "out", retry_failed=True)
     add_broken(cohort, drawn_slides, 2)
