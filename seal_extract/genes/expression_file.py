@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -219,7 +219,6 @@ def write_expression(
     *,
     signatures: Sequence[FittedSignature] = (),
     overwrite: bool = False,
-    progress: Callable[[int], None] | None = None,
 ) -> Expression:
     """Predict expression and write it, some thousand patches at a time.
 
@@ -232,7 +231,6 @@ def write_expression(
         columns: genes by their column; all by default.
         signatures: from `fit_signatures`.
         overwrite: replace the file's genes and signatures.
-        progress: called after each block with the number of finished patches.
 
     Raises:
         OutputError: the file was not written by this package, or was made from other features or weights, and
@@ -262,8 +260,6 @@ def write_expression(
     with write_rows(path, EXPRESSION, shape, np.float32, provenance, describe) as writer:
         for block in predicted(features, decoder, selection.columns):
             writer.append(block)
-            if progress is not None:
-                progress(writer.rows)
     return Expression(path, selection.genes, names, provenance)
 
 

@@ -1,6 +1,6 @@
-"""Single rows of features files, by their place in the file.
+"""Single rows of features files, read by their position in the file.
 
-Opening it as HDF5 takes 2 ms, so that reading what a search found would take longer than the search.
+Opening a file as HDF5 takes 2 ms, so reading the rows that a search found would take longer than the search.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ LAYABLE = ("<f4", "<f2")
 
 @dataclass(frozen=True)
 class RowPlaces:
-    """Where the rows of a features file lie: in chunks of whole rows, as this package writes them.
+    """Positions of the rows of a features file, which this package writes in chunks of whole rows.
 
     Attributes:
         dtype: ``"<f4"`` or ``"<f2"``.
         dim: columns.
         chunk_rows: rows in a chunk.
-        chunks: byte at which each begins; none where rows can only be had through HDF5.
-        checked: a checksum follows each chunk.
+        chunks: byte at which each chunk begins; empty if the rows can only be read through HDF5.
+        checked: whether a checksum follows each chunk.
     """
 
     dtype: str
@@ -43,21 +43,21 @@ class RowPlaces:
 
     @classmethod
     def of(cls, path: Path) -> RowPlaces:
-        """Look a file up.
+        """Find the rows of a file.
 
         Raises:
-            OutputError: it cannot be read.
+            OutputError: the file cannot be read.
         """
         try:
             with open_hdf5(path) as file:
                 rows = _rows(file)
                 (count, dim), dtype, chunk = rows.shape, rows.dtype.str, rows.chunks
-                plist, checked = rows.id.get_create_plist(), rows.fletcher32
-                plain = plist.get_nfilters() == int(checked)
+                checked = rows.fletcher32
+                plain = rows.id.get_create_plist().get_nfilters() == int(checked)
                 if not (plain and chunk and chunk[1] == dim and dtype in LAYABLE):
                     return cls(dtype, dim, 1)
-                infos = [rows.id.get_chunk_info_by_coord((row, 0)) for row in range(0, count, chunk[0])]
-                places = tuple(info.byte_offset for info in infos)
+                starts = range(0, count, chunk[0])
+                places = tuple(rows.id.get_chunk_info_by_coord((row, 0)).byte_offset for row in starts)
                 return cls(dtype, dim, chunk[0], () if None in places else places, checked)
         except DAMAGED as exc:
             raise OutputError(f"{path} cannot be read ({exc}); encode that slide again") from exc
@@ -65,31 +65,29 @@ class RowPlaces:
     def read(
         self, slide: SlideFeatures, rows: NDArray[np.int64], state: tuple[int, int]
     ) -> NDArray[np.float32]:
-        """Some rows as they are, float32 [B, D].
+        """Read some rows, float32 [B, D].
 
         Args:
             slide: the file.
-            rows: which.
-            state: size in bytes and time in ns that the file had when it was looked up.
+            rows: numbers of the rows.
+            state: the `file_state` of the file when its rows were found.
 
         Raises:
-            OutputError: it has another by now, or a row is not what was written.
+            OutputError: the file has changed since, or a checksum is wrong.
         """
         try:
             with slide.path.open("rb", buffering=0) as file:
                 if file_state(file.fileno()) != state:
                     raise OSError("it was replaced")
                 if self.chunks:
-                    parts = [self._row(file, row) for row in rows.tolist()]
-                    return np.array(parts, np.float32).reshape(-1, self.dim)
+                    read = [self._row(file, row) for row in rows.tolist()]
+                    return np.array(read, np.float32).reshape(-1, self.dim)
             with open_hdf5(slide.path) as opened:
-                return np.array([_rows(opened)[row] for row in rows.tolist()], np.float32).reshape(
-                    -1, self.dim
-                )
+                read = [_rows(opened)[row] for row in rows.tolist()]
+                return np.array(read, np.float32).reshape(-1, self.dim)
         except DAMAGED as exc:
             raise OutputError(
-                f"{slide.path} has changed since the index was opened; type --index build to bring "
-                "it up to date"
+                f"{slide.path} has changed since the index was opened; type --index build to update it"
             ) from exc
 
     def _row(self, file: FileIO, row: int) -> NDArray[Any]:
@@ -100,19 +98,21 @@ class RowPlaces:
             return np.frombuffer(file.read(width) or b"", self.dtype, self.dim)
         file.seek(start)
         chunk = file.read(self.chunk_rows * width + 4) or b""
-        if not _is_whole(chunk):
+        if not _checksum_fits(chunk):
             raise OutputError(
                 f"{file.name} is damaged at row {row}; encode that slide again with --overwrite"
             )
         return np.frombuffer(chunk, self.dtype, self.dim, within)
 
 
-def _is_whole(chunk: bytes) -> bool:
-    """Whether the last four bytes are the checksum of the others: HDF5's fletcher32, modulo 65535."""
+def _checksum_fits(chunk: bytes) -> bool:
+    """Whether the last four bytes are HDF5's fletcher32 of the others, modulo 65535."""
     words = np.frombuffer(chunk[:-4], ">u2").astype(np.int64)
-    said = int.from_bytes(chunk[-4:], "little")
+    stored = int.from_bytes(chunk[-4:], "little")
     first, second = int(words.sum()), int((words * np.arange(len(words), 0, -1)).sum())
-    return len(chunk) > 4 and (first - (said & 0xFFFF)) % 65535 == 0 and (second - (said >> 16)) % 65535 == 0
+    return (
+        len(chunk) > 4 and (first - (stored & 0xFFFF)) % 65535 == 0 and (second - (stored >> 16)) % 65535 == 0
+    )
 
 
 def _rows(file: h5py.File) -> h5py.Dataset:

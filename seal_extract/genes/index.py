@@ -1,7 +1,7 @@
-"""An index over the embeddings of a cohort: which patches are most alike, by the cosine of their embeddings.
+"""Which patches of a cohort are most alike, by the cosine of their embeddings.
 
-Exact by default: every row of every file is looked at, some thousand at a time. `FaissIndex`, in
-`seal_extract.genes.faiss_index`, answers from a folder on the disk and is for cohorts of millions.
+`ExactIndex` compares every row of every file, some thousand at a time. `FaissIndex`, in
+`seal_extract.genes.faiss_index`, answers from a folder on the disk and is meant for cohorts of millions.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,6 @@ from seal_extract.errors import OutputError, UsageError
 from seal_extract.features.store import SlideFeatures, read_pieces
 from seal_extract.genes.search import Found
 
-METRICS = ("cosine", "inner product")
 QUERIES = 256  # scored at a time: as many columns of scores as a piece has of features
 
 Rows = NDArray[np.float32]
@@ -29,13 +28,13 @@ Rows = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Hits:
-    """What a search found, best first; equal scores in the order of slides and rows.
+    """The patches that a search found, best first; patches with equal scores in the order of slides and rows.
 
     Attributes:
-        slides: that were searched.
+        slides: the slides that were searched.
         scores: float32 [Q, K]; -inf where a query has fewer hits than others.
-        slide: place in ``slides``, int32 [Q, K]; -1 there.
-        row: of the slide's patches, int64 [Q, K]; -1 there.
+        slide: position in ``slides``, int32 [Q, K]; -1 there.
+        row: row of the slide's features, int64 [Q, K]; -1 there.
     """
 
     slides: tuple[SlideFeatures, ...]
@@ -58,13 +57,28 @@ class Hits:
 
 
 class Index(Protocol):
-    """Finds the patches most alike."""
+    """Finds the patches that are most like an embedding.
+
+    Attributes:
+        slides: the slides that are searched.
+        dim: length of a query.
+    """
 
     slides: tuple[SlideFeatures, ...]
+    dim: int
 
     def search(self, query: NDArray[np.floating], k: int, *, skip: Found | None = None) -> list[Found]:
-        """The ``k`` patches most like ``query``, float [D]; see `ExactIndex.search`."""
-        ...
+        """The ``k`` patches most like an embedding, float [D], best first; see `search_many`.
+
+        Args:
+            query: the embedding.
+            k: number of patches; all if there are fewer.
+            skip: a patch to leave out, such as the one that the embedding is of.
+        """
+        if np.shape(query) != (self.dim,):
+            shape = list(np.shape(query))
+            raise UsageError(f"the query is {shape}; these features have {self.dim} numbers a patch")
+        return self.search_many(np.asarray(query)[None], k, skip=() if skip is None else (skip,)).of(0)
 
     def search_many(
         self,
@@ -74,64 +88,47 @@ class Index(Protocol):
         among: Collection[str] | None = None,
         skip: Sequence[Found] = (),
     ) -> Hits:
-        """The same of many, float [Q, D]; see `ExactIndex.search_many`."""
+        """The patches most like each of many embeddings.
+
+        Rows that are not finite are never found.
+
+        Args:
+            queries: float [Q, D], finite and not 0.
+            k: number of patches for each; all if there are fewer.
+            among: names of the slides to search; all by default.
+            skip: patches to leave out of all answers.
+
+        Raises:
+            UsageError: a query has another width, is not finite or is 0; ``k`` is below 1; or a slide of
+                ``among`` is unknown.
+            OutputError: a features file cannot be read.
+        """
         ...
 
 
-class ExactIndex:
-    """Looks at every row at every search; nothing is kept but the list of files.
-
-    Attributes:
-        slides: features of one encoder.
-        metric: ``"cosine"`` or ``"inner product"``.
-        dim: length of a query.
-    """
+class ExactIndex(Index):
+    """Compares every row at every search; only the list of files is kept in memory."""
 
     def __init__(
-        self,
-        slides: Sequence[SlideFeatures],
-        *,
-        metric: str = "cosine",
-        project: Callable[[Rows], Rows] | None = None,
+        self, slides: Sequence[SlideFeatures], *, project: Callable[[Rows], Rows] | None = None
     ) -> None:
-        """Hold the slides to one encoder.
+        """Check that the slides can be compared.
 
         Args:
             slides: features of one encoder.
-            metric: see above.
-            project: brings rows, float32 [B, D], into the space of the queries; see `image_head`.
+            project: maps rows, float32 [B, D], to the space of the queries; see `image_head`.
 
         Raises:
-            UsageError: they were made by several, or there is none; or there is no such metric.
+            UsageError: several encoders made them, or there are none.
         """
         check_one_encoder(slides)
-        if metric not in METRICS:
-            raise UsageError(f"metric is {metric!r}; allowed: {', '.join(METRICS)}")
-        self.slides, self.metric, self._project = tuple(slides), metric, project
-        self.dim = slides[0].dim
+        self.slides, self._project, self.dim = tuple(slides), project, slides[0].dim
         if project is not None:
             self.dim = project(np.zeros((1, self.dim), np.float32)).shape[1]
 
     def __repr__(self) -> str:
         return f"ExactIndex({len(self.slides)} slides, {sum(len(s.grid) for s in self.slides):,} patches)"
 
-    def search(self, query: NDArray[np.floating], k: int, *, skip: Found | None = None) -> list[Found]:
-        """The patches most like an embedding.
-
-        Args:
-            query: float [D], of any length but 0.
-            k: how many; all if there are fewer.
-            skip: a patch to leave out, such as the one that was asked with.
-
-        Returns:
-            Best first; equal ones in the order of slides and rows.
-
-        Raises:
-            UsageError: ``query`` is of another width, not finite or 0; or ``k`` is below 1.
-        """
-        queries = check_query(query, self.dim)[None]
-        return self.search_many(queries, k, skip=() if skip is None else (skip,)).of(0)
-
     def search_many(
         self,
         queries: NDArray[np.floating],
@@ -140,120 +137,99 @@ class ExactIndex:
         among: Collection[str] | None = None,
         skip: Sequence[Found] = (),
     ) -> Hits:
-        """The patches most like each of many embeddings; the files are read once for all of them.
+        """See `Index.search_many`; the files are read once for all queries.
 
-        Rows are scored in float32, and those that its rounding could have ranked otherwise once more in
-        float64: equal rows score equally wherever they lie. Memory is that of a piece of rows and of the
-        hits. Rows that are not finite are never found.
-
-        Args:
-            queries: float [Q, D], each of any length but 0.
-            k: how many for each; all if there are fewer.
-            among: names of the slides to look at; all by default.
-            skip: patches to leave out of all answers.
-
-        Raises:
-            UsageError: a query is of another width, not finite or 0; ``k`` is below 1; or a slide of
-                ``among`` is not here.
-            OutputError: a features file cannot be read.
+        Rows are scored in float32. Rows whose rank could depend on its rounding are scored again in float64,
+        so that equal rows have equal scores wherever they lie. The memory in use is that of a piece of rows
+        and of the hits.
         """
         wanted = check_queries(queries, self.dim, k)
-        chosen = places_of(self.slides, among)
-        left_out = rows_to_skip(self.slides, skip)
-        best = [Best(k) for _ in wanted]
-        for place in chosen:
+        skipped = rows_to_skip(self.slides, skip)
+        best = [TopK(k) for _ in wanted]
+        for place in places_of(self.slides, among):
             start = 0
             for read in pieces(self.slides[place]):
                 rows = read if self._project is None else self._project(read)
                 usable = np.asarray(np.isfinite(rows).all(axis=1))
-                gone = [row - start for row in left_out.get(place, ()) if start <= row < start + len(rows)]
+                gone = [row - start for row in skipped.get(place, ()) if start <= row < start + len(rows)]
                 usable[gone] = False
                 for first in range(0, len(wanted), QUERIES):
                     these = slice(first, first + QUERIES)
-                    self._add(rows, usable, wanted[these], best[these], place, start)
+                    _add_piece(rows, usable, wanted[these], best[these], place, start)
                 start += len(rows)
         return as_hits(self.slides, best)
 
-    def _add(
-        self, rows: Rows, usable: NDArray[np.bool_], queries: Rows, best: list[Best], place: int, start: int
-    ) -> None:
-        """Bring the best of each query up to date with a piece of a slide."""
-        with np.errstate(invalid="ignore", over="ignore"):  # of rows that are not usable
-            squares = np.einsum("ij,ij->i", rows, rows)
-            rough = rows @ (unit(queries) if self.metric == "cosine" else queries).T  # [B, Q]
-        length = np.sqrt(squares, where=usable, out=np.zeros_like(squares))
-        # sums of D products in float32 are off by less than D / 2**24 of their lengths (Higham 2002, 3.5):
-        # twice for two scores that are compared, twice for the length
-        slack = 4 * (rows.shape[1] + 8) * 2.0**-24
-        if self.metric == "cosine":
-            rough[usable] /= np.where(length > 0, length, 1)[usable, None]
-        else:
-            slack *= float(length.max(initial=0))
-        rough[~usable] = -np.inf
-        for query, scores, one in zip(queries, rough.T, best, strict=True):
-            bound = slack if self.metric == "cosine" else slack * float(np.linalg.norm(query))
-            floor = one.floor
-            if len(scores) > one.k:
-                floor = max(floor, float(np.partition(scores, -one.k)[-one.k]))
-            chosen = np.flatnonzero((scores >= floor - bound) & usable)
-            if len(chosen):
-                exact = exact_scores(rows[chosen], query, self.metric)
-                one.add(exact, np.full(len(chosen), place, np.int32), chosen + start)
+
+def _add_piece(
+    rows: Rows, usable: NDArray[np.bool_], queries: Rows, best: list[TopK], place: int, start: int
+) -> None:
+    """Add the best rows of a piece of a slide to the best of each query."""
+    with np.errstate(invalid="ignore", over="ignore"):  # of rows that are not usable
+        length = np.sqrt(np.einsum("ij,ij->i", rows, rows))
+        rough = rows @ unit(queries).T  # [B, Q]
+    rough[usable] /= np.where(length > 0, length, 1)[usable, None]
+    rough[~usable] = -np.inf
+    # sums of D products in float32 are off by less than D / 2**24 of their lengths (Higham 2002, 3.5):
+    # twice for two scores that are compared, twice for the length
+    slack = 4 * (rows.shape[1] + 8) * 2.0**-24
+    for query, scores, one in zip(queries, rough.T, best, strict=True):
+        floor = one.floor
+        if len(scores) > one.k:
+            floor = max(floor, float(np.partition(scores, -one.k)[-one.k]))
+        chosen = np.flatnonzero((scores >= floor - slack) & usable)
+        if len(chosen):
+            exact = exact_scores(rows[chosen], query)
+            one.add(exact, np.full(len(chosen), place, np.int32), chosen + start)
 
 
-class Best:
-    """The best of one query so far: scores float32 [n], slide int32 [n], row int64 [n], n up to ``k``."""
+class TopK:
+    """The best n patches of one query: scores float32 [n], slide int32 [n], row int64 [n], n up to ``k``."""
 
     def __init__(self, k: int) -> None:
-        self.k = k
-        self.scores, self.slide, self.row = (
-            np.empty(0, np.float32),
-            np.empty(0, np.int32),
-            np.empty(0, np.int64),
-        )
+        self.k, self.scores = k, np.empty(0, np.float32)
+        self.slide, self.row = np.empty(0, np.int32), np.empty(0, np.int64)
 
     @property
     def floor(self) -> float:
-        """What a patch must score to come in."""
+        """The lowest score that can still enter."""
         return float(self.scores[-1]) if len(self.scores) == self.k else -np.inf
 
     def add(self, scores: Rows, slide: NDArray[np.int32], row: NDArray[np.int64]) -> None:
-        """Take more patches in, in the order of score, slide and row."""
+        """Add patches, in the order of score, slide and row."""
         scores, slide = np.concatenate([self.scores, scores]), np.concatenate([self.slide, slide])
         row = np.concatenate([self.row, row])
         order = np.lexsort((row, slide, -scores))[: self.k]
         self.scores, self.slide, self.row = scores[order], slide[order], row[order]
 
 
-def as_hits(slides: tuple[SlideFeatures, ...], best: Sequence[Best]) -> Hits:
-    """The best of all queries side by side."""
+def as_hits(slides: tuple[SlideFeatures, ...], best: Sequence[TopK]) -> Hits:
+    """The best patches of all queries side by side."""
     shape = (len(best), max((len(one.scores) for one in best), default=0))
-    scores, slide, row = np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int32), np.full(shape, -1)
+    scores, slide = np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int32)
+    row = np.full(shape, -1, np.int64)
     for q, one in enumerate(best):
         n = len(one.scores)
         scores[q, :n], slide[q, :n], row[q, :n] = one.scores, one.slide, one.row
-    return Hits(slides, scores, slide, row.astype(np.int64, copy=False))
+    return Hits(slides, scores, slide, row)
 
 
-def exact_scores(rows: Rows, query: Rows, metric: str = "cosine") -> Rows:
-    """Scores of rows [B, D] in float64, rounded to float32 [B]; each as if it were alone."""
+def exact_scores(rows: Rows, query: Rows) -> Rows:
+    """Cosine of rows [B, D] to a query in float64, rounded to float32 [B]; independent of other rows."""
     many, one = rows.astype(np.float64), query.astype(np.float64)
     scores = (many * one).sum(1)  # not a matrix product, whose sums depend on where a row lies
-    if metric == "cosine":
-        length = np.sqrt((many * many).sum(1)) * np.sqrt((one * one).sum())
-        scores /= np.where(length > 0, length, 1)
-    rounded: Rows = scores.astype(np.float32)
+    length = np.sqrt((many * many).sum(1)) * np.sqrt((one * one).sum())
+    rounded: Rows = (scores / np.where(length > 0, length, 1)).astype(np.float32)
     return rounded
 
 
-# --- what may be asked ------------------------------------------------------------------------------
+# --- what can be searched -------------------------------------------------------------------------
 
 
 def check_one_encoder(slides: Sequence[SlideFeatures]) -> str:
-    """The identity of the encoder that made all of these, as a short hash.
+    """The `encoder_key` of the encoder that made all of these features.
 
     Raises:
-        UsageError: several did, or there are no slides.
+        UsageError: several encoders made them, or there are no slides.
     """
     if not slides:
         raise UsageError("there are no slides to search; give the -o of a finished run")
@@ -269,29 +245,13 @@ def check_one_encoder(slides: Sequence[SlideFeatures]) -> str:
 
 
 def encoder_key(slide: SlideFeatures) -> str:
-    """What decides whether embeddings can be compared: the encoder's name, weights and precision, hashed."""
+    """Short hash of the encoder's name, weights and precision; embeddings of one key can be compared."""
     identity = json.dumps(slide.provenance["request"]["encoder"], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
-def check_query(query: NDArray[Any], dim: int) -> NDArray[Any]:
-    """The query, if it is one, [D].
-
-    Raises:
-        UsageError: it is of another width.
-    """
-    wanted = np.asarray(query)
-    if wanted.shape != (dim,):
-        raise UsageError(f"the query is {list(wanted.shape)}; these features have {dim} numbers a patch")
-    return wanted
-
-
 def check_queries(queries: NDArray[np.floating], dim: int, k: int) -> Rows:
-    """The queries as float32 [Q, D].
-
-    Raises:
-        UsageError: one is of another width, not finite or 0; or ``k`` is below 1.
-    """
+    """The queries as float32 [Q, D]; see `Index.search_many` for the errors."""
     wanted = np.asarray(queries, np.float32)
     if wanted.ndim != 2 or wanted.shape[1] != dim:
         raise UsageError(f"the queries are {list(wanted.shape)}; these features have {dim} numbers a patch")
@@ -299,26 +259,26 @@ def check_queries(queries: NDArray[np.floating], dim: int, k: int) -> Rows:
         raise UsageError(f"{k} patches were asked for; allowed: 1 or more")
     bad = np.flatnonzero(~(np.isfinite(wanted).all(1) & wanted.any(1)))
     if len(bad):
-        which = "the query is" if len(wanted) == 1 else f"query {bad[0]} is"
-        raise UsageError(f"{which} 0 or not finite, so nothing is like it; choose another patch")
+        which = "the query" if len(wanted) == 1 else f"query {bad[0]}"
+        raise UsageError(f"{which} is 0 or not finite, so nothing is like it; choose another patch")
     return wanted
 
 
 def places_of(slides: Sequence[SlideFeatures], names: Collection[str] | None) -> list[int]:
-    """Places of the slides of these names, in order; of all by default.
+    """Positions of the slides with these names, in order; of all by default.
 
     Raises:
         UsageError: a name is not among them.
     """
-    there = [slide.path.stem for slide in slides]
-    for name in sorted(set(names or ()) - set(there)):
-        near = get_close_matches(name, there, n=3, cutoff=0.3) or there[:1]
+    known = [slide.path.stem for slide in slides]
+    for name in sorted(set(names or ()) - set(known)):
+        near = get_close_matches(name, known, n=3, cutoff=0.3) or known[:1]
         raise UsageError(f"there is no slide {name} here; the nearest are {', '.join(near)}")
-    return [i for i, name in enumerate(there) if names is None or name in names]
+    return [i for i, name in enumerate(known) if names is None or name in names]
 
 
 def rows_to_skip(slides: Sequence[SlideFeatures], skip: Sequence[Found]) -> dict[int, list[int]]:
-    """Rows to leave out, by the place of their slide."""
+    """Rows to leave out, by the position of their slide."""
     place = {slide.path.resolve(): i for i, slide in enumerate(slides)} if skip else {}
     rows: dict[int, list[int]] = {}
     for one in skip:
@@ -327,10 +287,13 @@ def rows_to_skip(slides: Sequence[SlideFeatures], skip: Sequence[Found]) -> dict
     return rows
 
 
+# --- rows of features -----------------------------------------------------------------------------
+
+
 def sound_slides(
     slides: Sequence[SlideFeatures],
 ) -> tuple[list[SlideFeatures], dict[Path, OutputError]]:
-    """Slides whose rows can all be read and are finite, and of the others why not."""
+    """The slides whose rows can all be read and are finite, and an error for each of the others."""
     sound, damaged = [], {}
     for slide in slides:
         try:
@@ -345,24 +308,20 @@ def sound_slides(
 
 
 def unit(rows: NDArray[np.floating]) -> Rows:
-    """Rows at length 1, float32 [B, D]; those of length 0 stay."""
+    """Rows at length 1, float32 [B, D]; rows of length 0 stay."""
     values = np.asarray(rows, np.float32)
     length = np.linalg.norm(values, axis=1, keepdims=True)
     return np.asarray(values / np.where(length > 0, length, 1), np.float32)
 
 
 def unit_pieces(slide: SlideFeatures) -> Iterator[Rows]:
-    """All rows of a slide at length 1, some thousand at a time; those that are not finite are 0."""
+    """All rows of a slide at length 1, some thousand at a time; rows that are not finite become 0."""
     for rows in pieces(slide):
         rows[~np.isfinite(rows).all(1)] = 0
         yield unit(rows)
 
 
 def pieces(slide: SlideFeatures) -> Iterator[Rows]:
-    """All rows of a slide as they are, some thousand at a time.
-
-    Raises:
-        OutputError: the file is damaged.
-    """
+    """All rows of a slide as float32, some thousand at a time; `OutputError` if the file is damaged."""
     for piece in read_pieces(slide.path):
         yield np.asarray(piece, np.float32)

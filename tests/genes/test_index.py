@@ -1,4 +1,4 @@
-"""The index held to brute force: ties, empty slides, other metrics, memory; and its folder on the disk."""
+"""The index held to brute force: ties, empty slides, memory; and its folder on the disk."""
 
 import json
 import subprocess
@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from seal_extract.errors import OutputError, UsageError
 from seal_extract.features.feature_file import write_rows
 from seal_extract.features.store import grid_fields, read_features
-from seal_extract.genes.faiss_manifest import MANIFEST
+from seal_extract.genes.faiss_folder import MANIFEST
 from seal_extract.genes.feature_rows import RowPlaces
-from seal_extract.genes.index import METRICS, ExactIndex, Hits, unit_pieces
+from seal_extract.genes.index import ExactIndex, Hits, unit_pieces
 from seal_extract.genes.search import Found
 from seal_extract.patches.grid import PatchGrid
 
@@ -44,7 +44,7 @@ def features_file(path, rows, encoder="x", dtype=np.float32):
     return read_features(path)
 
 
-def brute_force(tables, queries, k, metric="cosine", hidden=()):
+def brute_force(tables, queries, k, hidden=()):
     """(score, slide, row) of the best, by float64 sums of every pair."""
     answer = []
     for query in queries.astype(np.float64):
@@ -52,8 +52,7 @@ def brute_force(tables, queries, k, metric="cosine", hidden=()):
         for i, table in enumerate(tables):
             for j, values in enumerate(table.astype(np.float64)):
                 score = (values * query).sum()
-                if metric == "cosine":
-                    score /= np.sqrt((values**2).sum()) * np.sqrt((query**2).sum()) or 1
+                score /= np.sqrt((values**2).sum()) * np.sqrt((query**2).sum()) or 1
                 if (i, j) not in hidden:
                     every.append((-np.float32(score), i, j))
         answer.append([(-score, i, j) for score, i, j in sorted(every)[:k]])
@@ -76,17 +75,16 @@ def answer_of(hits):
     seed=st.integers(0, 2**32 - 1),
     k=st.integers(1, 90),
     levels=st.sampled_from([2, 3, 1000]),
-    metric=st.sampled_from(METRICS),
     piece=st.sampled_from([1, 3, 10**6]),
 )
-def test_exact_is_brute_force(tmp_path_factory, monkeypatch, counts, seed, k, levels, metric, piece):
+def test_exact_is_brute_force(tmp_path_factory, monkeypatch, counts, seed, k, levels, piece):
     # few levels give many equal rows; pieces of one and three rows put them in other products of matrices
     monkeypatch.setattr("seal_extract.features.store.PIECE_BYTES", piece * DIM * 4)
     rng, folder = np.random.default_rng(seed), tmp_path_factory.mktemp("exact")
     tables = [rng.integers(-levels, levels + 1, (n, DIM)).astype(np.float32) / 7 for n in counts]
     queries = rng.normal(size=(3, DIM)).astype(np.float32)
-    index = ExactIndex([features_file(folder / f"s{i}.h5", t) for i, t in enumerate(tables)], metric=metric)
-    assert answer_of(index.search_many(queries, k)) == brute_force(tables, queries, k, metric)
+    index = ExactIndex([features_file(folder / f"s{i}.h5", t) for i, t in enumerate(tables)])
+    assert answer_of(index.search_many(queries, k)) == brute_force(tables, queries, k)
 
 
 @pytest.mark.parametrize("dim", [13, 512])
@@ -136,8 +134,6 @@ def test_queries_with_fewer_hits_are_filled_up(tmp_path):
 
 def test_what_cannot_be_meant_is_refused(tmp_path):
     slides = [features_file(tmp_path / "a.h5", np.ones((3, DIM)))]
-    with pytest.raises(UsageError, match="metric is 'l2'; allowed: cosine, inner product"):
-        ExactIndex(slides, metric="l2")
     queries = np.ones((3, DIM))
     queries[1, 2] = np.nan
     with pytest.raises(UsageError, match="query 1 is 0 or not finite"):
@@ -233,7 +229,7 @@ def test_faiss_finds_nearly_all_with_exact_scores(tissue, faiss_index, tmp_path)
     queries = tissue(99, 50).features
     assert recall(index, slides, queries) >= 0.95
     assert recall(index, slides, queries, among=["s3"]) >= 0.95
-    assert recall(index, slides, queries[:1]) == 1  # threads share the cells of one query
+    assert recall(index, slides, queries[:1]) == 1  # in one thread
     asked = [Found(slides[2], row, 1.0) for row in range(20)]
     hits = index.search_many(slides[2].features[:20], 10, skip=asked)
     assert not {(f.slide.path.stem, f.row) for q in range(20) for f in hits.of(q)} & {
@@ -265,7 +261,7 @@ def test_updates_say_what_they_did_and_share_a_file(tissue, faiss_index, tmp_pat
 
 
 def test_files_of_rows_are_bounded_and_go_when_mostly_dropped(tissue, faiss_index, tmp_path, monkeypatch):
-    monkeypatch.setattr("seal_extract.genes.faiss_update.SHARD_BYTES", 1500 * (32 + 8))
+    monkeypatch.setattr("seal_extract.genes.faiss_folder.SHARD_BYTES", 1500 * (32 + 8))
     slides, folder = [tissue(i) for i in range(6)], tmp_path / "index"
     faiss_index.build(slides, folder)
     assert [p.name for p in sorted(folder.glob("shard_*"))] == [f"shard_000{i}.faiss" for i in range(3)]
@@ -283,16 +279,19 @@ def test_an_outgrown_index_is_made_anew(tissue, faiss_index, tmp_path):
 
 
 def test_a_build_that_was_killed_goes_on(tissue, faiss_index, tmp_path, monkeypatch):
-    monkeypatch.setattr("seal_extract.genes.faiss_update.SHARD_BYTES", 1500 * (32 + 8))
+    monkeypatch.setattr("seal_extract.genes.faiss_folder.SHARD_BYTES", 1500 * (32 + 8))
     slides, folder = [tissue(i) for i in range(6)], tmp_path / "index"
 
+    read = []
+
     def fail(slide):
-        if slide is slides[4]:
+        read.append(slide.path)
+        if read.count(slides[4].path) == 2:  # once to find the cells, once to add the rows
             raise KeyboardInterrupt
         return unit_pieces(slide)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("seal_extract.genes.faiss_update.unit_pieces", fail)
+        patch.setattr("seal_extract.genes.faiss_folder.unit_pieces", fail)
         faiss_index.build(slides, folder)
     done = (folder / "shard_0000.faiss").stat().st_mtime_ns
     with pytest.raises(UsageError, match="2 slides have come or changed"):
