@@ -62,7 +62,7 @@ def slide_0(viewer_out):
 @pytest.fixture(scope="session")
 def slide_report(slide_0, decoder, tmp_path_factory):
     """The report of slide_0, with a signature whose name looks like markup."""
-    from seal_extract.genes.signature import Signature
+    from seal_extract.genes.gene_lists import Signature
 
     path = tmp_path_factory.mktemp("report") / "deep" / "slide.html"
     return write_report(slide_0, path, decoder, signatures=[Signature("Epithelium <b>", EPITHELIUM)])

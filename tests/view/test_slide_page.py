@@ -281,7 +281,7 @@ def test_regions_are_kept_with_a_class_and_saved_for_qupath(viewer, tmp_path, sl
 
 
 def test_signatures_are_chosen_by_name_and_genes_without_names_say_so(chromium, viewer_out):
-    from seal_extract.genes.signature import Signature
+    from seal_extract.genes.gene_lists import Signature
 
     gallery = gallery_of(
         viewer_out, signatures={"IMMUNE": Signature("IMMUNE", {"CD74": 1.0, "HLA-DRA": 1.0})}
