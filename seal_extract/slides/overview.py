@@ -79,7 +79,7 @@ def read_overview(slide: Slide, mpp: float, *, holes: bool = False) -> Overview:
                     left_out.append(str(exc))
                     rgb[part], scanned[part] = 255, False
                 else:
-                    to_read += _blocks(x0, y0, x1, y1, -(-max(x1 - x0, y1 - y0) // 2))
+                    to_read += reversed(_blocks(x0, y0, x1, y1, -(-max(x1 - x0, y1 - y0) // 2)))
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         list(pool.map(fill, _blocks(0, 0, width, height, step)))

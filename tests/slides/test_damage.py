@@ -3,15 +3,15 @@
 import os
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import openslide
 import pytest
 import tifffile
 import torch
 from slide_helpers import Checksums, Damage, grid_of_level, openslides_regions
 
-from seal_extract import ExtractOptions, find_tissue, open_slide
+from seal_extract import ExtractOptions, open_slide
 from seal_extract.errors import ReadError, SlideError, SlideOpenError
 from seal_extract.patches.codecs import JpegCodec, TileError
 from seal_extract.patches.regions import RegionReader, Resampling
@@ -140,16 +140,14 @@ def test_the_reader_fails_at_the_damage_alone_from_any_thread(damaged, svs, tile
         places = [(x, y) for y in range(0, 1200, 200) for x in range(0, 1600, 200)]
         grid = grid_of_level(slide, 0, places, 200)
         decoder, want = RegionReader(slide, grid, Resampling(200)), openslides_regions(svs, grid)
-        rows, seen = under(tile, grid).tolist(), []
+        rows = under(tile, grid).tolist()
 
-        def read():
-            seen.append([decoder.read(range(a, a + 6)) for a in range(0, len(grid), 6)])
+        def read(_):
+            return [decoder.read(range(a, a + 6)) for a in range(0, len(grid), 6)]
 
-        threads = [threading.Thread(target=read) for _ in range(4)]
-        [t.start() for t in threads]
-        [t.join(60) for t in threads]
+        with ThreadPoolExecutor(4) as pool:
+            seen = list(pool.map(read, range(4)))
         decoder.close()
-    assert len(seen) == len(threads)
     for parts in seen:
         assert sorted(row for part in parts for row in part.unreadable) == rows
         pixels = torch.cat([part.pixels for part in parts]).permute(0, 2, 3, 1).numpy()
@@ -221,58 +219,45 @@ def test_tiles_that_the_file_leaves_out_are_what_the_reader_shows(svs, tile, tmp
     np.testing.assert_array_equal(got.pixels.permute(0, 2, 3, 1), openslides_regions(path, grid))
 
 
-# --- tables -----------------------------------------------------------------------------------
+# --- tables, and what lies before the patches and around them ----------------------------------
+
+FEW = [(page, tag) for page in (0, 2) for tag in ("TileOffsets", "TileByteCounts")]
+BEFORE_PATCHES = {
+    **{  # OpenSlide would show black for the rest, and black is taken for glass
+        f"too few {tag} of page {page}": (
+            *(SlideOpenError, "knows 2 of"),
+            lambda svs, to, page=page, tag=tag: Damage(svs, to, page).shorten(tag, 2),
+        )
+        for page, tag in FEW
+    },
+    "JPEG tables missing": (
+        *(ReadError, "level-0 (0, 0)"),
+        lambda svs, to: Damage(svs, to).rename("JPEGTables", 65000),
+    ),
+    "JPEG tables of zeros": (
+        *(ReadError, "level-0 (0, 0)"),
+        lambda svs, to: Damage(svs, to).fill("JPEGTables", bytes(100), 20),
+    ),
+    "JPEG tables of noise": (
+        *(ReadError, "level-0 (0, 0)"),
+        lambda svs, to: Damage(svs, to).fill("JPEGTables", random_bytes(100), 20),
+    ),
+    "the level on which tissue is found": (
+        *(ReadError, "of level 1 at level-0 (0, 0)"),
+        lambda svs, to: Damage(svs, to, page=2).overwrite(0, bytes(500)),
+    ),
+}
 
 
 @pytest.mark.parametrize("limit", [0, 1000])
-@pytest.mark.parametrize("tag", ["TileOffsets", "TileByteCounts"])
-@pytest.mark.parametrize("page", [0, 2])
-def test_a_table_of_too_few_tiles_is_refused(svs, tmp_path, tag, page, limit):
-    """OpenSlide would show black for the rest, and black is taken for glass."""
-    path = Damage(svs, tmp_path / "small.svs", page).shorten(tag, 2).write()
-    if page == 0:  # it looks at the smallest level itself
-        with openslide.OpenSlide(path) as lenient:
-            assert lenient.dimensions == SIZE
-    result = run(path, tmp_path / "out", max_read_errors=limit)
-    assert isinstance(result.error, SlideOpenError)
-    assert "knows 2 of" in str(result.error)
+@pytest.mark.parametrize("what", BEFORE_PATCHES)
+def test_damage_that_is_no_patch_s_fails_the_slide_in_one_line(svs, tmp_path, what, limit):
+    kind, words, damage = BEFORE_PATCHES[what]
+    result = run(damage(svs, tmp_path / "small.svs").write(), tmp_path / "out", max_read_errors=limit)
+    assert isinstance(result.error, kind)
+    assert words in str(result.error)
+    assert "\n" not in str(result.error)
     assert not half_written(tmp_path / "out")
-
-
-@pytest.mark.parametrize("limit", [0, 1000])
-@pytest.mark.parametrize("change", ["missing", "zeros", "random"])
-def test_without_its_tables_no_tile_is_read(svs, tmp_path, change, limit):
-    damage = Damage(svs, tmp_path / "small.svs")
-    if change == "missing":
-        damage.rename("JPEGTables", 65000)
-    else:
-        damage.fill("JPEGTables", bytes(100) if change == "zeros" else random_bytes(100), 20)
-    result = run(damage.write(), tmp_path / "out", max_read_errors=limit)
-    assert isinstance(result.error, ReadError)
-    assert "level-0 (0, 0)" in str(result.error)
-    assert not half_written(tmp_path / "out")
-
-
-# --- before the patches, and around them ------------------------------------------------------
-
-
-def test_damage_where_tissue_is_looked_for_is_one_line(svs, tmp_path):
-    path = Damage(svs, tmp_path / "small.svs", page=2).overwrite(0, bytes(500)).write()
-    with open_slide(path) as slide, pytest.raises(ReadError, match=r"of level 1 at level-0 \(0, 0\)"):
-        find_tissue(slide)
-    for limit in (0, 1000):
-        result = run(path, tmp_path / "out", max_read_errors=limit)
-        assert isinstance(result.error, ReadError)
-        assert "\n" not in str(result.error)
-    assert not half_written(tmp_path / "out")
-
-
-def test_a_slide_of_one_level_with_a_damaged_tile_is_one_line(tmp_path):
-    path = write_synthetic_slide(tmp_path / "one.svs", (900, 700), mpp=0.5, downsamples=(1,))
-    broken = Damage(path, tmp_path / "small.svs").overwrite(5, bytes(300)).write()
-    result = run(broken, tmp_path / "out", max_read_errors=1000)
-    assert isinstance(result.error, ReadError)
-    assert "level-0 (0, 0)" in str(result.error)
 
 
 def test_damaged_glass_stops_nothing_and_is_white_in_the_picture(svs, whole, tmp_path):

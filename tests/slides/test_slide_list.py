@@ -80,20 +80,20 @@ def test_a_pattern_chooses_among_folders(tree):
 # --- names ------------------------------------------------------------------------------------
 
 
-def test_same_stems_in_different_folders_are_kept_apart(tree):
-    folder = tree("a/x/s.svs", "b/x/s.svs", "b/y/s.svs", "alone.svs")
-    assert [entry.name for entry in list_slides([folder]).entries] == ["alone", "a__x__s", "b__x__s", "y__s"]
-
-
-def test_same_stems_in_one_folder_keep_their_suffix(tree):
-    folder = tree("c.svs", "c.ndpi")
-    assert names(list_slides([folder])) == {"c.svs": "c.svs", "c.ndpi": "c.ndpi"}
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (("alone.svs", "a/x/s.svs", "b/x/s.svs", "b/y/s.svs"), ["alone", "a__x__s", "b__x__s", "y__s"]),
+        (("c.ndpi", "c.svs"), ["c.ndpi", "c.svs"]),
+    ],
+)
+def test_same_stems_are_kept_apart_by_folders_or_suffix(tree, files, expected):
+    assert [entry.name for entry in list_slides([tree(*files)]).entries] == expected
 
 
 def test_folders_whose_names_read_alike_together_are_kept_apart(tree):
     folder = tree("a__b/c.svs", "a/b__c.svs", "d/c.svs", "d/b__c.svs")
-    found = [entry.name for entry in list_slides([folder]).entries]
-    assert len(set(found)) == 4
+    assert len({entry.name for entry in list_slides([folder]).entries}) == 4
 
 
 def test_a_slide_and_its_copy_that_once_had_one_name_get_two(tree):
@@ -165,14 +165,6 @@ def test_tables_that_cannot_be_meant_are_one_line(tmp_path, text, words):
     assert "\n" not in str(caught.value)
 
 
-def test_a_table_that_is_no_text_or_not_there_is_one_line(tmp_path):
-    (tmp_path / "x.csv").write_bytes(b"\xff\xfe\x00slide")
-    with pytest.raises(UsageError, match="no CSV in UTF-8"):
-        list_slides([tmp_path / "x.csv"])
-    with pytest.raises(UsageError, match="cannot read"):
-        list_slides([tmp_path / "y.csv"])
-
-
 CELLS = st.sampled_from(["a.svs", "b.svs", "", "0.5", "nan", "1e999", "\0", "x" * 300, "https://h/a.svs"])
 CELLS |= st.sampled_from(['"', "x" * 140_000, "/" + "y/" * 3000, "://", "s3://[", "\r"]) | st.text(max_size=4)
 
@@ -194,11 +186,13 @@ def test_whatever_a_table_holds_is_a_list_or_refused_in_one_line(tmp_path, rows,
         assert 0 < len(set(names)) == len(names)
 
 
-def test_sources_without_slides_are_refused(tmp_path):
-    with pytest.raises(UsageError, match="holds no slide"):
-        list_slides([tmp_path])
-    with pytest.raises(UsageError, match="holds no slide"):
-        list_slides([tmp_path / "*.svs"])
+def test_sources_without_slides_and_tables_that_cannot_be_read_are_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x.csv").write_bytes(b"\xff\xfe\x00slide")
+    told = {"empty": "holds no slide", "*.svs": "holds no slide", "x.csv": "no CSV in UTF-8"}
+    for name, words in {**told, "y.csv": "cannot read"}.items():
+        with pytest.raises(UsageError, match=words):
+            list_slides([tmp_path / name])
 
 
 # --- shards -----------------------------------------------------------------------------------

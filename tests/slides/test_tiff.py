@@ -76,37 +76,32 @@ def test_a_tile_that_claims_4_gb_is_refused_without_asking_for_them(tmp_path):
 # --- pixels -----------------------------------------------------------------------------------
 
 
+GREY = {"planarconfig": "contig"}
+ALPHA, TURNED = (
+    "is no unassociated alpha.*vips flatten",
+    r"turned or mirrored \(Orientation {}\).*vips autorot",
+)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    ("pixels", "kwargs", "tags", "words"),
+    ("pixels", "kwargs", "words"),
     [
-        (RGB, {}, {"PhotometricInterpretation": 8}, "its colours are CIELAB"),
-        (RGB, {}, {"PhotometricInterpretation": 9}, "its colours are ICCLAB"),
-        (RGB, {}, {"PhotometricInterpretation": 6}, "YCbCr without JPEG"),
-        (RGB, {"photometric": "minisblack", "planarconfig": "contig"}, {}, "its colours are BlackIsZero"),
-        (RGB, {"photometric": "miniswhite", "planarconfig": "contig"}, {}, "its colours are WhiteIsZero"),
-        (NOISE, {"photometric": "separated"}, {}, "its colours are CMYK"),
-        ((RGB // 2).astype(np.int8), {}, {}, "its numbers are signed or floating-point"),
-        (NOISE, {"extrasamples": ["assocalpha"]}, {}, "is no unassociated alpha.*vips flatten"),
-        (NOISE, {"extrasamples": ["unspecified"]}, {}, "is no unassociated alpha.*vips flatten"),
-        (
-            RGB,
-            {"extratags": [(274, 3, 1, 3, True)]},
-            {},
-            r"turned or mirrored \(Orientation 3\).*vips autorot",
-        ),
-        (
-            RGB,
-            {"extratags": [(274, 3, 1, 6, True)]},
-            {},
-            r"turned or mirrored \(Orientation 6\).*vips autorot",
-        ),
+        (RGB, {"tags": {"PhotometricInterpretation": 8}}, "its colours are CIELAB"),
+        (RGB, {"tags": {"PhotometricInterpretation": 9}}, "its colours are ICCLAB"),
+        (RGB, {"tags": {"PhotometricInterpretation": 6}}, "YCbCr without JPEG"),
+        (RGB, GREY | {"photometric": "minisblack"}, "its colours are BlackIsZero"),
+        (RGB, GREY | {"photometric": "miniswhite"}, "its colours are WhiteIsZero"),
+        (NOISE, {"photometric": "separated"}, "its colours are CMYK"),
+        ((RGB // 2).astype(np.int8), {}, "its numbers are signed or floating-point"),
+        *((NOISE, {"extrasamples": [kind]}, ALPHA) for kind in ("assocalpha", "unspecified")),
+        *((RGB, {"extratags": [(274, 3, 1, turn, True)]}, TURNED.format(turn)) for turn in (3, 6)),
     ],
 )
 def test_colours_numbers_and_orientations_that_readers_differ_on_are_refused(
-    tmp_path, layout, pixels, kwargs, tags, words
+    tmp_path, layout, pixels, kwargs, words
 ):
-    path = tiff(tmp_path / "a.tif", pixels, tags, **LAYOUTS[layout], **kwargs)
+    path = tiff(tmp_path / "a.tif", pixels, **LAYOUTS[layout], **kwargs)
     with pytest.raises(UnsupportedSlideError, match=words):
         open_slide(path)
 
