@@ -1,7 +1,6 @@
 """The whole way, from a slide file to HDF5: the numbers, the files, what is recognised, what is left."""
 
 import json
-import os
 import shutil
 from dataclasses import fields, replace
 from importlib import import_module
@@ -352,23 +351,6 @@ def test_a_truncated_slide_fails_and_leaves_no_features(svs, encoder, tmp_path):
     with pytest.raises(ReadError, match=r"at level-0 \(\d+, \d+\)"):
         extract(cut, encoder, tmp_path / "out")
     assert not [f for f in files_in(tmp_path) if "features_" in f or f.endswith(".part")]
-
-
-def test_a_failing_encoder_leaves_no_features(svs, encoder, tmp_path, monkeypatch):
-    def fail(patches):
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(encoder, "encode_unchecked", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        extract(svs, encoder, tmp_path)
-    assert not [f for f in files_in(tmp_path) if "features_" in f or f.endswith(".part")]
-
-
-def test_unwritable_output_is_one_line(svs, encoder, tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="choose another -o"):
-        extract(svs, encoder, tmp_path / "file" / "out")
-    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_the_untrained_encoder_says_so():

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from seal_extract.errors import OutputError
 from seal_extract.patches.grid import make_grid
 from seal_extract.run.overlay import PATCH_RGB, TISSUE_RGB, draw_overlay
 from seal_extract.slides.drawing import read_thumbnail, round_length
@@ -119,10 +118,3 @@ def test_the_caption_is_legible_and_fits(white, tmp_path):
 @pytest.mark.parametrize(("um", "bar"), [(130, 100), (1999, 1000), (2000, 2000), (740, 500), (0.9, 0.5)])
 def test_scale_bars_are_round(um, bar):
     assert round_length(um) == pytest.approx(bar)
-
-
-def test_a_place_that_cannot_be_written_is_one_line(white, tmp_path):
-    (tmp_path / "file").touch()
-    mask = half_tissue(white)
-    with pytest.raises(OutputError, match="a part of the path is a file"):
-        draw_overlay(white, mask, make_grid(white, mask, 200, 0.5), tmp_path / "file" / "a.jpg")

@@ -85,15 +85,12 @@ def test_a_run_that_is_stopped_leaves_no_process(hostile, encoder_folder, tmp_pa
     assert not any(map(is_running, planners))
 
 
-def test_the_same_is_found_with_and_without_limits(drawn_slides, encoder, tmp_path):
+def test_the_same_is_found_with_and_without_limits_which_are_no_other_request(
+    drawn_slides, encoder, tmp_path
+):
     extract(drawn_slides[0], encoder, tmp_path / "within")
     extract(drawn_slides[0], encoder, tmp_path / "without", options=ExtractOptions(plan_timeout_s=0))
     assert contents(tmp_path / "within") == contents(tmp_path / "without")
-
-
-def test_a_limit_is_no_other_request(drawn_slides, encoder, tmp_path):
-    extract(drawn_slides[0], encoder, tmp_path)
-    results = []
-    options = ExtractOptions(plan_timeout_s=77)
-    extract_cohort(drawn_slides[0], encoder, tmp_path, options=options, on_result=results.append)
+    results, options = [], ExtractOptions(plan_timeout_s=77)
+    extract_cohort(drawn_slides[0], encoder, tmp_path / "within", options=options, on_result=results.append)
     assert [result.finished_before for result in results] == [True]

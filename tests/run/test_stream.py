@@ -18,8 +18,6 @@ from slide_helpers import Checksums, Damage
 from seal_extract import ExtractOptions, extract
 from seal_extract.demo import untrained_encoder
 from seal_extract.errors import EncoderError, ReadError, ResolutionError, SlideOpenError
-from seal_extract.patches.stream import stream_batches
-from seal_extract.patches.tiles import open_patch_reader
 from seal_extract.run import writer
 from seal_extract.run.embed import CpuEmbedder, GpuEmbedder
 from seal_extract.run.extract import extract_many
@@ -49,10 +47,6 @@ def run(paths, out, encoder=None, **options):
     results = list(extract_many(paths, [encoder or Checksums()], out, options=options))
     assert sorted(r.path for r in results) == sorted(paths)
     return {r.path.name: r.error or r.features[0] for r in results}
-
-
-def options_for(paths):
-    return {"slide_mpp": None} if all(p.suffix == ".svs" for p in paths) else {}
 
 
 def half_written(folder):
@@ -204,7 +198,7 @@ def test_ctrl_c_leaves_nothing_half_written(slides, tmp_path, after):
 
     with pytest.raises(KeyboardInterrupt):
         for _ in extract_many(
-            [slides[i] for i in (0, 1, 3)] * 1,
+            [slides[i] for i in (0, 1, 3)],
             [Checksums()],
             tmp_path,
             options=ExtractOptions(batch_size=2),
@@ -249,11 +243,11 @@ def test_an_encoder_that_breaks_stops_the_run_and_leaves_nothing(slides, tmp_pat
 
 def open_files():
     gc.collect()
-    return sorted(os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_there(fd))
-
-
-def _is_there(fd):
-    return os.path.lexists(f"/proc/self/fd/{fd}")
+    return sorted(
+        os.readlink(f"/proc/self/fd/{fd}")
+        for fd in os.listdir("/proc/self/fd")
+        if os.path.lexists(f"/proc/self/fd/{fd}")
+    )
 
 
 def resident_mb():
@@ -329,16 +323,6 @@ def test_rows_come_back_in_order_from_any_number_of_threads(rows):
         for wait in pending:
             np.testing.assert_array_equal(wait(), want)
         forward.close()
-
-
-def test_decoders_are_closed_when_the_stream_stops(slides, tmp_path):
-    from seal_extract import find_tissue, make_grid, open_slide
-
-    with open_slide(slides[0]) as slide:
-        decoder = open_patch_reader(slide, make_grid(slide, find_tissue(slide)), torch.device("cpu"))
-        assert list(stream_batches([decoder], 8))
-        with pytest.raises(OSError, match="Bad file"):
-            os.fstat(decoder._tiled._file)
 
 
 # --- on a GPU ---------------------------------------------------------------------------------
