@@ -11,9 +11,9 @@ import h5py
 import numpy as np
 import pytest
 from PIL import Image
+from synthetic_slide import write_synthetic_slide
 
 from seal_extract.cli import main
-from seal_extract.synthetic import write_synthetic_slide
 
 SIZE_PX = (1400, 1100)
 

@@ -101,8 +101,7 @@ def drawn() -> Callable[..., DrawnSlide]:
 def slide_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Make the slide of a kind of `slide_helpers.KINDS` once."""
     from slide_helpers import DOWNSAMPLES, KINDS, SIZE
-
-    from seal_extract.synthetic import write_synthetic_slide
+    from synthetic_slide import write_synthetic_slide
 
     folder = tmp_path_factory.mktemp("slides")
     made: dict[str, Path] = {}

@@ -4,21 +4,26 @@ import json
 import tempfile
 
 import numpy as np
+import openslide
 import pytest
 import torch
 from PIL import Image
+from synthetic_slide import write_synthetic_slide
 
 from seal_extract.bench import BenchOptions, bench
 from seal_extract.bench.encoding import Pass
+from seal_extract.bench.large_slide import TILES, write_large_slide
 from seal_extract.bench.measure import Ratio, Stage, Timing, take_turns
 from seal_extract.bench.sample import take_sample
 from seal_extract.bench.whole import WholeRun
 from seal_extract.cli import main
-from seal_extract.demo import untrained_encoder
+from seal_extract.demo import demo_slide, untrained_encoder
 from seal_extract.errors import UsageError
+from seal_extract.patches.grid import make_grid
+from seal_extract.patches.tiles import open_patch_reader
 from seal_extract.run.options import ExtractOptions
 from seal_extract.slides.slide import open_slide
-from seal_extract.synthetic import write_synthetic_slide
+from seal_extract.tissue.mask import find_tissue
 
 ALL_STAGES = {"read", "decode", "resample", "reading", "forward", "write", "whole"}
 FEW = ("--patches", "12", "--repeats", "1", "--workers", "2", "--quiet")
@@ -67,13 +72,48 @@ def figures(run, *words):
 # --- the figures --------------------------------------------------------------------------------------
 
 
-def test_without_arguments_all_is_made_for_the_occasion_and_said_to_be(run):
+def test_without_arguments_a_large_slide_and_an_untrained_encoder_are_made(run):
     status, out, err = run("--size-px", "2400", *FEW)
     assert (status, err) == (0, [])
-    assert "Slide(synthetic.svs: 2400 x 2400 px" in out.splitlines()[0]
-    assert out.splitlines()[0].endswith(", SYNTHETIC; JPEG tiles")
+    assert "Slide(large.svs: 2400 x 2400 px" in out.splitlines()[0]
+    assert out.splitlines()[0].endswith(", which repeats the bundled slide; JPEG tiles")
     assert "Encoder(untrained-demo" in out
     assert "UNTRAINED: random weights" in out
+
+
+@pytest.mark.parametrize("tiles", TILES)
+def test_the_large_slide_repeats_the_bundled_one(tmp_path, tiles):
+    path = write_large_slide(tmp_path / "large.svs", (5000, 6001), tiles)
+    width, height = (2160, 2880) if tiles.endswith("240") else (2048, 2816)
+    with openslide.OpenSlide(path) as large, openslide.OpenSlide(demo_slide()) as demo:
+        assert large.properties["openslide.vendor"] == "aperio"
+        assert float(large.properties["openslide.mpp-x"]) == 0.25
+        assert large.level_dimensions == ((5000, 6001), (1250, 1500), (312, 375))
+        first, again, own, reduced = (
+            np.asarray(slide.read_region(xy, level, (500, 600)).convert("RGB")).astype(int)
+            for slide, xy, level in (
+                (large, (800, 900), 0),
+                (large, (800 + width, 900 + height), 0),
+                (demo, (800, 900), 0),
+                (large, (0, 0), 1),
+            )
+        )
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - own).mean() == 0 if tiles == "rgb-240" else 0 < np.abs(first - own).mean() < 10
+    whole = reduced[225:375, 200:325].mean(axis=(0, 1))
+    assert np.abs(whole - own.mean(axis=(0, 1))).max() < 2
+    with open_slide(path) as slide:
+        grid = make_grid(slide, find_tissue(slide))
+        reader = open_patch_reader(slide, grid, torch.device("cpu"))
+        assert reader.name == "JPEG tiles"  # the same pixels as OpenSlide's
+        reader.close()
+
+
+@pytest.mark.parametrize(("size", "tiles"), [((15, 100), "420-256"), ((100, 100), "411-256")])
+def test_a_large_slide_that_cannot_be_made_is_refused(tmp_path, size, tiles):
+    with pytest.raises(UsageError, match="allowed: "):
+        write_large_slide(tmp_path / "large.svs", size, tiles)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")

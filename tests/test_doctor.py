@@ -4,12 +4,12 @@ import openslide
 import pytest
 from encoder_fixtures import SEAL_TINY_VIT, TINY_VIT, adapters, add_tiny_rows, base_file, local_hub, save
 from hub_server import GOOD_TOKEN, OUTSIDE_TOKEN, Repo
+from synthetic_slide import write_synthetic_slide
 
 from seal_extract import open_slide
 from seal_extract.cli import main
 from seal_extract.doctor import examine
 from seal_extract.encoders import list_encoders
-from seal_extract.synthetic import write_synthetic_slide
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import pytest
 from cohort_fixtures import run_here
 from conftest import shared
 from PIL import Image
+from synthetic_slide import write_synthetic_slide
 
 from seal_extract import extract, load_encoder, load_omics
 from seal_extract.demo import write_untrained_encoder
 from seal_extract.features.export import export
-from seal_extract.synthetic import write_synthetic_slide
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

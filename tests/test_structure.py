@@ -28,7 +28,6 @@ FLOORS = [
     {"pooling", "train"},
     {"evaluate"},
     {"view"},
-    {"synthetic"},
     {"demo"},
     {"bench", "doctor"},
     {"cli"},

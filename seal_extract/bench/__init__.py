@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from seal_extract.bench.large_slide import write_large_slide
 from seal_extract.bench.measure import forget_peak, peak_mb, resident_mb
 from seal_extract.bench.reading import measure_reading
 from seal_extract.bench.report import BenchReport
@@ -23,7 +24,6 @@ from seal_extract.encoders import Encoder
 from seal_extract.errors import UsageError
 from seal_extract.patches.stream import available_cores
 from seal_extract.run.options import ExtractOptions
-from seal_extract.synthetic import write_synthetic_slide
 
 __all__ = ["BenchOptions", "BenchReport", "bench"]
 
@@ -39,13 +39,15 @@ class BenchOptions:
         patches: of each slide.
         repeats: of each measurement; figures are medians.
         against_openslide: read with OpenSlide and Pillow too, in turns.
-        size_px: side of the slide that is made where none is given.
+        size_px: side of the slide that is made if none is given.
+        tiles: kind of its tiles, see `write_large_slide`.
     """
 
     patches: int = 512
     repeats: int = 3
     against_openslide: bool = False
-    size_px: int = 12_000
+    size_px: int = 16_000
+    tiles: str = "420-256"
 
     def __post_init__(self) -> None:
         for name in ("patches", "repeats", "size_px"):
@@ -63,10 +65,10 @@ def bench(
     device: torch.device | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> BenchReport:
-    """Measure on the first of ``slides``, and the whole run on all; on a synthetic slide if there is none.
+    """Measure stages on the first of ``slides`` and the whole run on all.
 
     Args:
-        slides: of different names.
+        slides: of different names; if empty, a slide of `write_large_slide`.
         encoder: on its device; None to measure reading alone.
         run: all choices of a run.
         options: what to measure.
@@ -86,7 +88,7 @@ def bench(
         paths = list(slides)
         if not paths:
             say(f"writing a slide of {options.size_px} x {options.size_px} px")
-            paths = [write_synthetic_slide(folder / "synthetic.svs", (options.size_px, options.size_px))]
+            paths = [write_large_slide(folder / "large.svs", (options.size_px,) * 2, options.tiles)]
         say("finding tissue")
         samples = tuple(
             closing.enter_context(take_sample(path, options.patches, device, run)) for path in paths

@@ -31,7 +31,7 @@ class BenchReport:
 
     Attributes:
         samples: what was measured on; the stages before the encoder on the first.
-        synthetic: whether the slide was made for this.
+        synthetic: whether the slide was made for this, by repeating the bundled one.
         encoder: None where only reading was measured.
         asked: patches of each slide that were asked for.
         workers: reading threads.
@@ -136,7 +136,7 @@ class BenchReport:
     def _subjects(self) -> list[str]:
         sample = self.samples[0]
         grid, slide = sample.grid, sample.slide
-        kind = ", SYNTHETIC" if self.synthetic else ""
+        kind = ", which repeats the bundled slide" if self.synthetic else ""
         lines = [f"slide     {slide}{kind}; {self.reading.decoder}"]
         lines += [f"          {other.slide}, in the whole only" for other in self.samples[1:]]
         counts = ", ".join(f"{len(s.grid)} of {s.in_grid}" for s in self.samples)

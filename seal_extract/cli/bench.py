@@ -22,8 +22,9 @@ def bench_parser() -> argparse.ArgumentParser:
     """The parser of ``seal-extract bench``."""
     p = Parser(
         prog="seal-extract bench",
-        description="Measure every stage alone, the whole run, and what limits it: on a synthetic slide and "
-        "an UNTRAINED encoder unless others are given. Of several slides, stages are measured on the first.",
+        description="Measure the speed of every stage alone and of a whole run. Without a slide, bench makes "
+        "a large one by repeating the bundled slide. Without an encoder, it takes an UNTRAINED one. If you "
+        "give several slides, the stages are measured on the first.",
     )
     p.set_defaults(handler=run)
     p.add_argument("slides", nargs="*", type=Path, metavar="SLIDE")
@@ -41,7 +42,15 @@ def bench_parser() -> argparse.ArgumentParser:
     p.add_argument("--repeats", type=int, default=3, metavar="K", help="of each measurement (default: 3)")
     p.add_argument("--against", choices=["openslide"], help="read with OpenSlide + PIL too, in turns")
     p.add_argument("--reading-only", action="store_true", help="without the encoder and the whole")
-    p.add_argument("--size-px", type=int, default=12_000, metavar="N", help="of the synthetic slide's side")
+    p.add_argument(
+        "--size-px", type=int, default=16_000, metavar="N", help="side of the slide that bench makes"
+    )
+    p.add_argument(
+        "--tiles",
+        choices=["420-256", "420-240", "rgb-256", "rgb-240"],
+        default="420-256",
+        help="its JPEG tiles: 4:2:0 or RGB 4:4:4, of 256 or 240 px (default: 420-256)",
+    )
     p.add_argument("--json", nargs="?", const="-", metavar="FILE", help="all figures as JSON")
     add_common(p)
     return p
@@ -55,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     from seal_extract.run.options import ExtractOptions
 
     choices = {f.name: getattr(args, f.name) for f in fields(ExtractOptions) if hasattr(args, f.name)}
-    options = BenchOptions(args.patches, args.repeats, args.against == "openslide", args.size_px)
+    options = BenchOptions(args.patches, args.repeats, args.against == "openslide", args.size_px, args.tiles)
     run = ExtractOptions(**choices)
     tell = progress_line(args.quiet)
     try:

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from conftest import shared
 from PIL import Image
+from synthetic_slide import write_synthetic_slide
 
 from seal_extract import read_features
 from seal_extract.cli import main
 from seal_extract.demo import demo_slide, write_untrained_encoder
 from seal_extract.encoders import list_encoders
 from seal_extract.run.status_table import read_status
-from seal_extract.synthetic import write_synthetic_slide
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,11 @@ import sys
 import h5py
 import numpy as np
 import torch
+from synthetic_slide import write_synthetic_slide
 
 from seal_extract import list_encoders, load_encoder, load_omics
 from seal_extract.cli import main
 from seal_extract.encoders.registry import DEFAULT, bundled, find_spec
-from seal_extract.synthetic import write_synthetic_slide
 
 
 def test_it_is_named_loads_and_predicts_genes_by_name():

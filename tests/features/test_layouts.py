@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import DrawnSlide
 from PIL import Image
+from synthetic_slide import write_synthetic_slide
 
 from seal_extract import ExtractOptions, extract, load_encoder, open_slide, read_features
 from seal_extract.demo import UNTRAINED, untrained_encoder, write_untrained_encoder
@@ -21,7 +22,6 @@ from seal_extract.features.store import grid_fields, read_provenance
 from seal_extract.features.verify import verify
 from seal_extract.patches.grid import PatchGrid, read_grid
 from seal_extract.run.extract import extract_many
-from seal_extract.synthetic import write_synthetic_slide
 
 DIM = 24
 SIZE = (8000, 6000)

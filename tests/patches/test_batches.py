@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import shared
 from PIL import Image
+from synthetic_slide import write_synthetic_slide
 
 from seal_extract.errors import ReadError
 from seal_extract.patches import stream as stream_module
@@ -17,7 +18,6 @@ from seal_extract.patches.regions import HostPixels
 from seal_extract.patches.stream import stream_batches
 from seal_extract.patches.tiles import open_patch_reader
 from seal_extract.slides.slide import open_slide
-from seal_extract.synthetic import write_synthetic_slide
 
 CPU = torch.device("cpu")
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from slide_helpers import Checksums, Damage
+from synthetic_slide import write_synthetic_slide
 
 from seal_extract import ExtractOptions, extract
 from seal_extract.demo import untrained_encoder
@@ -22,7 +23,6 @@ from seal_extract.run import writer
 from seal_extract.run.embed import CpuEmbedder, GpuEmbedder
 from seal_extract.run.extract import extract_many
 from seal_extract.run.job import SlideJob
-from seal_extract.synthetic import write_synthetic_slide
 
 
 @pytest.fixture(scope="module")

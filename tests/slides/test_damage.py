@@ -10,6 +10,7 @@ import pytest
 import tifffile
 import torch
 from slide_helpers import Checksums, Damage, grid_of_level, openslides_regions
+from synthetic_slide import write_synthetic_slide
 
 from seal_extract import ExtractOptions, open_slide
 from seal_extract.errors import ReadError, SlideError, SlideOpenError
@@ -19,7 +20,6 @@ from seal_extract.patches.tiles import TileReader, open_patch_reader
 from seal_extract.run.extract import extract_many
 from seal_extract.run.job import SlideJob
 from seal_extract.slides.overview import read_overview
-from seal_extract.synthetic import write_synthetic_slide
 
 CPU = torch.device("cpu")
 SIZE, ACROSS = (1800, 1400), 8  # tiles of 256 px in a row
@@ -28,7 +28,7 @@ SIZE, ACROSS = (1800, 1400), 8  # tiles of 256 px in a row
 @pytest.fixture(scope="module")
 def svs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    return write_synthetic_slide(folder / "small.svs", SIZE, mpp=0.5, downsamples=(1, 4))
+    return write_synthetic_slide(folder / "small.svs", SIZE, mpp=0.5, downsamples=(1, 4), seed=2)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from slide_helpers import Checksums, read
+from synthetic_slide import write_synthetic_slide
 
 from seal_extract import ExtractOptions, extract, open_slide
 from seal_extract.errors import GeometryError, UsageError
@@ -22,7 +23,6 @@ from seal_extract.patches.regions import RegionReader, Resampling
 from seal_extract.patches.resample import resample
 from seal_extract.patches.tiles import open_patch_reader
 from seal_extract.run.status_table import read_status
-from seal_extract.synthetic import write_synthetic_slide
 from seal_extract.tissue.mask import TissueMask
 
 ODD = (1212, 932)  # no whole number of patches of 448 or 224 level-0 px

@@ -21,13 +21,13 @@ import tifffile
 from conftest import DrawnSlide, run_file, shared
 from PIL import Image
 from slide_helpers import Checksums
+from synthetic_slide import write_synthetic_slide
 
 from seal_extract import ExtractOptions, open_slide, read_features
 from seal_extract.errors import SealExtractError
 from seal_extract.genes.gene_lists import read_gmt
 from seal_extract.patches.grid import read_grid
 from seal_extract.run.extract import extract_many
-from seal_extract.synthetic import write_synthetic_slide
 from seal_extract.tissue.mask import TissueMask
 
 HANG_S = 60  # per copy; one takes less than a second

@@ -10,6 +10,7 @@ import pytest
 import tifffile
 from conftest import shared
 from PIL import Image
+from synthetic_slide import write_synthetic_slide
 
 from seal_extract.errors import (
     ReadError,
@@ -21,7 +22,6 @@ from seal_extract.slides.listing import list_slides
 from seal_extract.slides.overview import read_overview
 from seal_extract.slides.readers import OpenSlideReader, TiffSlideReader
 from seal_extract.slides.slide import coarsest_level, open_slide
-from seal_extract.synthetic import write_synthetic_slide
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ import tifffile
 from bombs import write_tiffs
 from conftest import shared
 from slide_helpers import Damage
+from synthetic_slide import write_synthetic_slide
 
 from seal_extract import open_slide
 from seal_extract.errors import ResolutionError, SlideOpenError, UnsupportedSlideError
 from seal_extract.slides.entry import SlideEntry, open_entry
-from seal_extract.synthetic import write_synthetic_slide
 
 NOISE = np.random.default_rng(0).integers(90, 256, (200, 300, 4), dtype=np.uint8)
 RGB = NOISE[..., :3]
