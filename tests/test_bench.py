@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from synthetic_slide import write_synthetic_slide
 
+from seal_extract import find_tissue, make_grid
 from seal_extract.bench import BenchOptions, bench
 from seal_extract.bench.encoding import Pass
 from seal_extract.bench.large_slide import TILES, write_large_slide
@@ -19,11 +20,9 @@ from seal_extract.bench.whole import WholeRun
 from seal_extract.cli import main
 from seal_extract.demo import demo_slide, untrained_encoder
 from seal_extract.errors import UsageError
-from seal_extract.patches.grid import make_grid
 from seal_extract.patches.tiles import open_patch_reader
 from seal_extract.run.options import ExtractOptions
 from seal_extract.slides.slide import open_slide
-from seal_extract.tissue.mask import find_tissue
 
 ALL_STAGES = {"read", "decode", "resample", "reading", "forward", "write", "whole"}
 FEW = ("--patches", "12", "--repeats", "1", "--workers", "2", "--quiet")
