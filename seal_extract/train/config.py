@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -254,13 +255,13 @@ def check(config: TrainConfig, names: Sequence[str] | None = None) -> None:
         )
     if config.data.panel:
         read_panel(config.data.panel)
-    if config.checkpoint is not None and not Path(config.checkpoint).expanduser().exists():
+    if config.checkpoint is not None and not os.path.exists(Path(config.checkpoint).expanduser()):
         raise UsageError(
             f"checkpoint {config.checkpoint} does not exist; give the weight file of {config.encoder}"
         )
     if is_name(config.encoder) or is_timm(config.encoder):
         named_spec(config.encoder)
-    elif Path(config.encoder).expanduser().exists() or not is_repository(config.encoder):
+    elif os.path.exists(Path(config.encoder).expanduser()) or not is_repository(config.encoder):
         locate(config.encoder, config.checkpoint)
 
 

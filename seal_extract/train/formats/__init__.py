@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -58,7 +59,7 @@ def read_sources(sources: Sequence[Mapping[str, Any]]) -> list[Source]:
         if not isinstance(kind, str) or kind not in KINDS:
             raise UsageError(f"kind of sections is {kind!r}; allowed: {', '.join(KINDS)}")
         source = convert(options, KINDS[kind], f"sections of kind {kind}")
-        if not source.path.is_dir():
+        if not os.path.isdir(source.path):  # False too for a name that no disk can hold
             raise UsageError(
                 f"there is no folder {source.folder} for sections of kind {kind}; give one that exists"
             )
