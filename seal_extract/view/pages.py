@@ -44,8 +44,8 @@ def render_report(**values: object) -> Iterator[str]:
     """
     from markupsafe import Markup
 
-    leaflet = (leaflet_folder("report") / "leaflet.js").read_text(encoding="utf-8")
-    style = (leaflet_folder("report") / "leaflet.css").read_text(encoding="utf-8")
+    folder = leaflet_folder("report")
+    leaflet, style = ((folder / f"leaflet.{end}").read_text(encoding="utf-8") for end in ("js", "css"))
     return render(
         "slide.html",
         report=True,
@@ -90,7 +90,7 @@ def _environment() -> Environment:  # jinja2 is imported here because most comma
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals["own"] = lambda name: Markup(web_text(name))
+    environment.globals["text_of"] = lambda name: Markup(web_text(name))
     environment.filters["allowed"] = _allowed
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     return environment

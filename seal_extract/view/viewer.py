@@ -139,16 +139,16 @@ async def _one_line(_: Request, exc: Exception) -> Response:
     from starlette.requests import ClientDisconnect
     from starlette.responses import JSONResponse
 
-    status = exc.status_code if isinstance(exc, HTTPException) else 404 if isinstance(exc, NotFound) else 500
-    message = f"unexpected {type(exc).__name__}; start with --debug to see where"
-    if status == 404:
-        message = "there is nothing at this address"
+    if isinstance(exc, SealExtractError):
+        status, message = 400 if isinstance(exc, UsageError) else 422, " ".join(str(exc).split())
+    elif isinstance(exc, NotFound) or (isinstance(exc, HTTPException) and exc.status_code == 404):
+        status, message = 404, "there is nothing at this address"
     elif isinstance(exc, HTTPException):
-        message = exc.detail
+        status, message = exc.status_code, exc.detail
     elif isinstance(exc, ClientDisconnect):
         status, message = 499, "the client disconnected"
-    elif isinstance(exc, SealExtractError):
-        status, message = 400 if isinstance(exc, UsageError) else 422, " ".join(str(exc).split())
+    else:
+        status, message = 500, f"unexpected {type(exc).__name__}; start with --debug to see where"
     return JSONResponse({"error": shown(message)}, status, headers={"Cache-Control": "no-store"})
 
 
