@@ -86,8 +86,9 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--index use answers {', '.join(BY_LIKENESS)} only; leave it out with --{query[0]}")
     slides, damaged = read_given(args.features, args.encoder)
     check_one_encoder(slides)
-    if args.region is not None and args.index == "exact":
-        slides = [_named(slides, _region(args.region)[0])]
+    name, outlines = _region(args.region) if args.region is not None else ("", Path())
+    if name and args.index == "exact":
+        slides = [_named(slides, name)]
     if args.index != "use":
         slides, damaged = keep_sound(slides, damaged)
     index = None if args.index == "exact" else _index(slides, args)
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     if query is None:
         return status
     if args.region is not None:
-        _genes_of_region(_named(slides, _region(args.region)[0]), args)
+        _genes_of_region(_named(slides, name), outlines, args)
         return status
     found = _find(slides, index, args)
     out = open_results(args, slides)
@@ -121,8 +122,13 @@ def _find(slides: list[SlideFeatures], index: Index | None, args: argparse.Names
     skip = None
     if args.profile is not None:
         query, project = _query_of_profile(slides[0], args)
+        if project is not None and args.index != "exact":
+            raise UsageError(
+                f"--index {args.index} holds embeddings before the projection head, and --profile is "
+                "compared behind it; leave --index out"
+            )
         if project is not None:
-            return _behind_the_head(slides, project, args).search(query, args.k)
+            index = ExactIndex(slides, project=project)
     elif args.patch is not None:
         skip = _patch(slides, args.patch)
         query = skip.slide.features[skip.row]
@@ -134,7 +140,7 @@ def _find(slides: list[SlideFeatures], index: Index | None, args: argparse.Names
 def _query_of_profile(
     slide: SlideFeatures, args: argparse.Namespace
 ) -> tuple[NDArray[np.float32], Callable[[Rows], Rows] | None]:
-    """The embedding of the profile, and the projection of images where their half has a head."""
+    """The embedding of the profile, and the projection of images if both halves have a projection head."""
     from seal_extract.genes.decoder import image_head, recorded_source
     from seal_extract.genes.gene_lists import read_profile
     from seal_extract.genes.omics import compared_behind_heads, load_omics
@@ -153,20 +159,6 @@ def _query_of_profile(
     known = sum(gene in counts for gene in omics.genes or ())
     echo(f"{args.profile.name}: {known} of the {omics.n_genes} genes of {omics.name}; the others count as 0")
     return embedding, project
-
-
-def _behind_the_head(
-    slides: list[SlideFeatures], project: Callable[[Rows], Rows], args: argparse.Namespace
-) -> Index:
-    """An exact index over the projected image embeddings; a stored index holds them unprojected."""
-    from seal_extract.genes.index import ExactIndex
-
-    if args.index != "exact":
-        raise UsageError(
-            f"--index {args.index} holds embeddings before the projection head, and --profile is compared "
-            "behind it; leave --index out"
-        )
-    return ExactIndex(slides, project=project)
 
 
 def _query_of_image(slide: SlideFeatures, args: argparse.Namespace) -> NDArray[np.float32]:
@@ -248,13 +240,13 @@ def _region(text: str) -> tuple[str, Path]:
     return name, Path(file)
 
 
-def _genes_of_region(slide: SlideFeatures, args: argparse.Namespace) -> None:
+def _genes_of_region(slide: SlideFeatures, outlines: Path, args: argparse.Namespace) -> None:
     from seal_extract.genes.region import areas_mm2, patches_inside, region_genes
     from seal_extract.tissue.geojson import read_polygons
     from seal_extract.view.collection import read_outline
     from seal_extract.view.report import outline_path
 
-    polygons, _ = read_polygons(_region(args.region)[1])
+    polygons, _ = read_polygons(outlines)
     decoder = decoder_for([slide], args)
     inside = patches_inside(slide.grid, polygons)
     found = region_genes(slide, decoder, inside, permutations=args.permutations)

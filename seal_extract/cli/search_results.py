@@ -1,4 +1,4 @@
-"""The results of ``seal-extract search``: one folder per query, which another query does not replace."""
+"""The results of ``seal-extract search``: one folder per query; another query does not replace them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The molecular side: expression in, embeddings in the space of the images out."""
+"""Genes: predict expression from embeddings, embed expression, and search slides by both."""
 
 from __future__ import annotations
 

@@ -9,18 +9,17 @@ next shard.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from itertools import accumulate
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 
 from seal_extract.errors import OutputError, UsageError, how_to_install
 from seal_extract.features.store import SlideFeatures
-from seal_extract.genes.feature_rows import LAYABLE, RowPlaces
+from seal_extract.genes.feature_rows import LAYABLE, Count, RowPlaces
 from seal_extract.genes.index import Rows, unit_pieces
 from seal_extract.publish import file_state, publish, sweep, writing
 
@@ -54,11 +53,11 @@ class Entry:
     """
 
     path: str
-    bytes: int
-    mtime_ns: int
-    rows: int
-    shard: int
-    start: int
+    bytes: Count
+    mtime_ns: Count
+    rows: Count
+    shard: Count
+    start: Count
     places: RowPlaces
     dropped: bool = False
 
@@ -83,12 +82,12 @@ class Manifest:
     """
 
     encoder: str
-    trained: int = -1
-    trained_bytes: int = 0
-    trained_rows: int = 0
-    shards: Mapping[int, int] = field(default_factory=dict)
+    trained: Annotated[int, msgspec.Meta(ge=-1, lt=2**62)] = -1
+    trained_bytes: Count = 0
+    trained_rows: Count = 0
+    shards: Mapping[Count, Count] = field(default_factory=dict)
     entries: tuple[Entry, ...] = ()
-    next: int = 0
+    next: Count = 0
 
     @property
     def searchable(self) -> set[str]:
@@ -123,7 +122,7 @@ class Manifest:
             OutputError: it cannot be written.
         """
         with publish(folder / MANIFEST) as part:
-            part.write_text(json.dumps(asdict(self)), encoding="utf-8")
+            part.write_bytes(msgspec.json.encode(self))
         used = {shard_path(folder, number) for number in self.shards} | {trained_path(folder, self.trained)}
         for path in {file for pattern in OURS[:2] for file in folder.glob(pattern)} - used:
             with writing(path):
@@ -157,41 +156,27 @@ def read_manifest(folder: Path, encoder: str) -> Manifest | None:
             raise OutputError(f"{folder} holds no index of seal_extract, or a damaged one; remove it")
         return None
     try:
-        manifest = _parse(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as exc:
+        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        _check(manifest)
+    except (OSError, ValueError, RecursionError) as exc:  # msgspec's errors are ValueErrors
         raise OutputError(f"{folder} holds no index of seal_extract, or a damaged one; remove it") from exc
     if manifest.encoder != encoder:
         raise OutputError(f"{folder} is the index of another encoder or of other weights; remove it")
     return manifest
 
 
-def _parse(listed: dict[str, Any]) -> Manifest:
-    """A manifest from JSON; any exception means that something else wrote it."""
-    entries = []
-    for entry in listed.pop("entries"):
-        places = RowPlaces(**entry["places"] | {"chunks": tuple(entry["places"]["chunks"])})
-        entries.append(Entry(**entry | {"places": places}))
-    shards = {int(number): int(size) for number, size in listed.pop("shards").items()}
-    manifest = Manifest(**listed, shards=shards, entries=tuple(entries))
-    numbers = [manifest.trained + 1, manifest.trained_bytes, manifest.trained_rows, manifest.next]
-    for entry in entries:
-        places = entry.places
-        numbers += [*entry.state, entry.rows, entry.shard, entry.start, places.dim, places.chunk_rows - 1]
-        numbers += places.chunks
-        held = len(places.chunks) * places.chunk_rows
-        if not isinstance(entry.path, str) or (
-            places.chunks and (places.dtype not in LAYABLE or held < entry.rows)
-        ):
-            raise ValueError("a path is not text, or rows lie in no chunk")
-    if not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
-        raise ValueError("a number is not a count")
-    if {entry.shard for entry in entries} != set(shards):
+def _check(manifest: Manifest) -> None:
+    """Raise `ValueError` if the parts of a manifest do not agree."""
+    if {entry.shard for entry in manifest.entries} != set(manifest.shards):
         raise ValueError("entries and shards do not agree")
-    for shard in shards:
-        starts = accumulate((entry.rows for entry in manifest.of(shard)), initial=0)
-        if any(entry.start != start for entry, start in zip(manifest.of(shard), starts, strict=False)):
-            raise ValueError("rows do not follow one another")
-    return manifest
+    for shard in manifest.shards:
+        start = 0
+        for entry in manifest.of(shard):
+            places = entry.places
+            held = len(places.chunks) * places.chunk_rows if places.dtype in LAYABLE else 0
+            if entry.start != start or (places.chunks and held < entry.rows):
+                raise ValueError("rows do not follow one another, or lie in no chunk")
+            start += entry.rows
 
 
 # --- updates --------------------------------------------------------------------------------------

@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import h5py
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from seal_extract.errors import OutputError
@@ -21,6 +22,7 @@ from seal_extract.hdf5 import DAMAGED, open_hdf5
 from seal_extract.publish import file_state
 
 LAYABLE = ("<f4", "<f2")
+Count = Annotated[int, Meta(ge=0, lt=2**62)]
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,9 @@ class RowPlaces:
     """
 
     dtype: str
-    dim: int
-    chunk_rows: int
-    chunks: tuple[int, ...] = ()
+    dim: Count
+    chunk_rows: Annotated[int, Meta(ge=1, lt=2**62)]
+    chunks: tuple[Count, ...] = ()
     checked: bool = False
 
     @classmethod

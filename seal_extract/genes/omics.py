@@ -1,4 +1,4 @@
-"""SEAL's expression encoder: a variational autoencoder over genes, in the space of the image embeddings.
+"""SEAL's expression encoder: a variational autoencoder of genes whose latents lie in the image space.
 
 Source: SEAL (arXiv 2602.14177); planar flows after Rezende and Mohamed (arXiv 1505.05770, equation 10).
 """
@@ -25,11 +25,11 @@ from seal_extract.errors import CheckpointError, UsageError
 
 HIDDEN = (1024, 512)
 FLOWS = 3
-_COUNTERS = tuple(f"encoder.{i}.num_batches_tracked" for i in (1, 5))  # of training; no embedding needs them
+_COUNTERS = tuple(f"encoder.{i}.num_batches_tracked" for i in (1, 5))  # used in training only
 
 
 class PlanarFlow(nn.Module):
-    """z + u tanh(w . z + b)."""
+    """The map z + u tanh(w . z + b)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -41,21 +41,21 @@ class PlanarFlow(nn.Module):
         return z + self.u * torch.tanh(z @ self.w + self.b)[:, None]
 
     def log_det(self, z: Tensor) -> Tensor:
-        """The logarithm of |1 + u . w (1 - tanh^2(w . z + b))|, by which volumes grow: [B, D] to [B]."""
+        """Log determinant of the Jacobian, log |1 + u . w (1 - tanh^2(w . z + b))|: [B, D] to [B]."""
         slope = 1 - torch.tanh(z @ self.w + self.b).square()
         return (1 + slope * (self.u @ self.w)).abs().clamp_min(1e-6).log()
 
 
 class OmicsEncoder(nn.Module):
-    """Expression to embedding and back; made by `load_omics`. Its names are those of the weight file.
+    """Maps expression to embeddings and back; made by `load_omics`. Its modules have the names of the file.
 
     Attributes:
-        name: the SEAL encoder whose other half it is, or the file's name.
+        name: name of the SEAL encoder that it is the expression half of, or of the file.
         dim: length of an embedding.
-        n_genes: how many genes it takes.
-        weights: the file that the weights came from; None for one that is yet to be trained.
+        n_genes: number of genes.
+        weights: the weight file; None before training.
         hidden: widths of the two hidden layers, the outer one first.
-        projection_head: what ``encode(project=True)`` applies; None where the file has none.
+        projection_head: the head that ``encode(project=True)`` applies; None if the file has none.
     """
 
     def __init__(
@@ -90,14 +90,14 @@ class OmicsEncoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Device of the weights."""
         return self.fc_mu.weight.device
 
     @property
     def genes(self) -> tuple[str, ...] | None:
-        """The gene of each column; None until one is given, for none is published.
+        """The gene of each column; None until a panel is set, because SEAL's panel is not published.
 
-        Setting it raises a `UsageError` where the names are not one per column.
+        Setting it raises a `UsageError` unless there is one name per column.
         """
         return self._genes
 
@@ -111,7 +111,7 @@ class OmicsEncoder(nn.Module):
         return self.fc_mu(hidden), self.fc_logvar(hidden)
 
     def flow(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The flows and, summed over them, the logarithm of their determinants: [B, D] to [B, D] and [B]."""
+        """Apply the flows; also returns the sum of their log determinants: [B, D] to [B, D] and [B]."""
         log_det = z.new_zeros(len(z))
         for flow in self.flows:
             assert isinstance(flow, PlanarFlow)
@@ -133,21 +133,21 @@ class OmicsEncoder(nn.Module):
         return mu.clone(), logvar.clone()
 
     def encode(self, expression: Any, *, project: bool = False) -> Tensor:
-        """Embed expression: the flows of the mean, the same for the same input.
+        """Embed expression by applying the flows to the mean of the latent, which is deterministic.
 
-        The authors' own code draws a sample around the mean even in evaluation mode; this is that for a draw
-        of zero.
+        The authors' code adds random noise to the mean, also in evaluation mode; this is its result without
+        noise.
 
         Args:
             expression: float [B, G], tensor or array: log1p of counts scaled to 10,000 per spot or cell, the
                 genes in the order of training.
-            project: through the projection head too, to be compared with `Encoder.project`.
+            project: apply the projection head too, for comparison with `Encoder.project`.
 
         Returns:
-            float32 [B, D] on the encoder's device; of the head's own width if it is asked for.
+            float32 [B, D] on the encoder's device; with ``project``, the width of the head.
 
         Raises:
-            UsageError: another shape or dtype, NaN, or numbers below 0; or it has no projection head.
+            UsageError: another shape or dtype, NaN, numbers below 0, or no projection head to apply.
         """
         if project and self.projection_head is None:
             raise UsageError(f"{self.name} has no projection head; leave project=True out")
@@ -165,7 +165,7 @@ class OmicsEncoder(nn.Module):
             embeddings: float [B, D], as `encode` gives them.
 
         Returns:
-            float32 [B, G] on the encoder's device; log1p, and unlike counts it may fall below 0.
+            float32 [B, G] on the encoder's device: log1p, which may be below 0 here.
 
         Raises:
             UsageError: another shape or dtype, or NaN.
@@ -184,24 +184,24 @@ def load_omics(
     device: str | torch.device | None = "cpu",
     offline: bool = False,
 ) -> OmicsEncoder:
-    """Build SEAL's expression encoder and fill it with exactly the weights of its file.
+    """Load SEAL's expression encoder with exactly the weights of its file.
 
     Args:
-        name_or_path: a SEAL encoder of `list_encoders`; or an omics file, which says its sizes itself; or the
-            folder, or Hub repository ``owner/name``, of an encoder that was trained with one.
-        checkpoint: a file on this disk, in place of the Hub's; only with a name.
+        name_or_path: a SEAL encoder of `list_encoders`, an omics file, or the folder or Hub repository
+            ``owner/name`` of an encoder that was trained with an expression encoder.
+        checkpoint: a file on this disk instead of the Hub's; only with a name.
         revision: branch, tag or commit on the Hub; see `load_encoder`.
-        device: a small network: a CPU will do.
+        device: device of the weights; the network is small enough for a CPU.
         offline: take the file from the Hub's cache only.
 
     Raises:
         UsageError: not a SEAL encoder, or arguments that contradict each other.
-        CheckpointError: a file that does not hold exactly what is needed, was damaged or would run code.
-        HubError: its children tell token, gate, absence and network apart.
+        CheckpointError: a file with missing or other weights, a damaged file, or one that would run code.
+        HubError: the Hub does not deliver the file; see its subclasses.
     """
     named = bundled().get(os.fspath(name_or_path), name_or_path)
     target, path = pick_device(device), Path(named).expanduser()
-    if path.is_dir():  # of an encoder that was trained here
+    if path.is_dir():  # the folder of a trained encoder
         path = path / OMICS
         if not path.is_file():
             raise CheckpointError(f"{path.parent} holds no {path.name}, the expression half of its encoder")
@@ -232,15 +232,15 @@ def load_omics(
 
 
 def compared_behind_heads(omics: OmicsEncoder, name: str, image_has_one: bool) -> bool:
-    """Whether image and expression are to be compared behind the projection heads of both halves.
+    """Whether both halves have a projection head, so that their embeddings are compared behind the heads.
 
     Args:
         omics: the expression half.
-        name: of the image half.
-        image_has_one: whether it has a head.
+        name: name of the image half.
+        image_has_one: whether the image half has a head.
 
     Raises:
-        UsageError: only one of the two has one.
+        UsageError: only one of the two has a head.
     """
     expression_has_one = omics.projection_head is not None
     if expression_has_one != image_has_one:
@@ -254,7 +254,7 @@ def compared_behind_heads(omics: OmicsEncoder, name: str, image_has_one: bool) -
 
 
 def _named(omics: OmicsEncoder, config: Path) -> OmicsEncoder:
-    """With the name and the genes of the encoder whose half it is, if its config lies there."""
+    """The same with the name and genes of its encoder, if the encoder's config lies beside it."""
     if omics.weights is not None and omics.weights.file == OMICS and config.is_file():
         omics.name, omics.genes = read_config(config).name, read_contents(config).genes
     return omics
@@ -278,7 +278,7 @@ def _load(name: str, file: FoundFile, sizes: tuple[int, int] | None) -> OmicsEnc
 
 
 def _sizes(tensors: dict[str, Tensor], path: Path) -> tuple[int, int, tuple[int, int]]:
-    """Embedding length, number of genes and hidden widths, by the shapes in the file."""
+    """Embedding length, number of genes and hidden widths, from the shapes in the file."""
     first, last = tensors.get("encoder.0.weight"), tensors.get("fc_mu.weight")
     if first is None or last is None or first.ndim != 2 or last.ndim != 2:
         other = looks_like(tensors)

@@ -1,10 +1,9 @@
-"""Which genes go with a region: predicted expression of its patches against the rest of the slide.
+"""Genes that differ in a region: predicted expression of its patches against the rest of the slide.
 
-Two p-values, for patches are no independent samples. One permutes single patches, which says how far the
-region stands out of as many patches drawn anywhere; neighbours being alike, it is small for almost any
-region. The other draws regions of as many patches, each in one piece around a random place, which preserves
-spatial correlation; where the two disagree, use the second. Both come with q-values, as many genes are
-tested.
+Patches are not independent samples, so each gene has two p-values. The first compares the region with random
+sets of as many single patches; it is small for almost any region, because neighbouring patches are alike. The
+second compares it with connected regions of as many patches around random places, which preserves spatial
+correlation. Use the second if the two disagree. q-values correct both for the number of genes.
 """
 
 from __future__ import annotations
@@ -25,27 +24,27 @@ from seal_extract.patches.grid import PatchGrid
 from seal_extract.tissue.geojson import fill_polygons, inside_polygons
 
 PERMUTATIONS = 999
-CELLS = 2048  # a side, of the raster that areas are counted on
+CELLS = 2048  # side of the raster on which areas are counted
 
 Membership = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class RegionGenes:
-    """Each gene inside a region against outside, the most over-represented first.
+    """Each gene inside a region against outside, the largest effect first.
 
     Attributes:
-        genes: names, or ``column 0``, ... where the decoder's columns have none.
+        genes: names, or ``column 0``, ... if the decoder's columns have no names.
         inside: mean of the predicted log1p expression in the region, float64 [G].
         outside: mean in the rest of the slide, float64 [G].
-        effect: Cohen's d: their difference in pooled standard deviations, float64 [G]; 0 where nothing
-            varies.
-        p_patches: share of draws of single patches with at least this difference, float64 [G]; one-sided.
-        p_pieces: likewise of draws in one piece.
+        effect: Cohen's d, the difference in pooled standard deviations, float64 [G]; 0 if nothing varies.
+        p_patches: share of random sets of single patches with at least this difference, float64 [G];
+            one-sided.
+        p_pieces: the same share of connected random regions.
         q_patches: `benjamini_hochberg` of ``p_patches`` over all genes.
-        q_pieces: likewise of ``p_pieces``.
-        patches: how many lie inside.
-        permutations: how many draws of each kind; no p is below 1 / (this + 1).
+        q_pieces: `benjamini_hochberg` of ``p_pieces`` over all genes.
+        patches: number of patches inside.
+        permutations: number of random draws of each kind; no p is below 1 / (this + 1).
     """
 
     genes: tuple[str, ...]
@@ -59,12 +58,12 @@ class RegionGenes:
 
     @property
     def q_patches(self) -> NDArray[np.float64]:
-        """Of single patches."""
+        """q-values of ``p_patches``, float64 [G]."""
         return benjamini_hochberg(self.p_patches)
 
     @property
     def q_pieces(self) -> NDArray[np.float64]:
-        """Of draws in one piece."""
+        """q-values of ``p_pieces``, float64 [G]."""
         return benjamini_hochberg(self.p_pieces)
 
     def __repr__(self) -> str:
@@ -81,18 +80,17 @@ def region_genes(
 ) -> RegionGenes:
     """Compare a region with the rest of its slide, gene by gene.
 
-    The p-value of a permutation test counts the observed draw too (Phipson and Smyth 2010), so it is never 0.
-    It is of a gene alone: `RegionGenes` corrects for the number of genes by its q-values.
+    A p-value counts the observed draw too (Phipson and Smyth 2010), so it is never 0.
 
     Args:
         slide: features of the slide.
-        decoder: of their encoder.
+        decoder: decoder of the encoder that made them.
         inside: bool [N], the patches of the region.
-        permutations: draws of each kind.
-        seed: of the draws.
+        permutations: number of random draws of each kind.
+        seed: seed of the random draws.
 
     Raises:
-        UsageError: the region holds no patch, or all of them; or ``permutations`` is below 1.
+        UsageError: the region holds no patch or all of them, or ``permutations`` is below 1.
     """
     count, members = len(slide.grid), int(inside.sum())
     if not 0 < members < count:
@@ -107,7 +105,7 @@ def region_genes(
     deviation = np.sqrt(np.maximum(within, 0) / max(1, count - 2))
     varies = deviation > 1e-6 * np.maximum(1, np.abs(mean_in))
     effect = np.where(varies, (mean_in - mean_out) / np.where(varies, deviation, 1), 0)
-    # a draw with a larger sum inside has the larger difference, for all have as many patches
+    # a draw with a larger sum inside has the larger difference, because all draws have as many patches
     slack = 1e-5 * np.maximum(1, np.abs(sums[0]))  # sums of float32: equal draws need not give equal sums
     as_large = sums[1:] >= sums[0] - slack
     p_patches, p_pieces = (
@@ -124,7 +122,7 @@ def region_genes(
 
 
 def benjamini_hochberg(p: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The q-value of each p-value, float64 [G]: the least false discovery rate at which it is called.
+    """The q-value of each p-value, float64 [G]: the lowest false discovery rate that still includes it.
 
     Source: Benjamini and Hochberg 1995, as adjusted p-values.
     """
@@ -138,14 +136,14 @@ def benjamini_hochberg(p: NDArray[np.float64]) -> NDArray[np.float64]:
 def areas_mm2(
     region: Sequence[shapely.Polygon], tissue: Sequence[shapely.Polygon] | None, mpp: float
 ) -> tuple[float, float | None]:
-    """Area of a region, and of the tissue in it, mm²; None where no tissue outline is known.
+    """Area of a region and of the tissue in it, in mm²; None as the second if the tissue is not known.
 
-    Polygons that overlap count once. Counted on 2,048 x 2,048 cells, a compact region to about 0.1 %: exact
-    union takes minutes where outlines cross themselves often.
+    Overlapping polygons count once. Areas are counted on 2,048 x 2,048 cells, which is exact to about 0.1 %
+    for a compact region; an exact union takes minutes for outlines that cross themselves often.
 
     Args:
-        region: in level-0 pixels.
-        tissue: likewise.
+        region: outlines of the region in level-0 pixels.
+        tissue: outlines of the tissue in level-0 pixels.
         mpp: µm/px at level 0.
     """
     x0, y0, x1, y1 = shapely.total_bounds(region)
@@ -161,12 +159,12 @@ def areas_mm2(
 
 
 def patches_inside(grid: PatchGrid, polygons: Sequence[shapely.Polygon]) -> Membership:
-    """Patches whose centre lies in one of the polygons, level-0 pixels: bool [N]."""
+    """Whether the centre of each patch lies in one of the polygons, which are in level-0 pixels: bool [N]."""
     return inside_polygons(polygons, grid.xy_l0 + grid.patch_size_l0 / 2)
 
 
 def _draws(grid: PatchGrid, inside: Membership, permutations: int, rng: np.random.Generator) -> Membership:
-    """The region, then draws of single patches, then draws in one piece: where a patch is in it."""
+    """Patches of the region, then of sets of single patches, then of connected regions: bool [1 + 2 P, N]."""
     count, members = len(grid), int(inside.sum())
     draws = np.zeros((1 + 2 * permutations, count), np.bool_)
     draws[0] = inside
@@ -181,7 +179,7 @@ def _draws(grid: PatchGrid, inside: Membership, permutations: int, rng: np.rando
 def _sums(
     slide: SlideFeatures, decoder: GeneDecoder, draws: Membership
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Sums in each draw [1 + 2 P, G] and in all [G]; sums of squares inside and outside the region [2, G]."""
+    """Sums of each draw [1 + 2 P, G] and of all [G]; sums of squares inside and outside the region [2, G]."""
     sums = np.zeros((len(draws), decoder.n_genes))
     total, squares, done = np.zeros(decoder.n_genes), np.zeros((2, decoder.n_genes)), 0
     for block in predicted(slide, decoder):

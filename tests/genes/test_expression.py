@@ -1,7 +1,5 @@
 """The expression decoder of a SEAL file: exact, kept, and honest about names that nobody published."""
 
-import importlib.util
-
 import numpy as np
 import pytest
 import torch
@@ -19,6 +17,7 @@ from encoder_fixtures import (
     seal_file,
     untrained_encoder,
 )
+from oracle_files import oracle_rule
 
 from seal_extract.encoders import find_spec, load_encoder
 from seal_extract.encoders.encoder import Encoder
@@ -36,13 +35,6 @@ def seal(tmp_path):
     return load_encoder(
         "seal-tiny-vit", checkpoint=save(seal_file(SEAL_TINY_VIT), tmp_path / "a.pth"), device="cpu"
     )
-
-
-def oracle_rule():
-    spec = importlib.util.spec_from_file_location("oracle_weights", shared("oracle/weights.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # --- the numbers --------------------------------------------------------------------------------------------

@@ -10,38 +10,17 @@ from operator import getitem
 import h5py
 import numpy as np
 import pytest
+from gene_fixtures import features_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from seal_extract.errors import OutputError, UsageError
-from seal_extract.features.feature_file import write_rows
-from seal_extract.features.store import grid_fields, read_features
 from seal_extract.genes.faiss_folder import MANIFEST
 from seal_extract.genes.feature_rows import RowPlaces
 from seal_extract.genes.index import ExactIndex, Hits, unit_pieces
 from seal_extract.genes.search import Found
-from seal_extract.patches.grid import PatchGrid
 
 DIM = 8
-
-
-def features_file(path, rows, encoder="x", dtype=np.float32):
-    """A features file of any rows, in a line."""
-    rows = np.asarray(rows, dtype)
-    xy = np.stack([np.arange(len(rows)) * 224, np.zeros(len(rows), np.int64)], 1)
-    grid = PatchGrid(xy, 224, 0.5, 224, 0, 0, 224)
-    provenance = {
-        "encoder": {"name": encoder.split()[0]},
-        "slide": {"mpp": 0.5},
-        "grid": grid_fields(grid),
-        "request": {"encoder": {"name": encoder.split()[0], "weights": encoder}},
-    }
-    dataset, coords = ("features", xy) if dtype == np.float32 else ("feats", (xy * 0.5).astype(np.float32))
-    with write_rows(
-        path, dataset, rows.shape, dtype, provenance, lambda f: f.create_dataset("coords", data=coords)
-    ) as writer:
-        writer.append(rows.astype(np.float32))
-    return read_features(path)
 
 
 def brute_force(tables, queries, k, hidden=()):
@@ -138,9 +117,22 @@ def test_what_cannot_be_meant_is_refused(tmp_path):
     queries[1, 2] = np.nan
     with pytest.raises(UsageError, match="query 1 is 0 or not finite"):
         ExactIndex(slides).search_many(queries, 1)
-    other = features_file(tmp_path / "b.h5", np.ones((3, DIM)), "x of other weights")
-    with pytest.raises(UsageError, match="by other weights of x"):
-        ExactIndex([*slides, other])
+    for query, k, answer in (
+        (np.ones(DIM - 1), 1, r"the query is \[7\]; these features have 8 numbers a patch"),
+        (np.full(DIM, np.nan), 1, "the query is 0 or not finite"),
+        (np.zeros(DIM), 1, "the query is 0 or not finite"),
+        (np.ones(DIM), 0, "0 patches were asked for; allowed: 1 or more"),
+    ):
+        with pytest.raises(UsageError, match=answer):
+            ExactIndex(slides).search(query, k)
+    for encoder, answer in (
+        ("y", r"was made by x and .* by y; give"),
+        ("x of others", "by other weights of x"),
+    ):
+        with pytest.raises(UsageError, match=answer):
+            ExactIndex([*slides, features_file(tmp_path / "b.h5", np.ones((3, DIM)), encoder)])
+    with pytest.raises(UsageError, match="there are no slides"):
+        ExactIndex([])
 
 
 def test_the_exact_search_holds_a_piece_in_memory_and_not_the_cohort(tmp_path):
@@ -321,12 +313,16 @@ def test_what_is_damaged_is_told_and_made_again(tissue, faiss_index, tmp_path, d
 
 def test_folders_that_are_not_its_own_are_left_alone(tissue, faiss_index, tmp_path):
     slides, folder = [tissue(0)], tmp_path / "index"
+    with pytest.raises(UsageError, match=r"there is no index in .* type --index build"):
+        faiss_index.open_index(slides, folder)
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match="holds no index of seal_extract, or a damaged one; remove it"):
         faiss_index.build(slides, folder)
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
     faiss_index.build(slides, tmp_path / "own")
+    with pytest.raises(OutputError, match="is the index of another encoder"):
+        faiss_index.build([features_file(tmp_path / "other.h5", np.ones((9, 16)), "y")], tmp_path / "own")
     manifest = tmp_path / "own" / MANIFEST
     for broken in ("{", "[]", "{}", json.dumps(json.loads(manifest.read_text()) | {"shards": {}})):
         manifest.write_text(broken)

@@ -1,7 +1,5 @@
 """The expression half of a SEAL checkpoint: exact to the authors' code, deterministic, strict."""
 
-import importlib.util
-import json
 import os
 
 import numpy as np
@@ -18,6 +16,7 @@ from encoder_fixtures import (
     seal_file,
 )
 from hub_server import GOOD_TOKEN, Repo
+from oracle_files import keys_of, oracle_rule
 
 from seal_extract.cli import main
 from seal_extract.encoders import load_encoder
@@ -72,11 +71,8 @@ def omics(tmp_path):
 @pytest.fixture(params=["conch", "univ2"])
 def official(request, tmp_path):
     """A real-sized omics file filled by the oracle's rule, its inputs, and what the authors' code gave."""
-    source = importlib.util.spec_from_file_location("oracle_weights", shared("oracle/weights.py"))
-    rule = importlib.util.module_from_spec(source)
-    source.loader.exec_module(rule)
-    tensors = {}
-    for key, shape, dtype in json.loads(shared(f"oracle/{request.param}_keys.json").read_text())["omics"]:
+    rule, tensors = oracle_rule(), {}
+    for key, shape, dtype in keys_of(request.param)["omics"]:
         value = rule.det(key, shape, 0)
         tensors[key] = torch.from_numpy(np.zeros(shape, dtype) if value is None else value)
     path = save(tensors, tmp_path / f"seal_{request.param}_omics.pth")

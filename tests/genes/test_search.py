@@ -1,4 +1,4 @@
-"""Search between images and genes: by expression, by likeness, of a region; the exact index and FAISS's."""
+"""Search between images and genes: by expression, by likeness, of a region; the command."""
 
 import csv
 import json
@@ -9,12 +9,12 @@ import pytest
 import shapely
 from cohort_fixtures import link_cohort
 from cohort_fixtures import run_here as run
+from gene_fixtures import features_file
 from PIL import Image
 
 from seal_extract import extract, open_slide
-from seal_extract.errors import OutputError, UsageError
-from seal_extract.features.feature_file import write_rows
-from seal_extract.features.store import grid_fields, list_features, read_features
+from seal_extract.errors import UsageError
+from seal_extract.features.store import list_features
 from seal_extract.genes.gene_lists import Signature, read_profile
 from seal_extract.genes.index import ExactIndex
 from seal_extract.genes.omics import load_omics
@@ -27,7 +27,6 @@ from seal_extract.genes.search import (
     embed_profile,
     search_expression,
 )
-from seal_extract.patches.grid import PatchGrid
 from seal_extract.run.cohort import extract_cohort
 from seal_extract.tissue.geojson import inside_polygons
 from seal_extract.view.contact_sheet import (
@@ -51,24 +50,6 @@ def out(drawn_slides, tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def slides(out):
     return list_features(out)[0]
-
-
-def features_file(path, rows, name="x"):
-    """A features file of any rows, patches on a square."""
-    side = max(1, int(np.ceil(len(rows) ** 0.5)))
-    xy = np.stack(np.divmod(np.arange(len(rows)), side)[::-1], 1).astype(np.int64) * 224
-    grid = PatchGrid(xy, 224, 0.5, 224, 0, 0, 224)
-    provenance = {
-        "encoder": {"name": name},
-        "slide": {"mpp": 0.5},
-        "grid": grid_fields(grid),
-        "request": {"encoder": {"name": name}},
-    }
-    with write_rows(
-        path, "features", rows.shape, np.float32, provenance, lambda f: f.create_dataset("coords", data=xy)
-    ) as writer:
-        writer.append(rows.astype(np.float32))
-    return read_features(path)
 
 
 def rows_of(found):
@@ -101,49 +82,11 @@ def test_equal_scores_come_in_the_order_of_slides_and_rows(slides):
 # --- by likeness ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_the_exact_index_is_brute_force(tmp_path, seed):
-    rng = np.random.default_rng(seed)
-    counts = [int(n) for n in rng.integers(0, 40, 4)] + [0, 7]
-    some = [features_file(tmp_path / f"s{i}.h5", rng.normal(size=(n, 8))) for i, n in enumerate(counts)]
-    query, rows = rng.normal(size=8), np.concatenate([s.features for s in some])
-    names = [(s.path.stem, row) for s in some for row in range(len(s.grid))]
-    cosine = rows @ query / np.linalg.norm(rows, axis=1) / np.linalg.norm(query)
-    order = np.argsort(-cosine, kind="stable")
-    found = ExactIndex(some).search(query, 10)
-    assert rows_of(found) == [names[i] for i in order[:10]]
-    np.testing.assert_allclose([one.score for one in found], cosine[order[:10]], atol=1e-6)
-    assert len(ExactIndex(some).search(query, 10**6)) == len(rows)
-
-
 def test_the_patch_that_was_asked_with_is_left_out(slides):
     asked = Found(slides[0], 1, 1.0)
     found = ExactIndex(slides).search(slides[0].features[1], 5, skip=asked)
     assert (slides[0].path.stem, 1) not in rows_of(found)
     assert rows_of(ExactIndex(slides).search(slides[0].features[1], 1)) == [(slides[0].path.stem, 1)]
-
-
-@pytest.mark.parametrize(
-    ("query", "k", "answer"),
-    [
-        (np.ones(7), 1, r"the query is \[7\]; these features have 8"),
-        (np.full(8, np.nan), 1, "not finite"),
-        (np.zeros(8), 1, "the query is 0"),
-        (np.ones(8), 0, "0 patches were asked for"),
-    ],
-)
-def test_queries_that_cannot_be_meant_are_refused(tmp_path, query, k, answer):
-    index = ExactIndex([features_file(tmp_path / "a.h5", np.ones((3, 8)))])
-    with pytest.raises(UsageError, match=answer):
-        index.search(query, k)
-
-
-def test_features_of_two_encoders_are_refused(tmp_path):
-    two = [features_file(tmp_path / f"{name}.h5", np.ones((2, 8)), name) for name in "xy"]
-    with pytest.raises(UsageError, match=r"was made by x and .* by y; give files of one encoder"):
-        ExactIndex(two)
-    with pytest.raises(UsageError, match="there are no slides"):
-        ExactIndex([])
 
 
 def test_a_picture_of_a_patch_finds_that_patch(slides, tiny, tmp_path):
@@ -202,78 +145,6 @@ def test_a_contact_sheet_shows_what_was_asked_with_first(slides, tmp_path):
         assert (sheet[y - 4 : y, x : x + SIDE_PX] == QUERY_RGB).all()
     draw_contact_sheet(found, tmp_path / "alone.png", "title")
     assert not (np.asarray(Image.open(tmp_path / "alone.png").convert("RGB")) == QUERY_RGB).all(2).any()
-
-
-# --- FAISS ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def clustered(tmp_path):
-    """Features in groups, as those of tissue are."""
-    rng = np.random.default_rng(0)
-    centres = rng.normal(size=(40, 16))
-    return [
-        features_file(
-            tmp_path / "run" / f"s{i}.h5",
-            centres[rng.integers(40, size=300)] + 0.3 * rng.normal(size=(300, 16)),
-        )
-        for i in range(6)
-    ]
-
-
-def recall(index, exact, queries):
-    pairs = [(set(rows_of(index.search(q, 10))), set(rows_of(exact.search(q, 10)))) for q in queries]
-    return np.mean([len(a & b) / 10 for a, b in pairs])
-
-
-def test_faiss_finds_nearly_all_that_the_exact_index_finds(clustered, tmp_path):
-    pytest.importorskip("faiss")
-    from seal_extract.genes.faiss_index import build, open_index
-
-    build(clustered, tmp_path / "index")
-    index = open_index(clustered, tmp_path / "index")
-    queries = np.concatenate([s.features[:5] for s in clustered])
-    assert recall(index, ExactIndex(clustered), queries) >= 0.95
-    asked = Found(clustered[2], 3, 1.0)
-    assert ("s2", 3) not in rows_of(index.search(clustered[2].features[3], 10, skip=asked))
-
-
-def test_the_index_follows_slides_that_come_change_and_go(clustered, tmp_path):
-    pytest.importorskip("faiss")
-    from seal_extract.genes.faiss_index import build, open_index
-
-    folder, rng = tmp_path / "index", np.random.default_rng(1)
-    build(clustered[:4], folder)
-    with pytest.raises(UsageError, match=r"2 slides have come or changed since .* type --index build"):
-        open_index(clustered, folder)
-    changed = features_file(clustered[1].path, rng.normal(size=(200, 16)))
-    now = [clustered[0], changed, *clustered[3:]]
-    index = build(now, folder)
-    found = {name for q in changed.features for name, _ in rows_of(index.search(q, 3))}
-    assert "s2" not in found
-    assert recall(index, ExactIndex(now), changed.features[:20]) >= 0.95
-    index = build(now[-1:], folder)  # all other shards go
-    assert {name for name, _ in rows_of(index.search(now[-1].features[0], 500))} == {"s5"}
-    assert len(list(folder.glob("shard_*"))) == 1
-
-
-def test_an_index_that_is_damaged_foreign_or_missing_is_refused(clustered, tmp_path):
-    pytest.importorskip("faiss")
-    from seal_extract.genes.faiss_index import build, open_index
-
-    folder = tmp_path / "index"
-    with pytest.raises(UsageError, match=r"there is no index in .* type --index build"):
-        open_index(clustered, folder)
-    build(clustered, folder)
-    other = [features_file(tmp_path / "other.h5", np.ones((9, 16)), "y")]
-    with pytest.raises(OutputError, match="is the index of another encoder"):
-        build(other, folder)
-    (folder / "shard_0000.faiss").write_bytes(b"nothing")
-    with pytest.raises(OutputError, match=r"shard_0000\.faiss is damaged or gone; type --index build"):
-        open_index(clustered, folder).search(clustered[0].features[0], 3)
-    (folder / "slides.json").write_text("{}")
-    with pytest.raises(OutputError, match="holds no index of seal_extract, or a damaged one"):
-        open_index(clustered, folder)
 
 
 # --- regions ----------------------------------------------------------------------------------

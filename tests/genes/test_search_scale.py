@@ -1,16 +1,15 @@
 """The FAISS index of millions of patches: time, recall, memory; printed with -s.
 
-    SEAL_EXTRACT_MILLIONS=10 pytest -m slow -s tests/test_search_scale.py
+    SEAL_EXTRACT_MILLIONS=10 pytest -m slow -s tests/genes/test_search_scale.py
 
 makes 10 GB of features (float16, as in STAMP's layout) and 5 GB of index in the temporary folder and takes an
 hour or two on one core; the default is one million. The right answers are the exact index's.
 """
 
 import os
-import subprocess
-import sys
 
 import pytest
+from conftest import run_file
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +19,7 @@ def test_an_index_of_millions_answers_quickly_and_well(tmp_path):
     script = tmp_path / "scale.py"
     script.write_text(SCALE)
     millions = os.environ.get("SEAL_EXTRACT_MILLIONS", "1")
-    done = subprocess.run([sys.executable, script, tmp_path, millions], capture_output=True, text=True)
+    done = run_file(script, tmp_path, millions)
     assert done.returncode == 0, done.stderr
     print("\n" + done.stdout)
     recall = float(done.stdout.split("recall at 10 ")[1].split(",")[0])
@@ -33,10 +32,9 @@ SCALE = """
 import resource, sys, time
 from pathlib import Path
 import numpy as np
+from gene_fixtures import features_file
 from seal_extract.genes.faiss_index import build, open_index
 from seal_extract.genes.index import ExactIndex
-from seal_extract.patches.grid import PatchGrid
-from seal_extract.features.store import grid_fields, read_features, write_rows
 
 folder, millions, dim, groups, directions = Path(sys.argv[1]), int(sys.argv[2]), 512, 2000, 16
 rng = np.random.default_rng(0)
@@ -66,15 +64,7 @@ def measured(work, *args):
 
 queries, per_slide, slides = draw(200, 10**6), 20_000, []
 for i in range(millions * 50):
-    xy = np.zeros((per_slide, 2), np.int64)
-    grid = PatchGrid(xy, 224, 0.5, 224, 0, 0, 224)
-    provenance = {"encoder": {"name": "x"}, "slide": {"mpp": 0.5}, "grid": grid_fields(grid),
-                  "request": {"encoder": {"name": "x"}}}
-    path = folder / f"features_x/s{i:04}.h5"
-    with write_rows(path, "feats", (per_slide, dim), np.float16, provenance,
-                    lambda file: file.create_dataset("coords", data=xy.astype(np.float32))) as writer:
-        writer.append(draw(per_slide, i))
-    slides.append(read_features(path))
+    slides.append(features_file(folder / f"features_x/s{i:04}.h5", draw(per_slide, i), dtype=np.float16))
 
 exact, total, before = ExactIndex(slides), millions * 1_000_000, peak()
 right, seconds = measured(exact.search_many, queries, 10)
