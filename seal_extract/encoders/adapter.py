@@ -51,7 +51,6 @@ _ALLOWED = "allowed: a folder of PEFT with plain LoRA on Linear layers, bias non
 
 # --- the config ---------------------------------------------------------------------------------------------
 
-
 Rank = Annotated[int, Meta(gt=0)]
 Alpha = Annotated[float, Meta(gt=0, le=1e9)]
 Names = Annotated[str, Meta(min_length=1)] | Annotated[tuple[str, ...], Meta(min_length=1)]
@@ -116,15 +115,19 @@ def read_adapter_config(path: Path) -> LoraConfig:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is a {type(config).__name__}, not an adapter's config; {_ALLOWED}")
     for name, value in config.items():
-        ignored = name in _READ or name in _WITHOUT_EFFECT or not value
-        if value != "LORA" if name == "peft_type" else not ignored and value not in _NEUTRAL.get(name, ()):
+        if name == "peft_type":
+            understood = value == "LORA"
+        else:
+            neutral = not value or value in _NEUTRAL.get(name, ())
+            understood = neutral or name in _READ or name in _WITHOUT_EFFECT
+        if not understood:
             raise CheckpointError(
                 f"{path} has {name} {json.dumps(value)[:80]}, which is not merged; {_ALLOWED}"
             )
     return as_record(config, LoraConfig, path, "an adapter", _ALLOWED)
 
 
-# Python's regular expressions have no time limit, and a pattern from a file may take for ever: those that are
+# Python's regular expressions have no time limit, and a pattern from a file may run forever: those that are
 # not plain names are matched by a process of their own, with limits
 SECONDS, BYTES = 10, 2**30
 _PLAIN = re.compile(r"(?:[\w-]|\\?\.)*")
@@ -167,7 +170,6 @@ def matches(patterns: Sequence[str], names: Sequence[str]) -> list[list[bool]]:
 
 
 # --- the weights --------------------------------------------------------------------------------------------
-
 
 Halves = dict[str, tuple["Tensor", "Tensor", float]]  # A [r, in], B [out, r] and scale of each layer
 
