@@ -103,18 +103,18 @@ def write_slide_report(
         raise OutputError(
             f"{path} exists and is no report of seal-extract; type --overwrite to replace it, or another -o"
         )
-    shown = _layers(features, decoder, genes, signatures)
+    content = _layers(features, decoder, genes, signatures)
     overview = read_overview(slide, slide.mpp * max(slide.size_l0) / max_px, holes=True)
     outline = _outline(features, overview.downsample / 2)
     described = describe_slide(slide, features, outline)
-    described["notes"] += [*shown.notes, *_notes(features, overview, outline)]
+    described["notes"] += [*content.notes, *_notes(features, overview, outline)]
     data = {
         "slide": described,
         "most_zoom": max(0, 3 - ceil(log2(overview.downsample))),
         "picture": _base64(jpeg(overview.rgb, QUALITY)),
         "xy": _base64(features.grid.xy_l0.astype("<i4").tobytes()),
-        "kinds": {kind: layers for kind, layers in shown.kinds.items() if layers},
-        "genes": {"named": not shown.no_genes, "why": shown.no_genes, "are": shown.genes_are},
+        "kinds": {kind: layers for kind, layers in content.kinds.items() if layers},
+        "genes": {"named": not content.no_genes, "why": content.no_genes, "are": content.genes_are},
     }
     page = render_report(generator=GENERATOR, name=features.path.stem, data=data, made_by=_made_by(features))
     with publish(path) as part, part.open("w", encoding="utf-8", newline="\n") as file:
@@ -162,8 +162,8 @@ def _check(features: SlideFeatures, slide: Slide, decoder: GeneDecoder | None, m
 
 
 @dataclass
-class _Shown:
-    """The layers of a page by their kind, and what the page says about them."""
+class _Content:
+    """The layers of a page by their kind, and the sentences about them."""
 
     kinds: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     no_genes: str = ""  # the reason why there are none
@@ -176,21 +176,21 @@ def _layers(
     decoder: GeneDecoder | None,
     genes: Sequence[str] | None,
     signatures: Sequence[Signature],
-) -> _Shown:
-    encoder, patches, shown = features.provenance["encoder"]["name"], len(features.grid), _Shown()
-    shown.no_genes = _why_no_genes(encoder, decoder)
-    if shown.no_genes and (genes or signatures):
+) -> _Content:
+    encoder, patches, content = features.provenance["encoder"]["name"], len(features.grid), _Content()
+    content.no_genes = _why_no_genes(encoder, decoder)
+    if content.no_genes and (genes or signatures):
         asked = "leave out --genes and --signature, or give its --panel"
-        raise UsageError(f"No genes: {shown.no_genes.rstrip('.')}; {asked}")
+        raise UsageError(f"No genes: {content.no_genes.rstrip('.')}; {asked}")
     if not patches:
-        shown.notes.append("No patch was cut of this slide: there is nothing to show but its picture.")
-        return shown
+        content.notes.append("No patch was cut of this slide: there is nothing to show but its picture.")
+        return content
     raster = PatchRaster.of(features.grid)
     components = Components.of(sample_rows(features.path, SAMPLED_ROWS))
     counts = [k for k in CLUSTER_COUNTS if k <= len(components.sample)]
     clusters = [cluster_layer(components, features.features, k, slides=1) for k in counts]
-    shown.kinds["embedding"] = [_packed(embedding_layer(components, features.features, slides=1), raster)]
-    shown.kinds["clusters"] = [_packed(layer, raster) for layer in clusters]
+    content.kinds["embedding"] = [_packed(embedding_layer(components, features.features, slides=1), raster)]
+    content.kinds["clusters"] = [_packed(layer, raster) for layer in clusters]
     attention = find_attention(tuple(sorted(_slide_level_files(features))))
     room, others = max(1, MOST_VALUES // patches), len(signatures) + len(attention)
     if others > room:
@@ -198,25 +198,25 @@ def _layers(
             f"{len(signatures)} signatures and {len(attention)} attentions of {patches:,} patches would make "
             f"a page too large to mail; allowed: {room} in all"
         )
-    if decoder is not None and not shown.no_genes:
+    if decoder is not None and not content.no_genes:
         columns = choose_genes(features, decoder, genes, room - others)
         count = f"{len(columns)} of {decoder.n_genes:,} genes"
         varying = f"The {count} whose prediction varies most over this slide."
-        shown.genes_are = varying if genes is None else f"{count}, chosen by whoever made this page."
-        shown.kinds["genes"] = list(_gene_layers(features, decoder, columns, raster))
+        content.genes_are = varying if genes is None else f"{count}, chosen by whoever made this page."
+        content.kinds["genes"] = list(_gene_layers(features, decoder, columns, raster))
         maps = [(one.name, GeneMaps(lambda: decoder, {one.name: one})) for one in signatures]
         scores = [scale_layer(*own.values(features, name)) for name, own in maps]
-        shown.kinds["signatures"] = [_packed(layer, raster) for layer in scores]
-        shown.notes.append(
+        content.kinds["signatures"] = [_packed(layer, raster) for layer in scores]
+        content.notes.append(
             f"Genes and signatures are predicted from the stained picture by {encoder}. Nothing was measured."
         )
-    shown.kinds["attention"] = []
+    content.kinds["attention"] = []
     for one in attention:
         try:
-            shown.kinds["attention"].append(_packed(one.layer(features.grid.xy_l0), raster))
+            content.kinds["attention"].append(_packed(one.layer(features.grid.xy_l0), raster))
         except UsageError:  # its message names a path of this machine
-            shown.notes.append(f"The attention of {one.title} is left out: it is over other patches.")
-    return shown
+            content.notes.append(f"The attention of {one.title} is left out: it is over other patches.")
+    return content
 
 
 def _why_no_genes(encoder: str, decoder: GeneDecoder | None) -> str:

@@ -134,9 +134,15 @@ def test_notes_say_that_genes_are_predicted_and_what_seal_tiny_is_for(data):
         assert words in notes
 
 
-def test_names_are_text_and_not_markup(html, data):
+def test_names_are_text_and_not_markup(html, data, features, tmp_path):
     assert data["kinds"]["signatures"][0]["legend"]["title"] == "Epithelium <b>"
     assert "Epithelium <b>" not in html
+    name = """--> '"&<img src=x onerror=alert(1)> {{ 7*7 }}\x1b"""
+    copy = Path(shutil.copy(features.path, tmp_path / f"{name}.h5"))
+    path = write_report(read_features(copy), tmp_path / "a.html", None)
+    tags = Tags(path.read_text(encoding="utf-8")).tags
+    assert [tag for tag, _ in tags if tag == "img"] == []
+    assert data_of(path)["slide"]["name"] == name.replace("\x1b", "\\x1b")
 
 
 def test_the_genes_are_those_that_vary_most(data, features, decoder):
