@@ -19,8 +19,8 @@ import pytest
 import torch
 from conftest import run_file
 from encoder_fixtures import SEAL_H0, TINY_H0, TINY_VIT, base_file, save, seal_file, untrained_encoder
+from mutations import peak_bytes
 from safetensors.torch import save_file
-from test_fuzz import peak_bytes
 
 from seal_extract.encoders import load_encoder
 from seal_extract.encoders.rows import ROWS

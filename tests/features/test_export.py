@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cohort_fixtures import run_here
-from test_layouts import CONSUMER_OF, DIM, files_in, grid_of, provenance_of, short_of, write
+from feature_fixtures import CONSUMER_OF, DIM, files_in, grid_of, provenance_of, short_of, write
 
 from seal_extract import extract, open_slide, read_features
 from seal_extract.cli import main

@@ -6,7 +6,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from test_layouts import CONSUMER_OF, DIM, SIZE, provenance_of, short_of, write
+from feature_fixtures import CONSUMER_OF, DIM, SIZE, provenance_of, short_of, write
 
 from seal_extract.cli import main
 from seal_extract.errors import UsageError

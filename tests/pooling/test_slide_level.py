@@ -10,9 +10,9 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from feature_fixtures import CONSUMER_OF, SIZE, grid_of, provenance_of, short_of
 from mil_models import DIM, MODELS, model_of
 from safetensors.torch import save_file
-from test_layouts import CONSUMER_OF, SIZE, grid_of, provenance_of, short_of
 from torch import nn
 
 from seal_extract.cli import main

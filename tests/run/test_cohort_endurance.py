@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from cohort_fixtures import add_broken, command, contents, link_cohort, run
 from conftest import shared
+from mutations import metadata_places, mutated
 from test_cohort import killed_at_random
-from test_fuzz import metadata_places, mutated
 
 from seal_extract import extract, load_encoder
 from seal_extract.encoders.spec import Architecture

@@ -13,10 +13,11 @@ import h5py
 import numpy as np
 import pytest
 from cohort_fixtures import contents, link_cohort
-from test_store import SLIDE, grid_of, provenance_of, write
+from feature_fixtures import SIZE, grid_of, provenance_of
 
 from seal_extract import publish
 from seal_extract.errors import OutputError
+from seal_extract.features.feature_file import SlideLabel
 from seal_extract.features.layouts import layout_of_grid
 from seal_extract.features.store import read_features
 from seal_extract.hdf5 import new_hdf5
@@ -24,6 +25,7 @@ from seal_extract.publish import sweep
 from seal_extract.run.cohort import extract_cohort
 
 DAY_S = 24 * 3600
+SLIDE = SlideLabel("drawn", SIZE, 0.25)
 
 
 def left_by_a_killed_run(folder, *, kernel=publish.KERNEL, days=0):
@@ -89,7 +91,8 @@ def test_only_what_is_ours_and_proven_dead_is_swept_away(tmp_path):
 
 def test_whoever_writes_into_a_folder_sweeps_it(tmp_path):
     dead = left_by_a_killed_run(tmp_path / "expression_tiny")
-    write(tmp_path / "expression_tiny/a.h5", grid_of(3))
+    with publish.publish(tmp_path / "expression_tiny/a.h5"):
+        pass
     assert os.listdir(tmp_path / "expression_tiny") == ["a.h5"]
     assert not dead.exists()
 
