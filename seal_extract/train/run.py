@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from msgspec import structs, to_builtins
+from torch import Tensor
 
-from seal_extract.encoders import folder, load_encoder
+from seal_extract.encoders import Encoder, folder, load_encoder
 from seal_extract.encoders.hub import upload
 from seal_extract.errors import OutputError
 from seal_extract.genes.gene_lists import read_panel
@@ -113,8 +114,8 @@ def run(
         log(f"epoch {row['epoch']:.0f}: {numbers}")
 
     omics = None
-    multiscale = config.method == "multiscale"
-    if pairs.embeddings is None if multiscale else config.seal.alignment + config.seal.reconstruction > 0:
+    multiscale, seal = config.method == "multiscale", config.seal
+    if pairs.embeddings is None if multiscale else (seal.alignment or seal.reconstruction):
         omics = OmicsModel(new_omics(encoder.spec.dim, len(panel), config.omics.hidden), sd, config.omics.kl)
         omics = omics.to(encoder.device)
         if config.omics.epochs:
@@ -124,16 +125,9 @@ def run(
             train(omics, *both, out / "stage_1", loop, identity=identity, on_epoch=log_epoch)
 
     log(f"stage 2: {config.method}, at most {config.loop.epochs} epochs")
-    model: SealModel | MultiScaleModel
-    if multiscale:
-        dim = 0 if pairs.embeddings is None else pairs.embeddings.shape[1]
-        model = MultiScaleModel(encoder, omics, config.multiscale, dim, config.projection)
-    else:
-        model = SealModel(encoder, omics, sd, config.seal, config.projection)
+    model = _new_model(config, encoder, omics, sd, pairs).to(encoder.device)
     both = _batches(pairs, validation, config, regions=multiscale)
-    rows = train(
-        model.to(encoder.device), *both, out / "stage_2", config.loop, identity=identity, on_epoch=log_epoch
-    )
+    rows = train(model, *both, out / "stage_2", config.loop, identity=identity, on_epoch=log_epoch)
     _write(model, config, pairs, rows)
     log(f"written: {out}")
     return Trained(out, panel, tuple(rows))
@@ -149,6 +143,16 @@ def _batches(
 ) -> tuple[Batches, Batches | None]:
     batches = Batches(pairs, config.batch_size, config.loop.seed, regions=regions)
     return batches, None if validation is None else Batches(validation, len(validation), regions=regions)
+
+
+def _new_model(
+    config: TrainConfig, encoder: Encoder, omics: OmicsModel | None, sd: Tensor, pairs: Pairs
+) -> SealModel | MultiScaleModel:
+    """The model of stage 2."""
+    if config.method == "multiscale":
+        dim = 0 if pairs.embeddings is None else pairs.embeddings.shape[1]
+        return MultiScaleModel(encoder, omics, config.multiscale, dim, config.projection)
+    return SealModel(encoder, omics, sd, config.seal, config.projection)
 
 
 def _write(model: SealModel | MultiScaleModel, config: TrainConfig, pairs: Pairs, rows: list[Row]) -> None:
