@@ -1,8 +1,8 @@
-"""One compressed tile in, its pixels out, exactly those that OpenSlide shows.
+"""Decode one compressed tile to exactly the pixels that OpenSlide shows.
 
-Tiles of a TIFF are JPEG streams without their tables, and without a word on their colours: real Aperio
-files hold RGB whose only sign is the TIFF's own tag. So the stream is put together with the tables, and
-with a marker that says what the tag says.
+Tiles of a TIFF are JPEG streams without their tables, and they do not reliably state their colours: only the
+TIFF's photometric tag marks Aperio's RGB. So the stream is completed with the tables and with a marker that
+states what the tag states.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ SOI, EOI = b"\xff\xd8", b"\xff\xd9"
 ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"  # APP14; its last byte is the colour transform
 RGB, YCBCR = b"\x00", b"\x01"
 FRAMES = frozenset(bytes([marker]) for marker in {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})  # SOFn
+REDUCTIONS = (8, 4, 2)  # factors at which libjpeg decodes directly
 _centred = np.arange(-128, 128)
 RED_OF_CR, BLUE_OF_CB = (np.rint(share * _centred).astype(np.int16) for share in (1.402, 1.772))
 GREEN_OF_CB = np.rint(2**16 * (0.5 - 0.34414 * _centred)).astype(np.int32)  # rounds once both are added
 GREEN_OF_CR = np.rint(2**16 * -0.71414 * _centred).astype(np.int32)
-REDUCTIONS = (8, 4, 2)  # that libjpeg decodes at directly
 
 
 class TileError(Exception):
-    """A tile does not hold what its file says."""
+    """The data of a tile are damaged, or are not what the file states."""
 
 
 class Codec(Protocol):
     """How the tiles of a level are compressed.
 
     Attributes:
-        name: for the record.
+        name: as recorded in the results.
         reduces: whether it decodes at reduced scale by itself.
-        channels: that it decodes to: 3, or 4 of which the last means nothing.
+        channels: 3, or 4 of which the last has no meaning.
     """
 
     name: str
@@ -49,16 +49,18 @@ class Codec(Protocol):
     @property
     def channels(self) -> int: ...  # noqa: D102
 
-    def decode(self, data: bytes, out: Array, lenient: bool = False) -> None:
-        """Decode a tile into ``out``, uint8 [h, w, channels]; where lenient, whatever damage it has.
+    def decode(self, data: bytes, out: Array, factor: int = 1, lenient: bool = False) -> None:
+        """Decode a tile into ``out``, uint8 [h, w, channels].
+
+        Args:
+            data: the compressed tile.
+            out: as large as the tile, divided by ``factor``.
+            factor: 1, or one of `REDUCTIONS` if the codec reduces.
+            lenient: accept damaged data as far as the codec can.
 
         Raises:
-            TileError: damaged, or of another size.
+            TileError: the tile is damaged or has another size.
         """
-        ...
-
-    def decode_reduced(self, data: bytes, out: Array, factor: int) -> None:
-        """Decode at 1 / ``factor`` of the size, one of `REDUCTIONS`, into ``out``."""
         ...
 
 
@@ -67,8 +69,8 @@ class JpegCodec:
     """Baseline JPEG of three 8-bit channels.
 
     Attributes:
-        tables: the TIFF's JPEGTables, empty where each tile carries its own.
-        ycbcr: whether the TIFF says that the channels are YCbCr, not RGB; None to believe the tile itself.
+        tables: the TIFF's JPEGTables; empty if each tile carries its own.
+        ycbcr: whether the TIFF states YCbCr (True) or RGB (False); None to believe the tile itself.
     """
 
     tables: bytes
@@ -78,7 +80,7 @@ class JpegCodec:
 
     @property
     def channels(self) -> int:
-        """Four where colours have to be converted, which libjpeg-turbo does a fifth faster to four bytes."""
+        """Four if colours are converted: libjpeg-turbo is a fifth faster with four bytes a pixel."""
         return 3 if self.ycbcr is False else 4
 
     @cached_property
@@ -88,26 +90,18 @@ class JpegCodec:
             return SOI + tables
         return SOI + ADOBE + (YCBCR if self.ycbcr else RGB) + tables
 
-    def decode(self, data: bytes, out: Array, lenient: bool = False) -> None:
+    def decode(self, data: bytes, out: Array, factor: int = 1, lenient: bool = False) -> None:
         """See `Codec.decode`."""
-        self._decode(data, out, 1, lenient)
-
-    def decode_reduced(self, data: bytes, out: Array, factor: int) -> None:
-        """See `Codec.decode_reduced`."""
-        self._decode(data, out, factor, False)
-
-    def _decode(self, data: bytes, out: Array, factor: int, lenient: bool) -> None:
         height, width = out.shape[:2]
-        start = _after_applications(data) if self.ycbcr is not None else len(SOI)
+        start = len(SOI) if self.ycbcr is None else _after_applications(data)
         _check_frame(data, start, (width * factor, height * factor))
-        stream = self._head + data[start:]
-        least = (0, 0) if factor == 1 else (height, width)
-        # new memory for each tile would cost half as much again as decoding it
         try:
+            # into existing memory: allocating for each tile would cost half as much again as decoding it
             pixels = simplejpeg.decode_jpeg(
-                stream,
+                self._head + data[start:],
                 "RGBX" if self.channels == 4 else "RGB",
-                *(False, False, *least),
+                min_height=0 if factor == 1 else height,
+                min_width=0 if factor == 1 else width,
                 min_factor=factor,
                 buffer=out,
                 strict=not lenient,
@@ -119,7 +113,7 @@ class JpegCodec:
 
 
 def _after_applications(data: bytes) -> int:
-    """Where a stream goes on after SOI and the applications' own markers, which may lie about colours."""
+    """Where a stream continues after SOI and the application markers, which may be wrong about colours."""
     if data[:2] != SOI:
         raise TileError(f"begins with the bytes {data[:2].hex(' ')}, not as a JPEG")
     at = 2
@@ -129,7 +123,7 @@ def _after_applications(data: bytes) -> int:
 
 
 def _check_frame(data: bytes, at: int, size_px: tuple[int, int]) -> None:
-    """Refuse another size or number of channels, which a decoder asked for a scale would adapt to."""
+    """Refuse another size or number of channels, to which a decoder asked for a scale would adapt."""
     while data[at : at + 1] == b"\xff":
         marker = data[at + 1 : at + 2]
         if marker in FRAMES:
@@ -141,8 +135,7 @@ def _check_frame(data: bytes, at: int, size_px: tuple[int, int]) -> None:
                     f"{width} x {height} px x {channels} instead of {size_px[0]} x {size_px[1]} x 3"
                 )
             return
-        # any number of FF may come before a marker
-        at += 1 if marker == b"\xff" else _segment_bytes(data, at)
+        at += 1 if marker == b"\xff" else _segment_bytes(data, at)  # FF may be repeated before a marker
     raise TileError("has no header of a frame")
 
 
@@ -155,7 +148,7 @@ class Jpeg2000Codec:
     """JPEG 2000 of three 8-bit channels.
 
     Attributes:
-        ycbcr: whether they are YCbCr, not RGB; Aperio's own tag says so, the stream does not.
+        ycbcr: whether they are YCbCr instead of RGB; Aperio's own tag states it, the stream does not.
     """
 
     ycbcr: bool = False
@@ -163,11 +156,11 @@ class Jpeg2000Codec:
     name = "JPEG 2000 tiles"
     reduces = False
 
-    def decode(self, data: bytes, out: Array, lenient: bool = False) -> None:
-        """See `Codec.decode`; OpenJPEG knows no leniency."""
+    def decode(self, data: bytes, out: Array, factor: int = 1, lenient: bool = False) -> None:
+        """See `Codec.decode`; OpenJPEG is never lenient."""
         try:
             pixels = imagecodecs.jpeg2k_decode(data)
-        except Exception as exc:  # beside its own error of all that NumPy says to absurd sizes
+        except Exception as exc:  # its own error, and any error of NumPy for absurd sizes
             raise TileError(str(exc) or type(exc).__name__) from exc
         if pixels.shape != out.shape or pixels.dtype != np.uint8:
             raise TileError(f"{pixels.dtype} {list(pixels.shape)} instead of uint8 {list(out.shape)}")
@@ -176,23 +169,17 @@ class Jpeg2000Codec:
         else:
             out[:] = pixels
 
-    def decode_reduced(self, data: bytes, out: Array, factor: int) -> None:
-        """Not offered."""
-        raise NotImplementedError
-
 
 def _ycbcr_to_rgb(pixels: Array, out: Array) -> None:
     """OpenSlide's arithmetic for JPEG 2000: libjpeg's, with each entry of the tables rounded by itself."""
     y, cb, cr = (pixels[..., channel] for channel in range(3))
-    luma = y.astype(np.int16)
-    for channel, chroma in enumerate(
-        (RED_OF_CR[cr], GREEN_OF_CB[cb] + GREEN_OF_CR[cr] >> 16, BLUE_OF_CB[cb])
-    ):
-        out[..., channel] = np.clip(luma + chroma, 0, 255)
+    green = GREEN_OF_CB[cb] + GREEN_OF_CR[cr] >> 16
+    for channel, chroma in enumerate((RED_OF_CR[cr], green, BLUE_OF_CB[cb])):
+        out[..., channel] = np.clip(y.astype(np.int16) + chroma, 0, 255)
 
 
 def copy_rgb(pixels: Array, out: Array) -> None:
-    """Copy pixels of three or four channels to ``out``, of three."""
+    """Copy pixels of three or four channels to ``out``, which has three."""
     if pixels.shape[2] == 3:
         out[:] = pixels
     elif pixels.size:

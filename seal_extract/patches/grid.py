@@ -1,6 +1,6 @@
-"""Where the patches lie: a grid over the tissue, asked for in µm/px, kept in level-0 pixels.
+"""The grid of patches over the tissue: asked for in µm/px, stored in level-0 pixels.
 
-Coordinates that TRIDENT, CLAM or AtlasPatch wrote become the same record by `read_grid`.
+`read_grid` makes the same record of the coordinates that TRIDENT, CLAM or AtlasPatch wrote.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from seal_extract.slides.slide import Slide, coarsest_level
 if TYPE_CHECKING:
     from seal_extract.tissue.mask import TissueMask
 
-NOMINAL_MPP = (0.125, 0.25, 0.5, 1.0, 2.0)  # what 80x, 40x, 20x, 10x and 5x mean to the scanners' makers
-MPP_TOLERANCE = 0.05  # a scan this close to a nominal µm/px is cut as if it had it
+NOMINAL_MPP = (0.125, 0.25, 0.5, 1.0, 2.0)  # of 80x, 40x, 20x, 10x and 5x, as scanner vendors use these terms
+MPP_TOLERANCE = 0.05  # a slide this close to a nominal µm/px is cut as if it had that value
 MAX_PATCH_PX = 8192  # of another tool's coordinates: twice the largest in use
 
-Edges = Literal["drop", "keep"]  # patches that would reach past the scanned area
+Edges = Literal["drop", "keep"]  # of the patches that would reach past the scanned area
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class PatchGrid:
         level: level to read.
         read_px: side to read there; the patch is resampled from it to ``patch_px``.
         origin: ``"grid"``, or the tool whose coordinates these are.
-        inside_l0: (x, y, width, height) of the area beyond which patches are white; None if none reaches past
-            the slide. Those of other tools may, and are black there as in their own loaders.
+        inside_l0: (x, y, width, height) of the area beyond which patches are white; None if none is padded.
+            Coordinates of other tools may reach past the slide; they are black there, as in those tools.
     """
 
     xy_l0: NDArray[np.int64]
@@ -83,7 +83,7 @@ class PatchGrid:
 
     @property
     def name(self) -> str:
-        """As folders of its files are called."""
+        """The name of folders with its files, see `grid_name`."""
         return grid_name(self.patch_px, self.mpp, self.overlap_px)
 
     @property
@@ -104,13 +104,13 @@ class PatchGrid:
         for axis, pixels in enumerate((region.swapaxes(0, 1), region)):  # columns by x, rows by y
             corner = self.xy_l0[row, axis] / level.downsample
             last = min(level.size_px[axis], (first[axis] + size[axis]) / level.downsample)
-            # a pixel is inside if its centre is
+            # a pixel is inside if its centre is inside
             pixels[: max(0, math.ceil(first[axis] / level.downsample - corner - 0.5))] = 255
             pixels[max(0, math.ceil(last - corner - 0.5)) :] = 255
 
     @property
     def nominal_mpp_l0(self) -> float:
-        """µm/px that level 0 was taken to have when the patches were cut."""
+        """The µm/px of level 0 that was assumed when the patches were cut."""
         return self.mpp * self.patch_px / self.patch_size_l0
 
 
@@ -136,7 +136,7 @@ def make_grid(
     allow_upsampling: bool = False,
     edges: Edges = "drop",
 ) -> PatchGrid:
-    """Lay patches of ``patch_px`` at ``mpp`` over the tissue, row by row from the corner of the scanned area.
+    """Place patches over the tissue, row by row from the corner of the scanned area.
 
     Args:
         slide: gives the size, the µm/px and the levels.
@@ -146,15 +146,15 @@ def make_grid(
         overlap_px: overlap of neighbours, in pixels of the patch.
         min_tissue: 0 (every patch that touches tissue) to 1.
         mpp_tolerance: a slide within this share of a nominal µm/px (0.125, 0.25, 0.5, 1, 2) is cut as if it
-            had that, so that all slides of a patient have patches of one level-0 size; 0 cuts exactly.
+            had that value, so that slides of one patient have patches of one level-0 size; 0 cuts exactly.
         allow_upsampling: permit a target finer than the slide.
-        edges: ``"drop"`` leaves out the patches that would reach past the scanned area; ``"keep"`` has them,
+        edges: ``"drop"`` leaves out the patches that reach past the scanned area; ``"keep"`` keeps them,
             white beyond it.
 
     Raises:
-        UsageError: a size, share or µm/px that cannot be meant.
+        UsageError: a size, share or µm/px is out of range.
         ResolutionError: the target is finer than the slide.
-        GeometryError: not one patch fits into the slide, and such patches are dropped.
+        GeometryError: no patch fits into the slide, and edges are dropped.
     """
     check_request(patch_px, mpp, overlap_px, min_tissue, mpp_tolerance)
     mpp_l0 = nominal_mpp(slide.mpp, mpp_tolerance)
@@ -164,7 +164,8 @@ def make_grid(
             f"type --mpp {mpp_l0:.4g} or coarser, or --allow-upsampling to invent the missing detail"
         )
     patch_size_l0 = max(1, round(patch_px * mpp / mpp_l0))
-    xy_l0 = _cells(slide, patch_size_l0, _step(patch_px, overlap_px, patch_size_l0), edges)
+    step = max(1, round(patch_size_l0 * (patch_px - overlap_px) / patch_px))
+    xy_l0 = _cells(slide, patch_size_l0, step, edges)
     share = mask.share(xy_l0, patch_size_l0)
     kept = xy_l0[(share >= min_tissue) & (share > 0)]
     level, read_px = level_to_read(slide, patch_px, patch_size_l0)
@@ -185,29 +186,29 @@ def level_to_read(slide: Slide, patch_px: int, patch_size_l0: int) -> tuple[int,
 
 
 def read_grid(path: str | os.PathLike[str], slide: Slide) -> PatchGrid:
-    """Take the coordinates of another tool's HDF5 file, told apart by what it holds.
+    """Read the coordinates in another tool's HDF5 file; the tool is recognised by the attributes.
 
-    TRIDENT says ``patch_size_level0`` on ``coords``, CLAM ``patch_level`` and ``patch_size`` in pixels of
-    that level, and our clam layout also ``target_patch_size``, the side to which they are resized. AtlasPatch
-    writes rows of (x, y, read_w, read_h, level) and says the sizes at the root.
+    TRIDENT has ``patch_size_level0`` on ``coords``. CLAM has ``patch_level`` and ``patch_size`` in pixels of
+    that level; our clam layout adds ``target_patch_size``, the side to which they are resized. AtlasPatch
+    has rows of (x, y, read_w, read_h, level), and the sizes at the root.
 
     Raises:
-        GeometryError: not such a file, or coordinates that are not of this slide.
+        GeometryError: the file is of none of these tools, or its coordinates are not of this slide.
     """
     path = Path(path)
     coords, attrs, root = _read_coords(path)
-    if coords.shape[1] == 5:
-        sizes, origin = _atlaspatch_sizes(path, root), "AtlasPatch"
-    elif "patch_size_level0" in attrs:
-        sizes, origin = _trident_sizes(path, attrs), "TRIDENT"
+    if coords.shape[1] == 5 or "patch_size_level0" in attrs:
+        origin, stated = ("AtlasPatch", root) if coords.shape[1] == 5 else ("TRIDENT", attrs)
+        overlap_px = _whole(path, {"overlap": 0} | attrs, "overlap", 0) if origin == "TRIDENT" else 0
+        patch_px, patch_size_l0 = (_whole(path, stated, f"patch_size{end}") for end in ("", "_level0"))
     elif "patch_level" in attrs:
-        sizes, origin = _clam_sizes(path, attrs, slide), "CLAM"
+        origin = "CLAM"
+        patch_px, patch_size_l0, overlap_px = _clam_sizes(path, attrs, slide)
     else:
         raise GeometryError(
             f"{path}: its coords carry neither patch_size_level0 (TRIDENT) nor patch_level (CLAM), so their "
             f"size is unknown; give the tool's coordinates file (patches/...h5), not its features"
         )
-    patch_px, patch_size_l0, overlap_px = sizes
     if patch_px > MAX_PATCH_PX:
         raise GeometryError(f"{path}: patch_size is {patch_px} px; allowed: up to {MAX_PATCH_PX}")
     if patch_size_l0 > max(slide.size_l0):
@@ -226,11 +227,7 @@ def read_grid(path: str | os.PathLike[str], slide: Slide) -> PatchGrid:
 def check_request(
     patch_px: int, mpp: float, overlap_px: int, min_tissue: float, mpp_tolerance: float
 ) -> None:
-    """Refuse sizes, shares and resolutions that no grid can have; see `make_grid`.
-
-    Raises:
-        UsageError: one of them.
-    """
+    """Raise a UsageError for sizes, shares and resolutions that no grid can have; see `make_grid`."""
     if patch_px < 1:
         raise UsageError(f"--patch-px is {patch_px}; allowed: 1 or more, for example 224")
     if not PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1]:
@@ -241,11 +238,6 @@ def check_request(
         raise UsageError(f"--min-tissue is {min_tissue:.4g}; allowed: 0 to 1, a share of the patch")
     if not 0 <= mpp_tolerance <= 0.2:
         raise UsageError(f"--mpp-tolerance is {mpp_tolerance:.4g}; allowed: 0 to 0.2, a share of the µm/px")
-
-
-def _step(patch_px: int, overlap_px: int, patch_size_l0: int) -> int:
-    """Level-0 pixels from one patch to the next."""
-    return max(1, round(patch_size_l0 * (patch_px - overlap_px) / patch_px))
 
 
 def _cells(slide: Slide, patch_size_l0: int, step: int, edges: Edges) -> NDArray[np.int64]:
@@ -306,15 +298,6 @@ def _whole(path: Path, attrs: dict[str, Any], name: str, smallest: int = 1) -> i
             f"{path}: {name} is {str(said)[:40]!r}; allowed: a whole number of pixels, {smallest} or more"
         ) from exc
     return value
-
-
-def _trident_sizes(path: Path, attrs: dict[str, Any]) -> tuple[int, int, int]:
-    patch_px, attrs = _whole(path, attrs, "patch_size"), {"overlap": 0} | attrs
-    return patch_px, _whole(path, attrs, "patch_size_level0"), _whole(path, attrs, "overlap", smallest=0)
-
-
-def _atlaspatch_sizes(path: Path, root: dict[str, Any]) -> tuple[int, int, int]:
-    return _whole(path, root, "patch_size"), _whole(path, root, "patch_size_level0"), 0
 
 
 def _clam_sizes(path: Path, attrs: dict[str, Any], slide: Slide) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""Patches as regions through the slide's reader: every format, one region a patch."""
+"""Read patches region by region through the slide's reader, for every format; what patch readers share."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from seal_extract.slides.slide import Slide, open_with_another_reader
 
 @dataclass(frozen=True)
 class HostPixels:
-    """What threads read on the host.
+    """What a thread has read on the host.
 
     Attributes:
         pixels: uint8 [B, 3, side, side], a view in channels-last memory.
-        unreadable: why, for each grid row whose patch could not be read; its pixels are black.
+        unreadable: the reason for each grid row whose patch cannot be read; its pixels are black.
     """
 
     pixels: Tensor
@@ -32,11 +32,11 @@ class HostPixels:
 
 
 class PatchReader(Protocol):
-    """Grid rows of one slide in, patches out.
+    """Reads grid rows of one slide.
 
     Attributes:
         grid: rows to read.
-        name: of this way to decode, for the record.
+        name: of the way to read, as recorded in the results.
         side_px: of what `read` gives.
     """
 
@@ -49,7 +49,7 @@ class PatchReader(Protocol):
         ...
 
     def to_patches(self, pixels: Tensor) -> Tensor:
-        """What `read` gave, on any device -> uint8 [B, 3, patch_px, patch_px] on that device."""
+        """Resample what `read` gave, on any device, to uint8 [B, 3, patch_px, patch_px]."""
         ...
 
     def close(self) -> None:
@@ -65,7 +65,7 @@ class Resampling:
         patch_px: side of a patch.
         filter: of the resampling.
         early: resample in the reading threads, for patches that stay on the host.
-        pinned: read into memory from which a GPU copies by itself.
+        pinned: read into memory from which a GPU can copy by itself.
     """
 
     patch_px: int
@@ -74,36 +74,31 @@ class Resampling:
     pinned: bool = False
 
     def empty(self, rows: int, side_px: int) -> Array:
-        """New room for regions: uint8 [rows, side, side, 3]."""
+        """Allocate regions, uint8 [rows, side, side, 3]."""
         if self.pinned:
-            room: Array = torch.empty(rows, side_px, side_px, 3, dtype=torch.uint8, pin_memory=True).numpy()
-            return room
+            pinned: Array = torch.empty(rows, side_px, side_px, 3, dtype=torch.uint8, pin_memory=True).numpy()
+            return pinned
         return np.empty((rows, side_px, side_px, 3), np.uint8)
 
     def in_thread(self, regions: Array) -> Tensor:
-        """What a thread hands over: patches if they are made early, else the regions; [B, 3, side, side]."""
+        """What a reading thread hands over: patches if ``early``, else the regions; [B, 3, side, side]."""
         pixels = torch.from_numpy(regions).permute(0, 3, 1, 2)
         return self.on_device(pixels) if self.early else pixels
 
     def on_device(self, pixels: Tensor) -> Tensor:
-        """Regions, on any device -> patches there."""
+        """Resample regions to patches on their device."""
         return resample(pixels, (self.patch_px, self.patch_px), self.filter)
 
 
 class RegionReader:
-    """Reads grid rows with `Slide.read_region`.
+    """Reads each patch with `Slide.read_region`; see `PatchReader`."""
 
-    Attributes:
-        grid: rows to read.
-        name: of this way to decode, with the reason for it.
-        side_px: of what `read` gives.
-    """
-
-    def __init__(self, slide: Slide, grid: PatchGrid, finish: Resampling, reason: str = "") -> None:
-        self.grid, self._slide, self._finish = grid, slide, finish
+    def __init__(self, slide: Slide, grid: PatchGrid, resampling: Resampling, reason: str = "") -> None:
+        self.grid, self._slide, self._resampling = grid, slide, resampling
         self.name = f"regions: {reason}" if reason else "regions"
-        self.side_px = grid.patch_px if finish.early else grid.read_px
-        self._other: list[Slide | None] = []  # the other reader, once it was needed
+        self.side_px = grid.patch_px if resampling.early else grid.read_px
+        self.to_patches = resampling.on_device
+        self._other: list[Slide | None] = []  # another reader of the slide, once it was needed
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -112,13 +107,9 @@ class RegionReader:
             if other is not None:
                 other.close()
 
-    def to_patches(self, pixels: Tensor) -> Tensor:
-        """See `PatchReader.to_patches`."""
-        return self._finish.on_device(pixels)
-
     def read(self, rows: range) -> HostPixels:
-        """Read grid rows on the host; safe to call from several threads."""
-        regions = self._finish.empty(len(rows), self.grid.read_px)
+        """See `PatchReader.read`; what the slide's reader cannot read is tried with another reader."""
+        regions = self._resampling.empty(len(rows), self.grid.read_px)
         unreadable: dict[int, str] = {}
         for i, row in enumerate(rows):
             try:
@@ -127,31 +118,35 @@ class RegionReader:
             except ReadError as exc:
                 regions[i] = 0
                 unreadable[row] = str(exc)
-        return HostPixels(self._finish.in_thread(regions), unreadable)
+        return HostPixels(self._resampling.in_thread(regions), unreadable)
 
     def _region(self, row: int) -> Array:
+        x, y = self.grid.xy_l0[row].tolist()
+        place = ((x, y), self.grid.level, (self.grid.read_px, self.grid.read_px))
         try:
-            return self._read(self._slide, row)
-        except ReadError:
+            return read_exactly(self._slide, *place)
+        except ReadError as exc:
             with self._lock:
                 if not self._other:
                     self._other.append(open_with_another_reader(self._slide))
-            other = self._other[0]
-            if other is None:
+            if (other := self._other[0]) is None:
                 raise
             try:
-                return self._read(other, row)
+                return read_exactly(other, *place)
             except ReadError:
-                pass
-            raise
+                raise exc from None
 
-    def _read(self, slide: Slide, row: int) -> Array:
-        x, y = self.grid.xy_l0[row].tolist()
-        side = self.grid.read_px
-        region = slide.read_region((x, y), self.grid.level, (side, side))
-        if region.shape != (side, side, 3):
-            raise ReadError(
-                f"{slide.path}: {slide.reader} gave {region.shape[1]} x {region.shape[0]} px instead of "
-                f"{side} x {side} at level-0 ({x}, {y}); the file is damaged there"
-            )
-        return region
+
+def read_exactly(slide: Slide, xy_l0: tuple[int, int], level: int, size_px: tuple[int, int]) -> Array:
+    """`Slide.read_region`, held to the size that was asked for.
+
+    Raises:
+        ReadError: the region cannot be read, or has another size.
+    """
+    region = slide.read_region(xy_l0, level, size_px)
+    if region.shape != (size_px[1], size_px[0], 3):
+        raise ReadError(
+            f"{slide.path}: {slide.reader} gave {region.shape[1]} x {region.shape[0]} px instead of "
+            f"{size_px[0]} x {size_px[1]} at level-0 {xy_l0}; the file is damaged there"
+        )
+    return region

@@ -1,9 +1,9 @@
-"""Resize 8-bit patches on whatever device they lie on, to the pixels that Pillow gives.
+"""Resize 8-bit patches on the device that holds them, to the pixels that Pillow gives.
 
 Pillow filters rows with weights rounded to 22 bits, rounds to 8 bits, then filters columns. Torch's uint8
-kernel on the CPU has coarser weights: within 1 grey level at whole factors, 2 off now and then at others.
-So the CPU takes that kernel at whole factors and Pillow itself at others; other devices, where torch has no
-uint8 kernel, do Pillow's integer arithmetic exactly, as products of small float64 matrices.
+kernel on the CPU has coarser weights: it is within 1 grey level at whole factors, and sometimes 2 off at
+others. So the CPU uses that kernel at whole factors and Pillow itself at others. For other devices torch has
+no uint8 kernel; they compute Pillow's integer arithmetic exactly, as products of small float64 matrices.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def resample(patches: Tensor, size_px: tuple[int, int], filter: Filter = "bicubi
         filter: ``"bicubic"``, ``"bilinear"``, or ``"area"``, the mean over a new pixel, which only shrinks.
 
     Returns:
-        uint8 [B, 3, height, width] on the same device; the input itself where the size is right already.
+        uint8 [B, 3, height, width] on the same device; the input itself if it has that size already.
 
     Raises:
-        UsageError: another dtype, shape or filter.
+        UsageError: another dtype, shape or filter; or ``"area"`` would enlarge.
     """
     if patches.dtype != torch.uint8 or patches.ndim != 4:
         raise UsageError(f"patches are {patches.dtype} {list(patches.shape)}; give uint8 [B, 3, H, W]")
@@ -55,7 +55,7 @@ def resample(patches: Tensor, size_px: tuple[int, int], filter: Filter = "bicubi
         return area_means(patches, size_px)
     if patches.device.type != "cpu":
         return exact_products(patches, size_px, filter)
-    if whole_factor(before, size_px):
+    if all(b % a == 0 for b, a in zip(before, size_px, strict=True)):
         # channels-last memory takes torch's vectorised kernel: three times faster than NCHW
         packed = patches.contiguous(memory_format=torch.channels_last)
         return interpolate(packed, size=size_px, mode=filter, antialias=True)
@@ -67,31 +67,22 @@ def resample(patches: Tensor, size_px: tuple[int, int], filter: Filter = "bicubi
 def resize_region(
     region: NDArray[np.uint8], size_px: tuple[int, int], filter: Filter = "bicubic"
 ) -> NDArray[np.uint8]:
-    """Pillow's resize of one uint8 [H, W, 3] to (height, width); it lets other threads run meanwhile."""
+    """Pillow's resize of one uint8 [H, W, 3] to (height, width); other threads run meanwhile."""
     return np.asarray(Image.fromarray(region).resize((size_px[1], size_px[0]), PILLOW[filter]))
 
 
-def whole_factor(before: tuple[int, int], after: tuple[int, int]) -> bool:
-    """Whether both sides shrink by a whole number."""
-    return all(b % a == 0 for b, a in zip(before, after, strict=True))
-
-
 def area_means(patches: Tensor, size_px: tuple[int, int]) -> Tensor:
-    """`resample` by the mean over the area of each new pixel, rounded once.
-
-    Raises:
-        UsageError: it would enlarge.
-    """
+    """`resample` by the mean over the area of each new pixel, rounded once."""
     height, width = patches.shape[2:]
     if height < size_px[0] or width < size_px[1]:
         raise UsageError(f"area cannot enlarge {width} px to {size_px[1]}; type --resample bicubic")
-    if patches.device.type == "cpu":
-        images = patches.permute(0, 2, 3, 1).contiguous().numpy()
-        resized = np.empty((len(images), *size_px, 3), np.uint8)
-        for image, out in zip(images, resized, strict=True):
-            cv2.resize(image, (size_px[1], size_px[0]), dst=out, interpolation=cv2.INTER_AREA)
-        return torch.from_numpy(resized).permute(0, 3, 1, 2)
-    return area_products(patches, size_px)
+    if patches.device.type != "cpu":
+        return area_products(patches, size_px)
+    images = patches.permute(0, 2, 3, 1).contiguous().numpy()
+    resized = np.empty((len(images), *size_px, 3), np.uint8)
+    for image, out in zip(images, resized, strict=True):
+        cv2.resize(image, (size_px[1], size_px[0]), dst=out, interpolation=cv2.INTER_AREA)
+    return torch.from_numpy(resized).permute(0, 3, 1, 2)
 
 
 def area_products(patches: Tensor, size_px: tuple[int, int]) -> Tensor:

@@ -1,8 +1,7 @@
-"""A slide's level as its file keeps it: compressed tiles at their offsets.
+"""One level of a slide as its file stores it: compressed tiles at their offsets.
 
-The reader stays the judge of geometry: a level counts only where the TIFF's directory has the size that the
-reader gives it, where its coordinates are whole numbers, and where tiles decoded here are the reader's own
-pixels, each of them, on a sample of this very file.
+The slide's reader decides: a level is taken only if its directory in the TIFF has the size that the reader
+states, and if a sample of this file's tiles, decoded here, equals the reader's pixels in each value.
 """
 
 from __future__ import annotations
@@ -18,29 +17,30 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from seal_extract.errors import ReadError, SlideError
+from seal_extract.errors import SlideError
 from seal_extract.patches.codecs import Codec, Jpeg2000Codec, JpegCodec, TileError
+from seal_extract.patches.regions import read_exactly
 from seal_extract.slides.readers import Array
 from seal_extract.slides.slide import Slide
 from seal_extract.slides.tiff import TIFF_HEADS
 
-PROBES = 4  # tiles compared with the reader's pixels
-MERGE_GAP = 2**14  # bytes between two tiles that are read over rather than skipped
+PROBES = 4  # tiles that are compared with the reader's pixels
+MERGE_GAP = 2**14  # bytes between two tiles that are read along rather than skipped
 MERGE_BYTES = 2**22  # of one read
 
 
 class Unsuitable(Exception):
-    """Why a level is left to the slide's reader."""
+    """The reason why a level is left to the slide's reader."""
 
 
 class TiledLevel:
     """One level of a tiled TIFF, opened for reading by any number of threads.
 
     Attributes:
-        size_px: (width, height) of the level, as the reader has it.
+        size_px: (width, height) of the level, as the reader states it.
         tile_px: (width, height) of a tile.
         across: tiles in a row.
-        codec: decodes one of them; `probe` finds out which of its candidates.
+        codec: decodes a tile; `probe` chooses it from ``candidates``.
     """
 
     def __init__(
@@ -66,18 +66,21 @@ class TiledLevel:
 
     @property
     def tile_shape(self) -> tuple[int, int, int]:
-        """Of a decoded tile: (height, width, channels)."""
+        """(height, width, channels) of a decoded tile."""
         return (self.tile_px[1], self.tile_px[0], self.codec.channels)
 
-    def read(self, tiles: list[int]) -> Iterator[tuple[int, bytes]]:
-        """The compressed tiles, each with its number, in the order of the file; neighbours in one read.
+    def corner_px(self, tile: int) -> tuple[int, int]:
+        """(x, y) of a tile in pixels of the level."""
+        return (tile % self.across * self.tile_px[0], tile // self.across * self.tile_px[1])
 
-        A tile that the file does not hold, or not whole, comes as no bytes.
+    def read(self, tiles: list[int]) -> Iterator[tuple[int, bytes]]:
+        """Yield each tile's number and bytes in the order of the file; neighbours are read together.
+
+        The bytes are empty if the file does not hold the whole tile.
         """
-        ordered = sorted(tiles, key=self._offsets.__getitem__)
         runs: list[list[int]] = []
         end = start = 0
-        for tile in ordered:
+        for tile in sorted(tiles, key=self._offsets.__getitem__):
             first, last = self._span(tile)
             if not runs or not end <= first <= end + MERGE_GAP or last - start > MERGE_BYTES:
                 runs.append([])
@@ -93,11 +96,11 @@ class TiledLevel:
                 yield tile, data if len(data) == last - first else b""
 
     def is_left_out(self, tile: int) -> bool:
-        """Whether the file says by a zero offset that there is nothing, as it may of glass."""
+        """Whether the file states by a zero offset that the tile is empty, as some scanners do for glass."""
         return not (self._offsets[tile] or self._counts[tile])
 
     def _span(self, tile: int) -> tuple[int, int]:
-        """First byte of a tile and the one after its last; nothing where the table cannot be true."""
+        """First byte of a tile and the one after its last; an empty span if the table cannot be right."""
         first, count = int(self._offsets[tile]), int(self._counts[tile])
         largest = 4 * 3 * self.tile_px[0] * self.tile_px[1] + 2**16
         if first <= 0 or not 0 < count <= largest or first + count > self._bytes:
@@ -111,11 +114,11 @@ class TiledLevel:
             with self._lock:  # Windows
                 os.lseek(self._file, offset, os.SEEK_SET)
                 return os.read(self._file, count)
-        except OSError:  # a bad sector, a share that went away: told as tiles that are not there
+        except OSError:  # a bad sector or a lost share: treated as tiles that are not in the file
             return b""
 
     def largest(self, tiles: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Those of ``tiles`` whose data are at least as long as half of them: tissue rather than glass."""
+        """The larger half of ``tiles`` by compressed size: tissue rather than glass."""
         counts = self._counts[tiles]
         return tiles[counts >= np.median(counts)] if len(tiles) else tiles
 
@@ -126,6 +129,7 @@ def open_level(slide: Slide, level: int) -> TiledLevel:
     Raises:
         Unsuitable: the level is not made of tiles that this package decodes.
     """
+    size_px = slide.levels[level].size_px
     try:
         with slide.path.open("rb") as file:
             if file.read(4) not in TIFF_HEADS:
@@ -133,20 +137,15 @@ def open_level(slide: Slide, level: int) -> TiledLevel:
         with tifffile.TiffFile(slide.path) as tif:
             if tif.is_ndpi:
                 raise Unsuitable("NDPI")
-            page = _page_of(tif, slide.levels[level].size_px)
-            return _level_of(slide.path, page, slide.levels[level].size_px)
+            pages = (page for top in tif.pages for page in (top, *(getattr(top, "pages", None) or ())))
+            for page in pages:
+                if page.is_tiled and (page.imagewidth, page.imagelength) == size_px:
+                    return _level_of(slide.path, page, size_px)
+        raise Unsuitable("no tiled directory of the level's size")
     except Unsuitable:
         raise
-    except Exception as exc:  # tifffile raises errors of every kind over damaged directories
+    except Exception as exc:  # tifffile raises errors of every kind for damaged directories
         raise Unsuitable(f"its directories are damaged ({type(exc).__name__})") from exc
-
-
-def _page_of(tif: tifffile.TiffFile, size_px: tuple[int, int]) -> Any:
-    pages = [page for top in tif.pages for page in (top, *(getattr(top, "pages", None) or ()))]
-    for page in pages:
-        if page.is_tiled and (page.imagewidth, page.imagelength) == size_px:
-            return page
-    raise Unsuitable("no tiled directory of the level's size")
 
 
 def _level_of(path: Path, page: Any, size_px: tuple[int, int]) -> TiledLevel:
@@ -164,7 +163,7 @@ def _level_of(path: Path, page: Any, size_px: tuple[int, int]) -> TiledLevel:
 
 
 def _codecs_of(page: Any) -> tuple[Codec, ...]:
-    """What the tags say first; writers such as Bio-Formats tag whole JPEGs in YCbCr as RGB."""
+    """The codec that the tags state first; Bio-Formats, for one, tags whole JPEGs in YCbCr as RGB."""
     photometric, compression = page.photometric, page.compression
     rgb, ycbcr = (photometric == p for p in (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR))
     if compression == tifffile.COMPRESSION.JPEG and (rgb or ycbcr):
@@ -172,19 +171,16 @@ def _codecs_of(page: Any) -> tuple[Codec, ...]:
         return (JpegCodec(tables, bool(ycbcr)), JpegCodec(tables, None))
     if compression == tifffile.COMPRESSION.APERIO_JP2000_YCBC and (rgb or ycbcr):  # the tag says RGB
         return (Jpeg2000Codec(ycbcr=True),)
-    jpeg2000 = (tifffile.COMPRESSION.APERIO_JP2000_RGB, tifffile.COMPRESSION.JPEG2000)
-    if compression in jpeg2000 and rgb:
+    if compression in (tifffile.COMPRESSION.APERIO_JP2000_RGB, tifffile.COMPRESSION.JPEG2000) and rgb:
         return (Jpeg2000Codec(),)
     raise Unsuitable(f"{compression.name} in {photometric.name}")
 
 
 def probe(slide: Slide, level: int, tiled: TiledLevel, tiles: NDArray[np.int64]) -> None:
-    """Find the codec that gives the reader's pixels, each of them, on a sample of ``tiles``.
-
-    The sample is the same for the same tiles.
+    """Choose the codec that gives exactly the reader's pixels on a sample of ``tiles``, always the same one.
 
     Raises:
-        Unsuitable: each candidate gives another pixel, or no tile could be compared.
+        Unsuitable: every candidate gives other pixels, or no tile can be compared.
     """
     large = tiled.largest(tiles)
     order = np.random.default_rng(0).permutation(len(large))[: 4 * PROBES]
@@ -192,17 +188,15 @@ def probe(slide: Slide, level: int, tiled: TiledLevel, tiles: NDArray[np.int64])
     for codec in tiled.candidates:
         tiled.codec = codec
         try:
-            compared = _compare(slide, level, tiled, large[order].tolist())
+            if _compare(slide, level, tiled, large[order].tolist()) or not len(tiles):
+                return
         except Unsuitable as exc:
             refusal = exc
-            continue
-        if compared or not len(tiles):
-            return
     raise refusal
 
 
 def _compare(slide: Slide, level: int, tiled: TiledLevel, tiles: list[int]) -> int:
-    """How many tiles are the reader's; damaged ones say nothing of the others and are passed over."""
+    """The number of tiles that equal the reader's; damaged ones are skipped."""
     compared = 0
     for tile, data in tiled.read(tiles):
         ours = np.empty(tiled.tile_shape, np.uint8)
@@ -221,15 +215,7 @@ def _compare(slide: Slide, level: int, tiled: TiledLevel, tiles: list[int]) -> i
 
 def read_tile(slide: Slide, level: int, tiled: TiledLevel, tile: int) -> Array:
     """The part of a tile inside the level, through the slide's reader: uint8 [h, w, 3]."""
-    (width, height), (w, h) = tiled.size_px, tiled.tile_px
-    x, y = tile % tiled.across * w, tile // tiled.across * h
+    (x, y), (width, height), (w, h) = tiled.corner_px(tile), tiled.size_px, tiled.tile_px
     downsample = slide.levels[level].downsample
     xy_l0 = (round(x * downsample), round(y * downsample))
-    side = (min(w, width - x), min(h, height - y))
-    region = slide.read_region(xy_l0, level, side)
-    if region.shape != (side[1], side[0], 3):
-        raise ReadError(
-            f"{slide.path}: {slide.reader} gave {region.shape[1]} x {region.shape[0]} px instead of "
-            f"{side[0]} x {side[1]} at level-0 {xy_l0}; the file is damaged there"
-        )
-    return region
+    return read_exactly(slide, xy_l0, level, (min(w, width - x), min(h, height - y)))

@@ -1,4 +1,4 @@
-"""Patches out of compressed tiles, each tile decoded once although neighbouring patches share it."""
+"""Read patches out of compressed tiles; each tile is decoded once although neighbouring patches share it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from seal_extract.errors import ReadError
 from seal_extract.patches.codecs import REDUCTIONS, TileError, copy_rgb, shrink
@@ -26,107 +25,44 @@ from seal_extract.slides.slide import Slide
 HELD_BYTES = 512 * 2**20  # of shared tiles; beyond, as for patches in random order, tiles are decoded again
 
 Users = Mapping[int, list[int]]  # tile -> the patches of a job that it lies under
-Pixels = Array | ReadError  # of a tile: uint8 [h, w, 3], or why it cannot be had
+Pixels = Array | ReadError  # of a tile: uint8 [h, w, channels], or the reason why it cannot be read
 
 
-@dataclass
-class _Held:
-    pixels: Future[Pixels] = field(default_factory=Future)
-    pins: int = 0  # jobs that may be copying from it
+def open_patch_reader(
+    slide: Slide, grid: PatchGrid, device: torch.device, *, filter: Filter = "bicubic", fast: bool = False
+) -> PatchReader:
+    """Open the fastest way to read patches that gives the pixels of the slide's reader.
 
-
-@dataclass(frozen=True)
-class Claim:
-    """What a job has to do for its tiles.
-
-    Attributes:
-        mine: to decode first, others wait for them.
-        alone: to decode, needed by nobody else.
-        theirs: being decoded, or decoded, elsewhere.
+    Args:
+        slide: stays open as long as the patch reader.
+        grid: rows to read.
+        device: where the patches will be used.
+        filter: of the resampling, ``"bicubic"`` or ``"area"``.
+        fast: decode JPEG at reduced scale if patches shrink by a multiple of 2; the pixels differ.
     """
-
-    mine: dict[int, _Held]
-    alone: list[int]
-    theirs: dict[int, _Held]
-
-    @property
-    def held(self) -> dict[int, _Held]:
-        """All that are shared."""
-        return {**self.mine, **self.theirs}
-
-
-class SharedTiles:
-    """Counts the patches that have still to come for each tile, and keeps those that are needed again."""
-
-    def __init__(self, uses: NDArray[np.int64], shape: tuple[int, int, int]) -> None:
-        self._uses, self._shape = uses, shape
-        self._most = HELD_BYTES // math.prod(shape)
-        self._held: dict[int, _Held] = {}
-        self._spare: list[Array] = []
-        self._lock = threading.Lock()
-
-    def claim(self, users: Users) -> Claim:
-        """Divide the tiles of a job; to be released by the same ``users``."""
-        claim = Claim({}, [], {})
-        with self._lock:
-            for tile, patches in users.items():
-                if tile in self._held:
-                    claim.theirs[tile] = self._held[tile]
-                elif self._uses[tile] > len(patches) and len(self._held) < self._most:
-                    claim.mine[tile] = self._held[tile] = _Held()
-                else:
-                    claim.alone.append(tile)
-            for held in claim.held.values():
-                held.pins += 1
-        return claim
-
-    def release(self, users: Users, claim: Claim) -> None:
-        """The job has copied what it needs, or given up."""
-        for held in claim.mine.values():  # nobody must wait for ever
-            if not held.pixels.done():
-                held.pixels.set_exception(RuntimeError("the thread that decoded this tile has failed"))
-        with self._lock:
-            for held in claim.held.values():
-                held.pins -= 1
-            for tile, patches in users.items():
-                self._uses[tile] -= len(patches)
-                if self._uses[tile] <= 0 and tile in self._held and not self._held[tile].pins:
-                    self._drop(self._held.pop(tile))
-
-    def _drop(self, held: _Held) -> None:
-        if held.pixels.exception() is None and isinstance(room := held.pixels.result(), np.ndarray):
-            self._spare.append(room)
-
-    def room(self) -> Array:
-        """Room for a shared tile; what was used before comes first, as new memory costs page faults."""
-        with self._lock:
-            if self._spare:
-                return self._spare.pop()
-        return np.empty(self._shape, np.uint8)
+    resampling = Resampling(grid.patch_px, filter, early=device.type == "cpu", pinned=device.type == "cuda")
+    try:
+        return TileReader(slide, grid, resampling, fast)
+    except Unsuitable as exc:
+        return RegionReader(slide, grid, resampling, str(exc))
 
 
 class TileReader:
-    """Reads grid rows out of compressed tiles.
+    """Reads patches out of compressed tiles; see `PatchReader`."""
 
-    Attributes:
-        grid: rows to read.
-        name: of this way to decode.
-        side_px: of what `read` gives.
-    """
-
-    def __init__(self, slide: Slide, grid: PatchGrid, finish: Resampling, fast: bool = False) -> None:
-        """Open the level's tiles and compare a sample with the reader's pixels.
+    def __init__(self, slide: Slide, grid: PatchGrid, resampling: Resampling, fast: bool = False) -> None:
+        """Open the tiles of the grid's level and compare a sample with the reader's pixels.
 
         Args:
-            slide: stays the way to read tiles that cannot be decoded here.
+            slide: reads the tiles that cannot be decoded here.
             grid: rows to read.
-            finish: how regions become patches.
-            fast: decode JPEG at reduced scale where patches shrink by a multiple of 2.
+            resampling: how regions become patches.
+            fast: decode JPEG at reduced scale if patches shrink by a multiple of 2.
 
         Raises:
             Unsuitable: these patches are better read through the slide's reader.
         """
-        self.grid, self._slide, self._finish = grid, slide, finish
+        self.grid, self._slide, self._resampling = grid, slide, resampling
         self._xy_px = _on_level(slide, grid)
         self._tiled = open_level(slide, grid.level)
         outside = (self._xy_px < 0) | (self._xy_px + grid.read_px > self._tiled.size_px)
@@ -134,28 +70,19 @@ class TileReader:
         self._first, self._last = self._tiles_of_rows()
         uses = self._count_uses()
         probe(slide, grid.level, self._tiled, np.flatnonzero(uses))
-        self._reduction, self._by_codec = self._plan_reduction(fast)
+        self._reduction, self._by_codec = self._choose_reduction(fast)
         self._region_px = grid.read_px // self._reduction
         height, width, channels = self._tiled.tile_shape
         self._tile_shape = (height // self._reduction, width // self._reduction, channels)  # as decoded
         self._shared = SharedTiles(uses, self._tile_shape)
-        self._rooms = threading.local()
+        self._buffers = threading.local()
         self.name = self._tiled.codec.name + (f" at 1/{self._reduction}" if self._by_codec else "")
-        self.side_px = grid.patch_px if finish.early else self._region_px
-
-    def close(self) -> None:
-        """Release the file."""
-        self._tiled.close()
-
-    def to_patches(self, pixels: Tensor) -> Tensor:
-        """See `PatchReader.to_patches`."""
-        return self._finish.on_device(pixels)
+        self.side_px = grid.patch_px if resampling.early else self._region_px
+        self.close = self._tiled.close
+        self.to_patches = resampling.on_device
 
     def read(self, rows: range) -> HostPixels:
-        """Read grid rows on the host; safe to call from several threads.
-
-        A tile that is damaged is tried again through the slide's reader.
-        """
+        """See `PatchReader.read`; a damaged tile is tried again through the slide's reader."""
         regions = self._new_regions(len(rows))
         users = self._users(rows)
         unreadable: dict[int, str] = {}
@@ -170,11 +97,11 @@ class TileReader:
                 self.grid.whiten(region, row, self._slide)
         for row in unreadable:
             regions[row - rows.start] = 0
-        return HostPixels(self._finish.in_thread(regions), unreadable)
+        return HostPixels(self._resampling.in_thread(regions), unreadable)
 
-    # --- what is needed -------------------------------------------------------------------------------
+    # --- which tiles ----------------------------------------------------------------------------------
 
-    def _plan_reduction(self, fast: bool) -> tuple[int, bool]:
+    def _choose_reduction(self, fast: bool) -> tuple[int, bool]:
         """By how much tiles shrink as they are decoded, and whether the codec does it by itself."""
         grid, tiled = self.grid, self._tiled
         factor, rest = divmod(grid.read_px, grid.patch_px)
@@ -188,10 +115,10 @@ class TileReader:
         by_codec = [n for n in aligned if n in REDUCTIONS] if fast and tiled.codec.reduces else []
         if by_codec:
             return max(by_codec), True
-        return (factor, False) if self._finish.filter == "area" and factor in aligned else (1, False)
+        return (factor, False) if self._resampling.filter == "area" and factor in aligned else (1, False)
 
     def _tiles_of_rows(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """First and last tile (column, row) under each patch: two int64 [N, 2]; the last first if none is."""
+        """First and last tile (column, row) under each patch: two int64 [N, 2]; last < first if none."""
         begin, end = (
             np.clip(xy, 0, self._tiled.size_px) for xy in (self._xy_px, self._xy_px + self.grid.read_px)
         )
@@ -199,7 +126,7 @@ class TileReader:
         return first, np.where((begin < end).all(1, keepdims=True), last, first - 1)
 
     def _count_uses(self) -> NDArray[np.int64]:
-        """The patches over each tile: int64 [tiles]."""
+        """The number of patches over each tile: int64 [tiles]."""
         uses = np.zeros(len(self._tiled), np.int64)
         spans = self._last - self._first + 1
         for dy in range(spans[:, 1].max(initial=0)):
@@ -219,73 +146,68 @@ class TileReader:
                     users.setdefault(tile, []).append(i)
         return users
 
-    # --- tiles ----------------------------------------------------------------------------------------
+    # --- decoding -------------------------------------------------------------------------------------
 
     def _decoded(self, users: Users) -> Iterator[tuple[int, Pixels]]:
         """Each tile once, valid until the next is asked for.
 
-        What others may wait for is decoded first, so that no two threads wait for each other.
+        Tiles that other threads may wait for come first, so that no two threads wait for each other.
         """
         claim = self._shared.claim(users)
         try:
             for tile, data in self._tiled.read(list(claim.mine)):
-                claim.mine[tile].pixels.set_result(self._decode(tile, data, self._shared.room()))
-            room = self._own("tile", self._tile_shape)
+                claim.mine[tile].pixels.set_result(self._decode(tile, data, self._shared.buffer()))
+            buffer = self._own_buffer("tile", self._tile_shape)
             for tile, data in self._tiled.read(claim.alone):
-                yield tile, self._decode(tile, data, room)
-            for tile, held in claim.held.items():
+                yield tile, self._decode(tile, data, buffer)
+            for tile, held in claim.shared.items():
                 yield tile, held.pixels.result()
         finally:
             self._shared.release(users, claim)
 
-    def _decode(self, tile: int, data: bytes, room: Array) -> Pixels:
+    def _decode(self, tile: int, data: bytes, out: Array) -> Pixels:
+        codec = self._tiled.codec
         try:
-            self._fill(data, room)
+            if not data:
+                raise TileError("its data are not in the file")
+            if self._by_codec or self._reduction == 1:
+                codec.decode(data, out, self._reduction)
+            else:
+                whole = self._own_buffer("whole", self._tiled.tile_shape)
+                codec.decode(data, whole)
+                shrink(whole, out)
         except TileError as exc:
-            return self._rescue(tile, data, room, exc)
-        return room
+            return self._rescue(tile, data, out, exc)
+        return out
 
-    def _fill(self, data: bytes, room: Array) -> None:
-        if not data:
-            raise TileError("its data are not in the file")
-        if self._by_codec:
-            self._tiled.codec.decode_reduced(data, room, self._reduction)
-        elif self._reduction > 1:
-            whole = self._own("whole", self._tiled.tile_shape)
-            self._tiled.codec.decode(data, whole)
-            shrink(whole, room)
-        else:
-            self._tiled.codec.decode(data, room)
-
-    def _rescue(self, tile: int, data: bytes, room: Array, why: TileError) -> Pixels:
+    def _rescue(self, tile: int, data: bytes, out: Array, error: TileError) -> Pixels:
         """The tile through the slide's reader, unless that shows the damage as if it were tissue."""
         try:
             theirs = read_tile(self._slide, self.grid.level, self._tiled, tile)
         except ReadError as exc:
             return ReadError(str(exc))  # without the frames that it was raised through
         if not (data or theirs.any() or self._tiled.is_left_out(tile)):
-            return self._damaged(tile, why)
+            return self._damaged(tile, error)
         whole = np.zeros(self._tiled.tile_shape, np.uint8)
         inside = whole[: theirs.shape[0], : theirs.shape[1], :3]
         with contextlib.suppress(TileError):
             self._tiled.codec.decode(data, whole, lenient=True)
             if np.array_equal(inside, theirs):
-                return self._damaged(tile, why)
+                return self._damaged(tile, error)
         whole[:], inside[:] = 0, theirs
-        shrink(whole, room)
-        return room
+        shrink(whole, out)
+        return out
 
-    def _damaged(self, tile: int, why: TileError) -> ReadError:
+    def _damaged(self, tile: int, error: TileError) -> ReadError:
         downsample = self._slide.levels[self.grid.level].downsample
-        (w, h), across = self._tiled.tile_px, self._tiled.across
-        x, y = (round(px * downsample) for px in (tile % across * w, tile // across * h))
+        x, y = (round(px * downsample) for px in self._tiled.corner_px(tile))
         return ReadError(
             f"{self._slide.path}: the tile of level {self.grid.level} at level-0 ({x}, {y}) is damaged "
-            f"({why}); copy or scan it again"
+            f"({error}); copy or scan it again"
         )
 
     def _paste(self, tile: int, pixels: Array, row: int, region: Array) -> None:
-        """Copy what a tile holds of a patch."""
+        """Copy the part of a tile that belongs to a patch."""
         at = (tile % self._tiled.across, tile // self._tiled.across)
         cut, put = [], []
         for axis in (1, 0):
@@ -297,33 +219,29 @@ class TileReader:
             put.append(slice(first - corner, last - corner))
         copy_rgb(pixels[cut[0], cut[1]], region[put[0], put[1]])
 
-    # --- room, used again and again: new memory costs a page fault per 4 KiB ----------------------------
+    # --- memory is used again and again, because new memory costs a page fault per 4 KiB -----------------
 
     def _new_regions(self, rows: int) -> Array:
-        """Room for the regions of a job, black where nothing will be copied: uint8 [rows, side, side, 3]."""
-        if self._finish.early and self._region_px != self.grid.patch_px:
-            regions = self._own("regions", (rows, self._region_px, self._region_px, 3))
+        """The regions of a job, uint8 [rows, side, side, 3], black where nothing will be copied."""
+        if self._resampling.early and self._region_px != self.grid.patch_px:
+            regions = self._own_buffer("regions", (rows, self._region_px, self._region_px, 3))
         else:
-            regions = self._finish.empty(rows, self._region_px)
+            regions = self._resampling.empty(rows, self._region_px)
         if self._partly_outside:
             regions[:] = 0
         return regions
 
-    def _own(self, name: str, shape: tuple[int, ...]) -> Array:
-        """This thread's room of that name."""
-        room: Array | None = getattr(self._rooms, name, None)
-        if room is None or room.shape != shape:
-            room = np.empty(shape, np.uint8)
-            setattr(self._rooms, name, room)
-        return room
+    def _own_buffer(self, name: str, shape: tuple[int, ...]) -> Array:
+        """The buffer of that name that belongs to this thread."""
+        buffer: Array | None = getattr(self._buffers, name, None)
+        if buffer is None or buffer.shape != shape:
+            buffer = np.empty(shape, np.uint8)
+            setattr(self._buffers, name, buffer)
+        return buffer
 
 
 def _on_level(slide: Slide, grid: PatchGrid) -> NDArray[np.int64]:
-    """The patches' corners in pixels of the level: int64 [N, 2].
-
-    Raises:
-        Unsuitable: they lie between pixels, where a reader interpolates.
-    """
+    """The corners of the patches in pixels of the level, int64 [N, 2], if they are whole numbers."""
     downsample = slide.levels[grid.level].downsample
     if downsample != round(downsample):
         raise Unsuitable(f"level {grid.level} is {downsample:.6g} times coarser, no whole number")
@@ -332,21 +250,66 @@ def _on_level(slide: Slide, grid: PatchGrid) -> NDArray[np.int64]:
     return grid.xy_l0 // round(downsample)
 
 
-def open_patch_reader(
-    slide: Slide, grid: PatchGrid, device: torch.device, *, filter: Filter = "bicubic", fast: bool = False
-) -> PatchReader:
-    """The fastest way to decode that gives the reader's own pixels.
+# --- tiles that several jobs need: decoded by the first that comes, kept until the last has copied --------
 
-    Args:
-        slide: stays open as long as the decoder.
-        grid: rows to read.
-        device: where the patches will be used.
-        filter: of the resampling, ``"bicubic"`` or ``"area"``.
-        fast: decode JPEG at reduced scale where patches shrink by a multiple of 2; other pixels, see README.
-    """
-    on_gpu = device.type == "cuda"
-    finish = Resampling(grid.patch_px, filter, early=device.type == "cpu", pinned=on_gpu)
-    try:
-        return TileReader(slide, grid, finish, fast)
-    except Unsuitable as exc:
-        return RegionReader(slide, grid, finish, str(exc))
+
+@dataclass
+class _Shared:
+    pixels: Future[Pixels] = field(default_factory=Future)
+    pins: int = 0  # jobs that may be copying from it
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The tiles of a job: those to decode at once for others, those for itself alone, and all shared ones."""
+
+    mine: dict[int, _Shared]
+    alone: list[int]
+    shared: dict[int, _Shared]
+
+
+class SharedTiles:
+    """Counts for each tile the patches that still need it, and keeps the tiles that are needed again."""
+
+    def __init__(self, uses: NDArray[np.int64], shape: tuple[int, int, int]) -> None:
+        self._uses, self._shape = uses, shape
+        self._most = HELD_BYTES // math.prod(shape)
+        self._held: dict[int, _Shared] = {}
+        self._spare: list[Array] = []
+        self._lock = threading.Lock()
+
+    def claim(self, users: Users) -> Claim:
+        """Divide the tiles of a job; it has to release the claim with the same ``users``."""
+        claim = Claim({}, [], {})
+        with self._lock:
+            for tile, patches in users.items():
+                if tile not in self._held:
+                    if self._uses[tile] <= len(patches) or len(self._held) >= self._most:
+                        claim.alone.append(tile)
+                        continue
+                    claim.mine[tile] = self._held[tile] = _Shared()
+                claim.shared[tile] = self._held[tile]
+                claim.shared[tile].pins += 1
+        return claim
+
+    def release(self, users: Users, claim: Claim) -> None:
+        """The job has copied what it needs, or has failed."""
+        for shared in claim.mine.values():  # no other thread may wait for ever
+            if not shared.pixels.done():
+                shared.pixels.set_exception(RuntimeError("the thread that decoded this tile has failed"))
+        with self._lock:
+            for shared in claim.shared.values():
+                shared.pins -= 1
+            for tile, patches in users.items():
+                self._uses[tile] -= len(patches)
+                if self._uses[tile] <= 0 and tile in self._held and not self._held[tile].pins:
+                    pixels = self._held.pop(tile).pixels
+                    if pixels.exception() is None and isinstance(buffer := pixels.result(), np.ndarray):
+                        self._spare.append(buffer)
+
+    def buffer(self) -> Array:
+        """Memory for a shared tile, if possible some that was used before."""
+        with self._lock:
+            if self._spare:
+                return self._spare.pop()
+        return np.empty(self._shape, np.uint8)

@@ -54,7 +54,7 @@ def test_area_tile_by_tile_is_area_patch_by_patch(slide_of, factor):
         grid = PatchGrid(np.array(xy), 64, 1, 64 * factor, 0, 0, 64 * factor)
         decoder = open_patch_reader(slide, grid, CPU, filter="area")
         assert decoder._reduction == factor
-        by_region = RegionReader(slide, grid, decoder._finish)
+        by_region = RegionReader(slide, grid, decoder._resampling)
         np.testing.assert_array_equal(read(decoder), read(by_region))
 
 
