@@ -115,6 +115,8 @@ class RayEngine:
                 submit(free)
             try:
                 result: SlideResult = ray.get(ready[0])
+            except ray.exceptions.RayTaskError as exc:  # its text is a traceback
+                raise exc.cause from None
             except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as exc:
                 died = SlideOpenError(
                     f"{job.entry.source}: its worker died {RETRIES + 1} times ({_first_line(exc)}); "

@@ -1,4 +1,4 @@
-"""What a former run finished: recognised by slide, options and weights, without tissue, patches or torch."""
+"""Resume: features of a former run are recognised by slide, options and weights, without torch or tissue."""
 
 from __future__ import annotations
 
@@ -181,14 +181,14 @@ def _has_same_mpp(entry: SlideEntry, options: ExtractOptions, provenance: dict[s
 
 
 def keep_names(entries: Sequence[SlideEntry], out: Path) -> tuple[SlideEntry, ...]:
-    """The slides, under the names that the results in ``out`` gave them in whatever company before."""
+    """The slides, under the names that former runs into ``out`` gave them."""
     given: dict[Path, str] = {}
     for table in sorted(out.glob("status*.csv")):
         for row in read_status_rows(table):
             if row.name:
                 given.setdefault(_resolved(row.slide), row.name)
     new = {entry.path.stem for entry in entries if entry.resolved().path not in given}
-    for file in sorted(out.rglob("*.h5")) if new else ():  # where a table is missing, or was moved with them
+    for file in sorted(out.rglob("*.h5")) if new else ():  # the table may be missing or moved
         parts = file.stem.split(SEPARATOR)
         tails = (Path(SEPARATOR.join(parts[i:])) for i in range(len(parts)))
         if any(tail.name in new or tail.stem in new for tail in tails):
