@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from contextlib import closing, contextmanager
+from html.parser import HTMLParser
 
 import h5py
 import numpy as np
@@ -89,6 +90,37 @@ def data_of(path):
 def numbers(packed):
     """Numbers of a layer in a report."""
     return np.frombuffer(base64.b64decode(packed["base64"]), f"<{packed['type']}")
+
+
+class Tags(HTMLParser):
+    """All tags of a page with their attributes, the text of its scripts, and the rest of its text."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.scripts, self.texts, self.inside = [], [], [], None
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.inside = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        self.inside = None if tag == self.inside else self.inside
+
+    def handle_data(self, data):
+        if self.inside == "script":
+            self.scripts[-1] += data
+        elif self.inside != "style":
+            self.texts.append(data)
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
 
 
 # --- a viewer -------------------------------------------------------------------------------------

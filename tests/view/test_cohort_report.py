@@ -5,13 +5,12 @@ import os
 import random
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from io import BytesIO
 
 import numpy as np
 import pytest
 from PIL import Image
-from viewer_fixtures import Page as Browser
+from viewer_fixtures import Page, Tags
 
 from seal_extract.errors import OutputError
 from seal_extract.names import shown
@@ -62,32 +61,8 @@ def overlay(out, name, size=(900, 700), noise=False):
     Image.fromarray(pixels).save(path, "JPEG", quality=95)
 
 
-class Page(HTMLParser):
-    """What a browser would make of the page."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.texts, self._in = [], [], None
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        self._in = tag
-
-    def handle_data(self, data):
-        if self._in not in ("script", "style"):
-            self.texts.append(data)
-
-    def all(self, tag):
-        return [attrs for name, attrs in self.tags if name == tag]
-
-    @property
-    def text(self):
-        return " ".join(" ".join(self.texts).split())
-
-
 def page(tmp_path, rows, **kwargs):
-    return Page(write_report(rows, tmp_path, tmp_path / "report.html", **kwargs).read_text(encoding="utf-8"))
+    return Tags(write_report(rows, tmp_path, tmp_path / "report.html", **kwargs).read_text(encoding="utf-8"))
 
 
 # --- the page -----------------------------------------------------------------------------------------
@@ -341,7 +316,7 @@ def test_a_browser_sorts_filters_and_does_not_complain(chromium, tmp_path, width
             overlay(tmp_path, row.name)
     rows[6] = replace(rows[6], read_errors=3)
     path = write_report(rows, tmp_path, tmp_path / "report.html", title=HOSTILE[0])
-    page = Browser(chromium)
+    page = Page(chromium)
     chromium.set_window_size(width, 900)
     chromium.get(path.as_uri())
     names = "[...document.querySelectorAll('#slides tbody tr:not([hidden]) .name')].map(e => e.textContent)"

@@ -9,7 +9,6 @@ import platform
 import re
 import shutil
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import h5py
@@ -18,7 +17,7 @@ import pytest
 import viewer_fixtures
 from cohort_fixtures import run_here as run
 from PIL import Image
-from viewer_fixtures import Page, data_of, numbers, write_report
+from viewer_fixtures import Page, Tags, data_of, numbers, write_report
 
 from seal_extract import ExtractOptions, extract, read_features
 from seal_extract.errors import OutputError, UsageError
@@ -49,28 +48,6 @@ def html(slide_report):
 @pytest.fixture
 def data(slide_report):
     return data_of(slide_report)
-
-
-class Tags(HTMLParser):
-    """All tags with their attributes, and the text of scripts."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.scripts, self.inside = [], [], False
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        self.inside = tag == "script"
-        if self.inside:
-            self.scripts.append("")
-
-    def handle_endtag(self, tag):
-        self.inside = False
-
-    def handle_data(self, text):
-        if self.inside:
-            self.scripts[-1] += text
 
 
 # --- what is in it ------------------------------------------------------------------------------------
