@@ -1,4 +1,4 @@
-"""Is this machine ready? Each thing a run depends on is tried by itself, so that causes are told apart."""
+"""Check this machine: everything that a run depends on is tested separately, to tell causes apart."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ ENOUGH_DISK_GB = 20  # the largest encoder's files and some thousand slides' fea
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What came of one check; ``note`` is worth knowing and stops nothing that is installed for."""
+class CheckResult:
+    """The result of one check; a ``note`` is worth knowing and stops no run."""
 
     subject: str
     state: State
@@ -40,15 +40,15 @@ def examine(
     override_mpp: float | None = None,
     encoder: EncoderRequest | None = None,
     offline: bool = False,
-) -> Iterator[Finding]:
-    """Try everything, one finding at a time.
+) -> Iterator[CheckResult]:
+    """Run all checks, one result at a time.
 
     Args:
-        slide: opened, its tissue found and 8 patches encoded (by an untrained encoder) if given.
-        slide_mpp: its µm/px, if it does not say it.
-        override_mpp: its µm/px, whatever it says.
-        encoder: loaded if given, and told which files it is made of and what was merged.
-        offline: leave out what asks the network.
+        slide: if given, open it, find its tissue and encode 8 patches with an untrained encoder.
+        slide_mpp: its µm/px, if the file does not state it.
+        override_mpp: its µm/px, whatever the file states.
+        encoder: if given, load it and report its files and the adapters that were merged.
+        offline: leave out the checks that need the network.
     """
     yield from (_checked("python", _python), _checked("readers", _readers), _checked("device", _device))
     yield from (_checked("disk", _disk), _checked("cache", _cache))
@@ -64,13 +64,13 @@ def examine(
         yield _checked("slide", partial(_slide, slide, slide_mpp, override_mpp))
 
 
-def _checked(subject: str, check: Callable[[], tuple[State, str]]) -> Finding:
+def _checked(subject: str, check: Callable[[], tuple[State, str]]) -> CheckResult:
     try:
-        return Finding(subject, *check())
+        return CheckResult(subject, *check())
     except SealExtractError as exc:
-        return Finding(subject, "FAILS", str(exc))
-    except Exception as exc:  # a broken installation may raise anything; the other checks go on
-        return Finding(subject, "FAILS", f"{type(exc).__name__}: {' '.join(str(exc).split())[:300]}")
+        return CheckResult(subject, "FAILS", str(exc))
+    except Exception as exc:  # a broken installation may raise anything; the other checks continue
+        return CheckResult(subject, "FAILS", f"{type(exc).__name__}: {' '.join(str(exc).split())[:300]}")
 
 
 def _python() -> tuple[State, str]:
@@ -80,7 +80,7 @@ def _python() -> tuple[State, str]:
 
 def _readers() -> tuple[State, str]:
     import openslide
-    import tiffslide  # noqa: F401  imported to see that it can be
+    import tiffslide  # noqa: F401  imported to check that it works
 
     from seal_extract.slides.readers import openslide_danger
 
@@ -97,10 +97,10 @@ def _device() -> tuple[State, str]:
         return "ok", ", ".join(f"{card.name} ({card.total_memory / 2**30:.0f} GiB)" for card in cards)
     if shutil.which("nvidia-smi"):
         return "FAILS", (
-            f"an NVIDIA driver is here, but torch {torch.__version__} (CUDA {torch.version.cuda}) sees no "
+            f"there is an NVIDIA driver, but torch {torch.__version__} (CUDA {torch.version.cuda}) sees no "
             "card; install the torch build that fits the driver"
         )
-    return "note", f"no NVIDIA card: encoders run on {torch.get_num_threads()} CPU threads, slowly"
+    return "note", f"there is no NVIDIA card; encoders run slowly, on {torch.get_num_threads()} CPU threads"
 
 
 def _disk() -> tuple[State, str]:
@@ -141,7 +141,7 @@ def _token() -> tuple[State, str]:
     from huggingface_hub import HfApi, get_token
 
     if get_token() is None:
-        return "note", "none; gated encoders need one: hf auth login"
+        return "note", "there is none; gated encoders need one: type hf auth login"
     try:
         return "ok", f"of {HfApi(endpoint=endpoint()).whoami()['name']}"
     except Exception as exc:
@@ -162,8 +162,8 @@ def _gate(repo_id: str) -> tuple[State, str]:
     return "ok", f"{repo_id} may be downloaded"
 
 
-def _encoder(request: EncoderRequest) -> Iterator[Finding]:
-    """That it loads, each of its files, and each kind of adapters in its weights."""
+def _encoder(request: EncoderRequest) -> Iterator[CheckResult]:
+    """Check that it loads; then one result for each of its files and each kind of merged adapters."""
     loaded = _checked("encoder", lambda: ("ok", str(request.load())))
     yield loaded
     if loaded.state != "ok":
@@ -171,10 +171,10 @@ def _encoder(request: EncoderRequest) -> Iterator[Finding]:
     for file in request.load().weights:
         pin = {True: "the pinned one", False: "NOT the pinned one", None: "its row has no pin"}[file.pinned]
         state: State = "note" if file.pinned is False else "ok"
-        yield Finding("file", state, f"{file.file} of {file.source}, sha256 {file.sha256[:12]}, {pin}")
+        yield CheckResult("file", state, f"{file.file} of {file.source}, sha256 {file.sha256[:12]}, {pin}")
     for one in request.load().merged:
         what = f"{len(one['layers'])} layers of {one['file']}, rank {one['rank']}, scale {one['scale']:g}"
-        yield Finding("merged", "ok", f"{what}: {', '.join(one['layers'])}")
+        yield CheckResult("merged", "ok", f"{what}: {', '.join(one['layers'])}")
 
 
 def _slide(path: Path, slide_mpp: float | None, override_mpp: float | None) -> tuple[State, str]:

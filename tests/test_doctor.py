@@ -38,7 +38,7 @@ def test_with_token_and_accepted_gates_all_is_well(hub, monkeypatch):
 
 
 def test_no_token_is_told_from_a_refused_one_and_from_a_closed_gate(hub, monkeypatch):
-    assert findings()["token"] == [("note", "none; gated encoders need one: hf auth login")]
+    assert findings()["token"] == [("note", "there is none; gated encoders need one: type hf auth login")]
     monkeypatch.setenv("HF_TOKEN", "hf_unknown")
     ((state, text),) = findings()["token"]
     assert state == "FAILS"
@@ -81,7 +81,7 @@ def test_a_bad_slide_is_a_finding_and_the_exit_status(hub, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "FAILS  slide" in out
     assert "it is text" in out
-    assert err == "seal-extract: 1 of the things above fail\n"
+    assert err == "seal-extract: 1 of the checks above failed\n"
 
 
 def test_an_encoder_tells_its_files_and_what_was_merged(hub, tmp_path, monkeypatch, capsys):

@@ -120,7 +120,7 @@ def doctor_parser() -> argparse.ArgumentParser:
 
 
 def run_doctor(args: argparse.Namespace) -> int:
-    """One line per thing tried; 1 if something fails."""
+    """Print one line per check; return 1 if a check fails."""
     from seal_extract.doctor import examine
     from seal_extract.encoders.request import EncoderRequest
 
@@ -130,7 +130,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     if args.encoder:
         where = {"checkpoint": args.checkpoint, "adapter": args.adapter, "revision": args.revision}
         encoder = EncoderRequest(args.encoder, **where, device="cpu", offline=args.offline)
-    for finding in examine(args.slide, **mpps, encoder=encoder, offline=args.offline):
-        echo(finding)
-        failed += finding.state == "FAILS"
-    return fail(f"{failed} of the things above fail", 1) if failed else 0
+    for result in examine(args.slide, **mpps, encoder=encoder, offline=args.offline):
+        echo(result)
+        failed += result.state == "FAILS"
+    return fail(f"{failed} of the checks above failed", 1) if failed else 0
