@@ -79,10 +79,15 @@ def read_overview(slide: Slide, mpp: float, *, holes: bool = False) -> Overview:
                     left_out.append(str(exc))
                     rgb[part], scanned[part] = 255, False
                 else:
-                    to_read += reversed(_blocks(x0, y0, x1, y1, -(-max(x1 - x0, y1 - y0) // 2)))
+                    to_read += reversed(_quarters(x0, y0, x1, y1))
 
+    blocks = [
+        (x, y, min(x + step, width), min(y + step, height))
+        for y in range(0, height, step)
+        for x in range(0, width, step)
+    ]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        list(pool.map(fill, _blocks(0, 0, width, height, step)))
+        list(pool.map(fill, blocks))
     if left_out and not scanned.any():
         raise ReadError(left_out[0])
     overview = Overview(rgb, scanned, slide.mpp * downsample, downsample)
@@ -90,11 +95,10 @@ def read_overview(slide: Slide, mpp: float, *, holes: bool = False) -> Overview:
     return overview
 
 
-def _blocks(x0: int, y0: int, x1: int, y1: int, step: int) -> list[Box]:
-    """A rectangle cut into squares of ``step``, smaller at its right and bottom."""
-    return [
-        (x, y, min(x + step, x1), min(y + step, y1)) for y in range(y0, y1, step) for x in range(x0, x1, step)
-    ]
+def _quarters(x0: int, y0: int, x1: int, y1: int) -> list[Box]:
+    x, y = (x0 + x1) // 2, (y0 + y1) // 2
+    parts = [(x0, y0, x, y), (x, y0, x1, y), (x0, y, x, y1), (x, y, x1, y1)]
+    return [part for part in parts if part[0] < part[2] and part[1] < part[3]]
 
 
 def _refuse_fluorescence(slide: Slide, overview: Overview) -> None:
