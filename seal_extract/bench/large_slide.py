@@ -74,7 +74,10 @@ def write_large_slide(path: Path, size_px: tuple[int, int], tiles: str = "420-25
 
 def _tiles_of(tiff: tifffile.TiffFile, page: Any) -> list[list[bytes]]:
     """The compressed tiles of a page, row by row."""
-    tiles = [bytes(data) for data, _ in tiff.filehandle.read_segments(page.dataoffsets, page.databytecounts)]
+    tiles = []
+    for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True):
+        tiff.filehandle.seek(offset)
+        tiles.append(tiff.filehandle.read(count))
     across = -(-page.imagewidth // page.tilewidth)
     return [tiles[start : start + across] for start in range(0, len(tiles), across)]
 
@@ -84,7 +87,7 @@ def _compressed(
 ) -> tuple[bytes, list[list[bytes]]]:
     """The JPEG tables and the different tiles of a level on which ``unit``, reduced, repeats."""
     height, width = (side // downsample for side in unit.shape[:2])
-    small = cv2.resize(unit, (width, height), interpolation=cv2.INTER_AREA)
+    small = np.asarray(cv2.resize(unit, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
     down, across = math.lcm(height, tile_px), math.lcm(width, tile_px)
     picture = np.tile(small, (down // height, across // width, 1))
     encoded = [
