@@ -95,7 +95,7 @@ def test_a_slide_of_one_level_gives_its_coarse_tiles_from_an_overview(tmp_path):
         whole = picture(tiles.tile(tiles.zooms - 1, 0, 0)[0])[:175, :187, :3].astype(float)
         region = slide.read_region((0, 0), 0, (2992, 2800)).astype(float)
     average = region.reshape(175, 16, 187, 16, 3).mean((1, 3))
-    assert np.abs(whole - average).mean() < 2
+    assert np.abs(whole - average).mean() < 5  # bicubic there, a box here
 
 
 def test_layers_are_a_pixel_per_step_of_the_grid(client, viewer_out):
