@@ -16,7 +16,7 @@ from seal_extract.slides.slide import Slide, coarsest_level
 
 UNSCANNED_BELOW = 9  # brightest channel of the black that scanners leave around the scanned area
 FLUORESCENCE_BELOW = 80  # median of the brightest channel: glass lies above 200, dense tissue above 110
-SAMPLE_PX = 1_000_000  # enough to tell a median
+SAMPLE_PX = 1_000_000  # enough for a median
 BLOCK_PX = 2048  # side of the squares read at a time
 HOLE_PX = 256  # side of the squares left out where nothing can be read, if holes are allowed
 MOST_HOLES = 64  # each costs opening the file again

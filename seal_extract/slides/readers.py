@@ -44,7 +44,7 @@ from seal_extract.slides.tiff_pixels import (
 )
 
 MAX_ANISOTROPY = 0.05  # µm/px may differ this much between x and y
-TOLD_ANISOTROPY = 0.01  # a warning says so from here on
+WARNED_ANISOTROPY = 0.01  # beyond it a warning is given
 
 MOST_COARSEST_PX = 2**35  # 100 x 34 mm at 0.3 µm/px
 PYRAMID = "vips tiffsave IN OUT.tif --tile --pyramid"
@@ -108,7 +108,7 @@ class Reader:
                 refusal = refusal or exc
                 continue
             self.mpp, self.mpp_source = x, source
-            if abs(x / y - 1) > TOLD_ANISOTROPY:
+            if abs(x / y - 1) > WARNED_ANISOTROPY:
                 self.mpp_conflict = f"{stated}; patches are cut by x"
             break
         if given is not None:
@@ -230,7 +230,7 @@ class OpenSlideReader(Reader):
             rgba: Image.Image = fresh.read_region(xy_l0, level, size_px)
         except OpenSlideError as exc:
             fresh.close()
-            with contextlib.suppress(OpenSlideError, OSError):  # gone meanwhile: every read will say so
+            with contextlib.suppress(OpenSlideError, OSError):  # gone meanwhile: every read will raise
                 self._renew(failed, openslide.OpenSlide(self.path))
             return exc
         self._renew(failed, fresh)

@@ -204,7 +204,7 @@ def write_patches(
 
 
 def read_made_of(path: Path) -> dict[str, Any] | None:
-    """What `write_patches` was told that tiles were made of; None where the first line does not say it."""
+    """The ``made_of`` of `write_patches`; None if the first line of the file does not state it."""
     try:
         with path.open(encoding="utf-8") as file:
             found = json.loads(file.readline(MOST_HEAD) + "]}")[MADE_OF]

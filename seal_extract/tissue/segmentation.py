@@ -40,9 +40,9 @@ STRONG_INK = 0.15  # optical density where a stroke is sure, and ...
 FAINT_INK = 0.08  # ... where it fades out
 FAINT_BLUE = 0.04  # both for the green and blue inks farthest from any stain
 STAINED = 0.1  # optical density of smooth tissue (colloid, mucin)
-GREY = 0.03  # optical density from which on a lack of colour can be told
+GREY = 0.03  # optical density from which on a lack of colour can be seen
 DARKEST_GLASS = 0.25  # optical density of bare glass under a dim or coloured lamp
-COLOUR_ONLY_MPP = 10.0  # µm/px above which texture tells nothing, for cells cannot be seen
+COLOUR_ONLY_MPP = 10.0  # µm/px above which texture is useless, because cells cannot be seen
 STRIP_PX = 2_000_000  # pixels turned into floats at a time
 GLASS_SAMPLE_PX = 2_000_000  # pixels that the glass is looked for among
 HALO_UM = 12.0  # of the width that pooling adds to texture, this is left, in favour of pale borders
@@ -96,7 +96,7 @@ def flag_pixels(
     """Flag the pixels of an overview, a strip at a time.
 
     Args:
-        overview: the slide at 4 µm/px or so; finer tells nothing new, coarser loses fat and the blur of ink.
+        overview: the slide at 4 µm/px or so; finer adds nothing, coarser loses fat and the blur of ink.
         factor: this many of its pixels, squared, become one of the result.
         min_texture: rms optical density from which on texture is tissue's.
         strip_px: pixels turned into floats at a time.
