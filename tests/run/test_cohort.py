@@ -423,7 +423,7 @@ def test_a_full_log_or_output_or_one_of_ascii_stops_no_run(cohort, encoder_folde
     words = (cohort, "--encoder", encoder_folder, "-q")
     ascii_ = run(*words, "-o", tmp_path / "a", "--log-json", "/dev/full")
     assert (ascii_.returncode, ascii_.stderr.count("\n")) == (0, 1)
-    assert "--log-json can no longer be written (No space left on device); the run goes on" in ascii_.stderr
+    assert "--log-json can no longer be written (No space left on device); the run continues" in ascii_.stderr
     assert r"\xb5m/px by openslide" in ascii_.stdout
     with open("/dev/full", "w") as full:
         lost = subprocess.run(
