@@ -155,9 +155,10 @@ def embed(
             raise
         seconds = round(report.seconds, 1)
         log.write("end", done=len(report.done), failed=len(report.failed), seconds=seconds)
-    if len(slides) > 1:
+    processed = len(report.done) + len(report.failed)  # fewer than were listed, with --retry-failed
+    if processed > 1:
         _write_page(report, args, names, options)
-    return max(_close_run(len(report.failed), len(slides)), levels.exit_status())
+    return max(_close_run(len(report.failed), processed), levels.exit_status())
 
 
 def _print_failure(error: SealExtractError, debug: bool) -> None:

@@ -276,7 +276,9 @@ def test_the_table_and_the_log_say_what_became_of_each_slide(place, run, tmp_pat
     shutil.copy(place / "slides/b.svs", tmp_path / "text.svs")
     status, out, err = run(*command, "--retry-failed")
     assert [line.split(":")[0] for line in out if "patches" in line] == ["text.svs"]
+    assert out[-1].startswith("1 of 4 slides done")
     assert len(err) == 4
+    assert err[-1] == "seal-extract: 3 of 4 slides failed"
     assert read_status(tmp_path / "out/status.csv")["good"].status == "done"
 
 
