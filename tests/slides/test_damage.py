@@ -163,14 +163,14 @@ def test_a_tile_that_only_our_decoder_rejects_is_the_readers(svs, tile, monkeypa
         decoder = open_patch_reader(slide, grid, CPU, fast=fast)
         assert isinstance(decoder, TileReader)
         ((_, rejected),) = decoder._tiled.read([tile])
-        decode = JpegCodec._decode
+        decode = JpegCodec.decode
 
         def picky(self, data, *args):
             if data == rejected:
                 raise TileError("not to our taste")
             decode(self, data, *args)
 
-        monkeypatch.setattr(JpegCodec, "_decode", picky)
+        monkeypatch.setattr(JpegCodec, "decode", picky)
         got = decoder.read(range(len(grid)))
     assert not got.unreadable
     np.testing.assert_array_equal(got.pixels.permute(0, 2, 3, 1), openslides_regions(svs, grid))
