@@ -165,10 +165,10 @@ def test_a_tile_that_only_our_decoder_rejects_is_the_readers(svs, tile, monkeypa
         ((_, rejected),) = decoder._tiled.read([tile])
         decode = JpegCodec.decode
 
-        def picky(self, data, *args):
+        def picky(self, data, *args, **options):
             if data == rejected:
                 raise TileError("not to our taste")
-            decode(self, data, *args)
+            decode(self, data, *args, **options)
 
         monkeypatch.setattr(JpegCodec, "decode", picky)
         got = decoder.read(range(len(grid)))
