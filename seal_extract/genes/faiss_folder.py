@@ -158,7 +158,7 @@ def read_manifest(folder: Path, encoder: str) -> Manifest | None:
     try:
         manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
         _check(manifest)
-    except (OSError, ValueError, RecursionError) as exc:  # msgspec's errors are ValueErrors
+    except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as exc:
         raise OutputError(f"{folder} holds no index of seal_extract, or a damaged one; remove it") from exc
     if manifest.encoder != encoder:
         raise OutputError(f"{folder} is the index of another encoder or of other weights; remove it")

@@ -310,7 +310,7 @@ REFUSED_AT_ONCE = {  # by --check too, before a section is read
     ("[loop]", "[seal]\nlora = {r = 9999999}\n[loop]"): "seal.lora.r is 9999999; it has to be int <= 65536",
     ("[loop]", "[seal]\nlora = {q = 1}\n[loop]"): "no option 'q' in seal.lora; Allowed: blocks, r, alpha",
     ("[loop]", "[multiscale]\nstain = -1\n[loop]"): "multiscale.stain is -1; it has to be float >= 0",
-    ("[loop]", "[loop]\nlr = 1" + "0" * 400): "Number out of range",
+    ("[loop]", "[loop]\nlr = 1" + "0" * 400): "loop.lr",
     ("batch_size = 12", "card = " + "[" * 5000): "is not TOML",
     ("batch_size = 12", 'card = "\\u0000"'): "holds the character \\u0000; leave it out",
 }
