@@ -40,12 +40,6 @@ def demo_slide() -> Path:
     return next((path for path in places if path.exists()), places[0])
 
 
-def write_untrained_encoder(folder: Path, spec: EncoderSpec = UNTRAINED, seed: int = 0) -> Path:
-    """Write `untrained_encoder` into a folder, as `load_encoder` reads it."""
-    untrained_encoder(spec, seed).save_pretrained(folder)
-    return folder
-
-
 def untrained_encoder(spec: EncoderSpec = UNTRAINED, seed: int = 0) -> Encoder:
     """An encoder of random weights on the CPU, the same for the same seed."""
     tower = empty_tower(spec)

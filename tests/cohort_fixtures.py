@@ -21,8 +21,6 @@ SIZE_PX = (1400, 1100)
 @pytest.fixture(scope="session")
 def encoder_folder(tmp_path_factory):
     """A small encoder of random weights, as a folder."""
-    from seal_extract.demo import write_untrained_encoder
-
     return write_untrained_encoder(tmp_path_factory.mktemp("encoder"))
 
 
@@ -128,3 +126,11 @@ def run_here(*words):
         except SystemExit as exc:  # argparse's
             status = exc.code
     return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
+
+
+def write_untrained_encoder(folder, spec=None, seed=0):
+    """Write an encoder with random weights into a folder, as `load_encoder` reads it."""
+    from seal_extract.demo import UNTRAINED, untrained_encoder
+
+    untrained_encoder(spec or UNTRAINED, seed).save_pretrained(folder)
+    return folder

@@ -41,6 +41,22 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+@pytest.fixture(name="run")
+def type_command(capsys):
+    """Type a command: (exit status, lines of output, lines of error)."""
+    from seal_extract.cli import main
+
+    def type_(*words):
+        try:
+            status = main([str(w) for w in words])
+        except SystemExit as exc:
+            status = exc.code
+        out, err = capsys.readouterr()
+        return status, out.splitlines(), err.splitlines()
+
+    return type_
+
+
 @dataclass
 class DrawnSlide:
     """A slide held in memory: its lower levels are subsampled from level 0."""

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import h5py
 import pytest
-from cohort_fixtures import run_here
+from cohort_fixtures import run_here, write_untrained_encoder
 from conftest import shared
 from PIL import Image
 from synthetic_slide import write_synthetic_slide
 
 from seal_extract import extract, load_encoder, load_omics
-from seal_extract.demo import write_untrained_encoder
 from seal_extract.features.export import export
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

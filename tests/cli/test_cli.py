@@ -10,13 +10,13 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from cohort_fixtures import write_untrained_encoder
 from conftest import shared
 from PIL import Image
 from synthetic_slide import write_synthetic_slide
 
 from seal_extract import read_features
-from seal_extract.cli import main
-from seal_extract.demo import demo_slide, write_untrained_encoder
+from seal_extract.demo import demo_slide
 from seal_extract.encoders import list_encoders
 from seal_extract.run.status_table import read_status
 
@@ -28,21 +28,6 @@ def place(tmp_path_factory):
     write_synthetic_slide(folder / "slides" / "a.svs", (3000, 2400), mpp=0.25)
     write_synthetic_slide(folder / "slides" / "b.svs", (2600, 2400), mpp=0.25, seed=2)
     return folder
-
-
-@pytest.fixture
-def run(capsys):
-    """Type a command: (exit status, lines of output, lines of error)."""
-
-    def type_(*words):
-        try:
-            status = main([str(w) for w in words])
-        except SystemExit as exc:
-            status = exc.code
-        out, err = capsys.readouterr()
-        return status, out.splitlines(), err.splitlines()
-
-    return type_
 
 
 # --- what works -------------------------------------------------------------------------------

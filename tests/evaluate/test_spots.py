@@ -5,11 +5,11 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from cohort_fixtures import write_untrained_encoder
 from section_files import GENES, barcodes_of, counts_of, draw, hexagon, write_hest, write_visium
 
 from seal_extract import load_encoder
 from seal_extract.cli import main
-from seal_extract.demo import write_untrained_encoder
 from seal_extract.errors import OutputError, UsageError
 from seal_extract.evaluate.spots import embed_spots
 from seal_extract.genes.omics import OmicsEncoder

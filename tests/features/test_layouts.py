@@ -8,13 +8,14 @@ import numpy as np
 import openslide
 import pytest
 import torch
+from cohort_fixtures import write_untrained_encoder
 from conftest import DrawnSlide
 from feature_fixtures import CONSUMER_OF, DIM, SIZE, files_in, grid_of, provenance_of, short_of, write
 from PIL import Image
 from synthetic_slide import write_synthetic_slide
 
 from seal_extract import ExtractOptions, extract, load_encoder, open_slide, read_features
-from seal_extract.demo import UNTRAINED, untrained_encoder, write_untrained_encoder
+from seal_extract.demo import UNTRAINED, untrained_encoder
 from seal_extract.encoders.spec import Architecture, InputRule
 from seal_extract.errors import OutputError, UsageError
 from seal_extract.features.feature_file import PROVENANCE, SlideLabel

@@ -15,7 +15,6 @@ from mil_models import DIM, MODELS, model_of
 from safetensors.torch import save_file
 from torch import nn
 
-from seal_extract.cli import main
 from seal_extract.errors import CheckpointError, OutputError, UsageError
 from seal_extract.features.export import export
 from seal_extract.features.feature_file import SlideLabel
@@ -314,21 +313,6 @@ def test_what_is_neither_the_mean_nor_a_file_is_refused(tmp_path):
 
 
 # --- the command line -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """Type a command: (exit status, lines of output, lines of error)."""
-
-    def type_(*words):
-        try:
-            status = main([str(w) for w in words])
-        except SystemExit as exc:
-            status = exc.code
-        out, err = capsys.readouterr()
-        return status, out.splitlines(), err.splitlines()
-
-    return type_
 
 
 @pytest.fixture(scope="module")

@@ -118,7 +118,9 @@ def timed_cohort(slides, out, encoder_folder, workers):
 
 
 def test_two_ray_workers_write_the_same_bytes_in_less_time(ray, drawn_slides, tmp_path):
-    from seal_extract.demo import UNTRAINED, write_untrained_encoder
+    from cohort_fixtures import write_untrained_encoder
+
+    from seal_extract.demo import UNTRAINED
 
     # a ViT-S: still 30 times less work a patch than the smallest of the field, but most of a slide's work
     small = replace(UNTRAINED, dim=384, architecture=Architecture("vit_small_patch16_224"))

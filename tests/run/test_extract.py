@@ -11,12 +11,13 @@ import numpy as np
 import openslide
 import pytest
 import torch
+from cohort_fixtures import write_untrained_encoder
 from conftest import shared
 from PIL import Image
 from synthetic_slide import write_synthetic_slide
 
 from seal_extract import ExtractOptions, extract, load_encoder, open_slide, read_features
-from seal_extract.demo import UNTRAINED, untrained_encoder, write_untrained_encoder
+from seal_extract.demo import UNTRAINED, untrained_encoder
 from seal_extract.errors import GeometryError, OutputError, ReadError, UsageError
 from seal_extract.run.cohort import extract_cohort
 

@@ -11,12 +11,12 @@ import numpy as np
 import openslide
 import pytest
 import torch
+from cohort_fixtures import write_untrained_encoder
 from conftest import shared
 from hub_server import GOOD_TOKEN, Repo, serve
 
 from seal_extract import load_encoder, read_features
 from seal_extract.bench.large_slide import write_large_slide
-from seal_extract.demo import write_untrained_encoder
 
 pytestmark = pytest.mark.slow
 GIGABYTE = 2**30

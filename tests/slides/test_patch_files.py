@@ -4,12 +4,13 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from cohort_fixtures import write_untrained_encoder
 from encoder_fixtures import noise_patches
 from PIL import Image
 
 from seal_extract import read_features
 from seal_extract.cli import main
-from seal_extract.demo import untrained_encoder, write_untrained_encoder
+from seal_extract.demo import untrained_encoder
 from seal_extract.features.export import export
 from seal_extract.features.verify import verify
 from seal_extract.slides.patch_files import open_patches
