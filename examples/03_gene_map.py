@@ -18,7 +18,7 @@ from seal_extract.genes.decoder import load_decoder
 from seal_extract.genes.predict import predict_genes
 from seal_extract.train.formats import load_sections
 from seal_extract.train.pairs import make_pairs
-from seal_extract.view.heatmap import draw_heatmap
+from seal_extract.view.pictures import draw_heatmap
 
 PATCH_PX, MPP = 224, 0.5  # as the encoder was trained
 

@@ -16,7 +16,7 @@ from seal_extract.genes.decoder import load_decoder
 from seal_extract.genes.gene_lists import read_signature
 from seal_extract.genes.search import search_expression
 from seal_extract.train.formats import load_sections
-from seal_extract.view.contact_sheet import draw_contact_sheet
+from seal_extract.view.pictures import draw_contact_sheet
 
 PATCH_PX, MPP = 224, 0.5  # as the encoder was trained
 NEAR_UM = 100  # from the middle of a patch to that of a spot; spots are 200 µm apart

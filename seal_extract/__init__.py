@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from seal_extract.encoders import Encoder, EncoderSpec, list_encoders, load_encoder
     from seal_extract.errors import SealExtractError
     from seal_extract.features.store import SlideFeatures, read_features
-    from seal_extract.genes import OmicsEncoder, load_omics
+    from seal_extract.genes.omics import OmicsEncoder, load_omics
     from seal_extract.patches.grid import PatchGrid, make_grid, read_grid
     from seal_extract.run.cohort import CohortReport, extract_cohort
     from seal_extract.run.extract import extract
@@ -38,8 +38,8 @@ _HOME = {
     "list_encoders": "encoders",
     "Encoder": "encoders",
     "EncoderSpec": "encoders",
-    "load_omics": "genes",
-    "OmicsEncoder": "genes",
+    "load_omics": "genes.omics",
+    "OmicsEncoder": "genes.omics",
     "extract": "run.extract",
     "extract_patches": "run.patch_images",
     "list_slides": "slides.listing",

@@ -88,7 +88,7 @@ def run_download(args: argparse.Namespace) -> int:
 
 def _expression_half(encoder: Encoder, name: str, revision: str | None) -> list[WeightFile]:
     """Its file, fetched and loaded once; a repository without one is said to have none, and that is all."""
-    from seal_extract.genes import load_omics
+    from seal_extract.genes.omics import load_omics
 
     layout = encoder.spec.published
     if layout is None or layout.decoder is None:

@@ -238,7 +238,7 @@ def _draw_maps(
     """Draw a heat map ``SLIDE_GENE.png`` of each gene and signature."""
     from seal_extract.features.origin import open_origin
     from seal_extract.genes.expression_file import LOG1P
-    from seal_extract.view.heatmap import draw_heatmap, read_made_of
+    from seal_extract.view.pictures import draw_heatmap, read_made_of
 
     maps = {}
     for one in asked.each():

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from seal_extract.features.store import SlideFeatures
-    from seal_extract.genes.index import Index, Rows
-    from seal_extract.genes.search import Found
+    from seal_extract.genes.index import Found, Index, Rows
 
 BY_LIKENESS = ("patch", "image", "profile")  # queries that an index answers
 
@@ -183,7 +182,7 @@ def _patch(slides: list[SlideFeatures], text: str) -> Found:
     """The patch at ``SLIDE:X,Y``."""
     import numpy as np
 
-    from seal_extract.genes.search import Found
+    from seal_extract.genes.index import Found
 
     match = re.fullmatch(r"(.+):(\d+),(\d+)", text)
     if match is None:
@@ -241,7 +240,7 @@ def _region(text: str) -> tuple[str, Path]:
 
 
 def _genes_of_region(slide: SlideFeatures, outlines: Path, args: argparse.Namespace) -> None:
-    from seal_extract.genes.region import areas_mm2, patches_inside, region_genes
+    from seal_extract.genes.predict import areas_mm2, patches_inside, region_genes
     from seal_extract.tissue.geojson import read_polygons
     from seal_extract.view.collection import read_outline
     from seal_extract.view.report import outline_path

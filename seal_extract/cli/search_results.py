@@ -18,8 +18,8 @@ from seal_extract.publish import publish, writing
 
 if TYPE_CHECKING:
     from seal_extract.features.store import SlideFeatures
-    from seal_extract.genes.region import RegionGenes
-    from seal_extract.genes.search import Found
+    from seal_extract.genes.index import Found
+    from seal_extract.genes.predict import RegionGenes
 
 QUERIES = ("gene", "signature", "profile", "patch", "image", "region")
 QUERY = "query.json"
@@ -118,7 +118,7 @@ def write_found(
     found: Sequence[Found], names: dict[Path, str], sheet: dict[str, Any], out: Path, slides: Path | None
 ) -> int:
     """Print the first patches; write all as a table, as tiles for QuPath and as a contact sheet."""
-    from seal_extract.view.contact_sheet import draw_contact_sheet
+    from seal_extract.view.pictures import draw_contact_sheet
 
     for rank, one in enumerate(found[:SHOWN], 1):
         x, y = one.xy_l0

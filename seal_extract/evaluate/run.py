@@ -21,8 +21,7 @@ from seal_extract.evaluate.compare import SEEDS, Comparison, Contender, Embeddin
 from seal_extract.evaluate.expression import Fold, leave_one_out
 from seal_extract.evaluate.handcrafted import handcrafted_features
 from seal_extract.evaluate.table import Table, tables, to_csv
-from seal_extract.genes import load_omics
-from seal_extract.genes.omics import compared_behind_heads
+from seal_extract.genes.omics import compared_behind_heads, load_omics
 from seal_extract.publish import publish
 from seal_extract.train.pairs import Pairs, make_pairs
 from seal_extract.train.sections import Section, choose_panel

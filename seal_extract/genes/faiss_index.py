@@ -29,6 +29,7 @@ from seal_extract.genes.faiss_folder import (
     with_patches,
 )
 from seal_extract.genes.index import (
+    Found,
     Hits,
     Index,
     Rows,
@@ -41,7 +42,6 @@ from seal_extract.genes.index import (
     rows_to_skip,
     unit,
 )
-from seal_extract.genes.search import Found
 
 PROBES = 48  # cells that a search looks into, in each shard
 WHOLE_ROWS = 100_000  # an index of no more rows is searched completely, in some 20 ms

@@ -19,11 +19,31 @@ from numpy.typing import NDArray
 
 from seal_extract.errors import OutputError, UsageError
 from seal_extract.features.store import SlideFeatures, read_pieces
-from seal_extract.genes.search import Found
 
 QUERIES = 256  # scored at a time: as many columns of scores as a piece has of features
 
 Rows = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A patch that a search found.
+
+    Attributes:
+        slide: features of its slide.
+        row: its row in the features.
+        score: score of the search; higher is better.
+    """
+
+    slide: SlideFeatures
+    row: int
+    score: float
+
+    @property
+    def xy_l0(self) -> tuple[int, int]:
+        """Its top-left corner in level-0 pixels."""
+        x, y = self.slide.grid.xy_l0[self.row].tolist()
+        return x, y
 
 
 @dataclass(frozen=True)

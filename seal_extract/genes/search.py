@@ -8,7 +8,6 @@ expression encoder maps profiles to the space of the images (arXiv 2602.14177).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,33 +20,13 @@ from seal_extract.errors import UsageError
 from seal_extract.features.store import SlideFeatures
 from seal_extract.genes.decoder import GeneDecoder, named_genes
 from seal_extract.genes.gene_lists import Signature
+from seal_extract.genes.index import Found
 from seal_extract.genes.omics import OmicsEncoder
 from seal_extract.genes.predict import predict_genes, signature_scores
 from seal_extract.patches.grid import MPP_TOLERANCE
 
 TARGET_SUM = 10_000.0  # counts of a profile after scaling, as for the spots in training
 MIN_KNOWN = 0.5  # share of the panel that a profile must name
-
-
-@dataclass(frozen=True)
-class Found:
-    """A patch that a search found.
-
-    Attributes:
-        slide: features of its slide.
-        row: its row in the features.
-        score: score of the search; higher is better.
-    """
-
-    slide: SlideFeatures
-    row: int
-    score: float
-
-    @property
-    def xy_l0(self) -> tuple[int, int]:
-        """Its top-left corner in level-0 pixels."""
-        x, y = self.slide.grid.xy_l0[self.row].tolist()
-        return x, y
 
 
 def search_expression(

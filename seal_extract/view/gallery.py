@@ -23,26 +23,27 @@ from seal_extract.slides.drawing import read_thumbnail
 from seal_extract.view.collection import (
     Collection,
     ShownSlide,
+    SlideTiles,
     describe_slide,
+    jpeg,
     read_outline,
     tissue_rings,
 )
 from seal_extract.view.gene_maps import GeneMaps
-from seal_extract.view.heatmap import PatchRaster
 from seal_extract.view.layers import (
     CLUSTERS,
     Attention,
     Components,
     Layer,
+    PatchRaster,
     cluster_layer,
     embedding_layer,
     find_attention,
     scale_layer,
 )
-from seal_extract.view.tiles import SlideTiles, jpeg
 
 if TYPE_CHECKING:
-    from seal_extract.genes.search import Found
+    from seal_extract.genes.index import Found
 
 TILE_BYTES, FEATURE_BYTES, LAYER_BYTES = 256 << 20, 1 << 30, 64 << 20
 MOST_OPEN = 8  # slides at a time
@@ -248,7 +249,7 @@ class Gallery:
 
     def region(self, index: int, polygon: Sequence[Sequence[float]]) -> dict[str, Any]:
         """The area of a polygon in level-0 pixels, the count of patches centred in it, and their genes."""
-        from seal_extract.genes.region import areas_mm2, patches_inside
+        from seal_extract.genes.predict import areas_mm2, patches_inside
 
         features = self._read(index)
         drawn = [shapely.Polygon(polygon)]
@@ -349,8 +350,7 @@ def alike_in_slide(slide: SlideFeatures, row: int, most: int) -> list[Found]:
     Raises:
         UsageError: the embedding is 0, as of a patch that could not be read.
     """
-    from seal_extract.genes.index import ExactIndex
-    from seal_extract.genes.search import Found
+    from seal_extract.genes.index import ExactIndex, Found
 
     return ExactIndex([slide]).search(slide.features[row], most, skip=Found(slide, row, 1.0))
 

@@ -148,7 +148,7 @@ class GeneMaps:
 
         See `region_genes`; on large slides fewer draws are made, and the note says how many.
         """
-        from seal_extract.genes.region import region_genes
+        from seal_extract.genes.predict import region_genes
 
         large = len(features.grid) * self.decoder.n_genes > LARGE
         found = region_genes(features, self.decoder, inside, permutations=199 if large else 999)

@@ -1,7 +1,7 @@
 """A colour for each patch of a slide, by embedding, cluster or number, with the legend that explains it.
 
 Principal components and clusters are fitted to a sample of a whole cohort, so that a colour means the same on
-every slide.
+every slide. Numbers are drawn in viridis: of even lightness steps, and told apart without red and green.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from seal_extract.errors import UsageError
+from seal_extract.errors import GeometryError, UsageError
 from seal_extract.hdf5 import DAMAGED, open_hdf5
-from seal_extract.view.heatmap import PatchRaster, colour, limits
-from seal_extract.view.tiles import png
+from seal_extract.patches.grid import PatchGrid
+from seal_extract.slides.readers import Array
 
+FINER = 8  # cells a patch is wide where patches do not lie on one grid
+MOST_CELLS = 2**26  # of a raster; an overview of a 100,000 px slide in 224 px patches has 200,000
+VALUE_PERCENTILES = (1.0, 99.0)  # at the ends of the colours: a few outliers do not dim the rest
 CLUSTERS = (2, 12)  # fewest and most
 COMPONENTS = 16  # in which clusters are sought
 PERCENTILES = (2.0, 98.0)  # of a component, at the ends of its colour
@@ -29,10 +32,92 @@ SEED = 0
 STOPS = 17  # colours of a legend's bar
 PALETTE = 255  # colours that a PNG's palette holds beside the transparent one
 
+Values = NDArray[np.floating]
 Rows = NDArray[np.float32]
 Colours = NDArray[np.uint8]
 
 _random = threading.Lock()  # OpenCV has one stream of random numbers for all threads
+
+
+# --- where colours lie ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PatchRaster:
+    """A picture with one pixel per patch, or several where patches do not lie on a common grid.
+
+    Attributes:
+        shape: (h, w) in cells.
+        bounds_l0: (x0, y0, x1, y1) that the picture covers, in level-0 pixels.
+        cell_l0: side of a cell in level-0 pixels.
+        boxes: int64 [N, 4], (column, row, column after, row after) of each patch.
+    """
+
+    shape: tuple[int, int]
+    bounds_l0: tuple[float, float, float, float]
+    cell_l0: float
+    boxes: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, grid: PatchGrid) -> PatchRaster:
+        """The raster of a grid; of overlapping patches it has the middle, as wide as their distance.
+
+        Raises:
+            GeometryError: there is no patch.
+        """
+        if not len(grid):
+            raise GeometryError("there is no patch to draw; choose a slide whose tissue gave some")
+        first = grid.xy_l0.min(0)
+        stride_px = grid.patch_px - grid.overlap_px
+        step = float(max(1, round(grid.patch_size_l0 * stride_px / grid.patch_px)))
+        side = 1
+        if ((grid.xy_l0 - first) % step).any():  # another tool's, with a grid of its own for each piece
+            side = FINER if step >= FINER else 1
+            step /= side
+        corner = ((grid.xy_l0 - first) / step).round().astype(np.int64)
+        boxes = np.concatenate([corner, corner + side], axis=1)
+        width, height = (int(v) for v in boxes[:, 2:].max(0))
+        if width * height > MOST_CELLS:
+            raise GeometryError(f"the patches lie on {width} x {height} cells; allowed: {MOST_CELLS}")
+        x0, y0 = (float(v) + (grid.patch_size_l0 - side * step) / 2 for v in first)
+        return cls((height, width), (x0, y0, x0 + width * step, y0 + height * step), float(step), boxes)
+
+    def paint(self, rgb: NDArray[np.uint8]) -> Array:
+        """Colours of patches, uint8 [N, 3], to uint8 [h, w, 4], transparent where no patch is."""
+        picture = np.zeros((*self.shape, 4), np.uint8)
+        colours = np.concatenate([rgb, np.full((len(rgb), 1), 255, np.uint8)], axis=1)
+        if np.array_equal(self.boxes[:, 2:], self.boxes[:, :2] + 1):
+            picture[self.boxes[:, 1], self.boxes[:, 0]] = colours
+            return picture
+        for (x0, y0, x1, y1), colour in zip(self.boxes.tolist(), colours, strict=True):
+            picture[y0:y1, x0:x1] = colour
+        return picture
+
+
+def limits(values: Values) -> tuple[float, float]:
+    """The values at the two ends of the colours: 1st and 99th percentile, apart even if all are equal."""
+    low, high = (float(v) for v in np.percentile(values, VALUE_PERCENTILES))
+    return (low, high) if high > low else (low, low + max(abs(low), 1.0) * 1e-6)
+
+
+def colour(values: Values, low: float, high: float, count: int = 256) -> NDArray[np.uint8]:
+    """Values to ``count`` colours, uint8 [N, 3] RGB; those beyond the ends get the colours of the ends."""
+    share = np.clip((np.asarray(values, np.float64) - low) / (high - low), 0, 1)
+    return viridis(count)[np.round((count - 1) * share).astype(np.int64)]
+
+
+def viridis(count: int = 256) -> NDArray[np.uint8]:
+    """Viridis in so many steps, uint8 [count, 3] RGB."""
+    steps = np.linspace(0, 255, count).round().astype(np.uint8)[:, None]
+    return np.asarray(cv2.applyColorMap(steps, cv2.COLORMAP_VIRIDIS)[:, 0, ::-1], np.uint8)
+
+
+def png(rgba: Array) -> bytes:
+    """uint8 [h, w, 4] as PNG."""
+    return cv2.imencode(".png", cv2.cvtColor(rgba, cv2.COLOR_RGBA2BGRA))[1].tobytes()
+
+
+# --- layers --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -26,19 +26,18 @@ from seal_extract.features.store import SlideFeatures, sample_rows
 from seal_extract.publish import publish
 from seal_extract.slides.overview import Overview, read_overview
 from seal_extract.slides.slide import Slide
-from seal_extract.view.collection import Rings, describe_slide, tissue_rings
+from seal_extract.view.collection import Rings, describe_slide, jpeg, tissue_rings
 from seal_extract.view.gene_maps import UNIT, GeneMaps
-from seal_extract.view.heatmap import PatchRaster
 from seal_extract.view.layers import (
     Components,
     Layer,
+    PatchRaster,
     cluster_layer,
     embedding_layer,
     find_attention,
     scale_layer,
 )
 from seal_extract.view.pages import render_report
-from seal_extract.view.tiles import jpeg
 
 if TYPE_CHECKING:
     from seal_extract.genes.decoder import GeneDecoder

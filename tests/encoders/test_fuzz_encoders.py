@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 from seal_extract.encoders import load_encoder
 from seal_extract.encoders.rows import ROWS
 from seal_extract.errors import CheckpointError, SealExtractError
-from seal_extract.genes import load_omics
 from seal_extract.genes.decoder import load_decoder
+from seal_extract.genes.omics import load_omics
 
 HANG_S = 60
 MOST_S, MOST_BYTES = 30, 3 * 2**30  # of one copy; of the whole process

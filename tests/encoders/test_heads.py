@@ -16,7 +16,7 @@ from seal_extract.encoders.folder import write
 from seal_extract.encoders.heads import new_head
 from seal_extract.errors import CheckpointError
 from seal_extract.features.store import list_features
-from seal_extract.genes import load_omics
+from seal_extract.genes.omics import load_omics
 from seal_extract.run.cohort import extract_cohort
 
 RNG = np.random.default_rng

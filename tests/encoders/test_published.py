@@ -35,7 +35,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Norma
 
 from seal_extract.encoders import load_encoder
 from seal_extract.errors import CheckpointError, EncoderError
-from seal_extract.genes import load_omics
+from seal_extract.genes.omics import load_omics
 
 
 @pytest.fixture(autouse=True)

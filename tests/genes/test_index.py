@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from seal_extract.errors import OutputError, UsageError
 from seal_extract.genes.faiss_folder import MANIFEST
 from seal_extract.genes.feature_rows import RowPlaces
-from seal_extract.genes.index import ExactIndex, Hits, unit_pieces
-from seal_extract.genes.search import Found
+from seal_extract.genes.index import ExactIndex, Found, Hits, unit_pieces
 
 DIM = 8
 

@@ -22,7 +22,8 @@ from seal_extract.cli import main
 from seal_extract.encoders import load_encoder
 from seal_extract.encoders.hub import fetch
 from seal_extract.errors import CheckpointError, MissingOnHubError, TokenError, UsageError
-from seal_extract.genes import load_omics, read_panel
+from seal_extract.genes.gene_lists import read_panel
+from seal_extract.genes.omics import load_omics
 
 GENES, DIM = 6, 4
 WIDE, NARROW = 1024, 512

@@ -16,27 +16,19 @@ from seal_extract import extract, open_slide
 from seal_extract.errors import UsageError
 from seal_extract.features.store import list_features
 from seal_extract.genes.gene_lists import Signature, read_profile
-from seal_extract.genes.index import ExactIndex
+from seal_extract.genes.index import ExactIndex, Found
 from seal_extract.genes.omics import load_omics
-from seal_extract.genes.predict import predict_genes
-from seal_extract.genes.region import areas_mm2, benjamini_hochberg, patches_inside, region_genes
-from seal_extract.genes.search import (
-    Found,
-    best,
-    embed_picture,
-    embed_profile,
-    search_expression,
+from seal_extract.genes.predict import (
+    areas_mm2,
+    benjamini_hochberg,
+    patches_inside,
+    predict_genes,
+    region_genes,
 )
+from seal_extract.genes.search import best, embed_picture, embed_profile, search_expression
 from seal_extract.run.cohort import extract_cohort
 from seal_extract.tissue.geojson import inside_polygons
-from seal_extract.view.contact_sheet import (
-    GAP_PX,
-    QUERY_RGB,
-    SIDE_PX,
-    TITLE_PX,
-    draw_contact_sheet,
-    read_patch,
-)
+from seal_extract.view.pictures import GAP_PX, PATCH_PX, QUERY_RGB, TITLE_PX, draw_contact_sheet, read_patch
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +133,8 @@ def test_a_contact_sheet_shows_what_was_asked_with_first(slides, tmp_path):
         draw_contact_sheet(found, tmp_path / "sheet.png", "title", query=query)
         sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
         x, y = GAP_PX, TITLE_PX
-        np.testing.assert_array_equal(sheet[y : y + SIDE_PX, x : x + SIDE_PX], patch)
-        assert (sheet[y - 4 : y, x : x + SIDE_PX] == QUERY_RGB).all()
+        np.testing.assert_array_equal(sheet[y : y + PATCH_PX, x : x + PATCH_PX], patch)
+        assert (sheet[y - 4 : y, x : x + PATCH_PX] == QUERY_RGB).all()
     draw_contact_sheet(found, tmp_path / "alone.png", "title")
     assert not (np.asarray(Image.open(tmp_path / "alone.png").convert("RGB")) == QUERY_RGB).all(2).any()
 

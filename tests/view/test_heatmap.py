@@ -10,7 +10,8 @@ from seal_extract import find_tissue, make_grid, open_slide
 from seal_extract.errors import GeometryError, UsageError
 from seal_extract.patches.grid import PatchGrid
 from seal_extract.slides.drawing import caption_font, draw_text, text_width
-from seal_extract.view.heatmap import PatchRaster, colour, draw_heatmap, legend_of, limits
+from seal_extract.view.layers import PatchRaster, colour, limits
+from seal_extract.view.pictures import draw_heatmap, legend_of
 
 
 def grid_of(xy, size=224, overlap=0, patch_px=224):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from viewer_fixtures import Page, data_of, gallery_of, numbers, serving, write_report
 
-from seal_extract.view.heatmap import PatchRaster
+from seal_extract.view.layers import PatchRaster
 
 pytest.importorskip("uvicorn")
 pytest.importorskip("selenium")
@@ -251,7 +251,7 @@ def test_regions_are_drawn_by_clicks_and_by_keys(viewer):
 
 
 def test_regions_are_kept_with_a_class_and_saved_for_qupath(viewer, tmp_path, slide_0):
-    from seal_extract.genes.region import patches_inside
+    from seal_extract.genes.predict import patches_inside
     from seal_extract.tissue.geojson import read_polygons
 
     for name in ("Tumor", "Immune cells"):

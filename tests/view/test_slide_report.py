@@ -26,8 +26,7 @@ from seal_extract.genes.gene_lists import Signature
 from seal_extract.genes.predict import moments, predict_genes, signature_scores
 from seal_extract.patches.grid import PatchGrid
 from seal_extract.view import report
-from seal_extract.view.heatmap import PatchRaster, colour, limits
-from seal_extract.view.layers import Layer
+from seal_extract.view.layers import Layer, PatchRaster, colour, limits
 from seal_extract.view.report import is_report, report_path, write_slide_report
 
 pytest.importorskip("xstatic.pkg.leaflet")

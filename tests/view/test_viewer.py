@@ -28,12 +28,11 @@ from viewer_fixtures import SLIDES, gallery_of, serving
 from seal_extract import extract, open_slide, read_features
 from seal_extract.errors import EncoderError, SealExtractError, UsageError
 from seal_extract.run.status_table import read_status
-from seal_extract.view.collection import Collection
+from seal_extract.view.collection import Collection, SlideTiles
 from seal_extract.view.gallery import LruCache, alike_in_others, alike_in_slide
 from seal_extract.view.gene_maps import GeneMaps
 from seal_extract.view.guard import REQUEST_S
 from seal_extract.view.layers import Components, cluster_centres, cluster_colours, nearest_centre
-from seal_extract.view.tiles import SlideTiles
 from seal_extract.view.viewer import make_app
 
 pytest.importorskip("uvicorn")

@@ -1,12 +1,11 @@
-"""Numbers of patches as colours over the slide: a pixel per patch for a viewer, a PNG with a legend to keep.
-
-Colours are viridis: of even lightness steps, and told apart without red and green.
-"""
+"""PNG files: numbers of patches as colours over their slide, and the best patches of a search."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
-from seal_extract.errors import GeometryError, UsageError
+from seal_extract.errors import UsageError
+from seal_extract.features.origin import open_origin
+from seal_extract.features.store import SlideFeatures
+from seal_extract.genes.index import Found
 from seal_extract.patches.grid import PatchGrid
 from seal_extract.publish import publish
 from seal_extract.slides.drawing import (
@@ -32,81 +34,23 @@ from seal_extract.slides.drawing import (
 from seal_extract.slides.overview import read_overview
 from seal_extract.slides.readers import Array
 from seal_extract.slides.slide import Slide
+from seal_extract.view.layers import PatchRaster, Values, colour, limits, viridis
 
-FINER = 8  # cells a patch is wide where patches do not lie on one grid
-MOST_CELLS = 2**26  # of a raster; an overview of a 100,000 px slide in 224 px patches has 200,000
-PERCENTILES = (1.0, 99.0)  # of the values, at the ends of the colours: a few outliers do not dim the rest
 OPACITY = 0.65  # of the colours over the slide
-SIDE_PX = 1600  # longest side of a drawn picture without its legend
+PICTURE_PX = 1600  # longest side of a drawn picture without its legend
 MOST_OVERVIEW_PX = 4096  # longest side of the slide that it is cut from
 LEAST_PX = 640  # width of a picture, for the words below it
 MARGIN = 0.04  # of slide around the patches
 
 MADE_OF = "seal_extract"  # keyword of the text in the PNG
 
-Values = NDArray[np.floating]
+PATCH_PX = 192  # side of a patch in a contact sheet
+GAP_PX, CAPTION_PX, TITLE_PX = 12, 44, 76
+COLUMNS = 6
+QUERY_RGB = (200, 60, 0)  # frames the query
 
 
-@dataclass(frozen=True)
-class PatchRaster:
-    """A picture with one pixel per patch, or several where patches do not lie on a common grid.
-
-    Attributes:
-        shape: (h, w) in cells.
-        bounds_l0: (x0, y0, x1, y1) that the picture covers, in level-0 pixels.
-        cell_l0: side of a cell in level-0 pixels.
-        boxes: int64 [N, 4], (column, row, column after, row after) of each patch.
-    """
-
-    shape: tuple[int, int]
-    bounds_l0: tuple[float, float, float, float]
-    cell_l0: float
-    boxes: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, grid: PatchGrid) -> PatchRaster:
-        """The raster of a grid; of overlapping patches it has the middle, as wide as their distance.
-
-        Raises:
-            GeometryError: there is no patch.
-        """
-        if not len(grid):
-            raise GeometryError("there is no patch to draw; choose a slide whose tissue gave some")
-        first, step = grid.xy_l0.min(0), _stride(grid)
-        side = 1
-        if ((grid.xy_l0 - first) % step).any():  # another tool's, with a grid of its own for each piece
-            side = FINER if step >= FINER else 1
-            step /= side
-        corner = ((grid.xy_l0 - first) / step).round().astype(np.int64)
-        boxes = np.concatenate([corner, corner + side], axis=1)
-        width, height = (int(v) for v in boxes[:, 2:].max(0))
-        if width * height > MOST_CELLS:
-            raise GeometryError(f"the patches lie on {width} x {height} cells; allowed: {MOST_CELLS}")
-        x0, y0 = (float(v) + (grid.patch_size_l0 - side * step) / 2 for v in first)
-        return cls((height, width), (x0, y0, x0 + width * step, y0 + height * step), float(step), boxes)
-
-    def paint(self, rgb: NDArray[np.uint8]) -> Array:
-        """Colours of patches, uint8 [N, 3], to uint8 [h, w, 4], transparent where no patch is."""
-        picture = np.zeros((*self.shape, 4), np.uint8)
-        colours = np.concatenate([rgb, np.full((len(rgb), 1), 255, np.uint8)], axis=1)
-        if np.array_equal(self.boxes[:, 2:], self.boxes[:, :2] + 1):
-            picture[self.boxes[:, 1], self.boxes[:, 0]] = colours
-            return picture
-        for (x0, y0, x1, y1), colour in zip(self.boxes.tolist(), colours, strict=True):
-            picture[y0:y1, x0:x1] = colour
-        return picture
-
-
-def limits(values: Values) -> tuple[float, float]:
-    """The values at the two ends of the colours: 1st and 99th percentile, apart even if all are equal."""
-    low, high = (float(v) for v in np.percentile(values, PERCENTILES))
-    return (low, high) if high > low else (low, low + max(abs(low), 1.0) * 1e-6)
-
-
-def colour(values: Values, low: float, high: float, count: int = 256) -> NDArray[np.uint8]:
-    """Values to ``count`` colours, uint8 [N, 3] RGB; those beyond the ends get the colours of the ends."""
-    share = np.clip((np.asarray(values, np.float64) - low) / (high - low), 0, 1)
-    return _table(count)[np.round((count - 1) * share).astype(np.int64)]
+# --- a heat map ----------------------------------------------------------------------------------
 
 
 def draw_heatmap(
@@ -117,7 +61,7 @@ def draw_heatmap(
     title: str,
     *,
     unit: str = "",
-    max_px: int = SIDE_PX,
+    max_px: int = PICTURE_PX,
     encoder: str = "",
     made_of: dict[str, Any] | None = None,
 ) -> tuple[float, float]:
@@ -222,7 +166,7 @@ def _with_legend(canvas: Array, legend: Legend, um_per_px: float) -> Image.Image
     picture.paste(Image.fromarray(canvas))
     draw = ImageDraw.Draw(picture)
     bar_px, left = width // 4, width - width // 4 - em
-    picture.paste(Image.fromarray(_table()[None]).resize((bar_px, em)), (left, height + em * 3 // 4))
+    picture.paste(Image.fromarray(viridis()[None]).resize((bar_px, em)), (left, height + em * 3 // 4))
     for x, anchor, text in ((left, "la", legend.ends[0]), (left + bar_px, "ra", legend.ends[1])):
         draw_text(draw, (x, height + 2 * em), text, caption_font(em), anchor=anchor)
     draw_scale_bar(draw, left + bar_px, height + 5.3 * em, um_per_px, bar_px, caption_font(em))
@@ -263,12 +207,105 @@ def legend_of(title: str, unit: str, source: str, values: Values) -> Legend:
     return Legend(f"{title}   {unit}".strip(), source, span if below or above else "", ends)
 
 
-def _table(count: int = 256) -> NDArray[np.uint8]:
-    """Viridis in so many steps, uint8 [count, 3] RGB."""
-    steps = np.linspace(0, 255, count).round().astype(np.uint8)[:, None]
-    return np.asarray(cv2.applyColorMap(steps, cv2.COLORMAP_VIRIDIS)[:, 0, ::-1], np.uint8)
+# --- a contact sheet -----------------------------------------------------------------------------
 
 
-def _stride(grid: PatchGrid) -> float:
-    """From patch to patch in level-0 pixels."""
-    return float(max(1, round(grid.patch_size_l0 * (grid.patch_px - grid.overlap_px) / grid.patch_px)))
+def draw_contact_sheet(
+    found: Sequence[Found],
+    path: str | os.PathLike[str],
+    title: str,
+    slides: Path | None = None,
+    *,
+    score: str = "score",
+    query: Found | Image.Image | None = None,
+    names: Mapping[Path, str] | None = None,
+) -> None:
+    """Draw patches in the order of their rank into a PNG, with the encoder and a scale bar above them.
+
+    Args:
+        found: best first.
+        path: the PNG; its folder is made.
+        title: above them.
+        slides: folder that holds slides which have moved.
+        score: name of the numbers.
+        query: the patch, or a picture as large as one, that was searched for: drawn first, in a frame.
+        names: of the slides by their features file; the file's name by default.
+
+    Raises:
+        SlideOpenError: a slide has moved.
+        ReadError: a patch cannot be read.
+        OutputError: the picture cannot be written.
+    """
+    first = [query] if isinstance(query, Found) else []
+    pictures = enumerate(_read_patches([*first, *found], slides), 1 - len(first))
+    cells = [(picture, *_caption(one, rank, names)) for rank, (one, picture) in pictures]
+    if isinstance(query, Image.Image):
+        picture = query.resize((PATCH_PX, PATCH_PX), Image.Resampling.LANCZOS)
+        cells.insert(0, (picture, "query", "a picture"))
+    columns = max(1, min(COLUMNS, len(cells)))
+    rows = -(-len(cells) // columns)
+    cell = PATCH_PX + GAP_PX
+    width = max(GAP_PX + columns * cell, 640)
+    sheet = Image.new("RGB", (width, TITLE_PX + rows * (cell + CAPTION_PX)), "white")
+    draw = ImageDraw.Draw(sheet)
+    _head(draw, found, title, score, width)
+    for i, (picture, name, place) in enumerate(cells):
+        x, y = GAP_PX + i % columns * cell, TITLE_PX + i // columns * (cell + CAPTION_PX)
+        sheet.paste(picture, (x, y))
+        if query is not None and i == 0:
+            draw.rectangle([x - 4, y - 4, x + PATCH_PX + 3, y + PATCH_PX + 3], None, QUERY_RGB, 4)
+        draw_fitting_text(draw, (x, y + PATCH_PX + 5), name, PATCH_PX, 14)
+        draw_fitting_text(draw, (x, y + PATCH_PX + 24), place, PATCH_PX, 12, ink=FAINT)
+    with publish(Path(path)) as part:
+        sheet.save(part, "PNG", optimize=True)
+
+
+def _read_patches(found: Sequence[Found], slides: Path | None) -> list[tuple[Found, Image.Image]]:
+    """Each with its picture, in order; every slide is opened once."""
+    pictures: dict[int, Image.Image] = {}
+    by_slide: dict[Path, list[int]] = {}
+    for i, one in enumerate(found):
+        by_slide.setdefault(one.slide.path, []).append(i)
+    for places in by_slide.values():
+        with closing(open_origin(found[places[0]].slide, slides)) as slide:
+            for i in places:
+                pictures[i] = read_patch(slide, found[i].slide, found[i].row)
+    return [(one, pictures[i]) for i, one in enumerate(found)]
+
+
+def _caption(one: Found, rank: int, names: Mapping[Path, str] | None) -> tuple[str, str]:
+    """The two lines below a patch; that of rank 0 is the query."""
+    name = one.slide.path.stem if names is None else names.get(one.slide.path, one.slide.path.stem)
+    x, y = one.xy_l0
+    if rank == 0:
+        return f"query   {name}", f"{x}, {y}"
+    return f"{rank}   {name}", f"{x}, {y}   {one.score:.3g}"
+
+
+def _head(draw: ImageDraw.ImageDraw, found: Sequence[Found], title: str, score: str, width: int) -> None:
+    """Title, encoder, what a number is, and a scale bar where all patches are of one width."""
+    widths_um = {round(one.slide.grid.patch_px * one.slide.grid.mpp, 3) for one in found}
+    room = width - 3 * GAP_PX - PATCH_PX
+    draw_fitting_text(draw, (GAP_PX, 24), title, room, anchor="lm")
+    if not found:
+        return
+    encoder = encoder_words(found[0].slide.provenance["encoder"]["name"])
+    wide = " or ".join(f"{um:.4g} µm" for um in sorted(widths_um))
+    text = f"{encoder}   patches {wide} wide   below each: level-0 pixels, {score}"
+    draw_fitting_text(draw, (GAP_PX, 52), text, room, 14, ink=FAINT, anchor="lm")
+    if len(widths_um) == 1:
+        um_per_px = widths_um.pop() / PATCH_PX
+        draw_scale_bar(draw, width - GAP_PX, 52, um_per_px, PATCH_PX / 2, caption_font(14))
+
+
+def read_patch(slide: Slide, features: SlideFeatures, row: int, side_px: int = PATCH_PX) -> Image.Image:
+    """A patch out of its open slide, ``side_px`` wide and high.
+
+    Raises:
+        ReadError: it cannot be read.
+    """
+    grid = features.grid
+    x, y = grid.xy_l0[row].tolist()
+    region = np.array(slide.read_region((x, y), grid.level, (grid.read_px,) * 2))  # uint8 [H, W, 3]
+    grid.whiten(region, row, slide)
+    return Image.fromarray(region).resize((side_px, side_px), Image.Resampling.LANCZOS)
