@@ -8,7 +8,7 @@ import torch
 
 from seal_extract.encoders import EncoderSpec
 from seal_extract.encoders.encoder import Encoder
-from seal_extract.encoders.rows import IMAGENET_MEAN, IMAGENET_STD
+from seal_extract.encoders.registry import IMAGENET_MEAN, IMAGENET_STD
 from seal_extract.encoders.spec import Architecture, InputRule
 from seal_extract.encoders.tower import empty_tower, fill, tower_shapes
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from seal_extract.encoders import Encoder, load_encoder
-from seal_extract.encoders.rows import CONCH, H0MINI, PHIKON2, ROWS, UNIV2, VIRCHOW2
+from seal_extract.encoders.registry import ROWS
 from seal_extract.encoders.spec import Decoder, EncoderSpec, Shapes
 from seal_extract.encoders.tower import empty_tower, fill, tower_shapes
 from seal_extract.errors import CheckpointError
@@ -27,8 +27,9 @@ LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 R = 4  # of the adapters in the tiny files; alpha is 8, so the scale is 2
 
 
-def tiny(row: EncoderSpec, name: str, dim: int, **kwargs: object) -> EncoderSpec:
+def tiny(of: str, name: str, dim: int, **kwargs: object) -> EncoderSpec:
     """A base with a tower of two blocks."""
+    row = ROWS[of]
     own = {**row.architecture.kwargs, "depth": 2, "num_heads": 2, **kwargs}
     return replace(
         row,
@@ -41,10 +42,10 @@ def tiny(row: EncoderSpec, name: str, dim: int, **kwargs: object) -> EncoderSpec
     )
 
 
-def tiny_seal(row: EncoderSpec, base: EncoderSpec) -> EncoderSpec:
-    """The SEAL row of ``row`` on a tiny base."""
+def tiny_seal(of: str, base: EncoderSpec) -> EncoderSpec:
+    """The SEAL row of an encoder on a tiny base."""
     layout = replace(
-        ROWS[f"seal-{row.name}"].published,
+        ROWS[f"seal-{of}"].published,
         files=(f"seal_{base.name}_vision.pth", f"{base.name}-seal-vision.pth"),
         base=base.name,
         decoder=Decoder(hidden=6, genes=10),
@@ -54,15 +55,13 @@ def tiny_seal(row: EncoderSpec, base: EncoderSpec) -> EncoderSpec:
     return replace(base, name=f"seal-{base.name}", source="lab/SEAL", published=layout)
 
 
-TINY_CONCH = tiny(CONCH, "tiny-conch", 16, img_size=64, embed_dim=32)
-TINY_VIT = tiny(UNIV2, "tiny-vit", 24, img_size=28, embed_dim=24, mlp_ratio=4.0)
-TINY_VIRCHOW = tiny(VIRCHOW2, "tiny-virchow2", 48, img_size=28, embed_dim=24, mlp_ratio=4.0)
-TINY_H0 = tiny(H0MINI, "tiny-h0mini", 48, img_size=28, embed_dim=24, mlp_ratio=4.0)
-TINY_PHIKON = tiny(PHIKON2, "tiny-phikon2", 48, img_size=64, embed_dim=48)
+TINY_CONCH = tiny("conch", "tiny-conch", 16, img_size=64, embed_dim=32)
+TINY_VIT = tiny("univ2", "tiny-vit", 24, img_size=28, embed_dim=24, mlp_ratio=4.0)
+TINY_VIRCHOW = tiny("virchow2", "tiny-virchow2", 48, img_size=28, embed_dim=24, mlp_ratio=4.0)
+TINY_H0 = tiny("h0mini", "tiny-h0mini", 48, img_size=28, embed_dim=24, mlp_ratio=4.0)
+TINY_PHIKON = tiny("phikon2", "tiny-phikon2", 48, img_size=64, embed_dim=48)
 BASES = (TINY_CONCH, TINY_VIT, TINY_VIRCHOW, TINY_H0, TINY_PHIKON)
-SEALS = tuple(
-    tiny_seal(row, base) for row, base in zip((CONCH, UNIV2, VIRCHOW2, H0MINI, PHIKON2), BASES, strict=True)
-)
+SEALS = tuple(map(tiny_seal, ("conch", "univ2", "virchow2", "h0mini", "phikon2"), BASES))
 SEAL_TINY_CONCH, SEAL_TINY_VIT, SEAL_VIRCHOW, SEAL_H0, SEAL_PHIKON = SEALS
 
 

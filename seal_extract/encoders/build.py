@@ -26,7 +26,7 @@ from seal_extract.encoders.heads import (
     official_key,
     own_key,
 )
-from seal_extract.encoders.locate import adapted, layout_of, locate, locate_adapter, locate_base
+from seal_extract.encoders.locate import adapted, locate, locate_adapter, locate_base
 from seal_extract.encoders.lora import merge, merged_layers, read_adapters
 from seal_extract.encoders.registry import find_spec
 from seal_extract.encoders.spec import HEAD, EncoderSpec, Shapes, check_precision, head_layers
@@ -126,7 +126,7 @@ def _load(
     """The encoder on top of the mapped files, while another thread computes their hashes."""
     tower = empty_tower(spec)
     shapes = tower_shapes(tower)
-    own = folder.Contents(spec.dim, layout_of(spec).decoder)
+    own = folder.Contents(spec.dim, spec.layout.decoder)
     config = file.path.with_name(folder.CONFIG)
     with ThreadPoolExecutor(1) as pool:
         reader = _Reader(pool)
@@ -200,7 +200,7 @@ def _own_parts(
 
 def _timm_parts(spec: EncoderSpec, tower: nn.Module, file: FoundFile, read: _Reader) -> _Parts:
     """A published file of a timm model; its classifier is left out."""
-    shapes, ignored, tensors = tower_shapes(tower), layout_of(spec).ignored, read(file)
+    shapes, ignored, tensors = tower_shapes(tower), spec.layout.ignored, read(file)
     if shapes.keys() != {key for key in tensors if not is_ignored(key, ignored)}:
         tensors = as_timm_reads(tensors, tower)
     check_tensors(tensors, shapes, ignored, file.path, spec.name)
@@ -215,7 +215,7 @@ def _official_parts(
     fetch_base: Callable[[EncoderSpec, Path], FoundFile],
 ) -> _Parts:
     """The authors' file with its adapters merged; the base is fetched if the file lacks it."""
-    layout = layout_of(spec)
+    layout = spec.layout
     published = read(file)
     tensors = as_row_spells(published, layout, partial(read_tensors, file.path))
     tower = {layout.prefix + key: shape for key, shape in shapes.items()}

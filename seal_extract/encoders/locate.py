@@ -19,9 +19,8 @@ from msgspec import Meta
 
 from seal_extract.encoders import folder
 from seal_extract.encoders.files import FoundFile
-from seal_extract.encoders.registry import bundled, find_spec
-from seal_extract.encoders.rows import ALIASES, ROWS
-from seal_extract.encoders.spec import EncoderSpec, InputRule, Lora, Published
+from seal_extract.encoders.registry import ALIASES, ROWS, bundled, find_spec
+from seal_extract.encoders.spec import EncoderSpec, InputRule, Lora
 from seal_extract.errors import CheckpointError, HubError, MissingOnHubError, NetworkError, UsageError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -91,15 +90,10 @@ def is_repository(asked: AnyPath) -> bool:
     return isinstance(asked, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", asked) is not None
 
 
-def layout_of(spec: EncoderSpec) -> Published:
-    """The layout of a row's weight file; by default that of a folder of ours."""
-    return spec.published or Published(files=(folder.WEIGHTS,))
-
-
 def _official_file(
     spec: EncoderSpec, checkpoint: AnyPath | None, revision: str | None, offline: bool
 ) -> FoundFile:
-    names = layout_of(spec).files
+    names = spec.layout.files
     if checkpoint is None:
         if not spec.source:
             raise UsageError(f"nobody says where the weights of {spec.name} are; give them as checkpoint=")
@@ -119,7 +113,7 @@ def _official_file(
 
 
 def _local(path: Path, row: EncoderSpec | None = None) -> FoundFile:
-    pins = () if row is None else tuple(layout_of(row).sha256.values())
+    pins = () if row is None else tuple(row.layout.sha256.values())
     return FoundFile(path, str(path.absolute().parent), pins=pins)
 
 
@@ -133,7 +127,7 @@ def fetch_published(
     Raises:
         HubError: the Hub does not deliver the file.
     """
-    layout = layout_of(spec)
+    layout = spec.layout
     try:
         file = _fetch(spec.source, names, revision or layout.commit, offline)
     except NetworkError as exc:
@@ -159,7 +153,7 @@ def locate_base(
     Raises:
         HubError: it is not beside it, and the Hub does not deliver it.
     """
-    names = layout_of(base).files
+    names = base.layout.files
     for name in names:
         for candidate in (beside.parent / base.name / name, beside.parent / name):
             if candidate.is_file():
@@ -262,7 +256,7 @@ def _stated_lora(path: Path, spec: EncoderSpec, default: Lora) -> Lora:
     stated = folder.as_record(
         content, _SealConfig, path, "a SEAL encoder", "allowed: the config of its training"
     )
-    base, lora = str(layout_of(spec).base), stated.lora or _SealLora()
+    base, lora = str(spec.layout.base), stated.lora or _SealLora()
     if ALIASES.get(str(stated.encoder), stated.encoder) not in (None, base):
         raise CheckpointError(
             f"{path} states encoder {stated.encoder!s:.80}, and {spec.name} is built on {base}; type "

@@ -1,4 +1,4 @@
-"""All encoders that have a name: the rows of `rows`, the bundled ones, and those of installed packages.
+"""All named encoders: those of ``encoders.toml``, the bundled ones, and those of installed packages.
 
 An encoder that comes with the package is a folder ``weights/NAME`` in this package's own format. A third
 party adds rows by an entry point of the group ``seal_extract.encoders``, which loads to an `EncoderSpec`, to
@@ -14,22 +14,113 @@ A row with `Published` states how its weight file is laid out. A row without it 
 from __future__ import annotations
 
 import re
+import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from seal_extract.encoders.folder import CONFIG, read_config, read_contents
-from seal_extract.encoders.rows import ALIASES, ROWS
-from seal_extract.encoders.spec import EncoderSpec
+from seal_extract.encoders.spec import Decoder, EncoderSpec, Lora, Published
 from seal_extract.errors import UsageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 DEFAULT = "seal-tiny"
 GROUP = "seal_extract.encoders"
 # a wheel has the weights inside the package, a checkout has them beside it
 _PLACES = tuple(place / "weights" for place in Path(__file__).resolve().parents[1:3])
+
+
+# --- the table ----------------------------------------------------------------------------------------------
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+STATISTICS = {
+    "imagenet": {"mean": IMAGENET_MEAN, "std": IMAGENET_STD},
+    "clip": {"mean": CLIP_MEAN, "std": CLIP_STD},
+}
+# in front of the tower's keys in a SEAL file: the attribute of the authors' model, then PEFT's own names
+_PEFT = "encoder.base_model.model."
+# two independent public programs load the files of this commit by these hashes
+_SEAL_COMMIT = "c20762e7a04551e21e62c083a9c443bdbc48cb89"
+
+
+def _seal(
+    base: EncoderSpec,
+    names: Sequence[str],
+    *,
+    wrapped: bool = False,
+    ignored: Sequence[str] = (),
+    sha256: str | None = None,
+) -> EncoderSpec:
+    """The SEAL row on ``base``: adapters on the Linear layers that the file names, and an expression decoder.
+
+    Args:
+        base: the encoder that was finetuned.
+        names: of the base in the names of files, its own first.
+        wrapped: the authors' code keeps the tower under one more name.
+        ignored: keys of the base's file that the embedding does not need.
+        sha256: of the vision file at `_SEAL_COMMIT`; None for a file that was not there yet.
+    """
+    prefix = _PEFT + ("model." if wrapped else "")
+    return replace(
+        base,
+        name=f"seal-{base.name}",
+        patch_px=224,
+        mpp=0.5,
+        also_mpp=(),
+        mpp_basis="stated",
+        licence="CC-BY-NC-ND-4.0",
+        source="MahmoodLab/SEAL",
+        paper="arXiv 2602.14177",
+        published=Published(
+            files=tuple(f for n in names for f in (f"seal_{n}_vision.pth", f"{n}-seal-vision.pth")),
+            prefix=prefix,
+            other_prefixes=(_PEFT + "encoder.",) if wrapped else (),
+            layer_names=base.layout.layer_names,
+            ignored=tuple(prefix + key for key in ignored),
+            base=base.name,
+            lora=Lora(),
+            decoder=Decoder(),
+            settings="config.yaml",
+            gated=True,
+            commit=_SEAL_COMMIT if sha256 else None,
+            sha256={f"seal_{base.name}_vision.pth": sha256} if sha256 else {},
+        ),
+    )
+
+
+def _read_table() -> tuple[dict[str, EncoderSpec], dict[str, str]]:
+    """The rows of ``encoders.toml``, SEAL's first, and the name that each alias stands for."""
+    tables: dict[str, Any] = tomllib.loads(Path(__file__).with_name("encoders.toml").read_text("utf-8"))
+    bases, seals, aliases = {}, {}, {}
+    for name, table in tables.items():
+        if "statistics" in table:
+            table |= STATISTICS[table["statistics"]]
+        bases[name] = msgspec.convert({"name": name, **table}, EncoderSpec)
+        others = table.get("also_called", [])
+        aliases |= dict.fromkeys(others, name)
+        if "seal" in table:
+            seal = _seal(bases[name], [name, *others], **table["seal"])
+            seals[seal.name] = seal
+            aliases |= {f"seal-{other}": seal.name for other in others}
+    return seals | bases, aliases
+
+
+ROWS, ALIASES = _read_table()
+
+
+# --- all of them --------------------------------------------------------------------------------------------
 
 
 def list_encoders() -> tuple[EncoderSpec, ...]:

@@ -251,6 +251,11 @@ class EncoderSpec:
         }
 
     @property
+    def layout(self) -> Published:
+        """The layout of its weight file; by default that of this package's own format."""
+        return self.published or Published(files=("model.safetensors",))
+
+    @property
     def page(self) -> str:
         """The page with licence and terms; empty without a source."""
         return f"https://huggingface.co/{self.source}" if self.source else ""

@@ -26,7 +26,7 @@ from seal_extract.encoders.heads import (
     filled_head,
     official_key,
 )
-from seal_extract.encoders.locate import AnyPath, layout_of, locate
+from seal_extract.encoders.locate import AnyPath, locate
 from seal_extract.encoders.registry import bundled, list_encoders, names_with_decoder
 from seal_extract.encoders.spec import HEAD
 from seal_extract.encoders.state_dict import as_row_spells
@@ -158,7 +158,7 @@ def load_decoder(
     spec, file = locate(name_or_path, checkpoint, revision, offline)
     config = file.path.with_name(folder.CONFIG)
     own = spec.published is None and config.is_file()
-    contents = folder.read_contents(config) if own else folder.Contents(spec.dim, layout_of(spec).decoder)
+    contents = folder.read_contents(config) if own else folder.Contents(spec.dim, spec.layout.decoder)
     shape, genes = contents.decoder, contents.genes
     if shape is None:
         names = ", ".join(names_with_decoder())
@@ -168,7 +168,7 @@ def load_decoder(
     if own:
         keys = {folder.DECODER + key: key for key in decoder_shapes(spec.dim, shape)}
     else:
-        tensors = as_row_spells(tensors, layout_of(spec))
+        tensors = as_row_spells(tensors, spec.layout)
         keys = {official_key(key): key for key in decoder_shapes(spec.dim, shape)}
     needed = {theirs: decoder_shapes(spec.dim, shape)[key] for theirs, key in keys.items()}
     head = {key: tensor for key, tensor in tensors.items() if key in keys}

@@ -6,7 +6,8 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,10 +19,10 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 
 from seal_extract.cli import main
 from seal_extract.demo import UNTRAINED, untrained_encoder
-from seal_extract.encoders import find_spec, list_encoders, load_encoder
+from seal_extract.encoders import EncoderSpec, find_spec, list_encoders, load_encoder, registry
 from seal_extract.encoders.folder import read_config, to_config
-from seal_extract.encoders.rows import ALIASES, ROWS
-from seal_extract.encoders.spec import PRECISIONS, Architecture, InputRule
+from seal_extract.encoders.registry import ALIASES, ROWS, tomllib
+from seal_extract.encoders.spec import PRECISIONS, Architecture, InputRule, Published
 from seal_extract.encoders.tower import HEADS, empty_tower, tower_shapes
 from seal_extract.encoders.transform import PatchTransform, fit
 from seal_extract.errors import UsageError
@@ -32,6 +33,20 @@ BASES = ("conch", "univ2", "virchow2", "h0mini", "phikon2", "uni")
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 H0 = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
+
+
+def test_the_table_has_no_key_that_nobody_reads():
+    """A mistyped one would be ignored, and its default taken."""
+    table = tomllib.loads(Path(registry.__file__).with_name("encoders.toml").read_text("utf-8"))
+    also = {"statistics", "also_called", "seal"}
+    for name, row in table.items():
+        for values, kind in (
+            ({k: v for k, v in row.items() if k not in also}, EncoderSpec),
+            (row["architecture"], Architecture),
+            (row["input"], InputRule),
+            (row["published"], Published),
+        ):
+            assert values.keys() <= {field.name for field in fields(kind)}, name
 
 
 def test_all_names_the_seal_encoders_first():

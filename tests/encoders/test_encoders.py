@@ -31,7 +31,7 @@ from PIL import Image
 from torch import nn
 
 from seal_extract.encoders import Encoder, EncoderSpec, load_encoder
-from seal_extract.encoders.rows import CLIP_MEAN, CLIP_STD
+from seal_extract.encoders.registry import CLIP_MEAN, CLIP_STD
 from seal_extract.encoders.tower import HEADS, AttentionalPooler, empty_tower
 from seal_extract.encoders.transform import middle, scaled_size
 from seal_extract.errors import EncoderError, UsageError

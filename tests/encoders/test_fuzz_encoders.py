@@ -23,7 +23,7 @@ from mutations import peak_bytes
 from safetensors.torch import save_file
 
 from seal_extract.encoders import load_encoder
-from seal_extract.encoders.rows import ROWS
+from seal_extract.encoders.registry import ROWS
 from seal_extract.errors import CheckpointError, SealExtractError
 from seal_extract.genes.decoder import load_decoder
 from seal_extract.genes.omics import load_omics

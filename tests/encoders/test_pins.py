@@ -21,7 +21,7 @@ from hub_server import Repo
 from seal_extract.cli import main
 from seal_extract.encoders import load_encoder
 from seal_extract.encoders.hub import fetch
-from seal_extract.encoders.rows import ROWS
+from seal_extract.encoders.registry import ROWS
 from seal_extract.errors import CheckpointError, MissingOnHubError, UsageError
 from seal_extract.genes.decoder import decoder_of
 

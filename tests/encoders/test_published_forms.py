@@ -39,7 +39,7 @@ from torch import nn
 
 from seal_extract.encoders import find_spec, load_encoder
 from seal_extract.encoders.checkpoint import looks_like
-from seal_extract.encoders.rows import PHIKON2, ROWS
+from seal_extract.encoders.registry import ROWS
 from seal_extract.encoders.spec import Architecture
 from seal_extract.encoders.tower import empty_tower, fill
 from seal_extract.errors import TokenError, UsageError
@@ -195,7 +195,7 @@ def test_only_a_file_without_the_base_fetches_the_gated_one(spec, tmp_path, monk
 
 
 def test_phikon_is_found_under_both_spellings():
-    assert find_spec("phikonv2") is PHIKON2
+    assert find_spec("phikonv2") is ROWS["phikon2"]
     assert find_spec("seal-phikonv2") is ROWS["seal-phikon2"]
     files = ROWS["seal-phikon2"].published.files
     assert {"seal_phikonv2_vision.pth", "phikonv2-seal-vision.pth"} <= set(files)
