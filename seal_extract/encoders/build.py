@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from seal_extract.encoders import folder
-from seal_extract.encoders.adapter import adapter_updates, read_adapter, read_adapter_config
-from seal_extract.encoders.checkpoint import check_tensors, is_ignored, read_tensors
+from seal_extract.encoders.checkpoint import check_tensors, complaint, is_ignored, read_tensors
 from seal_extract.encoders.encoder import Encoder
 from seal_extract.encoders.files import FoundFile, WeightFile
 from seal_extract.encoders.heads import (
@@ -27,10 +26,10 @@ from seal_extract.encoders.heads import (
     own_key,
 )
 from seal_extract.encoders.locate import adapted, locate, locate_adapter, locate_base
-from seal_extract.encoders.lora import merge, merged_layers, read_adapters
+from seal_extract.encoders.lora import Update, adapter_updates, merge, merged_layers, read_adapter_config
 from seal_extract.encoders.registry import find_spec
-from seal_extract.encoders.spec import HEAD, EncoderSpec, Shapes, check_precision, head_layers
-from seal_extract.encoders.state_dict import as_row_spells
+from seal_extract.encoders.spec import HEAD, EncoderSpec, Published, Shapes, check_precision, head_layers
+from seal_extract.encoders.state_dict import adapter_keys, as_row_spells, fits, place
 from seal_extract.encoders.tower import as_timm_reads, empty_tower, fill, tower_shapes
 from seal_extract.errors import UsageError
 
@@ -140,8 +139,7 @@ def _load(
         if adapter is not None:
             weights, adapter_config = adapter
             numbers = read_adapter_config(adapter_config.path)
-            halves = read_adapter(numbers, reader(weights), weights.path)
-            updates = adapter_updates(numbers, halves, weights.path, spec, shapes)
+            updates = adapter_updates(numbers, reader(weights), weights.path, spec, shapes)
             reader.hash(adapter_config)  # it sets the scale, so it counts as a weight file too
             merged = merged_layers(weights.path.name, updates)
             parts = replace(parts, tower=merge(parts.tower, updates), merged=(*parts.merged, *merged))
@@ -223,14 +221,14 @@ def _official_parts(
         check_tensors(tensors, tower, layout.ignored, file.path, spec.name, published)
         return _Parts({key: tensors[layout.prefix + key] for key in shapes})
     decoder = {official_key(key): s for key, s in decoder_shapes(spec.dim, layout.decoder).items()}
-    adapters, head = read_adapters(tensors, layout, shapes), head_shapes(tensors)
-    complaints = list(adapters.complaints)
+    adapters, updates, complaints = read_adapters(tensors, layout, shapes)
+    head = head_shapes(tensors)
     try:
         head_layers(head, spec.dim)
     except ValueError as exc:
         complaints.append(str(exc))
     without_base = all(".lora_" in key for key in tensors if key.startswith(layout.prefix))
-    needed = decoder | {HEAD + key: s for key, s in head.items()} | adapters.shapes
+    needed = decoder | {HEAD + key: s for key, s in head.items()} | adapters
     needed |= {} if without_base else tower
     check_tensors(tensors, needed, layout.ignored, file.path, spec.name, published, complaints)
     if without_base:
@@ -239,8 +237,67 @@ def _official_parts(
     else:
         whole = {key: tensors[layout.prefix + key] for key in shapes}
     return _Parts(
-        merge(whole, adapters.updates),
+        merge(whole, updates),
         {own_key(name): tensors[name] for name in decoder},
         {HEAD + key: tensors[HEAD + key] for key in head},
-        tuple(merged_layers(file.path.name, adapters.updates)),
+        tuple(merged_layers(file.path.name, updates)),
     )
+
+
+def read_adapters(
+    tensors: Mapping[str, Tensor], layout: Published, tower: Shapes
+) -> tuple[Shapes, list[Update], list[str]]:
+    """Find every adapter of a SEAL file, and its place in the tower.
+
+    Args:
+        tensors: from `as_row_spells`.
+        layout: of the row.
+        tower: shape of each of its tensors.
+
+    Returns:
+        The shapes of the adapters by the keys of the file; the updates by those that are right; complaints
+        about the others, one text per kind of error.
+    """
+    assert layout.lora is not None
+    wrong: dict[str, list[str]] = {}
+    shapes: Shapes = {}
+    updates: list[Update] = []
+    taken: set[tuple[str, int]] = set()  # weight and first row: version 4 and 5 have two names for a layer
+    pairs = adapter_keys(tensors, layout.prefix)
+    for layer, keys in pairs.items():
+        halves = {half: tensors[key] for half, key in sorted(keys.items())}
+        shapes |= {key: tuple(tensors[key].shape) for key in keys.values()}
+        spot = place(layer, tower)
+        kind = _complaint(layer, halves, layout, tower)
+        if not kind and spot is not None and (spot.key, spot.rows[0]) in taken:
+            kind = "adapters on a layer that has others"
+        if kind or spot is None:
+            listed = ", ".join(f"lora_{half} {list(value.shape)}" for half, value in halves.items())
+            wrong.setdefault(kind, []).append(f"{layer}: {listed}")
+            continue
+        taken.add((spot.key, spot.rows[0]))
+        a, b = halves["A"], halves["B"]
+        updates.append(Update(spot.key, a, b, layout.lora.alpha / len(a), spot.rows[0]))
+    complaints = [complaint(kind, layers) for kind, layers in wrong.items()]
+    if not pairs:
+        complaints.append("no adapters; the file holds no pair of lora_A and lora_B")
+    return shapes, updates, complaints
+
+
+def _complaint(layer: str, halves: Mapping[str, Tensor], layout: Published, tower: Shapes) -> str:
+    """What is wrong with an adapter, as a kind of error; empty if nothing is."""
+    if len(halves) < 2:
+        return "half pairs"
+    a, b = halves["A"], halves["B"]
+    if a.ndim != 2 or b.ndim != 2 or not len(a) or a.shape[0] != b.shape[1]:
+        return "adapters of two ranks in a pair"
+    stated = layout.lora.r if layout.lora else None
+    if stated not in (None, len(a)):
+        return f"adapters of another rank than the r {stated} of {layout.settings}"
+    # UNI's adapters must not pass for Phikon-v2's, whose layers have the names of another library
+    spot = place(layer, tower)
+    if spot is None or (f"{layer}.weight" in tower) != (layout.layer_names == "timm"):
+        return "adapters on layers that the tower does not have"
+    if len(tower[spot.key]) != 2:
+        return "adapters on what is no Linear layer"
+    return "" if fits((len(b), a.shape[1]), spot, tower) else "adapters that do not fit their layer"

@@ -103,7 +103,9 @@ def _seal(
 def _read_table() -> tuple[dict[str, EncoderSpec], dict[str, str]]:
     """The rows of ``encoders.toml``, SEAL's first, and the name that each alias stands for."""
     tables: dict[str, Any] = tomllib.loads(Path(__file__).with_name("encoders.toml").read_text("utf-8"))
-    bases, seals, aliases = {}, {}, {}
+    bases: dict[str, EncoderSpec] = {}
+    seals: dict[str, EncoderSpec] = {}
+    aliases: dict[str, str] = {}
     for name, table in tables.items():
         if "statistics" in table:
             table |= STATISTICS[table["statistics"]]

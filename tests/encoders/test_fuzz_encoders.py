@@ -243,7 +243,7 @@ def test_a_tower_of_no_sensible_size(kinds, change, words):
     ],
 )
 def test_patterns_that_do_not_come_to_an_end(kinds, change, monkeypatch):
-    monkeypatch.setattr("seal_extract.encoders.adapter.SECONDS", 2)
+    monkeypatch.setattr("seal_extract.encoders.lora.SECONDS", 2)
     path, value, load = kinds["adapter/adapter_config.json"]
     path.write_text(json.dumps(value | change))
     with pytest.raises(CheckpointError, match="its patterns take more than 2 s"):
