@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 
 from seal_extract.errors import GeometryError, ResolutionError, UsageError
 from seal_extract.hdf5 import DAMAGED, open_hdf5
-from seal_extract.slides.mpp import PLAUSIBLE_MPP
-from seal_extract.slides.readers import Array
+from seal_extract.slides.readers import PLAUSIBLE_MPP, Array
 from seal_extract.slides.slide import Slide, coarsest_level
 
 if TYPE_CHECKING:

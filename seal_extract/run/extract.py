@@ -35,8 +35,7 @@ from seal_extract.run.resume import keep_names, without_finished
 from seal_extract.run.staging import Stage
 from seal_extract.run.status_table import Progress, SlideResult
 from seal_extract.run.writer import Writer
-from seal_extract.slides.entry import SlideEntry
-from seal_extract.slides.identity import file_stamp
+from seal_extract.slides.entry import SlideEntry, file_stamp
 from seal_extract.slides.slide import Slide
 
 SLIDES_AHEAD = 2  # opened, with their tissue found, before their turn to be read

@@ -22,7 +22,7 @@ from seal_extract.slides.slide import Slide, absolute
 
 if TYPE_CHECKING:
     from seal_extract.patches.regions import PatchReader
-    from seal_extract.slides.identity import FileStamp
+    from seal_extract.slides.entry import FileStamp
     from seal_extract.tissue.mask import TissueMask
 
 COORDS_NAMES = ("{}_patches.h5", "{}.h5")

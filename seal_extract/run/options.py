@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from seal_extract.errors import UsageError
 from seal_extract.features.layouts import check_layout
 from seal_extract.patches.grid import MPP_TOLERANCE, Edges, check_request
-from seal_extract.slides.mpp import PLAUSIBLE_MPP
+from seal_extract.slides.readers import PLAUSIBLE_MPP
 from seal_extract.slides.slide import absolute
 
 Resampling = Literal["bicubic", "area"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from seal_extract.features.store import grid_fields
 from seal_extract.patches.grid import PatchGrid
 from seal_extract.run.options import FINGERPRINT_OPTIONS, ExtractOptions
-from seal_extract.slides.identity import content, sizes_and_times
+from seal_extract.slides.entry import content, sizes_and_times
 from seal_extract.slides.slide import Slide
 
 if TYPE_CHECKING:

@@ -20,10 +20,9 @@ from seal_extract.run.options import ExtractOptions
 from seal_extract.run.provenance import PIPELINE, fingerprint, first_difference
 from seal_extract.run.slide_process import open_tried
 from seal_extract.run.status_table import SlideResult, read_status_rows
-from seal_extract.slides.entry import SlideEntry
-from seal_extract.slides.identity import content, sizes_and_times
+from seal_extract.slides.entry import SlideEntry, content, sizes_and_times
 from seal_extract.slides.listing import with_names
-from seal_extract.slides.mpp import same_mpp
+from seal_extract.slides.readers import same_mpp
 from seal_extract.slides.remote import RemoteFile, address, look, place
 
 if TYPE_CHECKING:

@@ -21,8 +21,7 @@ from seal_extract.errors import SealExtractError, SlideOpenError, UsageError
 from seal_extract.publish import try_lock, writing
 from seal_extract.run.channel import Channel, Stopped
 from seal_extract.run.job import SlideJob
-from seal_extract.slides.entry import SlideEntry
-from seal_extract.slides.identity import file_stamp
+from seal_extract.slides.entry import SlideEntry, file_stamp
 from seal_extract.slides.remote import fetch, look
 
 IN_PLACE = (".vms", ".vmu", ".dcm")  # slides of several files whose names are inside them

@@ -19,7 +19,7 @@ from seal_extract.run.embed import Embeddings, Pending
 from seal_extract.run.job import OpenSlide, Output
 from seal_extract.run.overlay import Style, draw_overlay
 from seal_extract.run.status_table import Progress, SlideResult
-from seal_extract.slides.identity import file_stamp
+from seal_extract.slides.entry import file_stamp
 
 
 @dataclass

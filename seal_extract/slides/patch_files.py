@@ -20,7 +20,7 @@ from PIL import Image
 
 from seal_extract.errors import SlideOpenError, UnsupportedSlideError, UsageError, first_line
 from seal_extract.hdf5 import open_hdf5
-from seal_extract.slides.mpp import PLAUSIBLE_MPP
+from seal_extract.slides.readers import PLAUSIBLE_MPP
 
 PICTURES = (".png", ".jpg", ".jpeg")
 TABLES = (".h5", ".hdf5", ".npz")

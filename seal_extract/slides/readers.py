@@ -34,7 +34,6 @@ from seal_extract.errors import (
     UnsupportedSlideError,
     first_line,
 )
-from seal_extract.slides.mpp import STATED_MPP, check_mpp
 from seal_extract.slides.tiff import tiles_longer_than_the_file
 from seal_extract.slides.tiff_pixels import (
     ome_mpp,
@@ -43,9 +42,11 @@ from seal_extract.slides.tiff_pixels import (
     refuse_what_tiffslide_gets_wrong,
 )
 
+PLAUSIBLE_MPP = (0.05, 20.0)  # finer than any brightfield scanner, coarser than any thumbnail
+STATED_MPP = (0.1, 10.0)  # believed of a file: HEST's TIFFs state a tenth of the true µm/px
+MPP_TOLERANCE = 0.05  # two statements of a µm/px that differ by less agree
 MAX_ANISOTROPY = 0.05  # µm/px may differ this much between x and y
 WARNED_ANISOTROPY = 0.01  # beyond it a warning is given
-
 MOST_COARSEST_PX = 2**35  # 100 x 34 mm at 0.3 µm/px
 PYRAMID = "vips tiffsave IN OUT.tif --tile --pyramid"
 
@@ -59,6 +60,22 @@ class Level:
     size_px: tuple[int, int]  # (width, height)
     downsample: float  # level-0 px per px of this level
     faithful: bool  # False for thumbnails and the like that lie among the levels with another aspect ratio
+
+
+def check_mpp(mpp: float, source: str, path: Path, allowed: tuple[float, float] = PLAUSIBLE_MPP) -> None:
+    """Refuse a µm/px that no brightfield scan can have."""
+    low, high = allowed
+    if not low <= mpp <= high:  # also refuses NaN
+        tenth = f" (files of HEST state a tenth of the true one, which would be {mpp * 10:.4g})"
+        raise ResolutionError(
+            f"{path}: {source} gives {mpp:.4g} µm/px, which cannot be true (allowed: {low} to {high})"
+            f"{tenth if low <= mpp * 10 < 10 * low else ''}; look it up and type --slide-mpp VALUE"
+        )
+
+
+def same_mpp(one: float, other: float) -> bool:
+    """Whether two statements of a µm/px agree."""
+    return abs(one / other - 1) <= MPP_TOLERANCE
 
 
 class Reader:

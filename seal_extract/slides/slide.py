@@ -6,23 +6,25 @@ A slide whose µm/px is missing or cannot be true is refused, because every late
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from seal_extract.errors import ResolutionError, SlideError, SlideOpenError
+from seal_extract.errors import ResolutionError, SlideError, SlideOpenError, UsageError
 from seal_extract.slides.images import ImageReader
-from seal_extract.slides.mpp import check_mpp, hest_mpp
 from seal_extract.slides.patch_files import TABLES
-from seal_extract.slides.readers import Array, Level, OpenSlideReader, TiffSlideReader
+from seal_extract.slides.readers import STATED_MPP, Array, Level, OpenSlideReader, TiffSlideReader, check_mpp
 from seal_extract.slides.remote import address, public
 from seal_extract.slides.tiff import TIFF_HEADS, refuse_impossible, refuse_truncated
 from seal_extract.slides.tiff_pixels import check_ome, has_jpeg_tiles
 
 READERS = (OpenSlideReader, TiffSlideReader, ImageReader)
 FORMATS = "SVS, NDPI, MRXS, SCN, BIF, VMS, Philips or generic tiled TIFF, OME-TIFF, DICOM, PNG, JPEG"
+HEST_KEYS = ("pixel_size_um_estimated", "pixel_size_um_embedded")  # HEST takes the first itself
+MOST_METADATA_BYTES = 2**24  # a file of HEST has some 2,000
 
 
 class Slide(Protocol):
@@ -197,6 +199,52 @@ def _looks_like(path: Path) -> str:
     if head.isascii() and all(c >= 32 or c in b"\t\r\n" for c in head):
         return f"it is text, beginning {head[:16].decode()!r}"
     return f"it begins with the bytes {head[:8].hex(' ')}"
+
+
+# --- µm/px by HEST-1k (Jaume et al. 2024), which keeps it in metadata/NAME.json beside wsis/NAME.tif -------
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata of a section; nothing where the file is missing.
+
+    Raises:
+        UsageError: the file is not JSON.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        if path.stat().st_size > MOST_METADATA_BYTES:
+            raise ValueError(f"it has more than {MOST_METADATA_BYTES} bytes")
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as exc:
+        raise UsageError(f"{path} is no JSON: {exc}; download it again") from exc
+    return meta if isinstance(meta, dict) else {}
+
+
+def stated_mpp(meta: dict[str, Any]) -> tuple[str, float] | None:
+    """The first µm/px that metadata give, with its key."""
+    for key in HEST_KEYS:
+        value = meta.get(key)
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e6:  # NaN is not
+            return key, float(value)
+    return None
+
+
+def hest_mpp(slide: Path) -> tuple[str, float] | None:
+    """The µm/px that HEST's metadata give a slide of a HEST folder, and where; None for any other slide.
+
+    Raises:
+        UsageError: the metadata are not JSON.
+        ResolutionError: they give a µm/px that cannot be true.
+    """
+    if slide.parent.name != "wsis":
+        return None
+    path = slide.parent.parent / "metadata" / f"{slide.stem}.json"
+    stated = stated_mpp(read_metadata(path))
+    if stated is None:
+        return None
+    check_mpp(stated[1], stated[0], path, STATED_MPP)
+    return f"{stated[0]} of metadata/{path.name}", stated[1]
 
 
 _: Callable[..., Slide] = OpenSlideReader  # mypy checks the readers against the protocol

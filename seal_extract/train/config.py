@@ -15,7 +15,7 @@ from seal_extract.encoders.spec import check_precision
 from seal_extract.errors import UsageError
 from seal_extract.genes.gene_lists import read_panel
 from seal_extract.patches.grid import MAX_PATCH_PX
-from seal_extract.slides.mpp import PLAUSIBLE_MPP
+from seal_extract.slides.readers import PLAUSIBLE_MPP
 from seal_extract.train.formats import find_sections, load_sections, read_sources
 from seal_extract.train.sections import Section
 from seal_extract.train.toml import Count, Options, Positive, Share, Weight, Whole, convert, read_toml

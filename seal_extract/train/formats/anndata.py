@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.errors import UsageError
-from seal_extract.slides.mpp import read_metadata, stated_mpp
+from seal_extract.slides.slide import read_metadata, stated_mpp
 from seal_extract.train.formats.source import (
     Lattice,
     Source,
