@@ -74,7 +74,7 @@ EPITHELIUM = {"EPCAM": 1.0, "KRT8": 1.0}
 
 def write_report(features, path, decoder, **options):
     """As the command does it."""
-    from seal_extract.features.origin import open_origin
+    from seal_extract.features.store import open_origin
     from seal_extract.view.report import write_slide_report
 
     with closing(open_origin(features)) as slide:

@@ -184,8 +184,7 @@ def _write_h5ad(
     slide: SlideFeatures, decoder: GeneDecoder, asked: GeneSelection, path: Path, args: argparse.Namespace
 ) -> str:
     """Write the table with a picture of the slide; returns the reason if the slide cannot be read."""
-    from seal_extract.features.origin import origin_overview
-    from seal_extract.features.scverse import read_h5ad_provenance, write_h5ad
+    from seal_extract.features.scverse import origin_overview, read_h5ad_provenance, write_h5ad
     from seal_extract.genes.expression_file import table_provenance
     from seal_extract.genes.predict import predicted, score
 
@@ -236,7 +235,7 @@ def _draw_maps(
     slide: SlideFeatures, decoder: GeneDecoder, asked: GeneSelection, stem: Path, args: argparse.Namespace
 ) -> list[Path]:
     """Draw a heat map ``SLIDE_GENE.png`` of each gene and signature."""
-    from seal_extract.features.origin import open_origin
+    from seal_extract.features.store import open_origin
     from seal_extract.genes.expression_file import LOG1P
     from seal_extract.view.pictures import draw_heatmap, read_made_of
 

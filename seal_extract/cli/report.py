@@ -50,7 +50,7 @@ def report_parser() -> argparse.ArgumentParser:
 
 def run_report(args: argparse.Namespace) -> int:
     """Print one line per slide; the exit status is 1 if a slide failed."""
-    from seal_extract.features.origin import open_origin
+    from seal_extract.features.store import open_origin
     from seal_extract.genes.gene_lists import read_signature
     from seal_extract.genes.index import check_one_encoder
     from seal_extract.view.report import check_side, report_path, write_slide_report

@@ -15,8 +15,7 @@ from typing import Any, Literal
 from seal_extract.errors import OutputError, SealExtractError, SlideError, UsageError
 from seal_extract.features.feature_file import MICROMETRES, SlideLabel
 from seal_extract.features.layouts import LAYOUTS, layout_of_grid
-from seal_extract.features.origin import origin_overview
-from seal_extract.features.scverse import SCVERSE
+from seal_extract.features.scverse import SCVERSE, origin_overview
 from seal_extract.features.store import (
     SlideFeatures,
     find_features,

@@ -161,10 +161,15 @@ def write_pixel_features(
     """Open a file of ``features`` float32 [N, D] and ``coords`` int64 [N, 2]; see `write_rows`."""
 
     def describe(file: h5py.File) -> None:
-        file[PIXELS].attrs.update(name=shown(label.name), savetodir=HERE, encoder=encoder)
-        create_coords(file, label, grid)
+        describe_pixels(file, label, grid, encoder)
 
     return write_rows(path, PIXELS, (len(grid), dim), np.float32, provenance, describe, keep)
+
+
+def describe_pixels(file: h5py.File, label: SlideLabel, grid: PatchGrid, encoder: str) -> None:
+    """Add to ``features`` its coordinates, and the attributes that TRIDENT and Patho-Bench read."""
+    file[PIXELS].attrs.update(name=shown(label.name), savetodir=HERE, encoder=encoder)
+    create_coords(file, label, grid)
 
 
 def write_pixel_coords(

@@ -11,6 +11,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -23,12 +24,13 @@ from numpy.typing import NDArray
 
 from seal_extract.errors import UsageError, how_to_install
 from seal_extract.features.feature_file import CHUNK_BYTES, PIXELS, PROVENANCE
-from seal_extract.features.store import SlideFeatures, read_pieces
+from seal_extract.features.store import SlideFeatures, open_origin, read_pieces
 from seal_extract.hdf5 import DAMAGED, new_hdf5, open_hdf5
 from seal_extract.names import shown
 from seal_extract.publish import claimed, writing
-from seal_extract.slides.overview import Overview
+from seal_extract.slides.overview import Overview, read_overview
 
+OVERVIEW_PX = 2000  # longest side of the picture of a slide, as in those of 10x Genomics
 LOWRES_PX = 600  # longest side of the smaller picture, as in Space Ranger's output
 
 
@@ -58,6 +60,16 @@ class ScverseForm:
         """
         if find_spec(self.needs) is None:
             raise UsageError(f"{self.needs} is not installed; {how_to_install('scverse')}")
+
+
+def origin_overview(features: SlideFeatures, slides: Path | None = None) -> Overview:
+    """The slide of these features at low resolution, at most `OVERVIEW_PX` wide and high.
+
+    Raises:
+        SlideError: the slide cannot be found, opened or read.
+    """
+    with closing(open_origin(features, slides)) as slide:
+        return read_overview(slide, slide.mpp * max(slide.size_l0) / OVERVIEW_PX, holes=True)
 
 
 # --- AnnData ----------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, TypeVar
 
 import h5py
@@ -16,11 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.encoders.folder import plain_word
-from seal_extract.errors import OutputError
+from seal_extract.errors import OutputError, SlideOpenError
 from seal_extract.features.feature_file import BARCODE, MICROMETRES, PIXELS, PROVENANCE
-from seal_extract.hdf5 import open_hdf5
+from seal_extract.hdf5 import DAMAGED, Disk, open_hdf5
 from seal_extract.names import is_export, origin_of, written_twice
 from seal_extract.patches.grid import PatchGrid
+from seal_extract.publish import publish
+from seal_extract.slides.slide import Slide, open_slide
 
 PIECE_BYTES = 2**24  # size of the pieces in which rows are read
 
@@ -212,6 +215,46 @@ def read_provenance(path: Path, dataset: str | None = None) -> dict[str, Any] | 
         return _provenance(file, dataset)
 
 
+def has_coords(path: Path, grid: PatchGrid) -> bool:
+    """Whether a file holds the coordinates of this grid, and its sizes if the file is ours."""
+    there = read_coords(path)
+    if there is None or not np.array_equal(there[0], grid.xy_l0):
+        return False
+    said, sizes = there[1], (grid.patch_px, grid.patch_size_l0)
+    return said is None or (said["patch_px"], said["patch_size_l0"]) == sizes
+
+
+def read_coords(path: Path) -> tuple[NDArray[Any], dict[str, Any] | None] | None:
+    """Coordinates, and the fields of their grid if the file is ours; None if it cannot be read."""
+    try:
+        with open_hdf5(path) as file:
+            text = file.attrs.get(PROVENANCE)
+            return np.asarray(file["coords"][()]), json.loads(text).get("grid") if text else None
+    except DAMAGED:
+        return None
+
+
+def write_tensor(features: Path, path: Path) -> None:
+    """Write the rows of a feature file as ``torch.save`` does: float32 [N, D].
+
+    They are copied through a temporary file, because a large slide has gigabytes of rows.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    import torch
+
+    with publish(path) as part:
+        with open_hdf5(features) as file:
+            shape = file[PIXELS].shape
+        with TemporaryFile(dir=path.parent) as raw, Disk(part, "w") as disk:
+            for piece in read_pieces(features):
+                raw.write(np.ascontiguousarray(piece, np.float32).data)
+            raw.flush()
+            torch.save(torch.from_numpy(np.memmap(raw, np.float32, "c", shape=shape)), disk)
+            disk.check()
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Translate errors that occur while the feature file ``path`` is read.
@@ -260,3 +303,53 @@ def _open_rows(path: Path) -> Iterator[h5py.Dataset]:
 
 def _rows(file: h5py.File) -> h5py.Dataset:
     return file[PIXELS if PIXELS in file else MICROMETRES]
+
+
+# --- the slide from which features were made ------------------------------------------------------------
+
+
+def open_origin(features: SlideFeatures, slides: Path | None = None) -> Slide:
+    """Open the slide of these features, at its recorded path or by its file name in another folder.
+
+    Args:
+        features: from `read_features`.
+        slides: folder to search, with its subfolders, if the slide has moved.
+
+    Raises:
+        SlideOpenError: the slide is not found, has another size, or cannot be opened.
+    """
+    path = _find_origin(features, slides)
+    slide = open_slide(path, mpp=features.provenance["slide"]["mpp"])
+    expected = tuple(features.provenance["slide"]["size_l0"])
+    if slide.size_l0 != expected:
+        slide.close()
+        raise SlideOpenError(
+            f"{path} has {slide.size_l0[0]} x {slide.size_l0[1]} px, but {features.path.name} was made from "
+            f"{expected[0]} x {expected[1]}; give the folder of the right slide as --slides"
+        )
+    return slide
+
+
+def _find_origin(features: SlideFeatures, slides: Path | None = None) -> Path:
+    """Where the slide is; see `open_origin`.
+
+    Raises:
+        SlideOpenError: the slide is not found, or several files have its name.
+    """
+    known = Path(features.provenance["slide"]["path"])
+    if slides is None:
+        if known.is_absolute() and known.exists():
+            return known
+        why = (
+            "is no longer there"
+            if known.is_absolute()
+            else "has no recorded folder, because this is an export"
+        )
+        raise SlideOpenError(f"the slide {known} {why}; give the folder that holds it as --slides")
+    found = [slides] if slides.name == known.name else sorted(slides.rglob(known.name))
+    if len(found) != 1 or not found[0].exists():
+        what = f"{len(found)} files" if len(found) > 1 else "no file"
+        raise SlideOpenError(
+            f"{slides} holds {what} of the name {known.name}; give the folder of the right one"
+        )
+    return found[0]

@@ -20,7 +20,7 @@ from seal_extract.patches.grid import grid_name
 from seal_extract.publish import sweep
 from seal_extract.run.job import SlideJob
 from seal_extract.run.options import ExtractOptions
-from seal_extract.run.resume import keep_names, without_finished
+from seal_extract.run.provenance import keep_names, without_finished
 from seal_extract.run.status_table import (
     DONE,
     FAILED,

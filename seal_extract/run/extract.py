@@ -26,12 +26,10 @@ from seal_extract.patches.regions import PatchReader
 from seal_extract.patches.stream import stream_batches
 from seal_extract.patches.tiles import open_patch_reader
 from seal_extract.run import slide_process
-from seal_extract.run.channel import Channel, Stopped
 from seal_extract.run.embed import Embedder, open_embedder
-from seal_extract.run.job import OpenSlide, Output, SlideJob
+from seal_extract.run.job import Channel, OpenSlide, Output, SlideJob, Stopped
 from seal_extract.run.options import ExtractOptions
-from seal_extract.run.provenance import describe, fingerprint
-from seal_extract.run.resume import keep_names, without_finished
+from seal_extract.run.provenance import describe, fingerprint, keep_names, without_finished
 from seal_extract.run.staging import Stage
 from seal_extract.run.status_table import Progress, SlideResult
 from seal_extract.run.writer import Writer

@@ -1,20 +1,24 @@
-"""A slide with everything that was asked for it, resolved once; every stage of a run takes the job."""
+"""What the stages of a run hand to each other: a slide with all that was asked for it, resolved once.
+
+It begins as a `SlideJob`, becomes an `OpenSlide`, and goes from thread to thread through a `Channel`.
+"""
 
 from __future__ import annotations
 
 import re
+import threading
 import warnings
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from seal_extract.errors import GeometryError, SealExtractError, SlideError
 from seal_extract.features.feature_file import SlideLabel
-from seal_extract.features.layout import Layout
-from seal_extract.features.layouts import layout_of_grid, open_layout
+from seal_extract.features.layouts import Layout, layout_of_grid, open_layout
 from seal_extract.patches.grid import PatchGrid, make_grid, mpp_of_name, read_grid
 from seal_extract.run.options import ExtractOptions
 from seal_extract.slides.entry import SlideEntry, open_entry
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from seal_extract.slides.entry import FileStamp
     from seal_extract.tissue.mask import TissueMask
 
+T = TypeVar("T")
 COORDS_NAMES = ("{}_patches.h5", "{}.h5")
 ROI_NAMES = ("{}.geojson", "{}.json")
 GRID_FOLDER = re.compile(r"[\d.e+-]+x_(\d+)px_(\d+)px_overlap")
@@ -203,3 +208,76 @@ class OpenSlide:
         """Close the slide, and what its reader has opened."""
         self.reader.close()
         self.slide.close()
+
+
+# --- from thread to thread ------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """The run was stopped while this thread waited for another one."""
+
+
+class Channel(Generic[T]):
+    """Items from one thread to another, in order; iterating waits for the next item, until `end`.
+
+    ``queue.Queue`` can be shut down in this way from Python 3.13 on.
+    """
+
+    def __init__(self, size: int | None = None) -> None:
+        """Hold at most ``size`` items, any number by default."""
+        self._size = size
+        self._items: deque[T] = deque()
+        self._changed = threading.Condition()
+        self._ended = self._stopped = False
+        self._error: BaseException | None = None
+
+    def put(self, item: T) -> None:
+        """Hand over an item; waits while the channel is full.
+
+        Raises:
+            Stopped: the channel was stopped.
+        """
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._stopped or self._size is None or len(self._items) < self._size
+            )
+            self.check()
+            self._items.append(item)
+            self._changed.notify_all()
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Nothing more will come: iterating ends after the items that are there, or raises ``error``."""
+        with self._changed:
+            self._error = self._error or error
+            self._ended = True
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Make both sides raise `Stopped`, at once if they are waiting."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def check(self) -> None:
+        """Raise `Stopped` if the channel was stopped."""
+        if self._stopped:
+            raise Stopped
+
+    def is_ready(self) -> bool:
+        """Whether iterating goes on without waiting."""
+        return bool(self._items) or self._ended or self._stopped
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        with self._changed:
+            self._changed.wait_for(self.is_ready)
+            self.check()
+            if self._items:
+                item = self._items.popleft()
+                self._changed.notify_all()
+                return item
+        if self._error is not None:
+            raise self._error
+        raise StopIteration

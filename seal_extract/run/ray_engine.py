@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from seal_extract.encoders.request import EncoderRequest
 from seal_extract.errors import SlideOpenError, UsageError, how_to_install
-from seal_extract.run.channel import Channel, Stopped
-from seal_extract.run.job import SlideJob
+from seal_extract.run.job import Channel, SlideJob, Stopped
 from seal_extract.run.options import ExtractOptions
 from seal_extract.run.status_table import Progress, SlideResult
 

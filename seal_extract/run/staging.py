@@ -19,8 +19,7 @@ from tempfile import mkdtemp
 
 from seal_extract.errors import SealExtractError, SlideOpenError, UsageError
 from seal_extract.publish import try_lock, writing
-from seal_extract.run.channel import Channel, Stopped
-from seal_extract.run.job import SlideJob
+from seal_extract.run.job import Channel, SlideJob, Stopped
 from seal_extract.slides.entry import SlideEntry, file_stamp
 from seal_extract.slides.remote import fetch, look
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from urllib.parse import quote
 
-from seal_extract.features.layout import OVERLAYS, of_grid
+from seal_extract.features.layouts import OVERLAYS, of_grid
 from seal_extract.names import without_folders
 from seal_extract.publish import publish
 from seal_extract.run.status_table import DONE, StatusRow

@@ -22,10 +22,10 @@ import numpy as np
 import shapely
 
 from seal_extract.errors import OutputError, SealExtractError, SlideOpenError, UsageError
-from seal_extract.features.layout import CONTOURS, OVERLAYS, of_grid
-from seal_extract.features.origin import open_origin
+from seal_extract.features.layouts import CONTOURS, OVERLAYS, of_grid
 from seal_extract.features.store import (
     SlideFeatures,
+    open_origin,
     read_features,
     read_provenance,
     scan_features,

@@ -17,8 +17,7 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from seal_extract.errors import UsageError
-from seal_extract.features.origin import open_origin
-from seal_extract.features.store import SlideFeatures
+from seal_extract.features.store import SlideFeatures, open_origin
 from seal_extract.genes.index import Found
 from seal_extract.patches.grid import PatchGrid
 from seal_extract.publish import publish

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.errors import OutputError, UsageError
-from seal_extract.features.layout import CONTOURS, of_grid
+from seal_extract.features.layouts import CONTOURS, of_grid
 from seal_extract.features.store import SlideFeatures, sample_rows
 from seal_extract.publish import publish
 from seal_extract.slides.overview import Overview, read_overview

@@ -375,7 +375,7 @@ def test_a_tensor_that_cannot_be_written_is_one_line_and_leaves_none(tmp_path, m
     place, _, _ = write(tmp_path, "clam")
     (tensor,) = place.derived("a", "tiny")
     tensor.unlink()
-    monkeypatch.setattr("seal_extract.features.layouts.Disk.write", fill_up)
+    monkeypatch.setattr("seal_extract.hdf5.Disk.write", fill_up)
     with pytest.raises(OutputError, match=r"a\.pt: the disk is full"):
         place.complete("a", "tiny")
     assert [name for name in files_in(tmp_path) if "pt_files" in name] == []

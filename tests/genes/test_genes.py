@@ -15,7 +15,7 @@ from PIL import Image
 
 from seal_extract import extract, load_encoder
 from seal_extract.errors import EncoderError, OutputError, SlideOpenError, UsageError
-from seal_extract.features.origin import open_origin
+from seal_extract.features.store import open_origin
 from seal_extract.genes.decoder import decoder_of, load_decoder
 from seal_extract.genes.expression_file import expression_path, find_expression, write_expression
 from seal_extract.genes.gene_lists import Signature, read_gmt, read_panel, read_profile, read_signature

@@ -18,7 +18,7 @@ from feature_fixtures import SIZE, grid_of, provenance_of
 from seal_extract import publish
 from seal_extract.errors import OutputError
 from seal_extract.features.feature_file import SlideLabel
-from seal_extract.features.layouts import layout_of_grid
+from seal_extract.features.layouts import TridentLayout, layout_of_grid
 from seal_extract.features.store import read_features
 from seal_extract.hdf5 import new_hdf5
 from seal_extract.publish import sweep
@@ -144,21 +144,16 @@ def test_two_runs_of_one_request_both_succeed(tmp_path):
     assert not read_features(place.features("drawn", "tiny")).features.any()
 
 
-def test_another_grid_of_a_run_at_once_is_not_replaced(tmp_path, monkeypatch):
-
-    from seal_extract.features import feature_file
-
+def test_another_grid_of_a_run_at_once_is_not_replaced(tmp_path):
     place = layout_of_grid("trident", tmp_path, grid_of(9))
-    describe = feature_file.create_coords
 
-    def meanwhile(*args):
-        monkeypatch.setattr(feature_file, "create_coords", describe)
-        place.write_coords(SLIDE, grid_of(5), {"slide": {}})
-        describe(*args)
+    class Slow(TridentLayout):
+        def _describe_coords(self, *args):
+            place.write_coords(SLIDE, grid_of(5), {"slide": {}})
+            super()._describe_coords(*args)
 
-    monkeypatch.setattr(feature_file, "create_coords", meanwhile)
     with pytest.raises(OutputError, match="by another run meanwhile"):
-        place.write_coords(SLIDE, grid_of(9), {"slide": {}})
+        Slow(**vars(place)).write_coords(SLIDE, grid_of(9), {"slide": {}})
     with h5py.File(place.coords("drawn")) as file:
         assert len(file["coords"]) == 5
 

@@ -14,7 +14,7 @@ from seal_extract import ExtractOptions, extract
 from seal_extract.errors import OutputError
 from seal_extract.run.cohort import extract_cohort
 from seal_extract.run.job import SlideJob
-from seal_extract.run.resume import find_finished
+from seal_extract.run.provenance import find_finished
 from seal_extract.slides.entry import SlideEntry, content, file_stamp, sizes_and_times, slide_files
 
 MB = 2**20

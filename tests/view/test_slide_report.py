@@ -21,7 +21,7 @@ from viewer_fixtures import Page, Tags, data_of, numbers, write_report
 
 from seal_extract import ExtractOptions, extract, read_features
 from seal_extract.errors import OutputError, UsageError
-from seal_extract.features.origin import open_origin
+from seal_extract.features.store import open_origin
 from seal_extract.genes.gene_lists import Signature
 from seal_extract.genes.predict import moments, predict_genes, signature_scores
 from seal_extract.patches.grid import PatchGrid
