@@ -5,44 +5,42 @@ Features of a former run are recognised by slide, options and weights, without t
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import fields, replace
 from datetime import datetime, timezone
 from functools import lru_cache
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
-
-from seal_extract.features.store import grid_fields
-from seal_extract.patches.grid import PatchGrid
-from seal_extract.run.options import FINGERPRINT_OPTIONS, ExtractOptions
-from seal_extract.slides.entry import content, sizes_and_times
-from seal_extract.slides.slide import Slide
-
-if TYPE_CHECKING:
-    from seal_extract.tissue.mask import TissueMask
-
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from seal_extract.encoders.request import EncoderRequest
 from seal_extract.errors import OutputError
 from seal_extract.features.layouts import Layout
-from seal_extract.features.store import SlideFeatures, find_features, read_features, read_provenance
+from seal_extract.features.store import (
+    SlideFeatures,
+    find_features,
+    grid_fields,
+    read_features,
+    read_provenance,
+)
 from seal_extract.names import SEPARATOR
+from seal_extract.patches.grid import PatchGrid
 from seal_extract.publish import file_state, writing
 from seal_extract.run.job import SlideJob
+from seal_extract.run.options import FINGERPRINT_OPTIONS, ExtractOptions
 from seal_extract.run.slide_process import open_tried
 from seal_extract.run.status_table import SlideResult, read_status_rows
-from seal_extract.slides.entry import SlideEntry
+from seal_extract.slides.entry import SlideEntry, content, sizes_and_times
 from seal_extract.slides.listing import with_names
-from seal_extract.slides.mpp import same_mpp
+from seal_extract.slides.readers import same_mpp
 from seal_extract.slides.remote import RemoteFile, address, look, place
+from seal_extract.slides.slide import Slide
 
 if TYPE_CHECKING:
     from seal_extract.encoders import Encoder
+    from seal_extract.tissue.mask import TissueMask
 
 PIPELINE = 1  # raised whenever the same request gives other numbers than before
 FINGERPRINT_VERSION = 1  # raised when entries change their meaning; a file without "version" has version 1
