@@ -1,31 +1,20 @@
-"""Patches: the reader's own pixels at the grid's coordinates, in order, for any threads and batch size."""
+"""Batches: patches in the grid's order, for any number of threads and any batch size."""
 
 import threading
 import time
 
 import numpy as np
-import openslide
 import pytest
 import torch
-from conftest import shared
-from PIL import Image
-from synthetic_slide import write_synthetic_slide
+from slide_helpers import grid_at, read
 
 from seal_extract.errors import ReadError
 from seal_extract.patches import stream as stream_module
-from seal_extract.patches.grid import PatchGrid, level_to_read
 from seal_extract.patches.regions import HostPixels
 from seal_extract.patches.stream import stream_batches
 from seal_extract.patches.tiles import open_patch_reader
-from seal_extract.slides.slide import open_slide
 
 CPU = torch.device("cpu")
-
-
-def grid_at(slide, xy, patch_px, patch_size_l0):
-    level, read_px = level_to_read(slide, patch_px, patch_size_l0)
-    mpp = slide.mpp * patch_size_l0 / patch_px
-    return PatchGrid(np.asarray(xy, np.int64).reshape(-1, 2), patch_px, mpp, patch_size_l0, 0, level, read_px)
 
 
 def every_patch(slide, patch_px, patch_size_l0):
@@ -35,57 +24,24 @@ def every_patch(slide, patch_px, patch_size_l0):
     return grid_at(slide, [*((x, y) for y in ys for x in xs), *edges], patch_px, patch_size_l0)
 
 
-def all_patches(slide, grid, **kwargs):
-    stream = stream_batches([open_patch_reader(slide, grid, CPU)], 16, **kwargs)
-    return torch.cat([b.patches for b in stream]).permute(0, 2, 3, 1).numpy()
-
-
-def test_level0_patches_are_openslides_regions_bit_by_bit():
-    path = shared("data/wsi/CMU-1-Small-Region.svs")
-    with open_slide(path) as slide, openslide.OpenSlide(path) as reference:
-        grid = every_patch(slide, 224, 224)
-        for patch, xy in zip(all_patches(slide, grid), grid.xy_l0.tolist(), strict=True):
-            want = np.asarray(reference.read_region(xy, 0, (224, 224)).convert("RGB"))
-            np.testing.assert_array_equal(patch, want)
-
-
-def test_patches_of_a_lower_level_are_openslides_regions_bit_by_bit(tmp_path):
-    path = write_synthetic_slide(tmp_path / "a.svs", (4100, 3000), mpp=0.25, downsamples=(1, 4))
-    with open_slide(path) as slide, openslide.OpenSlide(path) as reference:
-        grid = every_patch(slide, 224, 896)
-        assert (grid.level, grid.read_px) == (1, 224)
-        for patch, xy in zip(all_patches(slide, grid), grid.xy_l0.tolist(), strict=True):
-            want = np.asarray(reference.read_region(xy, 1, (224, 224)).convert("RGB"))
-            np.testing.assert_array_equal(patch, want)
-
-
-@pytest.mark.parametrize(("patch_px", "patch_size_l0"), [(224, 448), (224, 451), (224, 163), (256, 512)])
-def test_resampled_patches_are_pillows_within_one_grey_level(patch_px, patch_size_l0):
-    path = shared("data/wsi/CMU-1-Small-Region.svs")
-    with open_slide(path) as slide, openslide.OpenSlide(path) as reference:
-        grid = every_patch(slide, patch_px, patch_size_l0)
-        for patch, xy in zip(all_patches(slide, grid), grid.xy_l0.tolist(), strict=True):
-            region = reference.read_region(xy, 0, (patch_size_l0,) * 2).convert("RGB")
-            want = np.asarray(region.resize((patch_px, patch_px), Image.Resampling.BICUBIC))
-            assert np.abs(patch.astype(int) - want).max() <= 1
+def reader_of(slide, side=64):
+    return open_patch_reader(slide, every_patch(slide, side, side), CPU)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64, 1000])
 @pytest.mark.parametrize("workers", [1, 4])
 def test_order_does_not_depend_on_threads_or_batch_size(drawn, batch_size, workers):
     slide = drawn(700, 500)
-    grid = every_patch(slide, 32, 64)
-    got = list(stream_batches([open_patch_reader(slide, grid, CPU)], batch_size, workers=workers))
+    reader = open_patch_reader(slide, every_patch(slide, 32, 64), CPU)
+    got = list(stream_batches([reader], batch_size, workers=workers))
     assert [len(b.row) for b in got[:-1]] == [batch_size] * (len(got) - 1)
-    assert torch.cat([b.row for b in got]).tolist() == list(range(len(grid)))
-    np.testing.assert_array_equal(
-        torch.cat([b.patches for b in got]), torch.from_numpy(all_patches(slide, grid)).permute(0, 3, 1, 2)
-    )
+    assert torch.cat([b.row for b in got]).tolist() == list(range(len(reader.grid)))
+    np.testing.assert_array_equal(torch.cat([b.patches for b in got]).permute(0, 2, 3, 1), read(reader))
 
 
 def test_batches_cross_slide_borders(drawn):
     slides = [drawn(320, 256), drawn(64, 64), drawn(256, 192)]
-    readers = [open_patch_reader(s, every_patch(s, 64, 64), CPU) for s in slides]
+    readers = [*map(reader_of, slides)]
     got = list(stream_batches(readers, 16))
     counts = [len(d.grid) for d in readers]
     assert [len(b.row) for b in got] == [16] * (sum(counts) // 16) + [sum(counts) % 16]
@@ -98,45 +54,32 @@ def test_batches_cross_slide_borders(drawn):
 
 
 def test_another_patch_size_begins_a_new_batch(drawn):
-    a, b = drawn(256, 256), drawn(200, 200)
-    readers = [
-        open_patch_reader(a, every_patch(a, 64, 64), CPU),
-        open_patch_reader(b, every_patch(b, 40, 40), CPU),
-    ]
+    readers = [reader_of(drawn(256, 256)), reader_of(drawn(200, 200), side=40)]
     assert {tuple(x.patches.shape[2:]) for x in stream_batches(readers, 1000)} == {(64, 64), (40, 40)}
 
 
 def test_slides_without_patches_are_passed_over(drawn):
-    a, b = drawn(256, 256), drawn(128, 128)
-    readers = [
-        open_patch_reader(a, grid_at(a, [], 64, 64), CPU),
-        open_patch_reader(b, every_patch(b, 64, 64), CPU),
-    ]
+    slide = drawn(256, 256)
+    readers = [open_patch_reader(slide, grid_at(slide, [], 64, 64), CPU), reader_of(drawn(128, 128))]
     (batch,) = stream_batches(readers, 64)
     assert set(batch.slide.tolist()) == {1}
     assert list(stream_batches(readers[:1], 64)) == []
 
 
 def test_no_more_is_read_ahead_than_the_memory_set_aside(drawn, monkeypatch):
-    slide = drawn(640, 640)
-    grid = every_patch(slide, 32, 32)
     monkeypatch.setattr(stream_module, "READ_AHEAD_BYTES", 3 * stream_module.ROWS_PER_JOB * 32 * 32 * 3)
-    reader = open_patch_reader(slide, grid, CPU)
-    read = []
+    reader, seen = reader_of(drawn(640, 640), side=32), []
 
     def black(rows):
+        seen.append(rows)
         return HostPixels(torch.zeros(len(rows), 3, 32, 32, dtype=torch.uint8))
 
-    monkeypatch.setattr(
-        type(reader),
-        "read",
-        lambda self, rows: read.append(rows) or black(rows),
-    )
+    reader.read = black
     stream = stream_batches([reader], stream_module.ROWS_PER_JOB, workers=1)
     for i in range(5):
         next(stream)
         time.sleep(0.02)
-        assert len(read) <= i + 1 + 3
+        assert len(seen) <= i + 1 + 3
     stream.close()
 
 
@@ -153,7 +96,7 @@ def test_a_region_that_cannot_be_read_stops_the_stream_and_its_threads(drawn):
     before = threading.active_count()
     seen = 0
     with pytest.raises(ReadError, match=r"\(320, 320\)"):
-        for batch in stream_batches([open_patch_reader(slide, every_patch(slide, 32, 32), CPU)], 8):
+        for batch in stream_batches([reader_of(slide, side=32)], 8):
             seen += len(batch.row)
     assert seen == (10 * 20 + 10) // 8 * 8
     assert threading.active_count() == before
@@ -163,4 +106,4 @@ def test_a_region_of_another_size_is_an_error_not_a_patch(drawn):
     slide = drawn(128, 128)
     slide.read_region = lambda xy_l0, level, size_px: np.zeros((10, 10, 3), np.uint8)
     with pytest.raises(ReadError, match=r"gave 10 x 10 px instead of 32 x 32 at level-0 \(0, 0\)"):
-        list(stream_batches([open_patch_reader(slide, every_patch(slide, 32, 32), CPU)], 8))
+        list(stream_batches([reader_of(slide, side=32)], 8))

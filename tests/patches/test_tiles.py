@@ -1,4 +1,4 @@
-"""Tiles decoded by ourselves: OpenSlide's own pixels, each tile decoded once, else the reader's regions."""
+"""Tiles decoded by ourselves: OpenSlide's own pixels, each tile decoded once; shrunk, they are Pillow's."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -54,21 +54,14 @@ def test_patches_of_any_grid_are_openslides_regions(slide_of, kind, level, side,
         np.testing.assert_array_equal(read(decoder), openslides_regions(path, grid))
 
 
-def test_the_real_aperio_slide_is_openslides_bit_by_bit():
-    path = shared("data/wsi/CMU-1-Small-Region.svs")
-    with open_slide(path) as slide:
-        grid = grid_of_level(slide, 0, spread(slide, 0, 300), 300)
+@pytest.mark.parametrize("file", ["CMU-1-Small-Region.svs", "qupath_OS-1-detail.ome.tif"])
+def test_real_slides_give_their_readers_regions(file):
+    """The tags of the OME-TIFF say RGB although its tiles are YCbCr."""
+    with open_slide(shared("data/wsi", file)) as slide:
+        grid = grid_of_level(slide, 0, [(0, 0), (301, 77), (801, 801), (37, 101), (850, 20)], 300)
         decoder = open_patch_reader(slide, grid, CPU)
         assert decoder.name == "JPEG tiles"
-        np.testing.assert_array_equal(read(decoder), openslides_regions(path, grid))
-
-
-def test_the_real_ome_tiff_gives_its_readers_regions():
-    with open_slide(shared("data/wsi/qupath_OS-1-detail.ome.tif")) as slide:
-        grid = grid_of_level(slide, 0, [(0, 0), (301, 77), (901, 901), (850, 20)], 200)
-        decoder = open_patch_reader(slide, grid, CPU)
-        assert decoder.name == "JPEG tiles"  # although its tags say RGB and its tiles are YCbCr
-        want = [slide.read_region(xy, 0, (200, 200)) for xy in grid.xy_l0.tolist()]
+        want = [slide.read_region(xy, 0, (300, 300)) for xy in grid.xy_l0.tolist()]
         np.testing.assert_array_equal(read(decoder), want)
 
 
@@ -275,3 +268,116 @@ def test_a_tile_of_another_size_or_kind_is_refused_at_every_scale(slide_of):
     for broken in (b"", b"\xff\xd8", b"\xff\xd8\xff", data[:3], data[:12], b"\xff\xd8" + b"\xff" * 50):
         with pytest.raises(TileError):
             level.codec.decode(broken, np.empty((256, 256, 4), np.uint8))
+
+
+# --- tiles shrunk into patches ----------------------------------------------------------------
+
+
+def shrinking(xy, patch_px, size_l0):
+    """A grid that is read from level 0, whatever other levels there are."""
+    return PatchGrid(np.array(xy), patch_px, 1, size_l0, 0, 0, size_l0)
+
+
+def patches_of(slide, grid, **kwargs):
+    reader = open_patch_reader(slide, grid, CPU, **kwargs)
+    return read(reader).astype(int), reader.name
+
+
+def pillows(regions, side, filter):
+    resized = [Image.fromarray(region).resize((side, side), filter) for region in regions]
+    return np.stack([np.asarray(image) for image in resized]).astype(int)
+
+
+SIDES = [(128, 256), (100, 300), (112, 200), (64, 512), (224, 451), (224, 163)]
+
+
+@pytest.mark.parametrize(("patch_px", "size_l0"), SIDES)
+def test_bicubic_is_pillows_within_one_grey_level(slide_of, patch_px, size_l0):
+    path = slide_of("422-208")
+    with open_slide(path) as slide:
+        grid = shrinking(spread(slide, 0, size_l0), patch_px, size_l0)
+        got, _ = patches_of(slide, grid)
+    want = pillows(openslides_regions(path, grid), patch_px, Image.Resampling.BICUBIC)
+    assert np.abs(got - want).max() <= 1
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_area_is_pillows_box_within_one_grey_level(slide_of, factor, aligned):
+    path = slide_of("420-240")
+    with open_slide(path) as slide:
+        xy = np.array([(0, 0), (120, 240), (60, 12), (1104, 612)]) + (0 if aligned else [7, 1])
+        grid = shrinking(xy, 96, 96 * factor)
+        got, name = patches_of(slide, grid, filter="area")
+    assert name == "JPEG tiles"
+    want = pillows(openslides_regions(path, grid), 96, Image.Resampling.BOX)
+    assert np.abs(got - want).max() <= 1
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_area_tile_by_tile_is_area_patch_by_patch(slide_of, factor):
+    with open_slide(slide_of("420")) as slide:
+        xy = [(x, y) for x in range(0, 900, 8 * 13) for y in range(0, 500, 8 * 11)]
+        grid = shrinking(xy, 64, 64 * factor)
+        decoder = open_patch_reader(slide, grid, CPU, filter="area")
+        assert decoder._reduction == factor
+        by_region = RegionReader(slide, grid, decoder._resampling)
+        np.testing.assert_array_equal(read(decoder), read(by_region))
+
+
+SMALL = [(x, y) for x in range(0, 900, 104) for y in range(0, 500, 88)]
+REAL = [(x, y) for x in range(0, 1700, 448) for y in range(0, 2500, 448)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "xy", "patch_px", "factor", "filter"),
+    [
+        *((kind, SMALL, 64, factor, "area") for kind, factor in (("420", 2), ("420", 4), ("420", 8))),
+        *((kind, SMALL, 64, factor, "area") for kind, factor in (("422-208", 4), ("rgb", 2), ("444", 4))),
+        ("real", REAL, 224, 2, "bicubic"),
+    ],
+)
+def test_fast_decode_stays_near_the_default(slide_of, kind, xy, patch_px, factor, filter):
+    path = shared("data/wsi/CMU-1-Small-Region.svs") if kind == "real" else slide_of(kind)
+    with open_slide(path) as slide:
+        grid = shrinking(xy, patch_px, patch_px * factor)
+        want, name = patches_of(slide, grid, filter=filter)
+        got, fast_name = patches_of(slide, grid, filter=filter, fast=True)
+    assert (name, fast_name) == ("JPEG tiles", f"JPEG tiles at 1/{factor}")
+    assert np.abs(got - want).mean() < 1.5
+    assert np.abs((got - want).mean((0, 1, 2))).max() < 0.3
+
+
+def test_fast_decode_takes_the_largest_scale_that_fits_and_resamples_the_rest(slide_of):
+    with open_slide(slide_of("420")) as slide:
+        for factor, scale in ((6, 2), (12, 4)):
+            grid = shrinking([(0, 0), (104, 88)], 32, 32 * factor)
+            want, _ = patches_of(slide, grid)
+            got, name = patches_of(slide, grid, fast=True)
+            assert name == f"JPEG tiles at 1/{scale}"
+            assert np.abs(got - want).mean() < 1.5
+
+
+@pytest.mark.parametrize(
+    ("xy", "patch_px", "patch_size_l0"),
+    [
+        ([(0, 0), (101, 40)], 64, 128),  # between blocks of 2 px
+        ([(0, 0), (100, 40)], 64, 192),  # a factor of 3
+        ([(0, 0), (100, 40)], 64, 160),  # no whole factor
+        ([(0, 0), (100, 40)], 64, 64),
+        ([(0, 0), (1450, 40)], 64, 128),  # out of the slide
+    ],
+)
+def test_fast_decode_changes_nothing_where_it_does_not_apply(slide_of, xy, patch_px, patch_size_l0):
+    with open_slide(slide_of("420")) as slide:
+        grid = shrinking(xy, patch_px, patch_size_l0)
+        want, name = patches_of(slide, grid)
+        got, fast_name = patches_of(slide, grid, fast=True)
+    assert name == fast_name == "JPEG tiles"
+    np.testing.assert_array_equal(got, want)
+
+
+def test_jpeg_2000_knows_no_fast_decode(slide_of):
+    with open_slide(slide_of("j2k")) as slide:
+        _, name = patches_of(slide, shrinking([(0, 0), (256, 512)], 64, 128), fast=True)
+    assert name == "JPEG 2000 tiles"
