@@ -128,6 +128,14 @@ def run_here(*words):
     return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
 
 
+def assert_refused(line, *words):
+    """A command that says why it cannot be meant, in one line."""
+    done = run_here(*words)
+    assert done.returncode == 2
+    assert line in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def write_untrained_encoder(folder, spec=None, seed=0):
     """Write an encoder with random weights into a folder, as `load_encoder` reads it."""
     from seal_extract.demo import UNTRAINED, untrained_encoder

@@ -1,7 +1,8 @@
-"""Features files of any rows, for tests of searches and of the index."""
+"""Features files of any rows, and decoders of any size."""
 
 import numpy as np
 
+from seal_extract.encoders.files import WeightFile
 from seal_extract.features.feature_file import write_rows
 from seal_extract.features.store import grid_fields, read_features
 from seal_extract.patches.grid import PatchGrid
@@ -25,3 +26,19 @@ def features_file(path, rows, encoder="x", dtype=np.float32):
     ) as writer:
         writer.append(rows.astype(np.float32))
     return read_features(path)
+
+
+def random_decoder(dim, genes):
+    """As SEAL's, over 512 hidden numbers."""
+    import torch
+
+    from seal_extract.encoders.heads import ExpressionDecoder
+    from seal_extract.encoders.spec import Decoder
+    from seal_extract.genes.decoder import GeneDecoder
+
+    torch.manual_seed(0)
+    layers = ExpressionDecoder(dim, Decoder(512, genes)).to_empty(device="cpu").requires_grad_(False)
+    for parameter in layers.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    weights = WeightFile("", None, "x", 0, 0, "0")
+    return GeneDecoder("x", dim, genes, tuple(f"GENE{i}" for i in range(genes)), weights, layers)

@@ -62,11 +62,6 @@ class Hits:
     slide: NDArray[np.int32]
     row: NDArray[np.int64]
 
-    def __post_init__(self) -> None:
-        shapes = {self.scores.shape, self.slide.shape, self.row.shape}
-        if len(shapes) > 1 or self.scores.ndim != 2:
-            raise UsageError(f"hits have shapes {sorted(shapes)}; allowed: one [Q, K] for all")
-
     def __repr__(self) -> str:
         return f"Hits({len(self.scores)} queries x {self.scores.shape[1]} patches, {len(self.slides)} slides)"
 

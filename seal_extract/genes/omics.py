@@ -22,6 +22,7 @@ from seal_extract.encoders.hub import fetch
 from seal_extract.encoders.locate import fetch_published, is_repository
 from seal_extract.encoders.registry import bundled, find_spec, names_with_decoder
 from seal_extract.errors import CheckpointError, UsageError
+from seal_extract.genes.gene_lists import named_genes
 
 HIDDEN = (1024, 512)
 FLOWS = 3
@@ -104,6 +105,14 @@ class OmicsEncoder(nn.Module):
     @genes.setter
     def genes(self, names: Sequence[str] | None) -> None:
         self._genes = None if names is None else check_panel(names, self.n_genes, self.name)
+
+    def named(self) -> tuple[str, ...]:
+        """The gene of each column.
+
+        Raises:
+            UsageError: no panel is set.
+        """
+        return named_genes(self._genes, self.n_genes, self.name)
 
     def latent(self, expression: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the latent, with gradients: float32 [B, G] to two [B, D]."""

@@ -18,7 +18,7 @@ from PIL import Image
 from seal_extract.encoders.encoder import Encoder
 from seal_extract.errors import UsageError
 from seal_extract.features.store import SlideFeatures
-from seal_extract.genes.decoder import GeneDecoder, named_genes
+from seal_extract.genes.decoder import GeneDecoder
 from seal_extract.genes.gene_lists import Signature
 from seal_extract.genes.index import Found
 from seal_extract.genes.omics import OmicsEncoder
@@ -94,7 +94,7 @@ def embed_profile(omics: OmicsEncoder, counts: dict[str, float]) -> NDArray[np.f
         UsageError: the genes of the expression encoder are not known, or the profile names less than half of
             them.
     """
-    genes = named_genes(omics.genes, omics.n_genes, omics.name)
+    genes = omics.named()
     known = sum(gene in counts for gene in genes)
     if known < MIN_KNOWN * omics.n_genes:
         raise UsageError(

@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import shapely
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from seal_extract.errors import OutputError, UsageError
 from seal_extract.features.store import SlideFeatures, sample_rows
+from seal_extract.genes.index import ExactIndex, Found
 from seal_extract.names import shown
 from seal_extract.slides.drawing import read_thumbnail
 from seal_extract.view.collection import (
@@ -42,9 +43,6 @@ from seal_extract.view.layers import (
     scale_layer,
 )
 
-if TYPE_CHECKING:
-    from seal_extract.genes.index import Found
-
 TILE_BYTES, FEATURE_BYTES, LAYER_BYTES = 256 << 20, 1 << 30, 64 << 20
 MOST_OPEN = 8  # slides at a time
 SAMPLED_SLIDES, SAMPLED_ROWS = 64, 8192  # of a cohort, for colours
@@ -63,7 +61,9 @@ class Gallery:
         self._version = secrets.token_hex(4)  # in addresses, so that no answer of another run is taken
         self._open: LruCache[SlideTiles] = LruCache(MOST_OPEN)
         self._tiles: LruCache[tuple[bytes, str]] = LruCache(TILE_BYTES, lambda tile: len(tile[0]))
-        self._features: LruCache[SlideFeatures] = LruCache(FEATURE_BYTES, _bytes_of)
+        self._features: LruCache[SlideFeatures] = LruCache(
+            FEATURE_BYTES, lambda features: len(features.grid) * (features.dim * 4 + 16)
+        )
         self._layers: LruCache[Layer] = LruCache(LAYER_BYTES, lambda layer: layer.rgb.nbytes * 3)
         self._small: LruCache[Any] = LruCache(64)  # of a slide or the cohort: components, attention, means
 
@@ -222,10 +222,11 @@ class Gallery:
             UsageError: there is no such patch or scope, or its embedding is 0, as if it could not be read.
         """
         features, cohort = self._patch(index, row), self._cohort()
+        query: NDArray[np.float32] = features.features[row]
         if scope == "slide":
-            found = alike_in_slide(features, row, ALIKE)
+            found = ExactIndex([features]).search(query, ALIKE, skip=Found(features, row, 1.0))
         elif scope == "cohort":
-            found = alike_in_others(features, row, list(cohort.values()), ALIKE)
+            found = _alike_in_others(query, features, list(cohort.values()))
         else:
             raise UsageError(f"the scope is {scope!r}; allowed: slide, cohort")
         numbers = {other.path: number for number, other in cohort.items()}
@@ -289,8 +290,20 @@ class Gallery:
         return features
 
 
-def _bytes_of(features: SlideFeatures) -> int:
-    return len(features.grid) * (features.dim * 4 + 16)
+def _alike_in_others(
+    query: NDArray[np.float32], slide: SlideFeatures, cohort: Sequence[SlideFeatures]
+) -> list[Found]:
+    """From the run's FAISS index if there is one that is up to date; else every row is compared."""
+    from seal_extract.genes.faiss_index import index_folder, open_index
+
+    if (folder := index_folder(cohort)).exists():
+        try:
+            found = open_index(cohort, folder).search(query, LOOKED_AT)
+            return [one for one in found if one.slide.path != slide.path][:ALIKE]
+        except (UsageError, OutputError):  # it is older than the features, of another encoder, or lacks FAISS
+            pass
+    others = [other for other in cohort if other.path != slide.path]
+    return ExactIndex(others).search(query, ALIKE) if others else []
 
 
 def _number(text: str, what: str, allowed: tuple[int, int]) -> int:
@@ -339,47 +352,3 @@ class LruCache(Generic[V]):
             while self.filled > self._limit and len(self._values) > 1:
                 _, dropped = self._values.popitem(last=False)
                 self.filled -= self._size(dropped)
-
-
-# --- look-alikes ----------------------------------------------------------------------------------
-
-
-def alike_in_slide(slide: SlideFeatures, row: int, most: int) -> list[Found]:
-    """The patches of a slide most like its patch ``row``, without itself, the nearest first.
-
-    Raises:
-        UsageError: the embedding is 0, as of a patch that could not be read.
-    """
-    from seal_extract.genes.index import ExactIndex, Found
-
-    return ExactIndex([slide]).search(slide.features[row], most, skip=Found(slide, row, 1.0))
-
-
-def alike_in_others(
-    slide: SlideFeatures, row: int, cohort: Sequence[SlideFeatures], most: int
-) -> list[Found]:
-    """The patches of other slides most like one, the nearest first.
-
-    The run's FAISS index is asked if there is one that is up to date, else every row is compared.
-
-    Args:
-        slide: that has the patch.
-        row: the patch.
-        cohort: all slides, by one encoder.
-        most: how many to return.
-
-    Raises:
-        UsageError: the embedding is 0, or slides were made with other weights.
-    """
-    from seal_extract.genes.faiss_index import index_folder, open_index
-    from seal_extract.genes.index import ExactIndex
-
-    query: NDArray[np.float32] = slide.features[row]
-    if (folder := index_folder(cohort)).exists():
-        try:
-            found = open_index(cohort, folder).search(query, LOOKED_AT)
-            return [one for one in found if one.slide.path != slide.path][:most]
-        except (UsageError, OutputError):  # it is older than the features, of another encoder, or lacks FAISS
-            pass
-    others = [other for other in cohort if other.path != slide.path]
-    return ExactIndex(others).search(query, most) if others else []

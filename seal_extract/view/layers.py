@@ -229,23 +229,22 @@ def cluster_layer(components: Components, features: Rows, k: int, slides: int) -
     Raises:
         UsageError: k outside 2 to 12, or more than there are embeddings.
     """
-    labels = nearest_centre(components.project(features), cluster_centres(components, k))
+    centres = _cluster_centres(components, k)
+    distance = (centres**2).sum(1) - 2 * components.project(features) @ centres.T
+    labels = np.asarray(distance.argmin(1))  # int64 [N]
+    colours = _cluster_colours(k)
     legend = {
         "kind": "clusters",
         "title": f"{k} clusters",
         "unit": "k-means of the embeddings" + (f"; the same on all {slides} slides" if slides > 1 else ""),
-        "colours": _hex(cluster_colours(k)),
+        "colours": _hex(colours),
         "counts": np.bincount(labels, minlength=k).tolist(),
     }
-    return Layer(cluster_colours(k)[labels], legend, labels.astype(np.float32))
+    return Layer(colours[labels], legend, labels.astype(np.float32))
 
 
-def cluster_centres(components: Components, k: int) -> Rows:
-    """Centres of k clusters of the sample, float32 [k, C], the largest first: k-means++, best of three.
-
-    Raises:
-        UsageError: k outside 2 to 12, or more than there are embeddings.
-    """
+def _cluster_centres(components: Components, k: int) -> Rows:
+    """Centres of k clusters of the sample, float32 [k, C], the largest first: k-means++, best of three."""
     most = min(CLUSTERS[1], len(components.sample))
     if not CLUSTERS[0] <= k <= most:
         raise UsageError(f"clusters is {k}; allowed: {CLUSTERS[0]} to {most}")
@@ -258,13 +257,7 @@ def cluster_centres(components: Components, k: int) -> Rows:
     return np.asarray(centres, np.float32)[order]
 
 
-def nearest_centre(points: Rows, centres: Rows) -> NDArray[np.int64]:
-    """Index of the nearest of the centres [k, C] for each of the points [N, C]: int64 [N]."""
-    distance = (centres**2).sum(1) - 2 * points @ centres.T
-    return np.asarray(distance.argmin(1))
-
-
-def cluster_colours(k: int) -> Colours:
+def _cluster_colours(k: int) -> Colours:
     """Distinct colours, uint8 [k, 3]: hues around CIELAB's circle, in three lightnesses.
 
     Any two are at least 30 apart in CIELAB.

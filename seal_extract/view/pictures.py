@@ -86,7 +86,11 @@ def draw_heatmap(
         ReadError: much of the slide cannot be read.
         OutputError: the picture cannot be written.
     """
-    values = check_values(values, len(grid))
+    values = np.asarray(values)
+    if values.shape != (len(grid),):
+        raise UsageError(f"values are {list(values.shape)} for {len(grid)} patches; give one per patch")
+    if not np.isfinite(values).all():
+        raise UsageError(f"the value of patch {int(np.argmin(np.isfinite(values)))} is not finite")
     raster = PatchRaster.of(grid)
     low, high = limits(values)
     x0, y0, x1, y1 = _around(raster, slide.size_l0)
@@ -116,20 +120,6 @@ def read_made_of(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def check_values(values: Values, patches: int) -> Values:
-    """Hold values to one finite number per patch.
-
-    Raises:
-        UsageError: they are not.
-    """
-    values = np.asarray(values)
-    if values.shape != (patches,):
-        raise UsageError(f"values are {list(values.shape)} for {patches} patches; give one per patch")
-    if not np.isfinite(values).all():
-        raise UsageError(f"the value of patch {int(np.argmin(np.isfinite(values)))} is not finite")
-    return values
 
 
 def _lay(canvas: Array, raster: PatchRaster, rgb: NDArray[np.uint8], downsample: float) -> Array:

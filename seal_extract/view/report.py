@@ -190,7 +190,8 @@ def _layers(
     clusters = [cluster_layer(components, features.features, k, slides=1) for k in counts]
     content.kinds["embedding"] = [_packed(embedding_layer(components, features.features, slides=1), raster)]
     content.kinds["clusters"] = [_packed(layer, raster) for layer in clusters]
-    attention = find_attention(tuple(sorted(_slide_level_files(features))))
+    of_same_grid = features.path.parent.parent.glob(f"slide_features_*/{features.path.name}")
+    attention = find_attention(tuple(sorted(of_same_grid)))
     room, others = max(1, MOST_VALUES // patches), len(signatures) + len(attention)
     if others > room:
         raise UsageError(
@@ -198,7 +199,7 @@ def _layers(
             f"a page too large to mail; allowed: {room} in all"
         )
     if decoder is not None and not content.no_genes:
-        columns = choose_genes(features, decoder, genes, room - others)
+        columns = _choose_genes(features, decoder, genes, room - others)
         count = f"{len(columns)} of {decoder.n_genes:,} genes"
         varying = f"The {count} whose prediction varies most over this slide."
         content.genes_are = varying if genes is None else f"{count}, chosen by whoever made this page."
@@ -226,20 +227,10 @@ def _why_no_genes(encoder: str, decoder: GeneDecoder | None) -> str:
     return ""
 
 
-def choose_genes(
+def _choose_genes(
     features: SlideFeatures, decoder: GeneDecoder, genes: Sequence[str] | None, room: int
 ) -> list[int]:
-    """Columns of the decoder: the genes asked for, or the 24 whose prediction varies most over the slide.
-
-    Args:
-        features: of the slide.
-        decoder: with named columns.
-        genes: by name; None chooses.
-        room: most genes that the page may hold.
-
-    Raises:
-        UsageError: an unknown gene, or more than the page has room for.
-    """
+    """Columns of the genes asked for, or of the 24 whose prediction varies most; at most ``room``."""
     if genes is None:
         from seal_extract.genes.predict import moments
 
@@ -286,12 +277,7 @@ def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
-# --- files beside the features, and words ----------------------------------------------------------
-
-
-def _slide_level_files(features: SlideFeatures) -> Iterator[Path]:
-    """Those of the same slide and grid."""
-    return features.path.parent.parent.glob(f"slide_features_*/{features.path.name}")
+# --- outline and words ------------------------------------------------------------------------------
 
 
 def outline_path(features: SlideFeatures) -> Path:

@@ -2,12 +2,13 @@
 
 import csv
 import json
+import re
 
 import h5py
 import numpy as np
 import pytest
 import shapely
-from cohort_fixtures import link_cohort
+from cohort_fixtures import assert_refused, link_cohort
 from cohort_fixtures import run_here as run
 from gene_fixtures import features_file
 from PIL import Image
@@ -44,6 +45,17 @@ def slides(out):
     return list_features(out)[0]
 
 
+def table(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def at(slide, beside=0):
+    """The first patch of a slide, as it is typed; or a pixel in it."""
+    x, y = (slide.grid.xy_l0[0] + beside).tolist()
+    return f"{slide.path.stem}:{x},{y}"
+
+
 def rows_of(found):
     return [(one.slide.path.stem, one.row) for one in found]
 
@@ -64,11 +76,8 @@ def test_at_most_so_many_of_a_slide(slides, decoder):
 
 
 def test_equal_scores_come_in_the_order_of_slides_and_rows(slides):
-    scores = [np.zeros(len(s.grid)) for s in slides]
-    found = best(slides, scores, 3)
+    found = best(slides, [np.zeros(len(s.grid)) for s in slides], 3)
     assert rows_of(found) == [(s.path.stem, row) for s in slides for row in range(len(s.grid))][:3]
-    with pytest.raises(UsageError, match="0 patches were asked for"):
-        best(slides, scores, 0)
 
 
 # --- by likeness ------------------------------------------------------------------------------
@@ -76,16 +85,15 @@ def test_equal_scores_come_in_the_order_of_slides_and_rows(slides):
 
 def test_the_patch_that_was_asked_with_is_left_out(slides):
     asked = Found(slides[0], 1, 1.0)
-    found = ExactIndex(slides).search(slides[0].features[1], 5, skip=asked)
-    assert (slides[0].path.stem, 1) not in rows_of(found)
-    assert rows_of(ExactIndex(slides).search(slides[0].features[1], 1)) == [(slides[0].path.stem, 1)]
+    index, query = ExactIndex(slides), slides[0].features[1]
+    assert rows_of(index.search(query, 1)) == [(slides[0].path.stem, 1)]
+    assert (slides[0].path.stem, 1) not in rows_of(index.search(query, 5, skip=asked))
 
 
 def test_a_picture_of_a_patch_finds_that_patch(slides, tiny, tmp_path):
-    slide = open_slide(slides[0].provenance["slide"]["path"])
     grid = slides[0].grid
-    read_patch(slide, slides[0], 0, grid.patch_px).save(tmp_path / "patch.png")
-    slide.close()
+    with open_slide(slides[0].provenance["slide"]["path"]) as slide:
+        read_patch(slide, slides[0], 0, grid.patch_px).save(tmp_path / "patch.png")
     query = embed_picture(tiny, tmp_path / "patch.png", grid.mpp, slides[0])
     found = ExactIndex(slides).search(query, 1)
     assert found[0].score > 0.99
@@ -109,18 +117,10 @@ def test_a_profile_is_embedded_as_a_spot_of_training_is(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "A,1e308\nB,1e308\n",
-        f"A,{'1' * 200_000}\n",
-        "A,1\nA,2\n",
-        "A,1\nB,-1\n",
-        "A,1\nB\n",
-        "A,0\n",
-        "gene,count\n",
-    ],
+    ["A,1e308\nB,1e308", f"A,{'1' * 200_000}", "A,1\nA,2", "A,1\nB,-1", "A,1\nB", "A,0", "gene,count"],
 )
 def test_profiles_that_are_none_are_refused(tmp_path, text):
-    (tmp_path / "p.csv").write_text(text)
+    (tmp_path / "p.csv").write_text(text + "\n")
     with pytest.raises(UsageError, match="give a gene and its count"):
         read_profile(tmp_path / "p.csv")
 
@@ -229,8 +229,7 @@ def test_a_region_without_patches_or_with_all_is_refused(stripes, inside, what):
 def test_the_command_finds_patches_and_writes_them(out, slides, tmp_path):
     done = run("search", out, "--gene", "CD24", "-k", 4, "-o", tmp_path / "gene")
     assert done.returncode == 0, done.stderr
-    with (tmp_path / "gene" / "found.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = table(tmp_path / "gene" / "found.csv")
     assert [row["rank"] for row in rows] == ["1", "2", "3", "4"]
     by_name = {s.path.stem: s for s in slides}
     first = by_name[rows[0]["slide"]]
@@ -240,26 +239,22 @@ def test_the_command_finds_patches_and_writes_them(out, slides, tmp_path):
     with Image.open(tmp_path / "gene" / "contact_sheet.png") as sheet:
         assert len(sheet.convert("RGB").getcolors(2**24)) > 500
 
-    x, y = (slides[0].grid.xy_l0[0] + 10).tolist()
-    asked = f"{slides[0].path.stem}:{x},{y}"
-    done = run("search", out, "--patch", asked, "-k", 3, "-o", tmp_path / "patch")
+    done = run("search", out, "--patch", at(slides[0], 10), "-k", 3, "-o", tmp_path / "patch")
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 4
 
 
 def test_the_command_makes_an_index_of_a_run_and_not_of_a_part(out, slides, tmp_path):
     pytest.importorskip("faiss")
-    x, y = (slides[0].grid.xy_l0[0] + 10).tolist()
-    asked = ["--patch", f"{slides[0].path.stem}:{x},{y}", "-k", 3, "-o", tmp_path]
+    asked = ["--patch", at(slides[0], 10), "-k", 3, "-o", tmp_path]
     exact = run("search", out, *asked).stdout.splitlines()
     done = run("search", out, *asked, "--index", "build")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0].startswith("3 slides added, 0 changed, 0 dropped, 0 kept -> ")
     assert done.stdout.splitlines()[1:] == exact
     assert run("search", out, *asked, "--index", "use").stdout.splitlines() == exact
-    done = run("search", slides[0].path, *asked, "--index", "build")
-    assert done.returncode == 2
-    assert "--index build needs the -o of a whole run" in done.stderr
+    line = "--index build needs the -o of a whole run"
+    assert_refused(line, "search", slides[0].path, *asked, "--index", "build")
 
 
 def test_the_command_tells_the_genes_of_a_region(out, slides, tmp_path):
@@ -273,8 +268,7 @@ def test_the_command_tells_the_genes_of_a_region(out, slides, tmp_path):
     if patches_inside(grid, [shapely.Polygon(ring)]).all():
         pytest.skip("the drawn slide has one patch only")
     assert done.returncode == 0, done.stderr
-    with (tmp_path / "genes.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = table(tmp_path / "genes.csv")
     assert len(rows) == 500
     for p, q in (("p_patches", "q_patches"), ("p_pieces", "q_pieces")):
         expected = benjamini_hochberg(np.array([float(row[p]) for row in rows]))
@@ -291,10 +285,7 @@ def test_an_index_is_built_whatever_else_is_asked(slides, tmp_path):
         features[-1].parent.mkdir(exist_ok=True)
         features[-1].write_bytes(slide.path.read_bytes())
     done = run("search", tmp_path / "run", "--index", "build")
-    assert (done.returncode, done.stdout.partition(" -> ")[0]) == (
-        0,
-        "3 slides added, 0 changed, 0 dropped, 0 kept",
-    )
+    assert done.stdout.partition(" -> ")[0] == "3 slides added, 0 changed, 0 dropped, 0 kept"
     features[1].unlink()
     done = run("search", tmp_path / "run", "--gene", "CD24", "--index", "build", "-o", tmp_path / "found")
     assert done.returncode == 0, done.stderr
@@ -303,10 +294,9 @@ def test_an_index_is_built_whatever_else_is_asked(slides, tmp_path):
 
 def test_results_are_not_replaced_by_another_query(out, slides, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    x, y = slides[0].grid.xy_l0[0].tolist()
-    for words in (["--gene", "CD24"], ["--gene", "A2M"], ["--patch", f"{slides[0].path.stem}:{x},{y}"]):
+    for words in (["--gene", "CD24"], ["--gene", "A2M"], ["--patch", at(slides[0])]):
         assert run("search", out, *words).returncode == 0
-    folders = {"gene_CD24", "gene_A2M", f"patch_{slides[0].path.stem}_{x}_{y}"}
+    folders = {"gene_CD24", "gene_A2M", f"patch_{re.sub('[:,]', '_', at(slides[0]))}"}
     assert {path.name for path in (tmp_path / "search").iterdir()} == folders
     kept = (tmp_path / "search/gene_CD24/found.csv").read_bytes()
     done = run("search", out, "--gene", "A2M", "-o", "search/gene_CD24")
@@ -326,8 +316,7 @@ def test_two_slides_of_one_name_have_files_of_their_own(slides, tmp_path):
     done = run("search", tmp_path, "--gene", "CD24", "-k", 99, "-o", tmp_path / "found")
     assert done.returncode == 0, done.stderr
     names = {"a__features__s", "b__features__s"}
-    with (tmp_path / "found" / "found.csv").open(newline="") as file:
-        assert {row["slide"] for row in csv.DictReader(file)} == names
+    assert {row["slide"] for row in table(tmp_path / "found" / "found.csv")} == names
     assert {path.stem for path in (tmp_path / "found").glob("*.geojson")} == names
 
 
@@ -338,18 +327,13 @@ def test_a_damaged_slide_is_named_and_the_others_are_searched(slides, tmp_path):
         file["features"][0, 0] = np.nan
     whole = (tmp_path / slides[1].path.name).read_bytes()
     (tmp_path / slides[1].path.name).write_bytes(whole[: len(whole) // 2])
-    x, y = slides[2].grid.xy_l0[0].tolist()
-    for words in (
-        ["--gene", "CD24"],
-        ["--signature", "CD24,A2M"],
-        ["--patch", f"{slides[2].path.stem}:{x},{y}"],
-    ):
+    for words in (["--gene", "CD24"], ["--signature", "CD24,A2M"], ["--patch", at(slides[2])]):
         done = run("search", tmp_path, *words, "-k", 99, "-o", tmp_path / words[0])
         assert done.returncode == 1
         assert f"{slides[0].path.name} holds NaN or infinity; encode that slide again" in done.stderr
         assert f"{slides[1].path.name} cannot be read" in done.stderr
-        with (tmp_path / words[0] / "found.csv").open(newline="") as file:
-            assert {row["slide"] for row in csv.DictReader(file)} == {slides[2].path.stem}
+        found = table(tmp_path / words[0] / "found.csv")
+        assert {row["slide"] for row in found} == {slides[2].path.stem}
 
 
 def test_a_slide_that_has_moved_costs_the_sheet_only(drawn_slides, tiny, tmp_path):
@@ -373,21 +357,12 @@ def test_a_slide_that_has_moved_costs_the_sheet_only(drawn_slides, tiny, tmp_pat
         (["--gene", "CD24", "-k", "0"], "allowed: 1 or more"),
         (["--patch", "slide_0000:999999,0"], "no patch of slide_0000 contains"),
         (["--image", "x.png"], "give its µm/px, such as --image-mpp 0.5"),
-        (
-            ["--profile", "none.csv"],
-            "cannot read none.csv: No such file or directory; give a table of genes and counts",
-        ),
+        (["--profile", "none.csv"], "none.csv: No such file or directory; give a table of genes and counts"),
         (["--region", "slide_0000"], "type SLIDE:FILE.geojson"),
         (["--gene", "CD24", "--per-slide", "0"], "allowed: 1 or more"),
-        (
-            ["--gene", "CD24", "--index", "use"],
-            "--index use answers patch, image, profile only; leave it out",
-        ),
+        (["--gene", "CD24", "--index", "use"], "--index use answers patch, image, profile only; leave it"),
         ([], "type what to search for, such as --gene NAME or --patch SLIDE:X,Y, or --index build"),
     ],
 )
 def test_the_command_refuses_in_one_line(out, words, answer, tmp_path):
-    done = run("search", out, *words, "-o", tmp_path)
-    assert done.returncode == 2
-    assert answer in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    assert_refused(answer, "search", out, *words, "-o", tmp_path)

@@ -39,9 +39,8 @@ def homogeneous(count, seed=5):
         patches = round(area * 78 * rng.uniform(0.93, 1.05))
         seconds = patches / 250 * rng.uniform(0.8, 1.2) + 2
         path = f"/data/cohort/s{k}.svs"
-        done = StatusRow(
-            path, f"s{k}", "done", "", patches, area, 0.25, "openslide.mpp-x", "openslide 4 (JPEG)"
-        )
+        read = (patches, area, 0.25, "openslide.mpp-x", "openslide 4 (JPEG)")
+        done = StatusRow(path, f"s{k}", "done", "", *read)
         rows.append(replace(done, seconds=seconds, patches_per_s=patches / seconds, read_errors=0))
     return rows
 
@@ -51,14 +50,13 @@ def failing(name, reason, folder="/data/my slides"):
     return StatusRow(path, name, "failed", seconds=0.1, reason=reason.format(path=path))
 
 
-def overlay(out, name, size=(900, 700), noise=False):
+def overlay(out, name, size=(900, 700), low=200, **options):
+    """A picture of noise from ``low`` to 200."""
     path = out / "overlays" / f"{name}.jpg"
     path.parent.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(3)
-    pixels = (
-        rng.integers(0, 256, (size[1], size[0], 3), np.uint8) if noise else np.full((*size, 3), 200, np.uint8)
-    )
-    Image.fromarray(pixels).save(path, "JPEG", quality=95)
+    pixels = np.random.default_rng(3).integers(low, 201, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(pixels).save(path, "JPEG", quality=95, **options)
+    return path
 
 
 def page(tmp_path, rows, **kwargs):
@@ -105,9 +103,8 @@ def test_nothing_is_loaded_from_outside(tmp_path):
 def test_hostile_names_are_shown_as_text(tmp_path):
     rows = homogeneous(10)
     for name in HOSTILE:
-        rows.append(
-            replace(rows[0], slide=f"/x/{name}", name=name, case_id=name, reader=name, mpp_source=name)
-        )
+        words = dict.fromkeys(("name", "case_id", "reader", "mpp_source"), name)
+        rows.append(replace(rows[0], slide=f"/x/{name}", **words))
         rows.append(failing(name, f"{{path}}: {name.replace('{', '{{').replace('}', '}}')}"))
         rows.append(StatusRow(f"/x/{name}", "", "ignored", reason=name))
     overlay(tmp_path, HOSTILE[2])
@@ -125,9 +122,7 @@ def test_names_that_are_no_text_do_not_stop_it(tmp_path):
     overlay(tmp_path, name)
     parsed = page(tmp_path, [replace(row, name=name) for row in homogeneous(1)])
     assert r"caf\xe9" in parsed.text
-    assert {"href": "overlays/caf%E9", "class": "pic"} in [
-        {k: v.removesuffix(".jpg") for k, v in a.items()} for a in parsed.all("a")
-    ]
+    assert {"href": "overlays/caf%E9.jpg", "class": "pic"} in parsed.all("a")
 
 
 def test_no_rows_make_a_page_that_says_so(tmp_path):
@@ -167,18 +162,15 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
 
 @pytest.mark.parametrize("size", [(2048, 1584), (300, 2048), (2048, 60), (30, 20)])
 def test_thumbnails_are_small_whatever_they_show(tmp_path, size):
-    overlay(tmp_path, "noise", size, noise=True)
-    jpeg = read_thumbnail(tmp_path / "overlays" / "noise.jpg")
+    jpeg = read_thumbnail(overlay(tmp_path, "noise", size, low=0))
     assert jpeg is not None
     assert len(jpeg) <= THUMBNAIL_BYTES
 
 
 def test_a_kept_thumbnail_is_taken_as_it_is_and_nothing_is_decoded(tmp_path, monkeypatch):
     for name, grey in (("s0", 60), ("s1", 200)):
-        overlay(tmp_path, name)
         kept = make_thumbnail(Image.new("RGB", (900, 700), (grey,) * 3))
-        path = tmp_path / "overlays" / f"{name}.jpg"
-        Image.open(path).save(path, exif=exif_of(kept))
+        overlay(tmp_path, name, exif=exif_of(kept))
     monkeypatch.setattr(drawing, "make_thumbnail", None)
     images = page(tmp_path, homogeneous(2)).all("img")
     shown = [Image.open(BytesIO(base64.b64decode(i["src"].partition(",")[2]))) for i in images]
@@ -188,15 +180,12 @@ def test_a_kept_thumbnail_is_taken_as_it_is_and_nothing_is_decoded(tmp_path, mon
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0II*\0", exif_of(b"\xff\xd8")[:-1], Image.Exif().tobytes()])
 def test_an_exif_block_of_another_kind_is_no_thumbnail(tmp_path, exif):
-    overlay(tmp_path, "a")
-    path = tmp_path / "overlays" / "a.jpg"
-    Image.open(path).save(path, exif=exif)
+    path = overlay(tmp_path, "a", exif=exif)
     assert max(Image.open(BytesIO(read_thumbnail(path))).size) == 320
 
 
 def test_a_broken_overlay_is_none(tmp_path):
-    overlay(tmp_path, "a", noise=True)
-    path = tmp_path / "overlays" / "a.jpg"
+    path = overlay(tmp_path, "a", low=0)
     path.write_bytes(path.read_bytes()[:2000])
     assert read_thumbnail(path) is None
     path.write_text("no picture")
@@ -209,7 +198,7 @@ def test_a_slide_takes_at_most_40_kb(tmp_path):
     for count in (10, 60):
         rows = [replace(row, read_errors=1) for row in homogeneous(count)]  # each is shown twice
         for row in rows:
-            overlay(tmp_path, row.name, (1024, 800), noise=True)
+            overlay(tmp_path, row.name, (1024, 800), low=0)
         sizes.append(write_report(rows, tmp_path, tmp_path / "r.html").stat().st_size)
     assert (sizes[1] - sizes[0]) / 50 < 40_000
 
@@ -274,14 +263,13 @@ def test_without_tissue_the_patches_are_compared_and_few_slides_are_not():
 
 def test_failures_are_grouped_by_kind():
     rows = [failing(f"a {k}", "{path} is empty (0 bytes); copy it again") for k in range(5)]
+    damaged = "{{path}}: openslide cannot read 512 x 512 px of level 0 at ({}, {}): damaged"
+    rows += [failing(f"b{k}", damaged.format(k, 7 * k)) for k in range(3)]
+    exists = "/out/feats/{}.h5 exists, made with another request ({!r}, now {!r})"
     rows += [
-        failing(
-            f"b{k}", f"{{path}}: openslide cannot read 512 x 512 px of level 0 at ({k}, {7 * k}): damaged"
-        )
-        for k in range(3)
+        failing(name, exists.format(name, *two))
+        for name, *two in (("c", "uni", "conch"), ("d", "conch", "uni"))
     ]
-    rows.append(failing("c", "/out/feats/c.h5 exists, made with another request ('uni', now 'conch')"))
-    rows.append(failing("d", "/out/feats/d.h5 exists, made with another request ('conch', now 'uni')"))
     assert group_reasons(rows) == [
         ("… is empty (0 bytes); copy it again", [0, 1, 2, 3, 4]),
         ("openslide cannot read 512 x 512 px of level 0 at (…, …): damaged", [5, 6, 7]),

@@ -1,5 +1,7 @@
 """Numbers over the slide: one cell per patch where it lies, colours, the picture."""
 
+import io
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,12 +12,19 @@ from seal_extract import find_tissue, make_grid, open_slide
 from seal_extract.errors import GeometryError, UsageError
 from seal_extract.patches.grid import PatchGrid
 from seal_extract.slides.drawing import caption_font, draw_text, text_width
-from seal_extract.view.layers import PatchRaster, colour, limits
+from seal_extract.view.layers import Layer, PatchRaster, colour, limits
 from seal_extract.view.pictures import draw_heatmap, legend_of
 
 
 def grid_of(xy, size=224, overlap=0, patch_px=224):
     return PatchGrid(np.array(xy, np.int64).reshape(-1, 2), patch_px, 0.5, size, overlap, 0, size)
+
+
+@pytest.fixture
+def cut(drawn_slides):
+    """A slide and its grid."""
+    with open_slide(drawn_slides[0]) as slide:
+        yield slide, make_grid(slide, find_tissue(slide), 224, 0.5)
 
 
 @given(
@@ -41,9 +50,11 @@ def test_every_patch_has_a_cell_in_its_middle(cells, corner, size, overlap):
 
 def test_patches_on_no_common_grid_are_drawn_finer():
     raster = PatchRaster.of(grid_of([(0, 0), (300, 17), (1000, 555)]))
-    picture = raster.paint(np.full((3, 3), 7, np.uint8))
     assert raster.cell_l0 == 28
-    assert (picture[..., 3] > 0).sum() == 3 * 64
+    png = Layer(np.diag([9, 9, 9]).astype(np.uint8), {}).png(raster)
+    rgba = np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
+    assert [int((rgba[..., channel] == 9).sum()) for channel in range(3)] == [64, 64, 64]
+    assert (rgba[..., 3] > 0).sum() == 3 * 64
 
 
 def test_no_patch_cannot_be_drawn():
@@ -56,15 +67,11 @@ def test_colours_go_from_dark_to_light_and_stop_at_the_ends():
     assert rgb.sum(1).tolist() == sorted(rgb.sum(1).tolist())
     assert rgb[0].tolist() == rgb[1].tolist()
     assert rgb[3].tolist() == rgb[4].tolist()
-
-
-def test_limits_of_equal_values_stay_apart():
     assert limits(np.full(5, 3.0))[1] > 3.0
 
 
-def test_the_picture_has_each_patch_in_its_colour(drawn_slides, tmp_path):
-    slide = open_slide(drawn_slides[0])
-    grid = make_grid(slide, find_tissue(slide), 224, 0.5)
+def test_the_picture_has_each_patch_in_its_colour(cut, tmp_path):
+    slide, grid = cut
     values = np.arange(len(grid), dtype=float)
     low, high = draw_heatmap(slide, grid, values, tmp_path / "a.png", "CD24", unit="log1p")
     picture = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
@@ -78,7 +85,6 @@ def test_the_picture_has_each_patch_in_its_colour(drawn_slides, tmp_path):
         seen = picture[int((y - top) * scale), int((x - left) * scale)]
         grey = (seen - 0.65 * rgb) / 0.35  # what lies under the colour is grey, so the same in all channels
         assert np.ptp(grey) < 6
-    slide.close()
 
 
 def test_the_legend_says_what_lies_beyond_the_colours():
@@ -103,11 +109,9 @@ def test_signs_that_the_font_lacks_are_drawn(sign):
     assert text_width(f"7.4 mm{sign}", caption_font(24)) > text_width("7.4 mm", caption_font(24))
 
 
-def test_values_that_do_not_fit_are_refused(drawn_slides, tmp_path):
-    slide = open_slide(drawn_slides[0])
-    grid = make_grid(slide, find_tissue(slide), 224, 0.5)
+def test_values_that_do_not_fit_are_refused(cut, tmp_path):
+    slide, grid = cut
     with pytest.raises(UsageError, match=r"values are \[1\] for \d+ patches"):
         draw_heatmap(slide, grid, np.zeros(1), tmp_path / "a.png", "x")
     with pytest.raises(UsageError, match="the value of patch 0 is not finite"):
         draw_heatmap(slide, grid, np.full(len(grid), np.nan), tmp_path / "a.png", "x")
-    slide.close()

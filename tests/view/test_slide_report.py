@@ -15,7 +15,9 @@ import h5py
 import numpy as np
 import pytest
 import viewer_fixtures
+from cohort_fixtures import assert_refused
 from cohort_fixtures import run_here as run
+from gene_fixtures import random_decoder
 from PIL import Image
 from viewer_fixtures import Page, Tags, data_of, numbers, write_report
 
@@ -24,9 +26,8 @@ from seal_extract.errors import OutputError, UsageError
 from seal_extract.features.store import open_origin
 from seal_extract.genes.gene_lists import Signature
 from seal_extract.genes.predict import moments, predict_genes, signature_scores
-from seal_extract.patches.grid import PatchGrid
 from seal_extract.view import report
-from seal_extract.view.layers import Layer, PatchRaster, colour, limits
+from seal_extract.view.layers import PatchRaster, colour, limits
 from seal_extract.view.report import is_report, report_path, write_slide_report
 
 pytest.importorskip("xstatic.pkg.leaflet")
@@ -34,19 +35,18 @@ pytest.importorskip("xstatic.pkg.leaflet")
 EPITHELIUM = Signature("Epithelium <b>", viewer_fixtures.EPITHELIUM)
 
 
-@pytest.fixture
-def features(slide_0):
-    return slide_0
+features = pytest.fixture(lambda slide_0: slide_0, name="features")
+html = pytest.fixture(lambda slide_report: slide_report.read_text(encoding="utf-8"), name="html")
+data = pytest.fixture(lambda slide_report: data_of(slide_report), name="data")
 
 
-@pytest.fixture
-def html(slide_report):
-    return slide_report.read_text(encoding="utf-8")
+def picture(base64_text):
+    return Image.open(io.BytesIO(base64.b64decode(base64_text)))
 
 
-@pytest.fixture
-def data(slide_report):
-    return data_of(slide_report)
+def assert_scores(layer, features, decoder, signature):
+    (scores,) = signature_scores([features], decoder, signature)
+    np.testing.assert_allclose(numbers(layer["values"]), scores, rtol=2**-10, atol=2**-14)
 
 
 # --- what is in it ------------------------------------------------------------------------------------
@@ -136,10 +136,7 @@ def test_values_are_those_predicted(data, features, decoder):
         assert layer["mean"] == pytest.approx(expected.mean(), rel=1e-5)
         assert layer["sd"] == pytest.approx(expected.std(), rel=1e-4)
         assert (layer["legend"]["low"], layer["legend"]["high"]) == pytest.approx(limits(expected), rel=1e-4)
-    (scores,) = signature_scores([features], decoder, EPITHELIUM)
-    np.testing.assert_allclose(
-        numbers(data["kinds"]["signatures"][0]["values"]), scores, rtol=2**-10, atol=2**-14
-    )
+    assert_scores(data["kinds"]["signatures"][0], features, decoder, EPITHELIUM)
 
 
 def test_attention_of_each_class_is_in_multiples_of_the_mean(data, features):
@@ -152,9 +149,9 @@ def test_attention_of_each_class_is_in_multiples_of_the_mean(data, features):
 
 def test_a_picture_has_the_viridis_colours_of_the_values_at_the_patches(data, features, decoder):
     layer = data["kinds"]["genes"][0]
-    picture = Image.open(io.BytesIO(base64.b64decode(layer["picture"])))
-    assert picture.mode == "P"
-    rgba, raster = np.asarray(picture.convert("RGBA")).astype(int), PatchRaster.of(features.grid)
+    image = picture(layer["picture"])
+    assert image.mode == "P"
+    rgba, raster = np.asarray(image.convert("RGBA")).astype(int), PatchRaster.of(features.grid)
     assert rgba.shape[:2] == raster.shape
     assert (rgba[..., 3] > 0).sum() == len(features.grid)
     column, row = raster.boxes[:, :2].T
@@ -170,14 +167,13 @@ def test_places_outline_and_picture_are_those_of_the_slide(data, features):
     corners = np.concatenate([np.array(ring) for ring in data["slide"]["tissue"]])
     assert (corners >= 0).all()
     assert (corners <= features.provenance["slide"]["size_l0"]).all()
-    picture = Image.open(io.BytesIO(base64.b64decode(data["picture"])))
-    assert picture.format == "JPEG"
-    assert picture.size == tuple(features.provenance["slide"]["size_l0"])  # it has less than 3000 px
+    assert picture(data["picture"]).format == "JPEG"
+    assert picture(data["picture"]).size == tuple(features.provenance["slide"]["size_l0"])  # below 3000 px
 
 
 def test_the_picture_is_as_large_as_asked_for(features, tmp_path):
     data = data_of(write_report(features, tmp_path / "a.html", None, max_px=500))
-    assert max(Image.open(io.BytesIO(base64.b64decode(data["picture"]))).size) == 500
+    assert max(picture(data["picture"]).size) == 500
 
 
 def test_float16_holds_what_it_can_and_float32_the_rest():
@@ -185,14 +181,6 @@ def test_float16_holds_what_it_can_and_float32_the_rest():
         packed = report.pack_numbers(np.array(values, np.float32))
         assert packed["type"] == kind
         np.testing.assert_array_equal(numbers(packed), values)
-
-
-def test_patches_that_lie_on_no_common_grid_are_all_in_the_picture():
-    xy = np.array([[0, 0], [224, 3], [460, 229]])
-    raster = PatchRaster.of(PatchGrid(xy, 224, 0.5, 224, 0, 0, 224))
-    png = Layer(np.array([[9, 0, 0], [0, 9, 0], [0, 0, 9]], np.uint8), {}).png(raster)
-    rgba = np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
-    assert [int((rgba[..., channel] == 9).sum()) for channel in range(3)] == [64, 64, 64]
 
 
 # --- less in it ---------------------------------------------------------------------------------------
@@ -215,8 +203,7 @@ def test_no_genes_but_two_signatures_of_one_name(features, decoder, tmp_path):
     kinds = data_of(path)["kinds"]
     assert "genes" not in kinds
     for layer, signature in zip(kinds["signatures"], signatures, strict=True):
-        (scores,) = signature_scores([features], decoder, signature)
-        np.testing.assert_allclose(numbers(layer["values"]), scores, rtol=2**-10, atol=2**-14)
+        assert_scores(layer, features, decoder, signature)
 
 
 def test_attention_over_other_patches_is_left_out_and_that_is_said(features, tmp_path):
@@ -235,14 +222,11 @@ def test_attention_over_other_patches_is_left_out_and_that_is_said(features, tmp
     assert str(tmp_path) not in path.read_text(encoding="utf-8")
 
 
-def test_patches_that_could_not_be_read_are_told(features, tmp_path):
+def test_patches_that_could_not_be_read_and_slides_without_any_are_told(features, decoder, tmp_path):
     broken = replace(features, provenance=features.provenance | {"unreadable": [{"row": 2}]})
     slide = data_of(write_report(broken, tmp_path / "a.html", None))["slide"]
     assert slide["unread"] == [2]
     assert "1 patch could not be read" in " ".join(slide["notes"])
-
-
-def test_a_slide_without_patches_is_shown_as_it_is(features, decoder, tmp_path):
     empty = replace(features, grid=replace(features.grid, xy_l0=np.empty((0, 2), np.int64)))
     data = data_of(write_report(empty, tmp_path / "a.html", decoder))
     assert data["kinds"] == {}
@@ -269,10 +253,7 @@ def test_more_genes_than_a_page_has_room_for(features, decoder, tmp_path, monkey
         ({"genes": ["EPCAN"]}, "EPCAN is not among the genes of seal-tiny; the nearest are"),
         ({"signatures": [Signature("x", {"NOT1": 1.0})]}, "none of the 1 genes of x"),
         ({"max_px": 100}, "the picture's longest side is 100 px; allowed: --max-px 256 to 8000"),
-        (
-            {"decoder": None, "genes": ["EPCAM"]},
-            "without an expression decoder of seal-tiny; leave out --genes",
-        ),
+        ({"decoder": None, "genes": ["EPCAM"]}, "an expression decoder of seal-tiny; leave out --genes"),
         ({"decoder": "0" * 64}, f"the decoder has weights {'0' * 12} and slide_0.h5 was made by"),
         ({"size_l0": [10, 10]}, "the slide has 1400 x 1100 px and slide_0.h5 was made of 10 x 10"),
     ],
@@ -308,9 +289,8 @@ def test_a_report_is_replaced_and_what_is_none_is_not(features, tmp_path):
 
 
 def test_the_command_writes_a_file_for_each_slide(viewer_out, tmp_path):
-    done = run(
-        "report", viewer_out, "-o", tmp_path, "--genes", "EPCAM, CD74", "--signature", "EPCAM,KRT8,NOSUCH"
-    )
+    words = ["--genes", "EPCAM, CD74", "--signature", "EPCAM,KRT8,NOSUCH"]
+    done = run("report", viewer_out, "-o", tmp_path, *words)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "seal-extract: EPCAM,KRT8,NOSUCH: 2 of 3 genes are in the panel; missing: NOSUCH\n"
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"slide_{i}.html" for i in range(3)]
@@ -318,11 +298,6 @@ def test_the_command_writes_a_file_for_each_slide(viewer_out, tmp_path):
     kinds = data_of(tmp_path / "slide_1.html")["kinds"]
     assert [layer["legend"]["title"] for layer in kinds["genes"]] == ["EPCAM", "CD74"]
     assert [layer["legend"]["title"] for layer in kinds["signatures"]] == ["EPCAM,KRT8,NOSUCH"]
-
-
-def test_it_lies_beside_the_features_by_default(features):
-    expected = features.path.parent.parent / "reports_seal-tiny" / "slide_0.html"
-    assert report_path(features) == expected
 
 
 def test_a_slide_that_fails_does_not_stop_the_others(viewer_out, tmp_path):
@@ -345,10 +320,7 @@ def test_a_slide_that_fails_does_not_stop_the_others(viewer_out, tmp_path):
     ],
 )
 def test_what_no_slide_can_have_is_told_once(viewer_out, tmp_path, options, line):
-    done = run("report", viewer_out, "-o", tmp_path / "new", *options)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert line in done.stderr
+    assert_refused(line, "report", viewer_out, "-o", tmp_path / "new", *options)
     assert not (tmp_path / "new").exists()
 
 
@@ -358,8 +330,9 @@ def test_an_encoder_without_a_decoder_has_pages_without_genes(drawn_slides, enco
     done = run("report", found.path)
     assert done.returncode == 0, done.stderr
     assert "has no expression decoder" in done.stderr
-    data = data_of(report_path(found))
-    assert set(data["kinds"]) == {"embedding", "clusters"}
+    page = found.path.parent.parent / f"reports_{encoder.spec.name}" / f"{found.path.stem}.html"
+    assert report_path(found) == page  # beside the features by default
+    assert set(data_of(page)["kinds"]) == {"embedding", "clusters"}
     assert run("report", found.path, "--genes", "EPCAM").returncode == 1
 
 
@@ -367,9 +340,8 @@ def test_two_slides_of_one_name_are_not_written_to_one_file(features, viewer_out
     copy = tmp_path / "other" / "slide_0.h5"
     copy.parent.mkdir()
     shutil.copy(features.path, copy)
-    done = run("report", features.path, copy, "-o", tmp_path / "new")
-    assert done.returncode == 2
-    assert "would both become slide_0.html" in done.stderr
+    words = ["report", features.path, copy, "-o", tmp_path / "new"]
+    assert_refused("would both become slide_0.html", *words)
 
 
 # --- how large ----------------------------------------------------------------------------------------
@@ -378,23 +350,14 @@ def test_two_slides_of_one_name_are_not_written_to_one_file(features, viewer_out
 @pytest.mark.slow
 def test_a_large_slide_stays_small_enough_to_mail(tmp_path, drawn_slides, features, decoder, chromium):
     """50,000 patches of noise, the worst to compress, with 50 genes:  pytest -m slow -s -k small_enough."""
-    import torch
     from test_viewer_size import DIM, PATCHES, timed, write_large_run
 
-    from seal_extract.encoders.heads import ExpressionDecoder
-    from seal_extract.encoders.spec import Decoder
-
-    out = write_large_run(tmp_path, drawn_slides[0], features.path)
+    out = write_large_run(tmp_path, drawn_slides[0], features)
     large = read_features(next(out.rglob("large.h5")))
-    torch.manual_seed(0)
-    layers = ExpressionDecoder(DIM, Decoder(512, decoder.n_genes)).to_empty(device="cpu")
-    for layer in (layers.hidden, layers.genes):
-        layer.reset_parameters()
-    wide = replace(decoder, dim=DIM, _layers=layers.requires_grad_(False))
+    wide = replace(random_decoder(DIM, 500), weights=decoder.weights)
     took, path = timed(lambda: write_report(large, tmp_path / "large.html", wide, genes=wide.genes[:50]))
     size = path.stat().st_size
     data = data_of(path)
-    picture = len(data["picture"])
     genes = sum(len(g["picture"]) + len(g["values"]["base64"]) for g in data["kinds"]["genes"])
     page = Page(chromium)
     opened, _ = timed(lambda: page.open(path.as_uri()))
@@ -402,9 +365,9 @@ def test_a_large_slide_stays_small_enough_to_mail(tmp_path, drawn_slides, featur
     page.look("document.activeElement.blur()")
     chosen, _ = timed(lambda: (page.keys("p"), page.until("return document.querySelector('#patch b')")))
     print(
-        f"\n{PATCHES:,} patches, 50 genes: {size / 1e6:.1f} MB (slide {picture / 1e6:.1f}, genes "
-        f"{genes / 1e6:.1f}), written in {took / 1000:.1f} s, opened in {opened / 1000:.1f} s, first gene "
-        f"after {switched:.0f} ms, first patch after {chosen:.0f} ms"
+        f"\n{PATCHES:,} patches, 50 genes: {size / 1e6:.1f} MB (slide {len(data['picture']) / 1e6:.1f}, "
+        f"genes {genes / 1e6:.1f}), written in {took / 1000:.1f} s, opened in {opened / 1000:.1f} s, "
+        f"first gene after {switched:.0f} ms, first patch after {chosen:.0f} ms"
     )
     assert size < 15e6
     assert page.console() == []

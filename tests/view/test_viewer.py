@@ -22,17 +22,17 @@ import cv2
 import numpy as np
 import pytest
 from cohort_fixtures import command
-from PIL import Image
+from PIL import Image, ImageColor
 from viewer_fixtures import SLIDES, gallery_of, serving
 
 from seal_extract import extract, open_slide, read_features
 from seal_extract.errors import EncoderError, SealExtractError, UsageError
 from seal_extract.run.status_table import read_status
 from seal_extract.view.collection import Collection, SlideTiles
-from seal_extract.view.gallery import LruCache, alike_in_others, alike_in_slide
+from seal_extract.view.gallery import LruCache
 from seal_extract.view.gene_maps import GeneMaps
 from seal_extract.view.guard import REQUEST_S
-from seal_extract.view.layers import Components, cluster_centres, cluster_colours, nearest_centre
+from seal_extract.view.layers import Components, cluster_layer
 from seal_extract.view.viewer import make_app
 
 pytest.importorskip("uvicorn")
@@ -106,34 +106,28 @@ def test_layers_are_a_pixel_per_step_of_the_grid(client, viewer_out):
         assert coloured >= len(grid), kind
 
 
-def test_a_genes_legend_says_what_its_colours_mean(client):
-    status, legend = client.json("/api/slides/0/layers/genes/legend?of=epcam")
-    values = np.frombuffer(client.ask("/api/slides/0/layers/genes/values?of=epcam")[2], "<f4")
-    assert status == 200
+def test_a_legend_says_what_the_colours_of_a_gene_and_of_several_mean(client):
+    def layer(genes):
+        legend, values = (f"/api/slides/0/layers/genes/{part}?of={genes}" for part in ("legend", "values"))
+        return client.json(legend)[1], np.frombuffer(client.ask(values)[2], "<f4")
+
+    legend, values = layer("epcam")
     assert (legend["title"], legend["unit"]) == ("EPCAM", "predicted log1p expression")
     assert legend["least"] == pytest.approx(values.min())
     assert legend["low"] == pytest.approx(np.percentile(values, 1), rel=1e-5)
-
-
-def test_several_genes_are_a_signature(client):
-    status, legend = client.json("/api/slides/0/layers/genes/legend?of=EPCAM,CD74:0.5")
-    values = np.frombuffer(client.ask("/api/slides/0/layers/genes/values?of=EPCAM,CD74:0.5")[2], "<f4")
-    assert status == 200
+    legend, values = layer("EPCAM,CD74:0.5")
     assert "2 genes" in legend["unit"]
     assert abs(values.mean()) < 1e-4  # standardised over the slide
 
 
-def test_an_unknown_gene_is_told_with_its_nearest(client):
+def test_genes_are_suggested_and_an_unknown_one_is_told_with_its_nearest(client):
+    assert client.json("/api/suggest?typed=epc")[1] == ["EPCAM"]
+    assert all("A1" in name for name in client.json("/api/suggest?typed=a1")[1])
     status, answer = client.json("/api/slides/0/layers/genes/legend?of=EPCAN")
     assert status == 400
     assert "EPCAN is not among the genes of seal-tiny" in answer["error"]
     assert client.json("/api/check?typed=EPCAN")[1]["nearest"][0] == "EPCAM"
     assert client.json("/api/check?typed=EPCAM")[1] == {"why": "", "nearest": []}
-
-
-def test_genes_are_suggested_from_the_panel(client):
-    assert client.json("/api/suggest?typed=epc")[1] == ["EPCAM"]
-    assert all("A1" in name for name in client.json("/api/suggest?typed=a1")[1])
 
 
 def test_a_patch_has_genes_and_neighbours(client, viewer_out):
@@ -142,12 +136,21 @@ def test_a_patch_has_genes_and_neighbours(client, viewer_out):
     assert len(patch["genes"]) == 12
     above = [gene["above"] for gene in patch["genes"]]
     assert above == sorted(above, reverse=True)
-    inside = client.json("/api/slides/0/patches/2/alike?scope=slide")[1]
-    beyond = client.json("/api/slides/0/patches/2/alike?scope=cohort")[1]
-    assert {a["slide"] for a in inside} == {0}
-    assert 2 not in {a["row"] for a in inside}
-    assert {a["slide"] for a in beyond} <= {1, 2}
     assert picture(client.ask("/api/slides/0/patches/2/image")[2]).shape == (160, 160, 3)
+    slides = [read_features(path) for path in sorted(viewer_out.rglob("features_seal-tiny/*.h5"))]
+    query = slides[0].features[2] / np.linalg.norm(slides[0].features[2])
+    cosine = [slide.features @ query / np.linalg.norm(slide.features, axis=1) for slide in slides]
+    for scope, expected in (("slide", np.delete(cosine[0], 2)), ("cohort", np.concatenate(cosine[1:]))):
+        alike = client.json(f"/api/slides/0/patches/2/alike?scope={scope}")[1]
+        assert [a["cosine"] for a in alike] == pytest.approx(np.sort(expected)[::-1][:8], abs=1e-5)
+        assert all(cosine[a["slide"]][a["row"]] == pytest.approx(a["cosine"], abs=1e-5) for a in alike)
+
+
+def test_a_slide_alone_has_no_neighbours_beyond_it(slide_0, tmp_path):
+    copy = tmp_path / "out" / "features_seal-tiny" / "slide_0.h5"
+    copy.parent.mkdir(parents=True)
+    shutil.copy(slide_0.path, copy)
+    assert gallery_of(tmp_path / "out").alike(0, 1, "cohort") == []
 
 
 def test_a_region_has_the_patches_whose_centre_lies_in_it(client):
@@ -166,25 +169,15 @@ def test_a_region_has_the_patches_whose_centre_lies_in_it(client):
 # --- what it refuses ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/../../etc/passwd",
-        "/static/../../../etc/passwd",
-        "/static/..%2f..%2fetc%2fpasswd",
-        "/static/viewer.py",
-        "/api/slides/../../etc/passwd",
-        "/api/slides/%2e%2e%2f%2e%2e%2fetc%2fpasswd/thumbnail",
-        "/api/slides/-1",
-        "/api/slides/0x1",
-        "/api/slides/²",
-        f"/api/slides/{'9' * 5000}",
-        "/api/slides/0/layers/embedding/..%2f..",
-    ],
-)
-def test_no_path_reaches_the_disk(client, path):
-    status, answer = client.json(path.encode().decode("latin-1").replace("²", "%C2%B2").replace("Â", ""))
-    assert (status, answer) == (404, {"error": "there is nothing at this address"})
+@pytest.mark.parametrize("folder", ["/", "/static/", "/api/slides/"])
+@pytest.mark.parametrize("path", ["../../etc/passwd", "..%2f..%2fetc%2fpasswd", "%2e%2e%2fetc/image", "a.py"])
+def test_no_path_reaches_the_disk(client, folder, path):
+    assert client.json(folder + path) == (404, {"error": "there is nothing at this address"})
+
+
+@pytest.mark.parametrize("slide", ["-1", "0x1", "%C2%B2", "9" * 5000, "0/layers/embedding/..%2f.."])
+def test_a_slide_that_is_no_number_is_not_found(client, slide):
+    assert client.json(f"/api/slides/{slide}") == (404, {"error": "there is nothing at this address"})
 
 
 def test_a_gmt_file_cannot_be_named_as_a_gene(client, tmp_path):
@@ -260,10 +253,8 @@ def test_other_sites_pages_are_refused(client):
     assert client.ask("/api/slides", Origin="http://evil.example")[0] == 403
     assert client.ask("/api/slides/0/thumbnail", Sec_Fetch_Site="cross-site")[0] == 403
     assert client.ask("/", Sec_Fetch_Site="cross-site")[0] == 200  # a link that was followed
-    assert (
-        client.ask("/api/slides", Origin=f"http://127.0.0.1:{client.port}", Sec_Fetch_Site="same-origin")[0]
-        == 200
-    )
+    own = f"http://127.0.0.1:{client.port}"
+    assert client.ask("/api/slides", Origin=own, Sec_Fetch_Site="same-origin")[0] == 200
 
 
 def test_everything_carries_a_policy_without_other_sites_or_inline_script(client):
@@ -278,55 +269,36 @@ def test_everything_carries_a_policy_without_other_sites_or_inline_script(client
     assert "://" not in page
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"",
-        b"{",
-        b"[]",
-        b"{}",
-        b'{"polygon": 3}',
-        b'{"polygon": "abc"}',
-        b'{"polygon": [[1, 2], [3, 4]]}',
-        b'{"polygon": [[1, 2], [3, 4], [5]]}',
-        b'{"polygon": [[1, 2], [3, 4], [NaN, 1]]}',
-        b'{"polygon": [[1, 2], [3, 4], [1e300, 1]]}',
-        b'{"polygon": [[1, 2], [3, 4], [1e999, 1]]}',
-        b'{"polygon": ' + b"[" * 30000 + b"}",
-        b'{"polygon": [' + b",".join([b"[1,2]"] * 1001) + b"]}",
-        b"x" * 70_000,
-        b"\xff\xfe",
-    ],
-    ids=lambda body: body[:24].decode("latin-1"),
-)
-def test_malformed_regions_get_one_line(client, body):
-    status, answer = client.json("/api/slides/0/region", method="POST", body=body)
-    assert status == 400
-    assert "\n" not in answer["error"]
+def test_malformed_regions_get_one_line(client):
+    corners = ["[5]", "[NaN, 1]", "[1e300, 1]", "[1e999, 1]"]
+    polygons = ["3", '"abc"', "[[1, 2], [3, 4]]", "[" * 30000, f"[{','.join(['[1,2]'] * 1001)}]"]
+    polygons += [f"[[1, 2], [3, 4], {corner}]" for corner in corners]
+    bodies = [f'{{"polygon": {polygon}}}'.encode() for polygon in polygons]
+    for body in (b"", b"{", b"[]", b"{}", b"x" * 70_000, b"\xff\xfe", *bodies):
+        status, answer = client.json("/api/slides/0/region", method="POST", body=body)
+        assert status == 400, body[:40]
+        assert "\n" not in answer["error"]
     assert client.ask("/api/slides")[0] == 200
 
 
-def test_malformed_questions_get_one_line(client):
-    for path, status in (
-        ("/api/slides/0/layers/clusters/legend?of=99", 400),
-        ("/api/slides/0/layers/clusters/legend?of=abc", 400),
-        ("/api/slides/0/layers/attention/legend?of=7", 400),
-        ("/api/slides/0/layers/nothing/legend", 400),
-        ("/api/slides/0/layers/genes/legend?of=" + "A" * 5000, 400),
-        ("/api/slides/0/layers/genes/legend?of=EPCAM:x", 400),
-        ("/api/slides/0/layers/genes/legend?of=EPCAM:nan", 400),
-        ("/api/slides/0/patches/9999", 400),
-        ("/api/slides/0/tiles/9/0/0", 400),
-        ("/api/slides/0/tiles/0/99/0", 400),
-        ("/api/slides/0/tiles/0/0/99", 400),
-        ("/api/slides/99", 400),
-        ("/api/slides/3", 422),
-        ("/api/slides/1/layers/attention/legend?of=0", 400),
-        ("/api/slides/0/patches/0/alike?scope=all", 400),
-    ):
-        got, answer = client.json(path)
-        assert got == status, path
-        assert answer["error"], path
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(f"0/layers/clusters/legend?of={k}" for k in ("99", "abc")),
+        *(f"0/layers/genes/legend?of={genes}" for genes in ("A" * 5000, "EPCAM:x", "EPCAM:nan")),
+        *(f"0/tiles/{tile}" for tile in ("9/0/0", "0/99/0", "0/0/99")),
+        *("0/layers/attention/legend?of=7", "1/layers/attention/legend?of=0", "0/layers/nothing/legend"),
+        *("0/patches/9999", "0/patches/0/alike?scope=all", "99"),
+    ],
+)
+def test_malformed_questions_get_one_line(client, path):
+    status, answer = client.json(f"/api/slides/{path}")
+    assert status == 400
+    assert "\n" not in answer["error"]
+
+
+def test_a_failed_slide_and_another_method_have_their_status(client):
+    assert client.json("/api/slides/3")[0] == 422
     assert client.json("/api/slides", method="DELETE")[0] == 405
 
 
@@ -461,12 +433,8 @@ def test_an_encoder_without_decoder_or_names_says_so():
         raise EncoderError("uni has no expression decoder")
 
     genes = GeneMaps(without)
-    assert genes.state() == {
-        "named": False,
-        "why": "uni has no expression decoder",
-        "count": 0,
-        "signatures": [],
-    }
+    why = "uni has no expression decoder"
+    assert genes.state() == {"named": False, "why": why, "count": 0, "signatures": []}
     with pytest.raises(EncoderError, match="no expression decoder"):
         genes.suggest("A")
 
@@ -474,29 +442,18 @@ def test_an_encoder_without_decoder_or_names_says_so():
 # --- colours, neighbours, effects -----------------------------------------------------------------------
 
 
-def three_groups():
+def test_clusters_find_groups_the_largest_first_along_the_components_of_the_sample():
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((3, 40)).astype(np.float32) * 5
     group = np.repeat([0, 1, 2], [60, 40, 20])
-    return centres[group] + rng.standard_normal((120, 40)).astype(np.float32) * 0.1, group
-
-
-def test_clusters_find_groups_the_largest_first_and_the_same_each_time():
-    rows, group = three_groups()
+    rows = centres[group] + rng.standard_normal((120, 40)).astype(np.float32) * 0.1
     components = Components.of(rows)
-    labels = nearest_centre(components.project(rows), cluster_centres(components, 3))
-    assert np.array_equal(labels, group)
-    again = cluster_centres(Components.of(rows), 3)
-    assert np.array_equal(again, cluster_centres(components, 3))
-    with pytest.raises(UsageError, match="allowed: 2 to 12"):
-        cluster_centres(components, 13)
-
-
-def test_components_are_those_of_the_singular_value_decomposition():
-    rows, _ = three_groups()
     exact = np.linalg.svd(rows - rows.mean(0), full_matrices=False)[2][:2]
-    found = Components.of(rows).axes[:, :2].T
-    assert np.abs(np.abs((exact * found).sum(1)) - 1).max() < 1e-4
+    assert np.abs(np.abs((exact * components.axes[:, :2].T).sum(1)) - 1).max() < 1e-4
+    for _ in range(2):  # the same each time
+        assert np.array_equal(cluster_layer(components, rows, 3, slides=1).values, group)
+    with pytest.raises(UsageError, match="allowed: 2 to 12"):
+        cluster_layer(components, rows, 13, slides=1)
 
 
 def test_embeddings_narrower_than_three_still_have_colours():
@@ -506,21 +463,11 @@ def test_embeddings_narrower_than_three_still_have_colours():
 
 
 def test_cluster_colours_differ():
-    lab = cv2.cvtColor(cluster_colours(12)[None].astype(np.float32) / 255, cv2.COLOR_RGB2Lab)[0]
+    rows = np.random.default_rng(0).standard_normal((50, 4)).astype(np.float32)
+    rgb = [ImageColor.getrgb(c) for c in cluster_layer(Components.of(rows), rows, 12, 1).legend["colours"]]
+    lab = cv2.cvtColor(np.array([rgb], np.float32) / 255, cv2.COLOR_RGB2Lab)[0]
     apart = np.linalg.norm(lab[:, None] - lab[None], axis=-1) + 1000 * np.eye(12)
     assert apart.min() > 30
-
-
-def test_neighbours_are_those_of_the_whole_matrix(viewer_out):
-    slides = [read_features(path) for path in sorted(viewer_out.rglob("features_seal-tiny/*.h5"))]
-    query = slides[0].features[1]
-    everything = np.concatenate([slide.features for slide in slides[1:]])
-    cosine = everything @ query / np.linalg.norm(everything, axis=1) / np.linalg.norm(query)
-    found = alike_in_others(slides[0], 1, slides, 5)
-    assert [one.score for one in found] == pytest.approx(np.sort(cosine)[::-1][:5], abs=1e-5)
-    assert {one.slide.path for one in found} <= {slide.path for slide in slides[1:]}
-    assert alike_in_others(slides[0], 1, slides[:1], 5) == []
-    assert 1 not in {one.row for one in alike_in_slide(slides[0], 1, 5)}
 
 
 # --- the command ----------------------------------------------------------------------------------------

@@ -1,14 +1,16 @@
 """How fast the viewer is on a slide of 100,000 x 100,000 px with 50,000 patches:  pytest -m slow -s."""
 
+import copy
 import struct
 import time
 
 import cv2
 import numpy as np
 import pytest
+from gene_fixtures import random_decoder
 from viewer_fixtures import Page, gallery_of, serving
 
-from seal_extract import open_slide, read_features
+from seal_extract import open_slide
 from seal_extract.features.feature_file import SlideLabel
 from seal_extract.features.layouts import open_layout
 from seal_extract.patches.grid import PatchGrid
@@ -77,7 +79,7 @@ def jpeg_tiles(slide_path):
 
 
 def write_large_run(folder, drawn, model):
-    """The slide and its features, random but in groups."""
+    """The slide and its features, random but in groups, with the provenance of the features ``model``."""
     slide = write_repeating_slide(folder / "large.tiff", jpeg_tiles(drawn))
     step = 448
     across = SIDE_PX // step
@@ -85,7 +87,7 @@ def write_large_run(folder, drawn, model):
     xy = np.stack([cells % across, cells // across], 1).astype(np.int64) * step
     grid = PatchGrid(xy, 224, 0.5, step, 0, 0, step)
     size, label = (SIDE_PX, SIDE_PX), SlideLabel("large", (SIDE_PX, SIDE_PX), 0.25)
-    provenance = read_features(model).provenance
+    provenance = copy.deepcopy(model.provenance)
     provenance["slide"] |= {"path": str(slide), "size_l0": size, "mpp": 0.25}
     provenance["grid"] = {k: getattr(grid, k) for k in provenance["grid"]}
     provenance["encoder"] |= {"name": "large", "dim": DIM}
@@ -99,33 +101,21 @@ def write_large_run(folder, drawn, model):
     return folder / "out"
 
 
-def random_decoder():
-    """As large as SEAL's: to 2,000 genes over 512 hidden numbers."""
-    import torch
-
-    from seal_extract.encoders.heads import ExpressionDecoder
-    from seal_extract.encoders.spec import Decoder
-    from seal_extract.genes.decoder import GeneDecoder
-
-    torch.manual_seed(0)
-    layers = ExpressionDecoder(DIM, Decoder(512, 2000)).to_empty(device="cpu").requires_grad_(False)
-    for parameter in layers.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    return GeneDecoder("large", DIM, 2000, tuple(f"GENE{i}" for i in range(2000)), None, layers)
-
-
 def timed(work):
     start = time.perf_counter()
     answer = work()
     return 1000 * (time.perf_counter() - start), answer
 
 
+@pytest.fixture(scope="module")
+def out(tmp_path_factory, drawn_slides, slide_0):
+    return write_large_run(tmp_path_factory.mktemp("large"), drawn_slides[0], slide_0)
+
+
 @pytest.mark.slow
-def test_a_large_slide_opens_and_moves_fast(tmp_path, drawn_slides, viewer_out):
-    model = next(viewer_out.rglob("features_seal-tiny/slide_0.h5"))
-    out = write_large_run(tmp_path, drawn_slides[0], model)
+def test_a_large_slide_opens_and_moves_fast(out):
     took, gallery = timed(lambda: gallery_of(out))
-    gallery.genes = GeneMaps(random_decoder)
+    gallery.genes = GeneMaps(lambda: random_decoder(DIM, 2000))
     print(f"\n{SIDE_PX:,} x {SIDE_PX:,} px, {PATCHES:,} patches of {DIM} numbers, in milliseconds")
     print(f"looking through the folder {took:.0f}")
     with serving(gallery) as client:
@@ -151,9 +141,8 @@ def test_a_large_slide_opens_and_moves_fast(tmp_path, drawn_slides, viewer_out):
         for zoom in range(zooms[0] - 1, -1, -1):
             across = -(-SIDE_PX // (TILE_PX << zoom))
             places = rng.integers(0, across, (20, 2)).tolist()
-            times = [
-                timed(lambda c=c, r=r, z=zoom: ask(f"/api/slides/0/tiles/{z}/{c}/{r}"))[0] for c, r in places
-            ]
+            tiles = [f"/api/slides/0/tiles/{zoom}/{column}/{row}" for column, row in places]
+            times = [timed(lambda path=path: ask(path))[0] for path in tiles]
             print(f"zoom {zoom}: a tile {np.median(times):.0f}, the slowest of 20 {max(times):.0f}")
         for what, path in (
             ("embedding as colours, with its components", "/api/slides/0/layers/embedding/picture"),
@@ -175,9 +164,7 @@ def test_a_large_slide_opens_and_moves_fast(tmp_path, drawn_slides, viewer_out):
 
 
 @pytest.mark.slow
-def test_a_large_slide_in_a_browser(tmp_path, drawn_slides, viewer_out, chromium):
-    model = next(viewer_out.rglob("features_seal-tiny/slide_0.h5"))
-    out = write_large_run(tmp_path, drawn_slides[0], model)
+def test_a_large_slide_in_a_browser(out, viewer_out, chromium):
     tiles = "const tiles = [...document.querySelectorAll('.slide-tile')];"
     whole = f"{tiles} return tiles.length > 3 && tiles.every(tile => tile.complete)"
     for what, folder in (("100,000 x 100,000 px", out), ("1,400 x 1,100 px", viewer_out)):
