@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import secrets
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -51,7 +50,7 @@ def run_view(args: argparse.Namespace) -> int:
     from seal_extract.view.collection import Collection
     from seal_extract.view.gallery import Gallery
     from seal_extract.view.gene_maps import GeneMaps
-    from seal_extract.view.viewer import listen, serve
+    from seal_extract.view.viewer import listen, make_server
 
     collection = Collection.find(args.out, _name(args.encoder), args.slides)
     provenance = next(s.provenance for s in collection.slides if s.provenance)
@@ -64,9 +63,10 @@ def run_view(args: argparse.Namespace) -> int:
         if moved:
             slides = "1 slide is" if moved == 1 else f"{moved} slides are"
             warn(f"{slides} not where the features say; type --slides FOLDER")
+        server = make_server(gallery, sock, token, debug=args.debug)
         with suppress(KeyboardInterrupt):
-            announce = partial(_announce, address, len(collection.slides), args, Path(private))
-            serve(gallery, sock, token, announce, debug=args.debug)
+            _announce(address, len(collection.slides), args, Path(private))
+            server.run(sockets=[sock])
     echo("stopped")
     return 0
 

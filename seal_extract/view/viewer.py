@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 MEDIA = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 BYTES = "application/octet-stream"
 CACHED = "private, max-age=86400, immutable"  # for addresses with a version, which the page makes
+BACKLOG = 2048  # connections that wait
 WORKERS = max(2, min(4, os.cpu_count() or 1))
 
 Answer = Callable[[Query], Any]  # to JSON, or (content, media type)
@@ -34,7 +35,7 @@ Endpoint = Callable[["Request"], Awaitable["Response"]]
 
 
 def make_app(gallery: Gallery, port: int, token: str) -> Guard:
-    """The application that `serve` runs.
+    """The application of the server.
 
     Raises:
         UsageError: its libraries are not installed.
@@ -164,7 +165,7 @@ def _check_installed() -> None:
 
 
 def listen(port: int) -> socket.socket:
-    """A socket on this machine's own address; port 0 takes a free one.
+    """A socket that listens on this machine's own address; port 0 takes a free one.
 
     Raises:
         UsageError: the port is in use, or may not be used.
@@ -174,6 +175,7 @@ def listen(port: int) -> socket.socket:
         if os.name == "posix":  # elsewhere it would let two servers share a port
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(("127.0.0.1", port))
+        sock.listen(BACKLOG)  # clients that come before the server runs are answered by it
     except (OSError, OverflowError) as exc:
         sock.close()
         reason = getattr(exc, "strerror", None) or exc
@@ -182,7 +184,13 @@ def listen(port: int) -> socket.socket:
 
 
 def make_server(gallery: Gallery, sock: socket.socket, token: str, *, debug: bool = False) -> Any:
-    """The server that `serve` runs, of uvicorn."""
+    """A server of uvicorn; ``run(sockets=[sock])`` answers requests that have the token until Ctrl-C.
+
+    With ``debug``, unexpected errors go to standard error with their traceback.
+
+    Raises:
+        UsageError: its libraries are not installed.
+    """
     app = make_app(gallery, sock.getsockname()[1], token)
     import uvicorn
 
@@ -194,38 +202,11 @@ def make_server(gallery: Gallery, sock: socket.socket, token: str, *, debug: boo
         lifespan="off",
         timeout_keep_alive=30,
         timeout_graceful_shutdown=1,
-        backlog=2048,
+        backlog=BACKLOG,
         server_header=False,
     )
-    return uvicorn.Server(config)
-
-
-def serve(
-    gallery: Gallery,
-    sock: socket.socket,
-    token: str,
-    started: Callable[[], None] = lambda: None,
-    *,
-    debug: bool = False,
-) -> None:
-    """Answer requests that have the token, on a socket from `listen`, until Ctrl-C.
-
-    ``started`` is called once the server answers. With ``debug``, unexpected errors go to standard error with
-    their traceback.
-
-    Raises:
-        UsageError: its libraries are not installed.
-    """
-    server = make_server(gallery, sock, token, debug=debug)
-    begin = server.startup
-
-    async def startup(sockets: Any = None) -> None:
-        await begin(sockets=sockets)
-        started()
-
-    server.startup = startup
     _allow_files()
-    server.run(sockets=[sock])
+    return uvicorn.Server(config)
 
 
 def _allow_files() -> None:
