@@ -31,7 +31,6 @@ from seal_extract.encoders.registry import bundled, list_encoders, names_with_de
 from seal_extract.encoders.spec import HEAD
 from seal_extract.encoders.state_dict import as_row_spells
 from seal_extract.errors import EncoderError, UsageError
-from seal_extract.genes.gene_lists import named_genes
 
 
 @dataclass(frozen=True)
@@ -112,6 +111,20 @@ class GeneDecoder:
             UsageError: the columns have no names.
         """
         return named_genes(self.genes, self.n_genes, self.name)
+
+
+def named_genes(genes: tuple[str, ...] | None, n_genes: int, name: str) -> tuple[str, ...]:
+    """The gene names of a decoder or an expression encoder.
+
+    Raises:
+        UsageError: they are not known.
+    """
+    if genes is None:
+        raise UsageError(
+            f"the gene names of the {n_genes} columns of {name} are not published; give "
+            "--panel genes.txt, one name per line in the order of its training"
+        )
+    return genes
 
 
 def column_names(decoder: GeneDecoder) -> tuple[str, ...]:

@@ -45,20 +45,6 @@ def read_panel(path: str | os.PathLike[str]) -> tuple[str, ...]:
     return names
 
 
-def named_genes(genes: tuple[str, ...] | None, n_genes: int, name: str) -> tuple[str, ...]:
-    """The gene names of a decoder or an expression encoder.
-
-    Raises:
-        UsageError: they are not known.
-    """
-    if genes is None:
-        raise UsageError(
-            f"the gene names of the {n_genes} columns of {name} are not published; give "
-            "--panel genes.txt, one name per line in the order of its training"
-        )
-    return genes
-
-
 # --- signatures -----------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ from seal_extract.encoders.hub import fetch
 from seal_extract.encoders.locate import fetch_published, is_repository
 from seal_extract.encoders.registry import bundled, find_spec, names_with_decoder
 from seal_extract.errors import CheckpointError, UsageError
-from seal_extract.genes.gene_lists import named_genes
+from seal_extract.genes.decoder import named_genes
 
 HIDDEN = (1024, 512)
 FLOWS = 3
