@@ -41,6 +41,17 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+@pytest.fixture
+def tiny_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the tiny encoders known by name for one test."""
+    from encoder_fixtures import BASES, SEALS
+
+    from seal_extract.encoders.registry import ROWS
+
+    for row in (*BASES, *SEALS):
+        monkeypatch.setitem(ROWS, row.name, row)
+
+
 @pytest.fixture(name="run")
 def type_command(capsys):
     """Type a command: (exit status, lines of output, lines of error)."""

@@ -65,12 +65,6 @@ SEALS = tuple(map(tiny_seal, ("conch", "univ2", "virchow2", "h0mini", "phikon2")
 SEAL_TINY_CONCH, SEAL_TINY_VIT, SEAL_VIRCHOW, SEAL_H0, SEAL_PHIKON = SEALS
 
 
-def add_tiny_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the tiny encoders known by name for one test."""
-    for row in (*BASES, *SEALS):
-        monkeypatch.setitem(ROWS, row.name, row)
-
-
 # --- tensors ------------------------------------------------------------------------------------------------
 
 

@@ -93,11 +93,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(self.hub.status, b"")
         if path == "/api/validate-yaml":
             return self._card(json.loads(body)["content"])
-        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if token != GOOD_TOKEN:
-            return self._send(
-                403 if token in TOKENS else 401, b"", {"X-Error-Message": "You may not write here"}
-            )
+        if self._token != GOOD_TOKEN:
+            status = 403 if self._token in TOKENS else 401
+            return self._send(status, b"", {"X-Error-Message": "You may not write here"})
         if path == "/api/repos/create":
             return self._create(json.loads(body))
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", path):
@@ -106,6 +104,10 @@ class _Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
             return self._commit(match[1], [json.loads(line) for line in body.splitlines()])
         return self._send(404, b"")
+
+    @property
+    def _token(self) -> str:
+        return self.headers.get("Authorization", "").removeprefix("Bearer ")
 
     def _chunks(self) -> bytes:
         whole = b""
@@ -157,8 +159,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/whoami-v2":
             return self._whoami()
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/auth-check", path):
-            status, headers = self._refusal(match[1], "main") or (200, {})
-            return self._send(status, b"", headers)
+            return None if self._refused(match[1], "main") else self._send(200, b"")
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             return self._api(match[1], match[2] or "main")
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
@@ -166,52 +167,44 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(404, b"")
 
     def _whoami(self) -> None:
-        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if token not in TOKENS:
+        if self._token not in TOKENS:
             return self._send(401, b"", {"X-Error-Message": "Invalid credentials in Authorization header"})
-        return self._json({"name": token.removeprefix("hf_"), "type": "user"})
+        return self._json({"name": self._token.removeprefix("hf_"), "type": "user"})
 
-    def _refusal(self, repo_id: str, revision: str) -> tuple[int, dict[str, str]] | None:
-        token = self.headers.get("Authorization", "").removeprefix("Bearer ") or None
-        repo = self.hub.repos.get(repo_id)
-        if token is not None and token not in TOKENS:
-            return 401, {"X-Error-Message": "Invalid credentials in Authorization header"}
-        if repo is None and token is None:
-            return 401, {"X-Error-Message": "Invalid username or password."}
-        if repo is None:
-            return 404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
-        if repo.gated and token is None:
-            return 401, {
-                "X-Error-Code": "GatedRepo",
-                "X-Error-Message": "Access is restricted. Please log in.",
-            }
-        if repo.gated and token == OUTSIDE_TOKEN:
-            return 403, {
-                "X-Error-Code": "GatedRepo",
-                "X-Error-Message": "You are not in the authorized list.",
-            }
-        if repo.gated and token == NARROW_TOKEN:
-            return 403, {"X-Error-Message": "Please enable access to public gated repositories"}
-        if revision not in ("main", repo.commit, *repo.history):
-            return 404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": f"Invalid rev id: {revision}"}
-        return None
+    def _refused(self, repo_id: str, revision: str) -> bool:
+        """Whether the request was answered by a refusal."""
+        repo, token = self.hub.repos.get(repo_id), self._token
+        refusal: tuple[int, str, str] | None = None  # status, code, message
+        if token and token not in TOKENS:
+            refusal = 401, "", "Invalid credentials in Authorization header"
+        elif repo is None:
+            missing = 404, "RepoNotFound", "Repository not found"
+            refusal = missing if token else (401, "", "Invalid username or password.")
+        elif repo.gated and not token:
+            refusal = 401, "GatedRepo", "Access is restricted. Please log in."
+        elif repo.gated and token == OUTSIDE_TOKEN:
+            refusal = 403, "GatedRepo", "You are not in the authorized list."
+        elif repo.gated and token == NARROW_TOKEN:
+            refusal = 403, "", "Please enable access to public gated repositories"
+        elif revision not in ("main", repo.commit, *repo.history):
+            refusal = 404, "RevisionNotFound", f"Invalid rev id: {revision}"
+        if refusal is None:
+            return False
+        status, code, message = refusal
+        self._send(status, b"", {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {}))
+        return True
 
     def _api(self, repo_id: str, revision: str) -> None:
-        if refused := self._refusal(repo_id, revision):
-            return self._send(refused[0], b"", refused[1])
+        if self._refused(repo_id, revision):
+            return None
         repo = self.hub.repos[repo_id]
-        siblings = [{"rfilename": name} for name in repo.files]
-        info = {
-            "id": repo_id,
-            "sha": repo.commit,
-            "gated": "manual" if repo.gated else False,
-            "siblings": siblings,
-        }
-        return self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
+        files = [{"rfilename": name} for name in repo.files]
+        gated = "manual" if repo.gated else False
+        return self._json({"id": repo_id, "sha": repo.commit, "gated": gated, "siblings": files})
 
     def _resolve(self, repo_id: str, revision: str, name: str, body: bool) -> None:
-        if refused := self._refusal(repo_id, revision):
-            return self._send(refused[0], b"", refused[1])
+        if self._refused(repo_id, revision):
+            return None
         repo = self.hub.repos[repo_id]
         commit, files = repo.at(revision)
         headers = {"X-Repo-Commit": commit}

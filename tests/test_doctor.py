@@ -2,7 +2,7 @@
 
 import openslide
 import pytest
-from encoder_fixtures import SEAL_TINY_VIT, TINY_VIT, adapters, add_tiny_rows, base_file, local_hub, save
+from encoder_fixtures import SEAL_TINY_VIT, TINY_VIT, adapters, base_file, local_hub, save
 from hub_server import GOOD_TOKEN, OUTSIDE_TOKEN, Repo
 from synthetic_slide import write_synthetic_slide
 
@@ -84,8 +84,7 @@ def test_a_bad_slide_is_a_finding_and_the_exit_status(hub, tmp_path, capsys):
     assert err == "seal-extract: 1 of the checks above failed\n"
 
 
-def test_an_encoder_tells_its_files_and_what_was_merged(hub, tmp_path, monkeypatch, capsys):
-    add_tiny_rows(monkeypatch)
+def test_an_encoder_tells_its_files_and_what_was_merged(hub, tmp_path, tiny_rows, capsys):
     save(base_file(TINY_VIT), tmp_path / "pytorch_model.bin")
     path = save(adapters(SEAL_TINY_VIT), tmp_path / "a.pth")
     assert main(["doctor", "--offline", "--encoder", "seal-tiny-vit", "--checkpoint", str(path)]) == 0

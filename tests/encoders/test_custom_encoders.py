@@ -273,10 +273,7 @@ def test_its_encoder_loads_like_any_other(install, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (
-            "broken",
-            r"plugin a of unknown package \(.*:broken\): it is left out: ImportError: No module",
-        ),
+        ("broken", r"plugin a of unknown package \(.*:broken\): it is left out: ImportError: No module"),
         ("nothing", "it is left out: AttributeError"),
         ("leaving", "it is left out: SystemExit: 3"),
         ("MODELS", "a str in it is left out: allowed: EncoderSpec"),

@@ -6,7 +6,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from encoder_fixtures import SEAL_TINY_CONCH, add_tiny_rows, load, save, seal_file
+from encoder_fixtures import SEAL_TINY_CONCH, load, save, seal_file
 
 from seal_extract.encoders import files
 from seal_extract.encoders.files import FoundFile, WeightFile, sha256_of
@@ -62,8 +62,7 @@ def test_the_second_time_it_is_remembered_under_any_name(hasher, weights, tmp_pa
     assert WeightFile.of(FoundFile(weights, "lab/x", sha256=sha256(weights))).sha256 == sha256(weights)
 
 
-def test_an_encoder_loaded_twice(hasher, tmp_path, monkeypatch):
-    add_tiny_rows(monkeypatch)
+def test_an_encoder_loaded_twice(hasher, tmp_path, tiny_rows):
     path = save(seal_file(SEAL_TINY_CONCH), tmp_path / "whole.pth")
     first, second = (load("seal-tiny-conch", path) for _ in range(2))
     assert first.weights == second.weights

@@ -18,16 +18,7 @@ import timm
 import torch
 from conftest import shared
 from encoder_fixtures import PREFIX, as_batch, targets
-from oracle_files import (
-    BACKBONES,
-    BASE_FILES,
-    WRAPPED,
-    fill_by_rule,
-    is_own,
-    keys_of,
-    oracle_rule,
-    rule_key,
-)
+from oracle_files import BACKBONES, BASE_FILES, WRAPPED, fill_by_rule, is_own, keys_of, oracle_rule, rule_key
 from PIL import Image
 from torch import nn
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
@@ -69,22 +60,6 @@ def test_a_row_expects_exactly_the_keys_of_the_published_files(backbone):
     assert without_ignored(spelled(keys["base"], base), base) == needed
 
 
-@pytest.fixture(scope="module")
-def conch_files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("conch")
-    fill_by_rule("conch", folder)
-    yield folder
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="module")
-def univ2_files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("univ2")
-    fill_by_rule("univ2", folder)
-    yield folder
-    shutil.rmtree(folder)
-
-
 def hold_to_oracle(backbone, encoder, arrays):
     """Both paths within max abs 1e-5 and relative 1e-6, in float32 on the CPU."""
     reference, inputs = np.load(shared(f"oracle/{backbone}.npz")), oracle_rule().make_inputs()
@@ -103,18 +78,15 @@ def load(name, path):
     return load_encoder(name, checkpoint=path, device="cpu", precision="float32")
 
 
-def test_conch(conch_files):
-    seal = load("seal-conch", conch_files / "whole.pth")
-    hold_to_oracle("conch", seal, ["emb_224", "emb_256", "emb_448"])
-    hold_to_oracle("conch", load("conch", conch_files / "pytorch_model.bin"), ["emb_nolora_224"])
-    from_parts = load("seal-conch", conch_files / "alone.pth").state_dict()
+@pytest.mark.parametrize("backbone", ["conch", pytest.param("univ2", marks=pytest.mark.slow)])
+def test_the_authors_code_gave_the_same(backbone, tmp_path):
+    fill_by_rule(backbone, tmp_path)
+    seal = load(f"seal-{backbone}", tmp_path / "whole.pth")
+    hold_to_oracle(backbone, seal, ["emb_224", "emb_256", "emb_448"])
+    hold_to_oracle(backbone, load(backbone, tmp_path / "pytorch_model.bin"), ["emb_nolora_224"])
+    from_parts = load(f"seal-{backbone}", tmp_path / "alone.pth").state_dict()
     assert all(torch.equal(v, from_parts[k]) for k, v in seal.state_dict().items())
-
-
-@pytest.mark.slow
-def test_univ2(univ2_files):
-    hold_to_oracle("univ2", load("seal-univ2", univ2_files / "whole.pth"), ["emb_224", "emb_256", "emb_448"])
-    hold_to_oracle("univ2", load("univ2", univ2_files / "pytorch_model.bin"), ["emb_nolora_224"])
+    shutil.rmtree(tmp_path)
 
 
 MEASURE = r"""

@@ -16,7 +16,6 @@ from encoder_fixtures import (
     TINY_CONCH,
     TINY_VIT,
     adapters,
-    add_tiny_rows,
     as_batch,
     base_file,
     load,
@@ -36,10 +35,7 @@ from seal_extract.encoders.tower import HEADS, AttentionalPooler, empty_tower
 from seal_extract.encoders.transform import middle, scaled_size
 from seal_extract.errors import EncoderError, UsageError
 
-
-@pytest.fixture(autouse=True)
-def _tiny_rows(monkeypatch):
-    add_tiny_rows(monkeypatch)
+pytestmark = pytest.mark.usefixtures("tiny_rows")
 
 
 @pytest.fixture
@@ -119,15 +115,10 @@ def test_two_paths_one_result_at_the_patchs_own_size(seal_conch, side):
     assert torch.equal(seal_conch.encode(as_batch(patches)), by_pil)
 
 
-@pytest.mark.parametrize("side", [28, 40, 100, 17])
-def test_two_paths_one_result_with_a_resize(seal_vit, side):
-    patches = noise_patches(3, side)
-    by_pil = seal_vit(torch.stack([seal_vit.transform(Image.fromarray(p)) for p in patches]))
-    torch.testing.assert_close(seal_vit.encode(as_batch(patches)), by_pil, rtol=1e-3, atol=1e-3)
-
-
-def test_oblong_patches_keep_their_middle_square(seal_vit):
-    patches = np.ascontiguousarray(noise_patches(2, 60)[:, 5:45])  # 40 high, 60 wide
+@pytest.mark.parametrize("size", [(28, 28), (40, 40), (100, 100), (17, 17), (40, 60)])
+def test_two_paths_one_result_with_a_resize(seal_vit, size):
+    """Oblong patches keep their middle square."""
+    patches = np.ascontiguousarray(noise_patches(3, max(size))[:, : size[0], : size[1]])
     by_pil = seal_vit(torch.stack([seal_vit.transform(Image.fromarray(p)) for p in patches]))
     torch.testing.assert_close(seal_vit.encode(as_batch(patches)), by_pil, rtol=1e-3, atol=1e-3)
 

@@ -9,7 +9,6 @@ from encoder_fixtures import (
     SEAL_TINY_VIT,
     TINY_CONCH,
     adapters,
-    add_tiny_rows,
     as_batch,
     base_file,
     noise_patches,
@@ -24,10 +23,7 @@ from seal_extract.encoders.encoder import Encoder
 from seal_extract.encoders.heads import decoder_shapes, filled_decoder, official_key, own_key
 from seal_extract.errors import CheckpointError, EncoderError, UsageError
 
-
-@pytest.fixture(autouse=True)
-def _tiny_rows(monkeypatch):
-    add_tiny_rows(monkeypatch)
+pytestmark = pytest.mark.usefixtures("tiny_rows")
 
 
 @pytest.fixture

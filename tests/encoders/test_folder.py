@@ -13,7 +13,6 @@ import yaml
 from encoder_fixtures import (
     SEAL_TINY_VIT,
     TINY_CONCH,
-    add_tiny_rows,
     as_batch,
     load,
     local_hub,
@@ -31,12 +30,9 @@ from seal_extract.encoders import find_spec, folder
 from seal_extract.encoders.checkpoint import read_tensors
 from seal_extract.errors import NetworkError, OutputError, TokenError, UsageError
 
+pytestmark = pytest.mark.usefixtures("tiny_rows")
+
 PANEL = tuple(f"GENE{i}" for i in range(10))
-
-
-@pytest.fixture(autouse=True)
-def _tiny_rows(monkeypatch):
-    add_tiny_rows(monkeypatch)
 
 
 @pytest.fixture
@@ -313,6 +309,7 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 import seal_extract.encoders.build as build
+
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 def anonymous():
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) * 1024

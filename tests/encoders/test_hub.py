@@ -12,7 +12,6 @@ import torch
 from encoder_fixtures import (
     SEAL_TINY_CONCH,
     TINY_CONCH,
-    add_tiny_rows,
     as_batch,
     base_file,
     load,
@@ -104,12 +103,7 @@ def test_a_users_own_environment_counts(hub, tmp_path, monkeypatch):
         (None, "lab/gated", TokenError, r"no token.*hf auth login.*https://huggingface.co/lab/gated"),
         ("hf_made_up", "lab/open", TokenError, r"does not accept the token.*hf auth login"),
         (NARROW_TOKEN, "lab/gated", TokenError, r"enable access to public gated.*settings/tokens"),
-        (
-            OUTSIDE_TOKEN,
-            "lab/gated",
-            GateError,
-            r"is gated.*ask for it at https://huggingface.co/lab/gated$",
-        ),
+        (OUTSIDE_TOKEN, "lab/gated", GateError, r"is gated.*ask for it at https://huggingface.co/lab/gated$"),
         (None, "lab/none", TokenError, r"lab/none is gated, private or does not exist, and no token"),
         (GOOD_TOKEN, "lab/none", MissingOnHubError, "there is no repository lab/none"),
         (None, "lab/open/much/too/deep", UsageError, "owner/name"),
@@ -174,9 +168,8 @@ def test_offline_without_a_copy_names_the_command(hub, monkeypatch):
 
 
 @pytest.fixture
-def lab(hub, tmp_path, monkeypatch):
+def lab(hub, tmp_path, tiny_rows):
     """A Hub with a tiny SEAL encoder and its base."""
-    add_tiny_rows(monkeypatch)
     whole = save(seal_file(SEAL_TINY_CONCH), tmp_path / "whole.pth").read_bytes()
     base = save(base_file(TINY_CONCH), tmp_path / "base.bin").read_bytes()
     hub.repos["lab/SEAL"] = Repo({"tiny-conch-seal-vision.pth": whole})
@@ -217,13 +210,3 @@ def test_repositories_of_others(lab, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", GOOD_TOKEN)
     with pytest.raises(MissingOnHubError, match=r"no folder lab/nothing here.*no repository lab/nothing"):
         load("lab/nothing")
-
-
-def test_a_copy_that_was_damaged_in_the_cache(lab):
-    (weights,) = load("seal-tiny-conch").weights
-    blob = fetch("lab/SEAL", [weights.file]).path.resolve()
-    content = bytearray(blob.read_bytes())
-    content[-2000:-1900] = bytes(100)
-    blob.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"is damaged.*fetch it again"):
-        load("seal-tiny-conch")

@@ -18,7 +18,6 @@ from encoder_fixtures import (
     SEAL_TINY_VIT,
     TINY_VIT,
     adapters,
-    add_tiny_rows,
     as_batch,
     base_file,
     noise_patches,
@@ -37,10 +36,7 @@ from seal_extract.encoders import load_encoder
 from seal_extract.errors import CheckpointError, EncoderError
 from seal_extract.genes.omics import load_omics
 
-
-@pytest.fixture(autouse=True)
-def _tiny_rows(monkeypatch):
-    add_tiny_rows(monkeypatch)
+pytestmark = pytest.mark.usefixtures("tiny_rows")
 
 
 # --- the real architectures ---------------------------------------------------------------------------------
@@ -136,10 +132,7 @@ def apart(got, expected):
 
 @pytest.mark.parametrize(
     ("backbone", "build", "blocks"),
-    [
-        ("conch", conch, {11}),
-        pytest.param("univ2", univ2, {21, 22, 23}, marks=pytest.mark.slow),
-    ],
+    [("conch", conch, {11}), pytest.param("univ2", univ2, {21, 22, 23}, marks=pytest.mark.slow)],
 )
 def test_the_published_files_give_what_an_independent_merge_gives(backbone, build, blocks, tmp_path):
     vision, omics_path = publish(backbone, tmp_path)
@@ -248,10 +241,7 @@ def key(layer, half):
     ("change", "words"),
     [
         ({key(ALL[5], "B"): None}, ["1 half pairs (blocks.1.attn.proj: lora_A [4, 24])"]),
-        (
-            {key(ALL[5], "A"): (5, 24)},
-            ["1 adapters of two ranks in a pair", "[5, 24], lora_B [24, 4]"],
-        ),
+        ({key(ALL[5], "A"): (5, 24)}, ["1 adapters of two ranks in a pair", "[5, 24], lora_B [24, 4]"]),
         (
             {key("blocks.2.mlp.fc1", "A"): (4, 24), key("blocks.2.mlp.fc1", "B"): (96, 4)},
             ["1 adapters on layers that the tower does not have (blocks.2.mlp.fc1"],

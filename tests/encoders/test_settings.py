@@ -12,7 +12,6 @@ from encoder_fixtures import (
     TINY_H0,
     R,
     adapters,
-    add_tiny_rows,
     base_file,
     load,
     lora_shapes,
@@ -25,10 +24,7 @@ from encoder_fixtures import (
 
 from seal_extract.encoders.request import EncoderRequest
 
-
-@pytest.fixture(autouse=True)
-def _tiny_rows(monkeypatch):
-    add_tiny_rows(monkeypatch)
+pytestmark = pytest.mark.usefixtures("tiny_rows")
 
 
 def with_config(folder, text, spec=SEAL_H0, name="config.yaml"):
@@ -88,10 +84,7 @@ def test_a_finished_slide_is_known_again_until_the_config_changes(tmp_path):
         ("lora: {r: 2.5}", ["Expected `int | null`, got `float` - at `$.lora.r`"]),
         ("lora: {r: eight}", ["Expected `int | null`, got `str` - at `$.lora.r`"]),
         ("lora: {lora_alpha: .inf}", ["Expected `float` <= 1000000000.0 - at `$.lora.lora_alpha`"]),
-        (
-            "lora: {use_rslora: true}",
-            ["states use_rslora true, which is not merged"],
-        ),
+        ("lora: {use_rslora: true}", ["states use_rslora true, which is not merged"]),
         ("lora: 8", ["Expected `object | null`, got `int` - at `$.lora`"]),
         ("a: [1, 2", ["cannot be read as YAML"]),
         (

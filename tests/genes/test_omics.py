@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import shared
-from encoder_fixtures import SEAL_TINY_CONCH, TINY_CONCH, add_tiny_rows, base_file, local_hub, save, seal_file
+from encoder_fixtures import SEAL_TINY_CONCH, TINY_CONCH, base_file, local_hub, save, seal_file
 from hub_server import GOOD_TOKEN, Repo
 from oracle_files import keys_of, oracle_rule
 
@@ -147,9 +147,8 @@ def test_arguments_that_cannot_be_meant(tmp_path):
 
 
 @pytest.fixture
-def lab(tmp_path, monkeypatch):
+def lab(tmp_path, monkeypatch, tiny_rows):
     """A Hub with both halves of a tiny SEAL encoder, and its base."""
-    add_tiny_rows(monkeypatch)
     layout = SEAL_TINY_CONCH.published
     files = {
         "seal_tiny-conch_vision.pth": seal_file(SEAL_TINY_CONCH),
