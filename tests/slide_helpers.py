@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import openslide
 import tifffile
 import torch
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -18,6 +20,7 @@ from seal_extract.encoders.encoder import Encoder
 from seal_extract.patches.grid import PatchGrid, level_to_read
 from seal_extract.patches.regions import PatchReader
 from seal_extract.slides.slide import Slide
+from seal_extract.tissue.mask import TissueMask
 
 PRIME = 1_000_003
 KINDS = {
@@ -47,6 +50,20 @@ def grid_of_level(slide: Slide, level: int, xy_level: Iterable[tuple[int, int]],
     downsample = round(slide.levels[level].downsample)
     xy = np.asarray(list(xy_level), np.int64).reshape(-1, 2) * downsample
     return PatchGrid(xy, side_px, slide.mpp * downsample, side_px * downsample, 0, level, side_px)
+
+
+def all_tissue(slide: Slide, downsample: float = 8.0) -> TissueMask:
+    """A mask that is tissue everywhere."""
+    shape = tuple(math.ceil(side / downsample) for side in slide.size_l0[::-1])
+    return TissueMask(np.ones(shape, np.bool_), slide.mpp * downsample, downsample, slide.size_l0)
+
+
+def masks(most_px: int) -> st.SearchStrategy[NDArray[np.bool_]]:
+    """Masks of random pixels with sides of up to ``most_px``."""
+    return st.builds(
+        lambda seed, h, w, density: np.random.default_rng(seed).random((h, w)) < density,
+        *(st.integers(0, 2**32 - 1), st.integers(1, most_px), st.integers(1, most_px), st.floats(0, 1)),
+    )
 
 
 def openslides_regions(path: Path, grid: PatchGrid) -> NDArray[np.uint8]:

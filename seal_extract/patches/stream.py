@@ -147,7 +147,8 @@ class _Stream:
                 if (job := next(jobs, None)) is not None:
                     self._waiting.append(job)
                     continue
-                if ended or not (is_next_ready() or self._is_idle(joined)):
+                idle = not (self._waiting or joined.parts)
+                if ended or not (is_next_ready() or idle):
                     break
                 if (reader := next(readers, None)) is None:
                     ended = True
@@ -161,9 +162,6 @@ class _Stream:
             yield from joined.rest()  # it does not wait for the next slide
             if ended:
                 return
-
-    def _is_idle(self, joined: _Joined) -> bool:
-        return not self._waiting and not joined.parts
 
     def _jobs(self, slide: int, reader: PatchReader) -> Iterator[_Job]:
         rows = len(reader.grid)
@@ -217,14 +215,13 @@ class _Stream:
 
     def _count(self, job: _Job, decoded: HostPixels) -> None:
         errors = self._errors[job.slide] = self._errors.get(job.slide, 0) + len(decoded.unreadable)
-        if errors > self._max_read_errors:
-            first = next(iter(decoded.unreadable.values()))
-            raise ReadError(
-                first
-                if not self._max_read_errors
-                else f"{first} (patch {errors} of this slide that cannot be read; --max-read-errors allows "
-                f"{self._max_read_errors})"
-            )
+        if (allowed := self._max_read_errors) < errors:
+            why = next(iter(decoded.unreadable.values()))
+            if allowed:
+                why += (
+                    f" (patch {errors} of this slide that cannot be read; --max-read-errors allows {allowed})"
+                )
+            raise ReadError(why)
 
 
 class _Upload:

@@ -1,8 +1,4 @@
-"""Find the slides that a run is given as files, folders, patterns, URLs or CSV tables, and name them.
-
-Results are called by these names. Slides of one name in different folders get the folder in front of it,
-``site_a__slide1`` and ``site_b__slide1``, so that none overwrites another.
-"""
+"""Find the slides that a run is given as files, folders, patterns, URLs or CSV tables, and name them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Ready-cut patches of a slide: HDF5 as HEST writes it, NPZ, or a folder of pictures.
-
-Their µm/px is stated by the file or by the user, never guessed.
-"""
+"""Ready-cut patches of a slide: HDF5 as HEST writes it, NPZ, or a folder of pictures."""
 
 from __future__ import annotations
 
@@ -186,11 +183,7 @@ def _open_table(path: Path) -> Any:
 
 
 def _name_of_images(path: Path, table: Any) -> str:
-    """The one array of images.
-
-    Raises:
-        UnsupportedSlideError: there is none, or more than one.
-    """
+    """The one array of images; an `UnsupportedSlideError` if there is none, or more than one."""
     arrays = {name: table[name] for name in table}
     shapes = {name: f"{name} {a.dtype} {list(a.shape)}" for name, a in arrays.items() if hasattr(a, "shape")}
     images = [n for n in shapes if len(arrays[n].shape) == 4 and arrays[n].dtype == np.uint8]

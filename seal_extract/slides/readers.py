@@ -1,7 +1,7 @@
 """One class per reading library, which translates that library's errors and finds the file's µm/px.
 
 OpenSlide reads the scanners' formats and DICOM. Tiffslide reads the TIFFs that OpenSlide refuses or opens
-without µm/px, OME-TIFF above all. Pillow reads plain PNG and JPEG images (`seal_extract.slides.images`).
+without µm/px, OME-TIFF above all. `seal_extract.slides.images` reads plain PNG and JPEG images.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from seal_extract.slides.overview import read_overview
 
 CPU = torch.device("cpu")
 SIZE, ACROSS = (1800, 1400), 8  # tiles of 256 px in a row
+PLACES = [(x, y) for y in range(0, 1200, 200) for x in range(0, 1600, 200)]
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +138,7 @@ def test_fewer_read_errors_allowed_than_there_are_is_told_and_done_again(damaged
 def test_the_reader_fails_at_the_damage_alone_from_any_thread(damaged, svs, tile, kind):
     """OpenSlide's handle fails for ever once it has failed; tiffslide would show damaged JPEG as tissue."""
     with open_slide(damaged(kind)) as slide:
-        places = [(x, y) for y in range(0, 1200, 200) for x in range(0, 1600, 200)]
-        grid = grid_of_level(slide, 0, places, 200)
+        grid = grid_of_level(slide, 0, PLACES, 200)
         decoder, want = RegionReader(slide, grid, Resampling(200)), openslides_regions(svs, grid)
         rows = under(tile, grid).tolist()
 
@@ -158,8 +158,7 @@ def test_the_reader_fails_at_the_damage_alone_from_any_thread(damaged, svs, tile
 @pytest.mark.parametrize("fast", [False, True])
 def test_a_tile_that_only_our_decoder_rejects_is_the_readers(svs, tile, monkeypatch, fast):
     with open_slide(svs) as slide:
-        places = [(x, y) for y in range(0, 1200, 200) for x in range(0, 1600, 200)]
-        grid = grid_of_level(slide, 0, places, 200)
+        grid = grid_of_level(slide, 0, PLACES, 200)
         decoder = open_patch_reader(slide, grid, CPU, fast=fast)
         assert isinstance(decoder, TileReader)
         ((_, rejected),) = decoder._tiled.read([tile])
@@ -221,30 +220,30 @@ def test_tiles_that_the_file_leaves_out_are_what_the_reader_shows(svs, tile, tmp
 
 # --- tables, and what lies before the patches and around them ----------------------------------
 
-FEW = [(page, tag) for page in (0, 2) for tag in ("TileOffsets", "TileByteCounts")]
-BEFORE_PATCHES = {
+BEFORE_PATCHES = {  # error, its words, the directory that is damaged, and how
     **{  # OpenSlide would show black for the rest, and black is taken for glass
         f"too few {tag} of page {page}": (
-            *(SlideOpenError, "knows 2 of"),
-            lambda svs, to, page=page, tag=tag: Damage(svs, to, page).shorten(tag, 2),
+            SlideOpenError,
+            "knows 2 of",
+            page,
+            lambda d, tag=tag: d.shorten(tag, 2),
         )
-        for page, tag in FEW
+        for page in (0, 2)
+        for tag in ("TileOffsets", "TileByteCounts")
     },
-    "JPEG tables missing": (
-        *(ReadError, "level-0 (0, 0)"),
-        lambda svs, to: Damage(svs, to).rename("JPEGTables", 65000),
-    ),
-    "JPEG tables of zeros": (
-        *(ReadError, "level-0 (0, 0)"),
-        lambda svs, to: Damage(svs, to).fill("JPEGTables", bytes(100), 20),
-    ),
-    "JPEG tables of noise": (
-        *(ReadError, "level-0 (0, 0)"),
-        lambda svs, to: Damage(svs, to).fill("JPEGTables", random_bytes(100), 20),
-    ),
+    **{
+        f"JPEG tables {what}": (ReadError, "level-0 (0, 0)", 0, damage)
+        for what, damage in {
+            "missing": lambda d: d.rename("JPEGTables", 65000),
+            "of zeros": lambda d: d.fill("JPEGTables", bytes(100), 20),
+            "of noise": lambda d: d.fill("JPEGTables", random_bytes(100), 20),
+        }.items()
+    },
     "the level on which tissue is found": (
-        *(ReadError, "of level 1 at level-0 (0, 0)"),
-        lambda svs, to: Damage(svs, to, page=2).overwrite(0, bytes(500)),
+        ReadError,
+        "of level 1 at level-0 (0, 0)",
+        2,
+        lambda d: d.overwrite(0, bytes(500)),
     ),
 }
 
@@ -252,8 +251,9 @@ BEFORE_PATCHES = {
 @pytest.mark.parametrize("limit", [0, 1000])
 @pytest.mark.parametrize("what", BEFORE_PATCHES)
 def test_damage_that_is_no_patch_s_fails_the_slide_in_one_line(svs, tmp_path, what, limit):
-    kind, words, damage = BEFORE_PATCHES[what]
-    result = run(damage(svs, tmp_path / "small.svs").write(), tmp_path / "out", max_read_errors=limit)
+    kind, words, page, damage = BEFORE_PATCHES[what]
+    path = damage(Damage(svs, tmp_path / "small.svs", page)).write()
+    result = run(path, tmp_path / "out", max_read_errors=limit)
     assert isinstance(result.error, kind)
     assert words in str(result.error)
     assert "\n" not in str(result.error)
@@ -294,38 +294,37 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("when", ["planned", "decoded", "encoded"])
+MOMENTS = {
+    "before it is opened": (SlideJob, "open"),
+    "after patches are read": (TileReader, "read"),
+    "after they are encoded": (Checksums, "encode_unchecked"),
+}
+
+
+@pytest.mark.parametrize("when", MOMENTS)
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_slide_that_changes_while_it_is_read_fails(svs, tmp_path, monkeypatch, change, when):
     path = shutil.copy(svs, tmp_path / "small.svs")
-    changed = threading.Event()
+    owner, name = MOMENTS[when]
+    whole, changed = getattr(owner, name), threading.Event()
 
-    def change_once(*args, **kwargs):
+    def change_once():
         if not changed.is_set():
             changed.set()
             CHANGES[change](path, svs)
 
-    def after_change(function):
-        return lambda *args: change_once() or function(*args)
-
-    def after(function):
-        def wrapped(*args, **kwargs):
-            result = function(*args, **kwargs)
+    def changing(*args, **kwargs):
+        if owner is SlideJob:
             change_once()
-            return result
+        result = whole(*args, **kwargs)
+        change_once()
+        return result
 
-        return wrapped
-
-    if when == "planned":
-        monkeypatch.setattr(SlideJob, "open", after_change(SlideJob.open))
-    elif when == "decoded":
-        monkeypatch.setattr(TileReader, "read", after(TileReader.read))
-    else:
-        monkeypatch.setattr(Checksums, "encode_unchecked", after(Checksums.encode_unchecked))
+    monkeypatch.setattr(owner, name, changing)
     result = run(path, tmp_path / "out", batch_size=4)
     assert changed.is_set()
     assert isinstance(result.error, SlideError)
-    if when != "planned":  # else the first that opens it again may say that it is gone
+    if owner is not SlideJob:  # else the first that opens it again may say that it is gone
         words = "is gone" if change == "deleted" else "was changed"
         assert words in str(result.error)
         assert "while it was read" in str(result.error)

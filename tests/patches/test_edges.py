@@ -12,7 +12,7 @@ from conftest import DrawnSlide, shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from slide_helpers import Checksums, read
+from slide_helpers import Checksums, all_tissue, read
 from synthetic_slide import write_synthetic_slide
 
 from seal_extract import ExtractOptions, extract, open_slide
@@ -26,12 +26,6 @@ from seal_extract.run.status_table import read_status
 from seal_extract.tissue.mask import TissueMask
 
 ODD = (1212, 932)  # no whole number of patches of 448 or 224 level-0 px
-
-
-def whole(slide, downsample=8.0):
-    w, h = slide.size_l0
-    mask = np.ones((int(np.ceil(h / downsample)), int(np.ceil(w / downsample))), bool)
-    return TissueMask(mask, slide.mpp * downsample, downsample, slide.size_l0)
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +50,9 @@ def test_kept_patches_are_those_of_drop_and_cover_the_scanned_area(width, height
     wide, high = data.draw(st.integers(1, width - left)), data.draw(st.integers(1, height - top))
     slide.bounds_l0 = (left, top, wide, high)
     how = {"overlap_px": data.draw(st.integers(0, patch_px // 2)), "min_tissue": 0.0}
-    kept = make_grid(slide, whole(slide), patch_px, 0.5, edges="keep", **how)
+    kept = make_grid(slide, all_tissue(slide), patch_px, 0.5, edges="keep", **how)
     try:
-        dropped = make_grid(slide, whole(slide), patch_px, 0.5, **how).xy_l0.tolist()
+        dropped = make_grid(slide, all_tissue(slide), patch_px, 0.5, **how).xy_l0.tolist()
     except GeometryError:
         dropped = []
     inside = (kept.xy_l0 + patch_px <= (left + wide, top + high)).all(1)
@@ -118,7 +112,7 @@ def white_beyond(path, grid):
 def test_it_is_white_beyond_the_slide_before_anything_is_resampled(svs, kind, how, patch_px, mpp):
     filter = "area" if how == "area" else "bicubic"
     with open_slide(svs[kind]) as slide:
-        grid = make_grid(slide, whole(slide), patch_px, mpp, min_tissue=0.0, edges="keep")
+        grid = make_grid(slide, all_tissue(slide), patch_px, mpp, min_tissue=0.0, edges="keep")
         regions = torch.from_numpy(white_beyond(svs[kind], grid)).permute(0, 3, 1, 2)
         want = resample(regions, (patch_px, patch_px), filter).permute(0, 2, 3, 1).numpy().astype(int)
         tiles = open_patch_reader(slide, grid, torch.device("cpu"), filter=filter, fast=how == "fast")
@@ -139,7 +133,7 @@ def test_real_slides_are_white_beyond_their_edges_by_every_reader(tmp_path):
         (picture, 0.5),
     ):
         with open_slide(path, mpp=mpp) as slide:
-            grid = make_grid(slide, whole(slide), 224, 0.5, min_tissue=0.0, edges="keep")
+            grid = make_grid(slide, all_tissue(slide), 224, 0.5, min_tissue=0.0, edges="keep")
             decoder = open_patch_reader(slide, grid, torch.device("cpu"))
             last = read(decoder, range(len(grid) - 1, len(grid)))[0]
             assert 0 < grid.padding[-1] < 1

@@ -6,6 +6,7 @@ import pytest
 from conftest import DrawnSlide
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slide_helpers import all_tissue
 
 from seal_extract.errors import GeometryError, ResolutionError, UsageError
 from seal_extract.patches.grid import PatchGrid, make_grid, nominal_mpp, read_grid
@@ -25,14 +26,8 @@ class Blank(DrawnSlide):
         return self._size
 
 
-def all_tissue(slide, downsample=32.0):
-    w, h = slide.size_l0
-    shape = (int(np.ceil(h / downsample)), int(np.ceil(w / downsample)))
-    return TissueMask(np.ones(shape, bool), slide.mpp * downsample, downsample, slide.size_l0)
-
-
 def grid_of(slide, *args, **kwargs):
-    return make_grid(slide, all_tissue(slide), *args, **kwargs)
+    return make_grid(slide, all_tissue(slide, 32.0), *args, **kwargs)
 
 
 # --- geometry ---------------------------------------------------------------------------------
@@ -76,12 +71,7 @@ def test_level_read_is_the_coarsest_that_is_fine_enough(downsamples, mpp, level,
     assert (grid.level, grid.read_px) == (level, read_px)
 
 
-slides = st.builds(
-    Blank,
-    st.integers(300, 6000),
-    st.integers(300, 6000),
-    st.floats(0.1, 1.0),
-)
+slides = st.builds(Blank, st.integers(300, 6000), st.integers(300, 6000), st.floats(0.1, 1.0))
 
 
 @settings(max_examples=150, deadline=None)
@@ -190,22 +180,31 @@ def coords_file(path, coords, attrs=(), root=()):
 XY = np.array([[0, 0], [512, 0], [512, 1024]])
 
 
-def test_trident_coordinates(tmp_path):
-    attrs = {
-        "patch_size": 256,
-        "patch_size_level0": 512,
-        "overlap": 0,
-        "level0_width": 4000,
-        "level0_height": 3000,
-    }
-    grid = read_grid(coords_file(tmp_path / "a.h5", XY, attrs), Blank(4000, 3000, 0.2485))
-    assert (grid.patch_px, grid.patch_size_l0, grid.mpp, grid.origin) == (256, 512, 0.5, "TRIDENT")
+SIZES = {"patch_size": 256, "patch_size_level0": 512}
+TRIDENT = SIZES | {"overlap": 0, "level0_width": 4000, "level0_height": 3000}
+CLAM = {"patch_level": 1, "patch_size": 256}  # in pixels of that level
+ATLAS_ROWS = np.column_stack([XY, np.full((3, 2), 512), np.zeros(3)])
+
+
+@pytest.mark.parametrize(
+    ("origin", "rows", "attrs", "root", "size_l0", "mpp", "level"),
+    [
+        ("TRIDENT", XY, TRIDENT, {}, 512, 0.5, 0),
+        ("CLAM", XY, CLAM, {}, 1024, 1.0, 1),
+        ("AtlasPatch", ATLAS_ROWS, {}, SIZES, 512, 0.5, 0),
+    ],
+)
+def test_coordinates_of_other_tools(tmp_path, origin, rows, attrs, root, size_l0, mpp, level):
+    slide = Blank(4000, 3000, 0.2485, (1.0, 4.0))
+    grid = read_grid(coords_file(tmp_path / "a.h5", rows.astype(np.int32), attrs, root), slide)
+    assert (grid.patch_px, grid.patch_size_l0, grid.mpp, grid.origin) == (256, size_l0, mpp, origin)
+    assert (grid.level, grid.read_px) == (level, 256 * 2 ** (level == 0))
     np.testing.assert_array_equal(grid.xy_l0, XY)
 
 
 @pytest.mark.parametrize(("named", "told"), [("drawn", False), ("a__drawn", False), ("other", True)])
 def test_coordinates_that_say_they_are_of_another_slide_are_told(tmp_path, named, told):
-    path = coords_file(tmp_path / "a.h5", XY, TRIDENT | {"name": named})
+    path = coords_file(tmp_path / "a.h5", XY, SIZES | {"name": named})
     if told:
         with pytest.warns(UserWarning, match=r"a\.h5: says that it is of other, not of drawn\.svs"):
             read_grid(path, Blank(4000, 3000, 0.25))
@@ -213,39 +212,19 @@ def test_coordinates_that_say_they_are_of_another_slide_are_told(tmp_path, named
         read_grid(path, Blank(4000, 3000, 0.25))
 
 
-def test_clam_coordinates_count_in_pixels_of_their_level(tmp_path):
-    slide = Blank(8000, 6000, 0.25, (1.0, 4.0))
-    grid = read_grid(
-        coords_file(tmp_path / "a.h5", XY.astype(np.int32), {"patch_level": 1, "patch_size": 256}), slide
-    )
-    assert (grid.patch_px, grid.patch_size_l0, grid.mpp, grid.origin) == (256, 1024, 1.0, "CLAM")
-    assert (grid.level, grid.read_px) == (1, 256)
-
-
-def test_atlaspatch_coordinates(tmp_path):
-    rows = np.column_stack([XY, np.full((3, 2), 512), np.zeros(3)]).astype(np.int32)
-    path = coords_file(tmp_path / "a.h5", rows, root={"patch_size": 256, "patch_size_level0": 512})
-    grid = read_grid(path, Blank(4000, 3000))
-    assert (grid.patch_px, grid.patch_size_l0, grid.origin) == (256, 512, "AtlasPatch")
-    np.testing.assert_array_equal(grid.xy_l0, XY)
-
-
-TRIDENT = {"patch_size": 256, "patch_size_level0": 512}
-
-
 @pytest.mark.parametrize(
     ("coords", "attrs", "message"),
     [
         (XY, {}, "carry neither patch_size_level0"),
-        (XY * 1.5, TRIDENT, r"coords are float64 \[3, 2\].*STAMP"),
-        (XY[:, :1], TRIDENT, r"coords are int64 \[3, 1\]"),
+        (XY * 1.5, SIZES, r"coords are float64 \[3, 2\].*STAMP"),
+        (XY[:, :1], SIZES, r"coords are int64 \[3, 1\]"),
         (
             XY + 3000,
-            TRIDENT,
+            SIZES,
             r"3 of 3 patches begin outside drawn.svs \(4000 x 3000 px\), the first at \(3000, 3000\)",
         ),
-        (XY - 1, TRIDENT, "2 of 3 patches begin outside"),
-        (XY, TRIDENT | {"level0_width": 9}, "made for a slide of 9 x 3000 px, but drawn.svs is 4000 x 3000"),
+        (XY - 1, SIZES, "2 of 3 patches begin outside"),
+        (XY, SIZES | {"level0_width": 9}, "made for a slide of 9 x 3000 px, but drawn.svs is 4000 x 3000"),
         (XY, {"patch_size": 0.5, "patch_size_level0": 512}, "patch_size is .*0.5.*; allowed: a whole number"),
         (XY, {"patch_level": 3, "patch_size": 256}, "patch_level is 3, but drawn.svs has levels 0 to 0"),
     ],

@@ -58,14 +58,6 @@ def test_exact_products_take_sides_that_differ():
     np.testing.assert_array_equal(got[0], np.asarray(image.resize((24, 30), PILLOW["bicubic"])))
 
 
-def test_overshoot_is_clipped_between_the_passes():
-    checkers = (np.indices((64, 64)).sum(0) // 3 % 2 * 255).astype(np.uint8)
-    patches = torch.from_numpy(np.stack([checkers] * 3)[None])
-    for method in (resample, exact_products):
-        got = channels_last(method(patches, (24, 24)))
-        assert np.abs(got - pillow(patches, 24, "bicubic")).max() <= 1
-
-
 def test_right_size_is_left_alone_and_none_stays_none():
     patches = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     assert resample(patches, (32, 32)) is patches

@@ -17,21 +17,18 @@ from seal_extract.patches.tiles import open_patch_reader
 
 SIDE = 32  # of the patches that are read
 CPU = torch.device("cpu")
+COMPRESSIONS = [None, "lzw", "deflate", "zstd", "packbits", "jpeg", "jpeg2000", "webp"]
 KINDS = st.fixed_dictionaries(
     {
         "seed": st.integers(0, 1000),
         "size": st.tuples(st.integers(33, 150), st.integers(33, 150)),
         "layout": st.sampled_from([{"tile": (32, 32)}, {"tile": (64, 48)}, {"rowsperstrip": 7}, {}]),
-        "compression": st.sampled_from(
-            [None, "lzw", "deflate", "zstd", "packbits", "jpeg", "jpeg2000", "webp"]
-        ),
+        "compression": st.sampled_from(COMPRESSIONS),
         "predictor": st.booleans(),
         "byteorder": st.sampled_from("<>"),
         "bigtiff": st.booleans(),
         "planar": st.sampled_from([False, False, True]),
-        "photometric": st.sampled_from(
-            ["rgb", "rgb", "rgb", "minisblack", "miniswhite", "cielab", "separated"]
-        ),
+        "photometric": st.sampled_from(["rgb"] * 3 + ["minisblack", "miniswhite", "cielab", "separated"]),
         "alpha": st.sampled_from([None] * 5 + ["unassalpha"] * 3 + ["assocalpha", "unspecified"]),
         "dtype": st.sampled_from([np.uint8] * 20 + [np.int8, np.uint16, np.float32]),
         "orientation": st.sampled_from([1] * 30 + [2, 3, 4, 5, 6, 7, 8]),
@@ -65,13 +62,7 @@ def write(path, kind):
     try:
         with tifffile.TiffWriter(path, byteorder=kind["byteorder"], bigtiff=kind["bigtiff"]) as tif:
             tif.write(planes.astype(kind["dtype"]), **options)
-    except (
-        ValueError,
-        RuntimeError,
-        TypeError,
-        NotImplementedError,
-        KeyError,
-    ):  # of tifffile and imagecodecs
+    except (ValueError, RuntimeError, TypeError, NotImplementedError, KeyError):  # tifffile, imagecodecs
         return None
     if kind["photometric"] == "cielab":
         with tifffile.TiffFile(path, mode="r+b") as tif:

@@ -111,16 +111,6 @@ def test_a_tile_is_decoded_once_however_many_patches_share_it(slide_of, monkeypa
         assert not decoder._shared._held
 
 
-def test_rows_read_in_another_order_and_again_are_the_same(slide_of):
-    path = slide_of("420-240")
-    with open_slide(path) as slide:
-        decoder = open_patch_reader(slide, overlapping(slide), CPU)
-        want = openslides_regions(path, decoder.grid)
-        starts = np.random.default_rng(1).permutation(np.arange(0, len(decoder.grid) - 5, 5)).tolist()
-        for start in starts * 2:
-            np.testing.assert_array_equal(read(decoder, range(start, start + 5)), want[start : start + 5])
-
-
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 40), twice=st.booleans(), most=st.integers(0, 30))
 def test_eight_threads_read_every_row_right_without_waiting_for_ever(slide_of, seed, rows, twice, most):
@@ -203,24 +193,17 @@ def test_other_formats_go_through_the_reader_and_say_why(tmp_path, file, reason)
         np.testing.assert_array_equal(read(decoder), want)
 
 
-def test_levels_that_do_not_fit_whole_pixels_go_through_the_reader(tmp_path):
-    path = jpeg_tiff(tmp_path / "a.tif", (1000, 801), (1, 3.01), compression="jpeg")
-    with open_slide(path) as slide:
-        assert slide.levels[1].downsample != round(slide.levels[1].downsample)
-        grid = PatchGrid(np.array([[0, 0], [300, 200]]), 64, 1.5, 193, 0, 1, 64)
-        decoder = open_patch_reader(slide, grid, CPU)
-        assert decoder.name.startswith("regions: level 1 is 3.0")
-        np.testing.assert_array_equal(read(decoder), openslides_regions(path, grid))
-
-
-def test_patches_between_the_pixels_of_a_level_go_through_the_reader(slide_of):
-    path = slide_of("420")
-    with open_slide(path) as slide:
-        level = next(i for i, lv in enumerate(slide.levels) if lv.downsample == 2)
-        grid = PatchGrid(np.array([[0, 0], [301, 200]]), 64, 0.5, 128, 0, level, 64)
-        decoder = open_patch_reader(slide, grid, CPU)
-        assert decoder.name == f"regions: patches lie between the pixels of level {level}"
-        np.testing.assert_array_equal(read(decoder), openslides_regions(path, grid))
+def test_levels_that_do_not_fit_whole_pixels_go_through_the_reader(tmp_path, slide_of):
+    odd = jpeg_tiff(tmp_path / "a.tif", (1000, 801), (1, 3.01), compression="jpeg")
+    for path, corner, size_l0, reason in (
+        (odd, [300, 200], 193, "level 1 is 3.0"),
+        (slide_of("420"), [301, 200], 128, "patches lie between the pixels of level 1"),
+    ):
+        with open_slide(path) as slide:
+            grid = PatchGrid(np.array([[0, 0], corner]), 64, 1.5, size_l0, 0, 1, 64)
+            decoder = open_patch_reader(slide, grid, CPU)
+            assert decoder.name.startswith(f"regions: {reason}")
+            np.testing.assert_array_equal(read(decoder), openslides_regions(path, grid))
 
 
 def test_a_codec_that_gives_other_pixels_is_found_out(slide_of, monkeypatch):
@@ -243,10 +226,7 @@ def test_colours_taken_for_others_are_found_out(slide_of, monkeypatch):
     for kind in ("rgb", "420", "j2k-ycbcr"):
         with open_slide(slide_of(kind)) as slide:
             level = open_level(slide, 0)
-            monkeypatch.setattr(
-                "seal_extract.patches.tiles.open_level",
-                lambda *_, level=level: level,
-            )
+            monkeypatch.setattr("seal_extract.patches.tiles.open_level", lambda *_, level=level: level)
             object.__setattr__(level.codec, "ycbcr", not level.codec.ycbcr)
             level.candidates = (level.codec,)
             decoder = open_patch_reader(slide, overlapping(slide), CPU)

@@ -1,7 +1,7 @@
 """Mutated files: each ends in what it holds or in one of our errors; none crashes, hangs or eats memory.
 
-Run as a program, ``python tests/test_fuzz.py FILE FIRST COUNT``, it prints what became of each copy; circles
-and bombs are in ``bombs.py``.
+Run as a program, ``python tests/slides/test_fuzz.py FILE FIRST COUNT``, it prints what became of each copy.
+Circles and bombs are in ``bombs.py``.
 """
 
 import faulthandler
@@ -31,6 +31,7 @@ from seal_extract.tissue.mask import TissueMask
 HANG_S = 60  # per copy; one takes less than a second
 MOST_BYTES = 2 * 2**30  # of the whole process
 PER_PROCESS = 100
+DICOM = "openslide-python_boxes_0.dcm"
 
 
 def extracted(path, out, max_read_errors):
@@ -146,15 +147,11 @@ def originals(svs, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["small.ome.tif", "small.png", "small.jpg", *READ])
+@pytest.mark.parametrize("name", ["small.ome.tif", "small.png", "small.jpg", DICOM, *READ])
 def test_a_hundred_mutated_copies_of_other_formats_end_well_too(originals, name):
     """HDF5 2.0 itself hangs over one features file in 300, beyond this hundred: a free object of 0 bytes."""
-    check(run_copies(originals / name, 0, PER_PROCESS), kinds=2)
-
-
-@pytest.mark.slow
-def test_a_hundred_mutated_dicom_slides_end_well_too():
-    check(run_copies(shared("data/wsi/openslide-python_boxes_0.dcm"), 0, PER_PROCESS), kinds=2)
+    path = shared("data/wsi", name) if name == DICOM else originals / name
+    check(run_copies(path, 0, PER_PROCESS), kinds=2)
 
 
 if __name__ == "__main__":

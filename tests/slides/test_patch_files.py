@@ -4,12 +4,10 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from cohort_fixtures import write_untrained_encoder
 from encoder_fixtures import noise_patches
 from PIL import Image
 
 from seal_extract import read_features
-from seal_extract.cli import main
 from seal_extract.demo import untrained_encoder
 from seal_extract.features.export import export
 from seal_extract.features.verify import verify
@@ -24,11 +22,6 @@ FOLDER = "20x_224px_0px_overlap/features_untrained-demo"
 @pytest.fixture(scope="module")
 def images():
     return noise_patches(N, SIDE)
-
-
-@pytest.fixture(scope="module")
-def encoder_folder(tmp_path_factory):
-    return write_untrained_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +47,21 @@ def write_pictures(folder, images, suffix=".png"):
     return folder
 
 
-def embed(*words, out, encoder):
-    return main([*map(str, words), "--patches", "-o", str(out), "--encoder", str(encoder)])
+@pytest.fixture
+def embed(run, encoder_folder, tmp_path):
+    """Embed patches into ``tmp_path / "out"``: (exit status, all that was printed)."""
+
+    def type_(*words, encoder=encoder_folder):
+        status, out, err = run(*words, "--patches", "-o", tmp_path / "out", "--encoder", encoder)
+        return status, "\n".join(out + err)
+
+    return type_
 
 
-def test_hests_patches_keep_barcodes_and_places_and_say_their_scale(
-    tmp_path, images, encoder_folder, expected, capsys
-):
-    hest = write_hest(tmp_path / "TENX1.h5", images, **HEST)
-    assert embed(hest, out=tmp_path / "out", encoder=encoder_folder) == 0
-    assert "7 ready-cut patches by untrained-demo, 224 px at 0.5 µm/px by the file" in capsys.readouterr().out
+def test_hests_patches_keep_barcodes_and_places_and_say_their_scale(tmp_path, images, embed, expected):
+    status, said = embed(write_hest(tmp_path / "TENX1.h5", images, **HEST))
+    assert status == 0
+    assert "7 ready-cut patches by untrained-demo, 224 px at 0.5 µm/px by the file" in said
     made = read_features(tmp_path / "out" / FOLDER / "TENX1.h5")
     np.testing.assert_allclose(made.features, expected, atol=1e-5)
     assert made.barcodes == BARCODES
@@ -75,11 +73,10 @@ def test_hests_patches_keep_barcodes_and_places_and_say_their_scale(
         assert read_features(copy.path).barcodes == BARCODES
 
 
-def test_pictures_and_npz_are_one_slide_each(tmp_path, images, encoder_folder, expected):
+def test_pictures_and_npz_are_one_slide_each(tmp_path, images, embed, expected):
     pictures = write_pictures(tmp_path / "core_a", images)
     np.savez(tmp_path / "core_b.npz", any_name=images, barcodes=np.array(BARCODES))
-    words = (pictures, tmp_path / "core_b.npz", "--mpp", "0.5")
-    assert embed(*words, out=tmp_path / "out", encoder=encoder_folder) == 0
+    assert embed(pictures, tmp_path / "core_b.npz", "--mpp", "0.5")[0] == 0
     a, b = (read_features(tmp_path / "out" / FOLDER / f"core_{x}.h5") for x in "ab")
     for made in (a, b):
         np.testing.assert_allclose(made.features, expected, atol=1e-5)
@@ -89,74 +86,66 @@ def test_pictures_and_npz_are_one_slide_each(tmp_path, images, encoder_folder, e
     assert b.barcodes == BARCODES
 
 
-def test_the_same_patches_are_finished_and_others_are_not_replaced(tmp_path, images, encoder_folder, capsys):
-    pictures, out = write_pictures(tmp_path / "core", images), tmp_path / "out"
-    words = (pictures, "--mpp", "0.5")
-    assert embed(*words, out=out, encoder=encoder_folder) == 0
-    path = out / FOLDER / "core.h5"
+def test_the_same_patches_are_finished_and_others_are_not_replaced(tmp_path, images, embed):
+    pictures = write_pictures(tmp_path / "core", images)
+    words, path = (pictures, "--mpp", "0.5"), tmp_path / "out" / FOLDER / "core.h5"
+    assert embed(*words)[0] == 0
     before = path.stat().st_mtime_ns
-    assert embed(*words, out=out, encoder=encoder_folder) == 0
-    assert "finished before" in capsys.readouterr().out
+    status, said = embed(*words)
+    assert status == 0
+    assert "finished before" in said
     Image.fromarray(images[1]).save(pictures / "patch0.png")
-    assert embed(*words, out=out, encoder=encoder_folder) == 1
-    assert "core.h5 exists, made of something else (slide sha256" in capsys.readouterr().err
+    status, said = embed(*words)
+    assert status == 1
+    assert "core.h5 exists, made of something else (slide sha256" in said
     assert path.stat().st_mtime_ns == before
-    assert embed(*words, "--overwrite", out=out, encoder=encoder_folder) == 0
+    assert embed(*words, "--overwrite")[0] == 0
     features = read_features(path).features
     np.testing.assert_array_equal(features[0], features[1])
 
 
 def test_a_folder_of_hests_files_stands_for_all_of_them_and_one_that_fails_stops_no_other(
-    tmp_path, images, encoder_folder, capsys
+    tmp_path, images, embed
 ):
     (tmp_path / "patches").mkdir()
     write_hest(tmp_path / "patches" / "A.h5", images[:2])  # states no µm/px
     write_hest(tmp_path / "patches" / "B.h5", images[:3], **HEST)
-    assert embed(tmp_path / "patches", out=tmp_path / "out", encoder=encoder_folder) == 1
-    assert "A.h5 does not state the µm/px of its patches; type it, for example --mpp 0.5" in (
-        capsys.readouterr().err
-    )
+    status, said = embed(tmp_path / "patches")
+    assert status == 1
+    assert "A.h5 does not state the µm/px of its patches; type it, for example --mpp 0.5" in said
     assert len(read_features(tmp_path / "out" / FOLDER / "B.h5").grid) == 3
 
 
+SCALED = ("--mpp", "0.5")
+
+
 @pytest.mark.parametrize(
-    ("options", "status", "message"),
+    ("options", "message"),
     [
-        ((), 2, "A.h5 does not state the µm/px of its patches; type it, for example --mpp 0.5"),
-        (
-            ("--mpp", "0.5"),
-            2,
-            "A.h5 has coords in pixels of a slide whose µm/px it does not state; type it",
-        ),
-        (
-            ("--mpp", "0.5", "--patch-px", "224"),
-            2,
-            "--patch-px does not apply to patches that are cut already",
-        ),
-        (("--mpp", "0.5", "--min-tissue", "0.1"), 2, "--min-tissue does not apply to patches"),
-        (("--mpp", "0.5", "--dry-run"), 2, "--dry-run does not apply to patches"),
+        ((), "A.h5 does not state the µm/px of its patches; type it, for example --mpp 0.5"),
+        (SCALED, "A.h5 has coords in pixels of a slide whose µm/px it does not state; type it"),
+        ((*SCALED, "--patch-px", "224"), "--patch-px does not apply to patches that are cut already"),
+        ((*SCALED, "--min-tissue", "0.1"), "--min-tissue does not apply to patches"),
+        ((*SCALED, "--dry-run"), "--dry-run does not apply to patches"),
     ],
 )
-def test_nothing_is_guessed_and_no_option_passed_over(
-    tmp_path, images, encoder_folder, capsys, options, status, message
-):
-    hest = write_hest(tmp_path / "A.h5", images[:2])
-    assert embed(hest, *options, out=tmp_path / "out", encoder=encoder_folder) == status
-    assert message in capsys.readouterr().err
+def test_nothing_is_guessed_and_no_option_passed_over(tmp_path, images, embed, options, message):
+    status, said = embed(write_hest(tmp_path / "A.h5", images[:2]), *options)
+    assert status == 2
+    assert message in said
     assert not (tmp_path / "out").exists()
 
 
-def test_ready_cut_patches_are_no_slide_and_have_no_pictures(tmp_path, images, capsys):
+def test_ready_cut_patches_are_no_slide_and_have_no_pictures(tmp_path, images, embed, run):
     hest = write_hest(tmp_path / "A.h5", images[:2], **HEST)
-    assert main([str(hest), "--dry-run"]) == 1
-    assert "A.h5 is no slide; ready-cut patches are embedded with --patches" in capsys.readouterr().err
-    assert embed(hest, out=tmp_path / "out", encoder="seal-tiny") == 0
-    words = ["search", str(tmp_path / "out"), "--gene", "EPCAM", "-o", str(tmp_path / "found")]
-    assert main(words) == 1  # as where a slide has moved: the table is written, the pictures are not
-    out, err = capsys.readouterr()
-    assert "A  (1000, 1500)" in out
-    assert err.count("\n") == 1
-    assert "there is no slide to draw them on" in err
+    status, _, (line,) = run(hest, "--dry-run")
+    assert status == 1
+    assert "A.h5 is no slide; ready-cut patches are embedded with --patches" in line
+    assert embed(hest, encoder="seal-tiny")[0] == 0
+    status, out, (line,) = run("search", tmp_path / "out", "--gene", "EPCAM", "-o", tmp_path / "found")
+    assert status == 1  # as where a slide has moved: the table is written, the pictures are not
+    assert any("A  (1000, 1500)" in row for row in out)
+    assert "there is no slide to draw them on" in line
 
 
 def test_bad_files_are_one_line_each(tmp_path, images):
@@ -190,10 +179,11 @@ def test_bad_files_are_one_line_each(tmp_path, images):
         assert type(told.value).__module__ == "seal_extract.errors"
 
 
-def test_a_damaged_picture_leaves_no_file(tmp_path, images, encoder_folder, capsys):
+def test_a_damaged_picture_leaves_no_file(tmp_path, images, embed):
     pictures = write_pictures(tmp_path / "core", images[:3])
     damaged = pictures / "patch1.png"
     damaged.write_bytes(damaged.read_bytes()[:20_000])
-    assert embed(pictures, "--mpp", "0.5", out=tmp_path / "out", encoder=encoder_folder) == 1
-    assert f"{damaged} cannot be read" in capsys.readouterr().err
+    status, said = embed(pictures, "--mpp", "0.5")
+    assert status == 1
+    assert f"{damaged} cannot be read" in said
     assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]

@@ -2,7 +2,6 @@
 
 import os
 import struct
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import openslide
@@ -12,12 +11,7 @@ from conftest import shared
 from PIL import Image
 from synthetic_slide import write_synthetic_slide
 
-from seal_extract.errors import (
-    ReadError,
-    ResolutionError,
-    SlideOpenError,
-    UnsupportedSlideError,
-)
+from seal_extract.errors import ReadError, ResolutionError, SlideOpenError, UnsupportedSlideError
 from seal_extract.slides.listing import list_slides
 from seal_extract.slides.overview import read_overview
 from seal_extract.slides.readers import OpenSlideReader, TiffSlideReader
@@ -161,14 +155,6 @@ def test_outside_the_slide_is_black_for_every_reader(tmp_path, svs):
             assert region[:10, :10].any(), path
             assert not region[10:].any(), path
             assert not region[:, 10:].any(), path
-
-
-def test_regions_are_the_same_from_many_threads(svs):
-    places = [(x, y) for x in range(0, 1400, 200) for y in range(0, 1000, 200)]
-    with open_slide(svs) as slide, ThreadPoolExecutor(4) as pool:
-        want = [slide.read_region(xy, 0, (128, 128)) for xy in places]
-        got = list(pool.map(lambda xy: slide.read_region(xy, 0, (128, 128)), places))
-    np.testing.assert_array_equal(got, want)
 
 
 def test_overview_is_the_area_average_block_by_block(drawn):

@@ -77,10 +77,8 @@ def test_a_tile_that_claims_4_gb_is_refused_without_asking_for_them(tmp_path):
 
 
 GREY = {"planarconfig": "contig"}
-ALPHA, TURNED = (
-    "is no unassociated alpha.*vips flatten",
-    r"turned or mirrored \(Orientation {}\).*vips autorot",
-)
+ALPHA = "is no unassociated alpha.*vips flatten"
+TURNED = r"turned or mirrored \(Orientation {}\).*vips autorot"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -12,20 +12,13 @@ import shapely
 from conftest import DrawnSlide
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slide_helpers import masks
 
 from seal_extract.errors import GeometryError, OutputError, UsageError
 from seal_extract.tissue.geojson import fill_polygons, inside_polygons, trace_polygons
 from seal_extract.tissue.mask import TissueMask
 
 SLIDE = DrawnSlide(np.zeros((600, 800, 3), np.uint8), 0.5)
-
-masks = st.builds(
-    lambda seed, h, w, density: np.random.default_rng(seed).random((h, w)) < density,
-    st.integers(0, 2**32 - 1),
-    st.integers(1, 16),
-    st.integers(1, 16),
-    st.floats(0, 1),
-)
 
 
 def ring(x0, y0, x1, y1):
@@ -50,7 +43,7 @@ def read(tmp_path, content, mpp=8.0):
 
 
 @settings(max_examples=300, deadline=None)
-@given(masks)
+@given(masks(16))
 def test_a_mask_is_traced_into_valid_polygons_of_its_area_and_filled_again(mask):
     polygons = trace_polygons(mask)
     assert (fill_polygons(polygons, mask.shape) == mask).all()
@@ -100,7 +93,7 @@ def test_points_and_pixel_centres_are_inside_by_one_rule(ring):
 
 
 @settings(max_examples=100, deadline=None)
-@given(masks, st.floats(0.25, 8.0), st.integers(100, 900), st.integers(100, 900))
+@given(masks(16), st.floats(0.25, 8.0), st.integers(100, 900), st.integers(100, 900))
 def test_round_trip_changes_only_border_pixels(tmp_path_factory, noise, slide_mpp, width, height):
     slide = DrawnSlide(np.zeros((height, width, 3), np.uint8), slide_mpp)
     path = tmp_path_factory.mktemp("round") / "tissue.geojson"
@@ -167,6 +160,7 @@ MULTI = {"type": "MultiPolygon", "coordinates": [[SQUARE], [ring(0, 0, 64, 64)]]
         (polygon(ring(480, 320, 160, 160)), 200),
         (polygon(ring(-500, 160, 160, 320)), 100),  # partly outside the slide
         ({"type": "Feature", "geometry": polygon(SQUARE), "properties": None}, 200),
+        ("\ufeff" + json.dumps(polygon(SQUARE)), 200),  # a byte order mark
     ],
 )
 def test_polygons_in_all_their_packings(tmp_path, content, area_px):
@@ -177,21 +171,13 @@ def test_polygons_in_all_their_packings(tmp_path, content, area_px):
 
 @pytest.mark.parametrize(
     ("classification", "area_px"),
-    [
-        ({"name": "Ignore*"}, 116),
-        ({"names": ["Tumor", "Necrosis*"]}, 116),
-        ({"names": 5, "name": "A"}, 216),
-    ],
+    [({"name": "Ignore*"}, 116), ({"names": ["Tumor", "Necrosis*"]}, 116), ({"names": 5, "name": "A"}, 216)],
 )
 def test_ignored_classes_are_cut_out(tmp_path, classification, area_px):
     hole = feature(polygon(ring(320, 160, 480, 320)))
     hole["properties"]["classification"] = classification
     tissue = read(tmp_path, [feature(polygon(SQUARE)), hole, feature(polygon(ring(0, 0, 64, 64)), "Tumor")])
     assert tissue.mask.sum() == area_px
-
-
-def test_a_byte_order_mark_is_no_obstacle(tmp_path):
-    assert read(tmp_path, "\ufeff" + json.dumps(polygon(SQUARE))).mask.any()
 
 
 def test_the_mask_has_the_resolution_asked_for(tmp_path):
@@ -229,10 +215,7 @@ RING, NESTED = "a ring is not a list of 3 or more points", "collections are nest
         *((polygon([[0, 0], odd, [2, 2], [0, 0]]), RING) for odd in ([1], [10**400, 0], [1e300, 0])),
         ('{"type": "Polygon", "coordinates": [[[0, 0], [NaN, 1], [2, 2]]]}', RING),
         ({"type": "Polygon", "coordinates": "none"}, "a str where GeoJSON has a list"),
-        (
-            polygon(ring(5000, 100, 6000, 200)),
-            "y 100 to 200, but drawn.svs has x 0 to 800",
-        ),
+        (polygon(ring(5000, 100, 6000, 200)), "y 100 to 200, but drawn.svs has x 0 to 800"),
     ],
 )
 def test_anything_else_is_refused_in_one_short_line(tmp_path, content, complaint):
