@@ -49,5 +49,5 @@ def pairs(count=16, seed=0, sections=1, side=32):
         patients=("P",) * sections,
         panel=tuple(f"GENE{i}" for i in range(GENES)),
         xy_um=places,
-        barcodes=tuple(map(str, range(count))),
+        row=np.arange(count),
     )

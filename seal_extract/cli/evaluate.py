@@ -54,7 +54,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Print the tables, and where they were written."""
     from seal_extract.evaluate.run import EvaluateOptions, evaluate, output_files
-    from seal_extract.train.config import sections_of
+    from seal_extract.train.formats import sections_of
 
     options = EvaluateOptions(args.by, args.genes, args.patch_px, args.mpp, args.batch_size, args.seeds)
     output_files(args.out, args.overwrite)

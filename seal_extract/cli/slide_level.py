@@ -40,7 +40,7 @@ class SlideLevels:
         if len(set(names)) < len(names):
             raise UsageError(f"--slide-level has files of one name ({', '.join(names)}); rename one of them")
         if self._poolings:
-            from seal_extract.pooling.pooling import check_width
+            from seal_extract.pooling.slide_level import check_width
 
             for pooling in self._poolings:
                 for encoder in encoders:

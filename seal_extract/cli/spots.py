@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     """Print a line for each section; after a failure go on with the next, and return 1."""
     from seal_extract.encoders import load_encoder
     from seal_extract.evaluate.spots import embed_spots, was_smoothed
-    from seal_extract.train.config import sections_of
+    from seal_extract.train.formats import sections_of
 
     for name, least in (("batch_size", 1), ("patch_px", 1)):
         if getattr(args, name) < least:

@@ -28,10 +28,11 @@ def train_parser() -> argparse.ArgumentParser:
 def run_train(args: argparse.Namespace) -> int:
     """Train and write the encoder's folder, or only check the configuration."""
     from seal_extract.train.config import check, read_config
+    from seal_extract.train.formats import names_of
 
     config = read_config(args.config)
     if args.check:
-        check(config)
+        check(config, names_of(config.data.sections))
         echo(config)
         return 0
     from seal_extract.train.run import run

@@ -27,7 +27,7 @@ from seal_extract.train.pairs import Pairs, make_pairs
 from seal_extract.train.sections import Section, choose_panel
 
 FOLD = "{fold}"  # in an encoder's path: one encoder for each fold
-HANDCRAFTED = "hand-made features"  # as the tables call them
+HANDCRAFTED = "handcrafted features"  # as the tables call them
 BY = ("section", "patient")
 Log = Callable[[str], None]
 
@@ -190,13 +190,10 @@ def expression_of(
 ) -> NDArray[np.float32]:
     """log1p of a panel for the rows of the pairs, float32 [N, P]: spots without a patch are left out."""
     expression = np.empty((len(pairs), len(panel)), np.float32)
-    barcodes = np.asarray(pairs.barcodes)
-    for section in sections:
-        rows = pairs.section == pairs.names.index(section.name)
-        at = {barcode: row for row, barcode in enumerate(section.barcodes)}
+    for i, section in enumerate(sections):
+        of = pairs.section == i
         values = section.log1p(panel)
-        values = section.smoothed(values) if smooth else values
-        expression[rows] = values[[at[barcode] for barcode in barcodes[rows].tolist()]]
+        expression[of] = (section.smoothed(values) if smooth else values)[pairs.row[of]]
     return expression
 
 

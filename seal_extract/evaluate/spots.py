@@ -91,9 +91,7 @@ def embed_spots(
         if has_heads:
             obsm[IMAGE + ALIGNED] = encoder.project(obsm[IMAGE]).cpu().numpy()
             obsm[EXPRESSION + ALIGNED] = omics.encode(values, project=True).cpu().numpy()
-    row = {barcode: i for i, barcode in enumerate(section.barcodes)}
-    rows = np.array([row[barcode] for barcode in pairs.barcodes], np.int64)
-    _write(path, section.take(rows), obsm, provenance | {"genes known": len(known)})
+    _write(path, section.take(pairs.row), obsm, provenance | {"genes known": len(known)})
     return path
 
 

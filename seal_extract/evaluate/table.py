@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from seal_extract.evaluate.compare import Comparison
-from seal_extract.evaluate.retrieval import KS, Ranks, Retrieval
+from seal_extract.evaluate.compare import KS, Comparison, Ranks, Retrieval
 from seal_extract.names import cell
 
 

@@ -13,8 +13,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from seal_extract.errors import UsageError
-from seal_extract.pooling.pooling import MEAN, MeanPooling, Pooled, Pooling
-from seal_extract.pooling.slide_file import SlideLevel, pool_slide, read_slide_level
+from seal_extract.pooling.slide_level import (
+    MEAN,
+    MeanPooling,
+    Pooled,
+    Pooling,
+    SlideLevel,
+    pool_slide,
+    read_slide_level,
+)
 
 __all__ = [
     "MEAN",

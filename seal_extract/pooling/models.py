@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from seal_extract.errors import CheckpointError
-from seal_extract.pooling.pooling import Pooled, Rows
+from seal_extract.pooling.slide_level import Pooled, Rows
 
 PIECE = 4096  # patches in one matrix product; their hidden features take some megabytes
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": functional.relu, "gelu": functional.gelu}

@@ -1,13 +1,22 @@
-"""A training run as one TOML file: every option, with its default and its bounds."""
+"""A training run as one TOML file: every option, with its default and its bounds.
+
+An error names the option, the value that came, and what is allowed.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from reprlib import repr as short
+from typing import Annotated, Any, Literal, TypeVar
 
+import msgspec
+import msgspec.toml
 from msgspec import Meta
+from msgspec.inspect import LiteralType, StructType, Type, UnionType, type_info
 from msgspec.structs import force_setattr, replace
 
 from seal_extract.encoders.locate import is_name, is_repository, is_timm, locate, named_spec
@@ -16,11 +25,20 @@ from seal_extract.errors import UsageError
 from seal_extract.genes.gene_lists import read_panel
 from seal_extract.patches.grid import MAX_PATCH_PX
 from seal_extract.slides.readers import PLAUSIBLE_MPP
-from seal_extract.train.formats import find_sections, load_sections, read_sources
-from seal_extract.train.sections import Section
-from seal_extract.train.toml import Count, Options, Positive, Share, Weight, Whole, convert, read_toml
 
+T = TypeVar("T")
+WORDS = {"Expected": "it has to be", "object": "table", "array": "list", "null": "nothing"}
+LARGEST = 1e9  # of a number in a configuration; infinity is none
+Weight = Annotated[float, Meta(ge=0, le=LARGEST)]
+Positive = Annotated[float, Meta(gt=0, le=LARGEST)]
+Share = Annotated[float, Meta(ge=0, lt=1)]
+Whole = Annotated[int, Meta(ge=0, le=2**31)]
+Count = Annotated[int, Meta(ge=1, le=2**31)]
 Width = Annotated[int, Meta(ge=1, le=2**16)]  # of a layer that is trained
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A table of options; its types and bounds are checked when it is read from a file."""
 
 
 class DataOptions(Options, frozen=True):
@@ -231,19 +249,17 @@ def read_config(path: Path) -> TrainConfig:
     return replace(config, seal=BASELINES[config.method])
 
 
-def check(config: TrainConfig, names: Sequence[str] | None = None) -> None:
+def check(config: TrainConfig, names: Sequence[str]) -> None:
     """Check everything that can be checked without reading a section, opening a slide or loading an encoder.
 
     Args:
         config: the run; its encoder is looked for on this disk only.
-        names: of sections that are given in place of the configuration's.
+        names: of its sections.
 
     Raises:
-        UsageError: an unknown encoder, section or option of sections; a folder or file that does not exist.
+        UsageError: an unknown encoder or section; a file that does not exist.
         CheckpointError: a folder that holds no encoder.
     """
-    if names is None:
-        names = [name for source in read_sources(config.data.sections) for name in source.names]
     unknown = [name for name in config.data.validation if name not in names]
     if unknown:
         raise UsageError(f"validation names {unknown[0]}, which is none of the sections {', '.join(names)}")
@@ -265,16 +281,70 @@ def check(config: TrainConfig, names: Sequence[str] | None = None) -> None:
         locate(config.encoder, config.checkpoint)
 
 
-def sections_of(
-    source: Path, names: Sequence[str] | None = None, *, slide: str | None = None, mpp: float | None = None
-) -> list[Section]:
-    """The sections that a training's configuration names, or those of a folder, as `find_sections`.
+# --- TOML ---------------------------------------------------------------------------------------------
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file.
 
     Raises:
-        UsageError: options that only a folder takes; and the errors of the readers.
+        UsageError: the file cannot be read, is not TOML, or holds a NUL character.
     """
-    if source.suffix != ".toml":
-        return find_sections(source, names, slide=slide, mpp=mpp)
-    if slide or mpp or names:
-        raise UsageError("--slide, --slide-mpp and --names are for folders; the configuration has its own")
-    return load_sections(read_config(source).data.sections)
+    try:
+        text = path.read_text(encoding="utf-8")
+        values: dict[str, Any] = msgspec.toml.decode(text)
+    except OSError as exc:
+        raise UsageError(f"cannot read {path}: {exc.strerror}; give a TOML file") from exc
+    except (ValueError, RecursionError) as exc:  # also of bytes that are no UTF-8, of numbers without end
+        raise UsageError(f"{path} is not TOML: {exc}") from exc
+    if re.search(r"\\u0000|\\U00000000", text):
+        raise UsageError(f"{path} holds the character \\u0000; leave it out")
+    return values
+
+
+def convert(values: Any, kind: type[T], where: str) -> T:
+    """Tables as a record.
+
+    Args:
+        values: as `read_toml` gives them.
+        kind: the class of the record.
+        where: the file or table, for messages.
+
+    Raises:
+        UsageError: an option is unknown, missing, of another type or out of its bounds.
+    """
+    try:
+        return msgspec.convert(values, kind)
+    except msgspec.ValidationError as exc:
+        own = isinstance(exc.__cause__, UsageError)  # a rule of the record itself
+        message = exc.__cause__ if own else _explained(str(exc), values, type_info(kind))
+        raise UsageError(f"{where}: {message}") from exc
+
+
+def _explained(message: str, value: Any, kind: Type) -> str:
+    """Msgspec's message with the value that came, and the names that are allowed there."""
+    message, _, place = message.partition(" - at `$")
+    place = place.strip(".`")
+    for option, row in re.findall(r"([^.\[\]]+)|\[(\d+)\]", place):
+        value = value[int(row)] if row else value[option]
+        kind = _options(kind).get(option, kind)
+    if "unknown field" in message:
+        name, names = message.split("`")[1], list(_options(kind))
+        near = get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        there = f" in {place}" if place else ""
+        return f"there is no option {name!r}{there}; {hint}Allowed: {', '.join(names)}"
+    if "missing required field" in message:
+        return f"{place and place + '.'}{message.split('`')[1]} is missing"
+    if isinstance(kind, LiteralType):
+        return f"{place} is {short(value)}; allowed: {', '.join(map(str, kind.values))}"
+    message = message.replace("`", "").replace(" | ", " or ")
+    for word, plain in WORDS.items():
+        message = message.replace(word, plain)
+    return f"{place or 'the file'} is {short(value)}; {message}"
+
+
+def _options(kind: Type) -> dict[str, Type]:
+    """The options of a table; none of other types."""
+    kinds = kind.types if isinstance(kind, UnionType) else (kind,)
+    return {f.name: f.type for k in kinds if isinstance(k, StructType) for f in k.fields}

@@ -40,7 +40,7 @@ class Pairs:
         patients: of the sections.
         panel: the genes of the columns.
         xy_um: float64 [N, 2], centres in µm within the section.
-        barcodes: of the spots.
+        row: int64 [N], of each spot in its section.
         embeddings: float32 [N, E] of another model, if all sections have some.
     """
 
@@ -51,7 +51,7 @@ class Pairs:
     patients: tuple[str, ...]
     panel: tuple[str, ...]
     xy_um: NDArray[np.float64]
-    barcodes: tuple[str, ...]
+    row: NDArray[np.int64]
     embeddings: Expression | None = None
 
     def __len__(self) -> int:
@@ -86,27 +86,28 @@ def make_pairs(
         UsageError: no patch lies inside a slide; a gene that a section lacks.
         SlideError: a slide that cannot be opened or read.
     """
-    patches, kept, expression, xy_um = [], [], [], []
+    patches, rows, expression, xy_um, embeddings = [], [], [], [], []
     for section in sections:
         values = section.log1p(panel)
         values = section.smoothed(values) if smooth else values
         cut = _precut_patches if section.slide.suffix == ".h5" else _cut_patches
-        images, rows, mpp_l0 = cut(section, patch_px, mpp)
+        images, kept, mpp_l0 = cut(section, patch_px, mpp)
         patches.append(images)
-        kept.append(section.take(rows))
-        expression.append(values[rows])
-        xy_um.append(section.xy_l0[rows] * mpp_l0)
-    embeddings = [s.embeddings for s in kept if s.embeddings is not None]
+        rows.append(kept)
+        expression.append(values[kept])
+        xy_um.append(section.xy_l0[kept] * mpp_l0)
+        if section.embeddings is not None:
+            embeddings.append(section.embeddings[kept])
     return Pairs(
         patches=np.concatenate(patches),
         expression=np.concatenate(expression),
-        section=np.repeat(np.arange(len(kept)), [len(s) for s in kept]),
-        names=tuple(s.name for s in kept),
-        patients=tuple(s.patient for s in kept),
+        section=np.repeat(np.arange(len(rows)), [len(kept) for kept in rows]),
+        names=tuple(s.name for s in sections),
+        patients=tuple(s.patient for s in sections),
         panel=tuple(panel),
         xy_um=np.concatenate(xy_um),
-        barcodes=tuple(b for s in kept for b in s.barcodes),
-        embeddings=np.concatenate(embeddings) if len(embeddings) == len(kept) else None,
+        row=np.concatenate(rows),
+        embeddings=np.concatenate(embeddings) if len(embeddings) == len(rows) else None,
     )
 
 

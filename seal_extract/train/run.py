@@ -17,15 +17,14 @@ from seal_extract.encoders import Encoder, folder, load_encoder
 from seal_extract.encoders.hub import upload
 from seal_extract.errors import OutputError
 from seal_extract.genes.gene_lists import read_panel
-from seal_extract.train.config import TrainConfig, check
+from seal_extract.train.config import TrainConfig, check, convert
 from seal_extract.train.finetune import merge_adapters
-from seal_extract.train.formats import load_sections
+from seal_extract.train.formats import load_sections, names_of
 from seal_extract.train.loop import Row, train
 from seal_extract.train.multiscale import MultiScaleModel
 from seal_extract.train.pairs import Batches, Pairs, make_pairs
 from seal_extract.train.seal import OmicsModel, SealModel, as_expression_decoder, new_omics
 from seal_extract.train.sections import Section, choose_panel
-from seal_extract.train.toml import convert
 
 MIN_SD = 0.05  # of log1p; bounds the weight of genes that hardly vary in the standardised error
 
@@ -92,7 +91,7 @@ def run(
     out = Path(config.out)
     if (out / folder.CONFIG).exists():
         raise OutputError(f"{out} holds a finished encoder; choose another out, or delete it")
-    check(config, [s.name for s in sections] if sections else None)
+    check(config, [s.name for s in sections] if sections else names_of(config.data.sections))
     sections = sections or load_sections(config.data.sections)
     training = [s for s in sections if s.name not in config.data.validation]
     panel = read_panel(config.data.panel) if config.data.panel else choose_panel(training, config.data.genes)

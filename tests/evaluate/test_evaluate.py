@@ -18,7 +18,7 @@ from seal_extract.encoders.folder import write as write_folder
 from seal_extract.encoders.heads import ExpressionDecoder
 from seal_extract.encoders.spec import Decoder
 from seal_extract.errors import UsageError
-from seal_extract.evaluate.compare import Contender, Embeddings, compare, permuted_rows
+from seal_extract.evaluate.compare import Contender, Embeddings, compare, permuted_rows, retrieve
 from seal_extract.evaluate.expression import (
     HEST,
     TUNED,
@@ -30,7 +30,6 @@ from seal_extract.evaluate.expression import (
     score_fold,
 )
 from seal_extract.evaluate.handcrafted import FEATURES, handcrafted_features
-from seal_extract.evaluate.retrieval import retrieve
 from seal_extract.evaluate.table import Row, Table, tables, to_csv
 from seal_extract.train.formats import load_sections
 from seal_extract.train.pairs import make_pairs
@@ -236,10 +235,10 @@ def test_random_embeddings_are_at_chance():
 
 def test_the_table_has_every_contender_and_the_same_numbers_everywhere():
     x, y, sections = linear_data()
-    contenders = [contender("enc", x, x), contender("base", x[:, :2]), contender("hand-made", x[:, :1])]
+    contenders = [contender("enc", x, x), contender("base", x[:, :2]), contender("handcrafted", x[:, :1])]
     made = tables(compare(contenders, folds_of(y, sections), seeds=3))
     first = made[0]
-    assert [row.name for row in first.rows] == ["enc", "enc, rows permuted", "base", "hand-made"]
+    assert [row.name for row in first.rows] == ["enc", "enc, rows permuted", "base", "handcrafted"]
     assert first.columns == ("a", "b", "c")
     assert first.rows[1].spread is not None
     joint = next(table for table in made if "space of the alignment" in table.title)
@@ -261,7 +260,7 @@ def test_a_row_prints_mean_and_sample_sd():
     assert Row("x", (float("nan"), 0.2)).cells()[1] == "-"
 
 
-# --- hand-made features -----------------------------------------------------------------------
+# --- handcrafted features -----------------------------------------------------------------------
 
 
 def test_features_are_named_finite_and_the_same_alone_or_together():
@@ -407,12 +406,12 @@ def test_the_command_prints_the_tables_and_writes_three_files(place, tmp_path, c
     report = json.loads((tmp_path / "evaluation.json").read_text())
     assert report["sections"]["A2"] == {"patient": "A", "spots": 36}
     lines = [row["line"] for row in report["tables"][0]["rows"]]
-    assert lines == ["encoder", "encoder, rows permuted", "base, before alignment", "hand-made features"]
+    assert lines == ["encoder", "encoder, rows permuted", "base, before alignment", "handcrafted features"]
     (joint,) = (t for t in report["tables"] if t["title"] == "Recall at 10, in the space of the alignment")
     both = ["encoder, image to expression", "encoder, expression to image", "chance"]
     assert [row["line"] for row in joint["rows"]] == both
     assert report["tables"][0]["rows"][2]["folds"]["A"] != 0  # its embeddings are not all alike
-    assert report["pearson_r_per_gene"]["hand-made features, HEST-Benchmark"]["B"]["g1"] > 0.8
+    assert report["pearson_r_per_gene"]["handcrafted features, HEST-Benchmark"]["B"]["g1"] > 0.8
     assert (tmp_path / "evaluation.md").read_text().strip() in out
     assert (tmp_path / "evaluation.csv").read_text().startswith("table,line,fold,value,spread\n")
 

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 
 from seal_extract.errors import UsageError
+from seal_extract.train.config import convert, read_config
 from seal_extract.train.formats.anndata import AnnData, Hest
+from seal_extract.train.formats.arrays import MATRIX, StTables, Visium, VisiumHD
 from seal_extract.train.formats.source import Source
-from seal_extract.train.formats.st_tables import StTables
-from seal_extract.train.formats.visium import MATRIX, Visium, VisiumHD
 from seal_extract.train.sections import Section
-from seal_extract.train.toml import convert
 
 KINDS: dict[str, type[Source]] = {
     "st-tables": StTables,
@@ -46,6 +45,15 @@ def load_sections(sources: Sequence[Mapping[str, Any]]) -> list[Section]:
     return sections
 
 
+def names_of(sources: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names of all sections of a configuration.
+
+    Raises:
+        UsageError: as `read_sources`.
+    """
+    return [name for source in read_sources(sources) for name in source.names]
+
+
 def read_sources(sources: Sequence[Mapping[str, Any]]) -> list[Source]:
     """Check the tables of a configuration before any section is read.
 
@@ -70,6 +78,21 @@ def read_sources(sources: Sequence[Mapping[str, Any]]) -> list[Source]:
     if not names:
         raise UsageError("no sections are named; give names = [...] in [[data.sections]]")
     return found
+
+
+def sections_of(
+    source: Path, names: Sequence[str] | None = None, *, slide: str | None = None, mpp: float | None = None
+) -> list[Section]:
+    """The sections that the configuration of a training run names, or those of a folder, as `find_sections`.
+
+    Raises:
+        UsageError: options that only a folder takes; and the errors of the readers.
+    """
+    if source.suffix != ".toml":
+        return find_sections(source, names, slide=slide, mpp=mpp)
+    if slide or mpp or names:
+        raise UsageError("--slide, --slide-mpp and --names are for folders; the configuration has its own")
+    return load_sections(read_config(source).data.sections)
 
 
 def find_sections(

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 
 from seal_extract.errors import UsageError
 from seal_extract.slides.slide import read_metadata, stated_mpp
+from seal_extract.train.config import Positive
 from seal_extract.train.formats.source import (
+    VISIUM_PITCH_UM,
     Lattice,
     Source,
     checked_positions,
@@ -21,9 +23,6 @@ from seal_extract.train.formats.source import (
     slide_of,
 )
 from seal_extract.train.sections import Expression, Section
-from seal_extract.train.toml import Positive
-
-VISIUM_PITCH_UM = 100.0
 
 
 class AnnData(Source, frozen=True):

@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.errors import UsageError, how_to_install
+from seal_extract.train.config import Options, Positive
 from seal_extract.train.sections import Expression, Section
-from seal_extract.train.toml import Options, Positive
 
 MPP_TOLERANCE = 0.05  # share by which a stated µm/px and that of the spots' pitch may differ
+VISIUM_PITCH_UM = 100.0  # between spots
 LARGEST_POSITION = 2**30  # of a spot: a slide has at most some 2**20 pixels a side
 DOWNSCALED = ("tissue_hires_image", "tissue_lowres_image", "detected_tissue_image", "aligned_fiducials")
 SUFFIXES = ("tif", "tiff", "ome.tif", "ome.tiff", "btf", "svs", "ndpi", "png", "jpg", "jpeg")

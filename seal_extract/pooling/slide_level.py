@@ -1,4 +1,4 @@
-"""The file of a slide-level embedding, which Patho-Bench reads as ``pooled_embeddings_dir``.
+"""Slide-level embeddings: ways to pool, and the file, which Patho-Bench reads as ``pooled_embeddings_dir``.
 
     features       float32 [1, D']; where each of C classes has its own, [1, C D'], class after class, and the
                    attribute ``rows`` is C
@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import h5py
 import numpy as np
@@ -39,11 +39,107 @@ from seal_extract.features.store import SlideFeatures, read_pieces
 from seal_extract.hdf5 import DAMAGED, checked, open_hdf5
 from seal_extract.names import shareable
 from seal_extract.patches.grid import PatchGrid
-from seal_extract.pooling.pooling import Pooled, Pooling, Rows, check_width
 from seal_extract.run.provenance import first_difference
 
+MEAN = "mean"
 SLIDE_LEVEL = 1  # raised whenever the same request gives other numbers than before
 SCORES, ATTENTION, PROBABILITIES = "attention_scores", "attention", "probabilities"
+Rows = NDArray[np.float32]  # [B, D], some patches of a slide
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """The patches of a slide, pooled.
+
+    Attributes:
+        features: float32 [D'], or [C, D'] where each class has its own attention.
+        scores: float32 [C, N], the output of the attention network for each patch; None without attention.
+        attention: float32 [C, N], their softmax over the patches: each row sums to 1.
+        probabilities: float32 [K], one per class, from the model's classifier; None without one.
+        descriptions: sentences about datasets of the file, by dataset, where the name does not say enough.
+    """
+
+    features: NDArray[np.float32]
+    scores: NDArray[np.float32] | None = None
+    attention: NDArray[np.float32] | None = None
+    probabilities: NDArray[np.float32] | None = None
+    descriptions: Mapping[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        rows = "" if self.attention is None else f", attention {list(self.attention.shape)}"
+        return f"Pooled({list(self.features.shape)}{rows})"
+
+
+class Pooling(Protocol):
+    """A way to pool; `open_pooling` gives one."""
+
+    @property
+    def name(self) -> str:
+        """The name that is written before the encoder's in folder names."""
+        ...
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the numbers, as JSON: kind, and sha256 of the checkpoint."""
+        ...
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Further facts, as JSON."""
+        ...
+
+    @property
+    def dim(self) -> int | None:
+        """Width of the features that it accepts; None for any."""
+        ...
+
+    def pool(self, pieces: Iterable[Rows], count: int) -> Pooled:
+        """Pool the ``count`` patches of a slide, at least one, which arrive as pieces [B, D]."""
+        ...
+
+
+@dataclass(frozen=True)
+class MeanPooling:
+    """The arithmetic mean of all patches."""
+
+    name = MEAN
+    dim = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Pooling.identity`."""
+        return {"kind": MEAN}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """See `Pooling.facts`."""
+        return {}
+
+    def pool(self, pieces: Iterable[Rows], count: int) -> Pooled:
+        """See `Pooling.pool`; summed in float64."""
+        total = sum(rows.sum(0, dtype=np.float64) for rows in pieces)
+        return Pooled((total / count).astype(np.float32))
+
+
+def check_width(pooling: Pooling, dim: int, of: str) -> None:
+    """Refuse features of another width than the model accepts.
+
+    Args:
+        pooling: from `open_pooling`.
+        dim: columns of the features.
+        of: the name of the encoder, for the message.
+
+    Raises:
+        UsageError: the widths differ.
+    """
+    if pooling.dim not in (None, dim):
+        raise UsageError(
+            f"the model {pooling.name} takes features of {pooling.dim} columns, those of {of} have {dim}; "
+            f"give the checkpoint that was trained on {of}, or another --encoder"
+        )
+
+
+# --- the file -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
