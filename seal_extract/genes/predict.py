@@ -21,7 +21,6 @@ from seal_extract.tissue.geojson import fill_polygons, inside_polygons
 
 BLOCK_ROWS = 4096  # rows predicted at a time: 33 MB of 2,000 genes
 KEEP_BYTES = 2**30  # expression that `signature_scores` keeps in memory instead of predicting it twice
-PERMUTATIONS = 999
 CELLS = 2048  # side of the raster on which areas are counted
 
 Membership = NDArray[np.bool_]
@@ -193,8 +192,6 @@ class RegionGenes:
         p_patches: share of random sets of single patches with at least this difference, float64 [G];
             one-sided.
         p_pieces: the same share of connected random regions.
-        q_patches: `benjamini_hochberg` of ``p_patches`` over all genes.
-        q_pieces: `benjamini_hochberg` of ``p_pieces`` over all genes.
         patches: number of patches inside.
         permutations: number of random draws of each kind; no p is below 1 / (this + 1).
     """
@@ -210,12 +207,12 @@ class RegionGenes:
 
     @property
     def q_patches(self) -> NDArray[np.float64]:
-        """q-values of ``p_patches``, float64 [G]."""
+        """`benjamini_hochberg` of ``p_patches`` over all genes, float64 [G]."""
         return benjamini_hochberg(self.p_patches)
 
     @property
     def q_pieces(self) -> NDArray[np.float64]:
-        """q-values of ``p_pieces``, float64 [G]."""
+        """`benjamini_hochberg` of ``p_pieces`` over all genes, float64 [G]."""
         return benjamini_hochberg(self.p_pieces)
 
     def __repr__(self) -> str:
@@ -227,8 +224,7 @@ def region_genes(
     decoder: GeneDecoder,
     inside: Membership,
     *,
-    permutations: int = PERMUTATIONS,
-    seed: int = 0,
+    permutations: int = 999,
 ) -> RegionGenes:
     """Compare a region with the rest of its slide, gene by gene.
 
@@ -245,7 +241,6 @@ def region_genes(
         decoder: decoder of the encoder that made them.
         inside: bool [N], the patches of the region.
         permutations: number of random draws of each kind.
-        seed: seed of the random draws.
 
     Raises:
         UsageError: the region holds no patch or all of them, or ``permutations`` is below 1.
@@ -256,7 +251,7 @@ def region_genes(
         raise UsageError(f"the region holds {what} of {slide.path.stem}; draw one with some of its {count}")
     if permutations < 1:
         raise UsageError(f"permutations is {permutations}; allowed: 1 or more")
-    draws = _draws(slide.grid, inside, permutations, np.random.default_rng(seed))  # bool [1 + 2 P, N]
+    draws = _draws(slide.grid, inside, permutations)  # bool [1 + 2 P, N]
     sums, total, squares = _sums(slide, decoder, draws)
     mean_in, mean_out = sums[0] / members, (total - sums[0]) / (count - members)
     within = squares[0] - members * mean_in**2 + squares[1] - (count - members) * mean_out**2
@@ -321,9 +316,9 @@ def patches_inside(grid: PatchGrid, polygons: Sequence[shapely.Polygon]) -> Memb
     return inside_polygons(polygons, grid.xy_l0 + grid.patch_size_l0 / 2)
 
 
-def _draws(grid: PatchGrid, inside: Membership, permutations: int, rng: np.random.Generator) -> Membership:
+def _draws(grid: PatchGrid, inside: Membership, permutations: int) -> Membership:
     """Patches of the region, then of sets of single patches, then of connected regions: bool [1 + 2 P, N]."""
-    count, members = len(grid), int(inside.sum())
+    count, members, rng = len(grid), int(inside.sum()), np.random.default_rng(0)
     draws = np.zeros((1 + 2 * permutations, count), np.bool_)
     draws[0] = inside
     xy = grid.xy_l0.astype(np.float64)

@@ -1,1 +1,1 @@
-"""Pictures of what was found and cut."""
+"""Pages and pictures: the viewer, reports of a slide and of a cohort, heat maps and contact sheets."""

@@ -54,7 +54,12 @@ V = TypeVar("V")
 
 
 class Gallery:
-    """A collection that answers a viewer's questions; safe to use from several threads."""
+    """A collection that answers a viewer's questions; safe to use from several threads.
+
+    Raises, in each method:
+        UsageError: there is no such slide, picture, layer or patch.
+        SealExtractError: the slide has moved or cannot be opened, a file is damaged, or there are no genes.
+    """
 
     def __init__(self, collection: Collection, genes: GeneMaps) -> None:
         self.collection, self.genes = collection, genes
@@ -91,22 +96,14 @@ class Gallery:
         }
 
     def thumbnail(self, index: int) -> bytes:
-        """A small JPEG of a slide with its patches.
-
-        Raises:
-            UsageError: there is none.
-        """
+        """A small JPEG of a slide with its patches."""
         picture = read_thumbnail(self._shown(index).overlay)
         if picture is None:
             raise UsageError(f"{self._shown(index).name} has no overlay")
         return picture
 
     def slide(self, index: int) -> dict[str, Any]:
-        """What the page needs to show a slide.
-
-        Raises:
-            SealExtractError: it has moved, or cannot be opened.
-        """
+        """What the page needs to show a slide."""
         this, features = self._shown(index), self._read(index)
         described = describe_slide(self._slide(index).slide, features, tissue_rings(this.tissue))
         return described | {
@@ -133,10 +130,6 @@ class Gallery:
             index: of the slide.
             kind: ``"embedding"``, ``"clusters"``, ``"genes"`` or ``"attention"``.
             of: nothing; how many; a gene, genes or a set; which, counted from 0.
-
-        Raises:
-            UsageError: an unknown kind, or nothing of that name.
-            SealExtractError: there are no genes.
         """
         return self._layers.get((index, kind, of), lambda: self._make_layer(index, kind, of))
 
@@ -186,11 +179,7 @@ class Gallery:
     # --- a patch --------------------------------------------------------------------------------------
 
     def patch(self, index: int, row: int) -> dict[str, Any]:
-        """The place of a patch, and the genes predicted for it.
-
-        Raises:
-            UsageError: there is no such patch.
-        """
+        """The place of a patch, and the genes predicted for it."""
         features = self._patch(index, row)
         genes: list[dict[str, Any]] = []
         if self.genes.state()["named"]:
@@ -199,28 +188,14 @@ class Gallery:
         return {"row": row, "xy_l0": features.grid.xy_l0[row].tolist(), "genes": genes}
 
     def patch_image(self, index: int, row: int) -> bytes:
-        """A patch as a JPEG of 160 px.
-
-        Raises:
-            UsageError: there is no such patch.
-            ReadError: the slide is damaged there.
-        """
+        """A patch as a JPEG of 160 px."""
         grid = self._patch(index, row).grid
         x, y = grid.xy_l0[row].tolist()
         box = (x, y, x + grid.patch_size_l0, y + grid.patch_size_l0)
         return jpeg(self._slide(index).picture(box, (PATCH_IMAGE_PX, PATCH_IMAGE_PX)))
 
     def alike(self, index: int, row: int, scope: str) -> list[dict[str, Any]]:
-        """The patches that look most like one, in its slide or in all others.
-
-        Args:
-            index: of the slide.
-            row: the patch.
-            scope: ``"slide"`` or ``"cohort"``.
-
-        Raises:
-            UsageError: there is no such patch or scope, or its embedding is 0, as if it could not be read.
-        """
+        """The patches that look most like one, in its ``"slide"`` or in all others of the ``"cohort"``."""
         features, cohort = self._patch(index, row), self._cohort()
         query: NDArray[np.float32] = features.features[row]
         if scope == "slide":

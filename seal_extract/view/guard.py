@@ -141,18 +141,19 @@ class NotFound(Exception):
 
 
 class Query:
-    """The values in the address and the body of a request, each checked when it is read."""
+    """The values in the address and the body of a request, each checked when it is read.
+
+    Raises, in each method:
+        NotFound: a number in the address is something else.
+        UsageError: a value, the body or its polygon is too long, malformed or impossible.
+    """
 
     def __init__(self, request: Request, body: bytes) -> None:
         self._request, self._body = request, body
 
     @classmethod
     async def read(cls, request: Request) -> Query:
-        """Take in a request.
-
-        Raises:
-            UsageError: its body is too long; no more of it is read.
-        """
+        """Take in a request; of a body that is too long no more is read."""
         body = b""
         async for piece in request.stream():
             body += piece
@@ -161,11 +162,7 @@ class Query:
         return cls(request, body)
 
     def number(self, name: str) -> int:
-        """A whole number in the address.
-
-        Raises:
-            NotFound: there is something else.
-        """
+        """A whole number in the address."""
         text = self.word(name)
         if not text.isascii() or not text.isdigit() or len(text) > 9:
             raise NotFound
@@ -176,22 +173,14 @@ class Query:
         return str(self._request.path_params[name])
 
     def text(self, name: str) -> str:
-        """A value of the query string; empty if it is missing.
-
-        Raises:
-            UsageError: it is too long.
-        """
+        """A value of the query string; empty if it is missing."""
         text = self._request.query_params.get(name, "")
         if len(text) > MOST_TYPED:
             raise UsageError(f"{name} has {len(text)} characters; allowed: {MOST_TYPED}")
         return text
 
     def polygon(self) -> list[list[float]]:
-        """The body's polygon: corners (x, y) in level-0 pixels.
-
-        Raises:
-            UsageError: it is not JSON, no polygon, or has too many corners or impossible ones.
-        """
+        """The body's polygon: corners (x, y) in level-0 pixels."""
         try:
             corners = json.loads(self._body)["polygon"]
             polygon = [[float(x), float(y)] for x, y in corners]

@@ -29,7 +29,7 @@ from seal_extract.genes.predict import (
 from seal_extract.genes.search import best, embed_picture, embed_profile, search_expression
 from seal_extract.run.cohort import extract_cohort
 from seal_extract.tissue.geojson import inside_polygons
-from seal_extract.view.pictures import GAP_PX, PATCH_PX, QUERY_RGB, TITLE_PX, draw_contact_sheet, read_patch
+from seal_extract.view.pictures import read_patch
 
 
 @pytest.fixture(scope="module")
@@ -123,20 +123,6 @@ def test_profiles_that_are_none_are_refused(tmp_path, text):
     (tmp_path / "p.csv").write_text(text + "\n")
     with pytest.raises(UsageError, match="give a gene and its count"):
         read_profile(tmp_path / "p.csv")
-
-
-def test_a_contact_sheet_shows_what_was_asked_with_first(slides, tmp_path):
-    asked, found = Found(slides[1], 0, 1.0), [Found(slides[0], 1, 0.5)]
-    with open_slide(slides[1].provenance["slide"]["path"]) as slide:
-        patch = np.asarray(read_patch(slide, slides[1], 0))
-    for query in (asked, Image.fromarray(patch)):
-        draw_contact_sheet(found, tmp_path / "sheet.png", "title", query=query)
-        sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
-        x, y = GAP_PX, TITLE_PX
-        np.testing.assert_array_equal(sheet[y : y + PATCH_PX, x : x + PATCH_PX], patch)
-        assert (sheet[y - 4 : y, x : x + PATCH_PX] == QUERY_RGB).all()
-    draw_contact_sheet(found, tmp_path / "alone.png", "title")
-    assert not (np.asarray(Image.open(tmp_path / "alone.png").convert("RGB")) == QUERY_RGB).all(2).any()
 
 
 # --- regions ----------------------------------------------------------------------------------

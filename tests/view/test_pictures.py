@@ -1,4 +1,4 @@
-"""Numbers over the slide: one cell per patch where it lies, colours, the picture."""
+"""Numbers over the slide: one cell per patch where it lies, colours, the picture; and contact sheets."""
 
 import io
 
@@ -10,10 +10,21 @@ from PIL import Image, ImageDraw
 
 from seal_extract import find_tissue, make_grid, open_slide
 from seal_extract.errors import GeometryError, UsageError
+from seal_extract.features.store import list_features
+from seal_extract.genes.index import Found
 from seal_extract.patches.grid import PatchGrid
 from seal_extract.slides.drawing import caption_font, draw_text, text_width
 from seal_extract.view.layers import Layer, PatchRaster, colour, limits
-from seal_extract.view.pictures import draw_heatmap, legend_of
+from seal_extract.view.pictures import (
+    GAP_PX,
+    PATCH_PX,
+    QUERY_RGB,
+    TITLE_PX,
+    draw_contact_sheet,
+    draw_heatmap,
+    legend_of,
+    read_patch,
+)
 
 
 def grid_of(xy, size=224, overlap=0, patch_px=224):
@@ -115,3 +126,18 @@ def test_values_that_do_not_fit_are_refused(cut, tmp_path):
         draw_heatmap(slide, grid, np.zeros(1), tmp_path / "a.png", "x")
     with pytest.raises(UsageError, match="the value of patch 0 is not finite"):
         draw_heatmap(slide, grid, np.full(len(grid), np.nan), tmp_path / "a.png", "x")
+
+
+def test_a_contact_sheet_shows_what_was_asked_with_first(viewer_out, tmp_path):
+    slides, _ = list_features(viewer_out)
+    asked, found = Found(slides[1], 0, 1.0), [Found(slides[0], 1, 0.5)]
+    with open_slide(slides[1].provenance["slide"]["path"]) as slide:
+        patch = np.asarray(read_patch(slide, slides[1], 0))
+    for query in (asked, Image.fromarray(patch)):
+        draw_contact_sheet(found, tmp_path / "sheet.png", "title", query=query)
+        sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
+        x, y = GAP_PX, TITLE_PX
+        np.testing.assert_array_equal(sheet[y : y + PATCH_PX, x : x + PATCH_PX], patch)
+        assert (sheet[y - 4 : y, x : x + PATCH_PX] == QUERY_RGB).all()
+    draw_contact_sheet(found, tmp_path / "alone.png", "title")
+    assert not (np.asarray(Image.open(tmp_path / "alone.png").convert("RGB")) == QUERY_RGB).all(2).any()
