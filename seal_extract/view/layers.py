@@ -27,7 +27,7 @@ MOST_CELLS = 2**26  # of a raster; an overview of a 100,000 px slide in 224 px p
 VALUE_PERCENTILES = (1.0, 99.0)  # at the ends of the colours: a few outliers do not dim the rest
 CLUSTERS = (2, 12)  # fewest and most
 COMPONENTS = 16  # in which clusters are sought
-PERCENTILES = (2.0, 98.0)  # of a component, at the ends of its colour
+COMPONENT_PERCENTILES = (2.0, 98.0)  # at the ends of its colour
 SEED = 0
 STOPS = 17  # colours of a legend's bar
 PALETTE = 255  # colours that a PNG's palette holds beside the transparent one
@@ -200,7 +200,7 @@ class Components:
         largest = np.abs(axes).argmax(0)
         axes = axes * np.where(axes[largest, np.arange(axes.shape[1])] < 0, -1, 1)  # the sign is arbitrary
         sample = np.asarray(centred @ axes, np.float32)
-        low, high = (np.percentile(sample, p, axis=0).astype(np.float32) for p in PERCENTILES)
+        low, high = (np.percentile(sample, p, axis=0).astype(np.float32) for p in COMPONENT_PERCENTILES)
         return cls(mean, np.asarray(axes, np.float32), low, np.maximum(high, low + 1e-6), sample)
 
     def project(self, features: Rows) -> Rows:

@@ -60,7 +60,6 @@ def draw_heatmap(
     title: str,
     *,
     unit: str = "",
-    max_px: int = PICTURE_PX,
     encoder: str = "",
     made_of: dict[str, Any] | None = None,
 ) -> tuple[float, float]:
@@ -73,7 +72,6 @@ def draw_heatmap(
         path: the PNG; its folder is made.
         title: in the legend.
         unit: of the values, behind the title.
-        max_px: longest side of the picture without its legend.
         encoder: that the values were predicted by, named in the legend.
         made_of: JSON that goes into the file, for `read_made_of`.
 
@@ -94,7 +92,7 @@ def draw_heatmap(
     raster = PatchRaster.of(grid)
     low, high = limits(values)
     x0, y0, x1, y1 = _around(raster, slide.size_l0)
-    downsample = max((x1 - x0) / max_px, (y1 - y0) / max_px, max(slide.size_l0) / MOST_OVERVIEW_PX)
+    downsample = max(max(x1 - x0, y1 - y0) / PICTURE_PX, max(slide.size_l0) / MOST_OVERVIEW_PX)
     overview = read_overview(slide, slide.mpp * downsample, holes=True)
     grey = np.repeat(cv2.cvtColor(overview.rgb, cv2.COLOR_RGB2GRAY)[..., None], 3, axis=2)
     canvas = _lay(np.asarray(grey, np.uint8), raster, colour(values, low, high), overview.downsample)
