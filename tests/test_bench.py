@@ -12,12 +12,10 @@ from synthetic_slide import write_synthetic_slide
 
 from seal_extract import find_tissue, make_grid
 from seal_extract.bench import BenchOptions, bench
-from seal_extract.bench.encoding import Pass
+from seal_extract.bench.encoding import Pass, WholeRun
 from seal_extract.bench.large_slide import TILES, write_large_slide
 from seal_extract.bench.measure import Ratio, Stage, Timing, take_turns
-from seal_extract.bench.sample import take_sample
-from seal_extract.bench.whole import WholeRun
-from seal_extract.cli import main
+from seal_extract.bench.reading import take_sample
 from seal_extract.demo import demo_slide, untrained_encoder
 from seal_extract.errors import UsageError
 from seal_extract.patches.tiles import open_patch_reader
@@ -42,42 +40,32 @@ def picture(slide):
     return path
 
 
-@pytest.fixture
-def run(capsys, tmp_path, monkeypatch):
-    """Type ``seal-extract bench ...``: (exit status, output, lines of error); no file may be left behind."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    (tmp_path / "tmp").mkdir()
-
-    def type_(*words):
-        threads = torch.get_num_threads()
-        try:
-            status = main(["bench", *(str(w) for w in words)])
-        except SystemExit as exc:
-            status = exc.code
-        assert list((tmp_path / "tmp").iterdir()) == []
-        assert torch.get_num_threads() == threads
-        out, err = capsys.readouterr()
-        return status, out, err.splitlines()
-
-    return type_
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(tmp_path_factory, monkeypatch):
+    """No file, and no other number of threads."""
+    folder, threads = tmp_path_factory.mktemp("temporary"), torch.get_num_threads()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    yield
+    assert list(folder.iterdir()) == []
+    assert torch.get_num_threads() == threads
 
 
 def figures(run, *words):
-    status, out, err = run(*words, "--json")
+    status, out, err = run("bench", *words, "--json")
     assert (status, err) == (0, [])
-    return json.loads(out)
+    return json.loads("\n".join(out))
 
 
 # --- the figures --------------------------------------------------------------------------------------
 
 
 def test_without_arguments_a_large_slide_and_an_untrained_encoder_are_made(run):
-    status, out, err = run("--size-px", "2400", *FEW)
+    status, out, err = run("bench", "--size-px", "2400", *FEW)
     assert (status, err) == (0, [])
-    assert "Slide(large.svs: 2400 x 2400 px" in out.splitlines()[0]
-    assert out.splitlines()[0].endswith(", which repeats the bundled slide; JPEG tiles")
-    assert "Encoder(untrained-demo" in out
-    assert "UNTRAINED: random weights" in out
+    assert "Slide(large.svs: 2400 x 2400 px" in out[0]
+    assert out[0].endswith(", which repeats the bundled slide; JPEG tiles")
+    assert "Encoder(untrained-demo" in out[2]
+    assert "UNTRAINED: random weights" in out[2]
 
 
 @pytest.mark.parametrize("tiles", TILES)
@@ -182,9 +170,9 @@ def test_one_thread_is_judged_by_cpu_time_and_compared_with_no_other(slide, run)
 
 
 def test_fewer_patches_than_asked_are_said(slide, run):
-    status, out, _ = run(slide, *FEW, "--patches", "100000", "--reading-only")
+    status, out, _ = run("bench", slide, *FEW, "--patches", "100000", "--reading-only")
     assert status == 0
-    assert "(100000 asked)" in out
+    assert "(100000 asked)" in out[1]
 
 
 @pytest.mark.parametrize(
@@ -223,8 +211,8 @@ def test_several_slides_are_one_whole_which_finds_the_tissue_if_all_patches_are_
 
 def test_json_goes_to_a_file(slide, run, tmp_path):
     file = tmp_path / "figures.json"
-    status, out, _ = run(slide, *FEW, "--reading-only", "--json", file)
-    assert (status, out) == (0, f"figures -> {file}\n")
+    status, out, _ = run("bench", slide, *FEW, "--reading-only", "--json", file)
+    assert (status, out) == (0, [f"figures -> {file}"])
     assert json.loads(file.read_text())["decoder"] == "JPEG tiles"
 
 
@@ -244,7 +232,7 @@ def test_the_sample_is_the_middle_of_the_grid(slide):
 
 def test_decoding_alone_gives_the_regions_that_a_run_resamples(slide):
     with take_sample(slide, 6, torch.device("cpu"), ExtractOptions()) as sample:
-        alone, run = sample.decoder_alone(), sample.decoder()
+        alone, run = sample.open_without_resampling(), sample.open_reader()
         regions = alone.read(range(6)).pixels
         assert regions.shape[-1] == sample.grid.read_px == 448
         assert torch.equal(run.to_patches(regions), run.read(range(6)).pixels)
@@ -264,8 +252,8 @@ def test_a_run_is_divided_into_start_gaps_and_end():
 
 
 def test_medians_ratios_and_turns():
-    stage = Stage("", 10, 1, (Timing(1.0, 2.0), Timing(5.0, 4.0), Timing(2.0, 3.0)))
-    assert (stage.wall_s, stage.cpu_s, stage.patches_per_s) == (2.0, 3.0, 5.0)
+    stage = Stage.of("", 10, 1, (Timing(1.0, 2.0), Timing(5.0, 4.0), Timing(2.0, 3.0)))
+    assert (stage.seconds, stage.cpu_seconds, stage.patches_per_s) == (2.0, 3.0, 5.0)
     assert Ratio.of([2.0, 9.0, 8.0], [1.0, 3.0, 2.0]) == Ratio(3.0, 2.0, 4.0)
     order = []
 
@@ -282,7 +270,7 @@ def test_medians_ratios_and_turns():
 
 def one_line(result, status, message):
     got, out, err = result
-    assert (got, out) == (status, "")
+    assert (got, out) == (status, [])
     assert len(err) == 1
     assert message in err[0]
 
@@ -300,12 +288,12 @@ def one_line(result, status, message):
     ],
 )
 def test_usage_errors_exit_with_2(slide, run, words, message):
-    one_line(run(slide, *words), 2, message)
+    one_line(run("bench", slide, *words), 2, message)
 
 
 def test_a_slide_is_not_written_over(run, slide):
     before = slide.stat().st_mtime_ns
-    one_line(run("--json", slide), 2, "give slides before --json")
+    one_line(run("bench", "--json", slide), 2, "give slides before --json")
     assert slide.stat().st_mtime_ns == before
 
 
@@ -316,11 +304,13 @@ def test_two_slides_of_one_name_are_refused(slide):
 
 def test_slides_that_cannot_be_measured_are_one_line(run, tmp_path):
     (tmp_path / "text.svs").write_text("not a slide")
-    one_line(run(tmp_path / "text.svs", "--reading-only"), 1, "it is text")
+    one_line(run("bench", tmp_path / "text.svs", "--reading-only"), 1, "it is text")
     Image.fromarray(np.full((600, 600, 3), 240, np.uint8)).save(tmp_path / "glass.png")
-    one_line(run(tmp_path / "glass.png", "--slide-mpp", "0.5", "--reading-only"), 1, "no tissue was found")
+    one_line(
+        run("bench", tmp_path / "glass.png", "--slide-mpp", "0.5", "--reading-only"), 1, "no tissue was found"
+    )
 
 
 def test_openslide_is_no_rival_where_it_does_not_open_the_slide(picture, run):
     words = (picture, "--slide-mpp", "0.25", "--reading-only", *FEW)
-    one_line(run(*words, "--against", "openslide"), 2, "is read by pillow")
+    one_line(run("bench", *words, "--against", "openslide"), 2, "is read by pillow")

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
-from typing import Any, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
+from seal_extract.patches.stream import compute_alone
+
 Item = TypeVar("Item")
+Progress = Callable[[str], None]  # receives the name of the next measurement
 
 
-@dataclass(frozen=True)
-class Timing:
-    """One measurement, in seconds; ``cpu_s`` is of all threads of this process."""
+class Timing(NamedTuple):
+    """Seconds of one measurement; ``cpu_s`` is of all threads of this process."""
 
     wall_s: float
     cpu_s: float
+
+
+Timings = Mapping[str, Sequence[Timing]]  # by the name of what was measured, one per repeat
 
 
 @dataclass(frozen=True)
@@ -30,56 +35,38 @@ class Stage:
     """A part of the way from file to features, measured by itself.
 
     Attributes:
-        does: what it covers, in words.
-        patches: that one repeat covers.
-        threads: that worked on it.
-        timings: one per repeat; none where the stage cannot be told from another, or has nothing to do.
+        does: description of the stage.
+        patches: number of patches in one repeat.
+        threads: number of threads that worked on it.
+        patches_per_s: of the median; None if the stage is part of another, or has nothing to do.
+        patches_per_cpu_s: likewise, per CPU second; None also below the resolution of the clock.
+        seconds: median of the repeats.
+        seconds_min: the shortest.
+        seconds_max: the longest.
+        cpu_seconds: median.
     """
 
     does: str
     patches: int
     threads: int
-    timings: tuple[Timing, ...] = ()
+    patches_per_s: float | None = None
+    patches_per_cpu_s: float | None = None
+    seconds: float | None = None
+    seconds_min: float | None = None
+    seconds_max: float | None = None
+    cpu_seconds: float | None = None
 
-    @property
-    def wall_s(self) -> float | None:
-        """Median seconds."""
-        return median(t.wall_s for t in self.timings) if self.timings else None
-
-    @property
-    def cpu_s(self) -> float | None:
-        """Median CPU seconds."""
-        return median(t.cpu_s for t in self.timings) if self.timings else None
-
-    @property
-    def patches_per_s(self) -> float | None:
-        """Patches per second, of the median."""
-        return None if self.wall_s is None else self.patches / self.wall_s
-
-    @property
-    def patches_per_cpu_s(self) -> float | None:
-        """Patches per CPU-second, of the median; None below the clock's resolution."""
-        return self.patches / self.cpu_s if self.cpu_s else None
-
-    def to_json(self) -> dict[str, Any]:
-        """All figures by name."""
-        walls = [t.wall_s for t in self.timings]
-        return {
-            "does": self.does,
-            "patches": self.patches,
-            "threads": self.threads,
-            "patches_per_s": self.patches_per_s,
-            "patches_per_cpu_s": self.patches_per_cpu_s,
-            "seconds": self.wall_s,
-            "seconds_min": min(walls, default=None),
-            "seconds_max": max(walls, default=None),
-            "cpu_seconds": self.cpu_s,
-        }
+    @classmethod
+    def of(cls, does: str, patches: int, threads: int, timings: Sequence[Timing]) -> Stage:
+        """The figures of a stage from its repeats."""
+        walls, cpu_s = [t.wall_s for t in timings], median(t.cpu_s for t in timings)
+        rates = (patches / median(walls), patches / cpu_s if cpu_s else None)
+        return cls(does, patches, threads, *rates, median(walls), min(walls), max(walls), cpu_s)
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median, least and largest of the ratios of pairs that were measured one after the other."""
+    """Median, smallest and largest of the ratios of pairs that were measured one after the other."""
 
     median: float
     min: float
@@ -91,9 +78,23 @@ class Ratio:
         ratios = [a / max(b, 1e-9) for a, b in zip(over, under, strict=True)]
         return cls(median(ratios), min(ratios), max(ratios))
 
+    @classmethod
+    def of_wall(cls, over: Iterable[Timing], under: Iterable[Timing]) -> Ratio:
+        """The ratios of wall seconds."""
+        return cls.of((t.wall_s for t in over), (t.wall_s for t in under))
+
+    @classmethod
+    def of_cpu(cls, over: Iterable[Timing], under: Iterable[Timing]) -> Ratio:
+        """The ratios of CPU seconds, which other processes on the machine do not change."""
+        return cls.of((t.cpu_s for t in over), (t.cpu_s for t in under))
+
+    def __mul__(self, factor: float) -> Ratio:
+        """All three, times a factor."""
+        return Ratio(self.median * factor, self.min * factor, self.max * factor)
+
 
 def timed(work: Callable[[], object], device: torch.device) -> Timing:
-    """Do it once, on the device until it is done there."""
+    """Run once, until the device has finished."""
     wall, cpu = perf_counter(), process_time()
     work()
     wait_for(device)
@@ -101,29 +102,27 @@ def timed(work: Callable[[], object], device: torch.device) -> Timing:
 
 
 def wait_for(device: torch.device) -> None:
-    """Until a GPU has done all that it was given."""
+    """Wait until a GPU has finished everything that was submitted."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def take_turns(
-    works: dict[str, Callable[[], Timing]], repeats: int, say: Callable[[str], None]
-) -> dict[str, tuple[Timing, ...]]:
-    """Measure all of ``works`` in each repeat, every other time in reverse: what drifts, drifts for all."""
+def take_turns(works: Mapping[str, Callable[[], Timing]], repeats: int, progress: Progress) -> Timings:
+    """Measure all of ``works`` in each repeat, every other time in reverse order: drift affects all."""
     timings: dict[str, list[Timing]] = {name: [] for name in works}
     for repeat in range(repeats):
         names = list(works)
         for name in names if repeat % 2 == 0 else reversed(names):
-            say(f"{name}, {repeat + 1} of {repeats}")
+            progress(f"{name}, {repeat + 1} of {repeats}")
             timings[name].append(works[name]())
-    return {name: tuple(times) for name, times in timings.items()}
+    return timings
 
 
 @contextmanager
 def reading_threads(threads: int) -> Iterator[ThreadPoolExecutor]:
     """A pool whose threads compute alone, as the readers of `stream_batches` do."""
     before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(threads, "bench", initializer=lambda: torch.set_num_threads(1))
+    pool = ThreadPoolExecutor(threads, "bench", initializer=compute_alone)
     try:
         yield pool
     finally:
@@ -131,32 +130,22 @@ def reading_threads(threads: int) -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(before)
 
 
-def each(pool: ThreadPoolExecutor, work: Callable[[Item], None], items: Iterable[Item]) -> None:
-    """Have every item worked on."""
+def each(pool: ThreadPoolExecutor, work: Callable[[Item], object], items: Iterable[Item]) -> None:
+    """Process every item; each thread takes one after the other."""
     for _ in pool.map(work, items):
         pass
 
 
-def forget_peak() -> None:
-    """Let `peak_mb` begin anew, where the system can; elsewhere it counts from the start of the process."""
+def reset_peak() -> None:
+    """Start ``VmHWM`` of `memory_mb` anew, where the system can; elsewhere it is that of the process."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_mb() -> float | None:
-    """The largest resident memory, in 10^6 bytes; None where the system has no /proc."""
-    return _status_mb("VmHWM")
-
-
-def resident_mb() -> float | None:
-    """The resident memory now, in 10^6 bytes; None where the system has no /proc."""
-    return _status_mb("VmRSS")
-
-
-def _status_mb(field: str) -> float | None:
+def memory_mb(field: str) -> float | None:
+    """``VmRSS``, the resident memory, or ``VmHWM``, its largest value, in 10^6 bytes; None without /proc."""
     try:
-        status = Path("/proc/self/status").read_text()
+        found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     except OSError:
         return None
-    found = re.search(rf"{field}:\s+(\d+) kB", status)
     return int(found[1]) * 1024 / 1e6 if found else None

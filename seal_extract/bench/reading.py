@@ -1,53 +1,162 @@
-"""From the file to patches: reading, decoding and resampling, each alone and as a run does them together."""
+"""The stages from the file to patches: each alone, and together as in a run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
+from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 import openslide
+import torch
 from PIL import Image
 from torch import Tensor
 
-from seal_extract.bench.measure import Ratio, Stage, Timing, each, reading_threads, take_turns, timed
-from seal_extract.bench.sample import Sample
-from seal_extract.errors import UsageError
-from seal_extract.patches.stream import stream_batches
-from seal_extract.patches.tiled import TiledLevel, open_level
-from seal_extract.patches.tiles import TileReader
+from seal_extract.bench.measure import (
+    Progress,
+    Ratio,
+    Stage,
+    Timing,
+    each,
+    reading_threads,
+    take_turns,
+    timed,
+)
+from seal_extract.errors import GeometryError, UsageError
+from seal_extract.patches.grid import PatchGrid
+from seal_extract.patches.regions import PatchReader, RegionReader, Resampling
+from seal_extract.patches.stream import JOB_BYTES, ROWS_PER_JOB, stream_batches
+from seal_extract.patches.tiled import TiledLevel, Unsuitable, open_level
+from seal_extract.patches.tiles import TileReader, open_patch_reader
+from seal_extract.run.job import SlideJob, find_tissue_and_grid
+from seal_extract.run.options import ExtractOptions
+from seal_extract.slides.entry import SlideEntry
+from seal_extract.slides.slide import Slide
 
 HELD_BYTES = 64 * 2**20  # of decoded regions that are resampled again and again
 OURS, CLASSIC, ONE_THREAD = "reading", "OpenSlide + PIL", "reading by one thread"
 
-Say = Callable[[str], None]
+
+@dataclass(frozen=True)
+class Sample:
+    """Patches from the middle of one slide's tissue, and how they are read.
+
+    Attributes:
+        slide: open.
+        grid: the patches, neighbours in scan order.
+        in_grid: number of patches of the whole slide.
+        tissue_s: seconds for opening the slide, finding the tissue and making the grid.
+        device: where the patches are needed.
+        options: all options of a run.
+    """
+
+    slide: Slide
+    grid: PatchGrid
+    in_grid: int
+    tissue_s: float
+    device: torch.device
+    options: ExtractOptions
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all patches of the slide."""
+        return len(self.grid) == self.in_grid
+
+    def open_reader(self) -> PatchReader:
+        """The patch reader of a run; it reads the patches once."""
+        return open_patch_reader(
+            self.slide, self.grid, self.device, filter=self.options.resample, fast=self.options.fast_decode
+        )
+
+    def open_region_reader(self) -> PatchReader:
+        """One that gives regions as they were decoded, for `PatchReader.to_patches`."""
+        return self._open(early=False)
+
+    def open_without_resampling(self) -> PatchReader:
+        """One that decodes as a run does, and does not resample.
+
+        A run on a CPU resamples in the reading threads and decodes into memory that is used again and again.
+        To do the same here, regions are declared to be patches.
+        """
+        reader = self.open_region_reader()
+        if self.device.type == "cuda":
+            return reader
+        reader.close()
+        return self._open(early=True, patch_px=reader.side_px)
+
+    def _open(self, early: bool, patch_px: int | None = None) -> PatchReader:
+        on_gpu = self.device.type == "cuda"
+        resampling = Resampling(patch_px or self.grid.patch_px, self.options.resample, early, pinned=on_gpu)
+        try:
+            return TileReader(self.slide, self.grid, resampling, self.options.fast_decode)
+        except Unsuitable as exc:
+            return RegionReader(self.slide, self.grid, resampling, str(exc))
+
+    def jobs(self, side_px: int) -> list[range]:
+        """The grid rows that a thread reads at a time, as in `stream_batches`."""
+        step = max(1, min(ROWS_PER_JOB, JOB_BYTES // (3 * side_px**2)))
+        rows = len(self.grid)
+        return [range(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+    def to_json(self) -> dict[str, Any]:
+        """The slide and which patches of it are read."""
+        slide, grid = self.slide, self.grid
+        return {
+            "path": str(slide.path),
+            "size_l0": list(slide.size_l0),
+            "mpp": slide.mpp,
+            "reader": slide.reader,
+            "patches_in_grid": self.in_grid,
+            "patches": len(grid),
+            "patch_px": grid.patch_px,
+            "patch_mpp": grid.mpp,
+            "level": grid.level,
+            "read_px": grid.read_px,
+            "tissue_s": self.tissue_s,
+        }
+
+
+@contextmanager
+def take_sample(path: Path, patches: int, device: torch.device, options: ExtractOptions) -> Iterator[Sample]:
+    """Open a slide and choose patches in the middle of its grid, or all of them if it has fewer.
+
+    Raises:
+        SlideError: the slide cannot be read.
+        GeometryError: it has no tissue.
+    """
+    started = perf_counter()
+    job = SlideJob.of(SlideEntry.of(path), Path(), options)
+    with job.open() as slide:
+        _, grid = find_tissue_and_grid(slide, job.options)
+        seconds = perf_counter() - started
+        if not len(grid):
+            raise GeometryError(
+                f"{path}: no tissue was found, so nothing can be measured; give another slide"
+            )
+        first = max(0, len(grid) - patches) // 2
+        chosen = replace(grid, xy_l0=grid.xy_l0[first : first + patches])
+        yield Sample(slide, chosen, len(grid), seconds, device, options)
 
 
 @dataclass(frozen=True)
 class Versus:
-    """Reading against another way to read, in patches per second and per CPU-second.
+    """Reading compared with another way to read; the ratios are ours to theirs.
 
     Attributes:
-        stage: the other way.
-        per_s: ours to theirs.
-        per_cpu_s: ours to theirs.
+        headline: the ratio that counts.
+        patches_per_s: ratio of wall time.
+        patches_per_cpu_s: ratio of CPU time.
+        other: the other way to read.
     """
 
-    stage: Stage
-    per_s: Ratio
-    per_cpu_s: Ratio
-
-    @classmethod
-    def of(cls, ours: Stage, theirs: Stage) -> Versus:
-        """Two stages that took turns."""
-        pairs = (theirs.timings, ours.timings)
-        return cls(
-            theirs,
-            Ratio.of(*([t.wall_s for t in times] for times in pairs)),
-            Ratio.of(*([t.cpu_s for t in times] for times in pairs)),
-        )
+    headline: str
+    patches_per_s: Ratio
+    patches_per_cpu_s: Ratio
+    other: Stage
 
 
 @dataclass(frozen=True)
@@ -57,8 +166,8 @@ class Reading:
     Attributes:
         decoder: its name.
         stages: read, decode, resample and reading, by name.
-        openslide: against the classic loader, if asked for.
-        one_thread: against one reading thread, if there are more.
+        openslide: compared with the classic loader, if asked for.
+        one_thread: compared with one reading thread, if there are more.
     """
 
     decoder: str
@@ -68,65 +177,87 @@ class Reading:
 
 
 def measure_reading(
-    sample: Sample,
-    workers: int,
-    batch_size: int,
-    repeats: int,
-    against_openslide: bool,
-    say: Say = lambda _: None,
+    sample: Sample, workers: int, batch_size: int, repeats: int, against_openslide: bool, progress: Progress
 ) -> Reading:
-    """Measure all that comes before the encoder.
-
-    Args:
-        sample: what is read.
-        workers: reading threads.
-        batch_size: patches that the stream puts together.
-        repeats: of each measurement, after one that warms up.
-        against_openslide: read with the classic loader too, in turns.
-        say: told what is measured next.
+    """Measure everything before the encoder, ``repeats`` times after one warm-up.
 
     Raises:
-        UsageError: the slide is none that OpenSlide opens.
-        ReadError: it is damaged.
+        UsageError: OpenSlide is to be compared, and does not open the slide.
+        ReadError: the slide is damaged.
     """
-    together = _together(sample, workers, batch_size, repeats, against_openslide, say)
-    name, regions = _decoder_facts(sample)
-    return Reading(
-        name,
-        {
-            "read": _read_alone(sample, workers, repeats, say),
-            "decode": _decode_alone(sample, workers, repeats, say),
-            "resample": _resample_alone(sample, regions, workers, repeats, say),
-            OURS: together[OURS],
-        },
-        Versus.of(together[OURS], together[CLASSIC]) if CLASSIC in together else None,
-        Versus.of(together[OURS], together[ONE_THREAD]) if ONE_THREAD in together else None,
-    )
+    works: dict[str, Callable[[], Timing]] = {OURS: lambda: _stream(sample, workers, batch_size)}
+    if workers > 1:
+        works[ONE_THREAD] = lambda: _stream(sample, 1, batch_size)
+    if against_openslide:
+        if not sample.slide.reader.startswith("openslide"):
+            raise UsageError(
+                f"--against openslide: {sample.slide.path.name} is read by {sample.slide.reader}; "
+                "give a slide that OpenSlide opens, or leave --against out"
+            )
+        works[CLASSIC] = lambda: _classic(sample, workers)
+    _stream(sample, workers, batch_size)
+    timings = take_turns(works, repeats, progress)
+    patches, ours = len(sample.grid), timings[OURS]
+
+    def versus(name: str, does: str, threads: int) -> Versus | None:
+        if name not in timings:
+            return None
+        return Versus(
+            # of one thread, CPU time: other processes on the machine do not change it
+            "patches_per_cpu_s" if workers == 1 else "patches_per_s",
+            Ratio.of_wall(timings[name], ours),
+            Ratio.of_cpu(timings[name], ours),
+            Stage.of(does, patches, threads, timings[name]),
+        )
+
+    does = f"file to batches of {batch_size} patches, by the very stream of a run"
+    with closing(sample.open_reader()) as reader:
+        pass
+    stages = {
+        "read": _read_alone(sample, isinstance(reader, TileReader), workers, repeats, progress),
+        "decode": _decode_alone(sample, workers, repeats, progress),
+        "resample": _resample_alone(sample, workers, repeats, progress),
+        OURS: Stage.of(does, patches, workers, ours),
+    }
+    classic = versus(CLASSIC, "one region a patch, convert('RGB'), PIL's bicubic, one handle", workers)
+    return Reading(reader.name, stages, classic, versus(ONE_THREAD, does, 1))
 
 
-def _decoder_facts(sample: Sample) -> tuple[str, list[Tensor]]:
-    """The name of the decoder, and some regions as it decodes them."""
-    decoder, late = sample.decoder(), sample.region_decoder()
-    try:
-        jobs = sample.jobs(late.side_px)
-        held = max(1, HELD_BYTES // (3 * late.side_px**2 * len(jobs[0])))
-        return decoder.name, [late.read(rows).pixels for rows in jobs[:held]]
-    finally:
-        decoder.close()
-        late.close()
+def _stream(sample: Sample, workers: int, batch_size: int) -> Timing:
+    """Opening the patch reader is not counted, nor is opening the slide in `_classic`."""
+    reader = sample.open_reader()
+
+    def drain() -> None:
+        for _ in stream_batches([reader], batch_size, device=sample.device, workers=workers):
+            pass
+
+    return timed(drain, sample.device)
+
+
+def _classic(sample: Sample, workers: int) -> Timing:
+    """The usual loader of other tools, in as many threads as ours."""
+    grid = sample.grid
+    side, size = (grid.read_px, grid.read_px), (grid.patch_px, grid.patch_px)
+    with closing(openslide.OpenSlide(sample.slide.path)) as handle, reading_threads(workers) as pool:
+
+        def read(rows: range) -> None:
+            patches: list[Any] = []
+            for xy in grid.xy_l0[rows.start : rows.stop].tolist():
+                region = handle.read_region(xy, grid.level, side).convert("RGB")
+                patches.append(region if side == size else region.resize(size, Image.Resampling.BICUBIC))
+            np.stack([np.asarray(patch) for patch in patches])
+
+        return timed(lambda: each(pool, read, sample.jobs(grid.patch_px)), sample.device)
 
 
 # --- each alone ---------------------------------------------------------------------------------------
 
 
-def _read_alone(sample: Sample, workers: int, repeats: int, say: Say) -> Stage:
-    decoder = sample.decoder()
-    decoder.close()
-    if not isinstance(decoder, TileReader):
-        does = "part of decode: the slide's reader reads and decodes in one"
-        return Stage(does, len(sample.grid), workers)
-    level = open_level(sample.slide, sample.grid.level)
-    try:
+def _read_alone(sample: Sample, is_tiled: bool, workers: int, repeats: int, progress: Progress) -> Stage:
+    patches = len(sample.grid)
+    if not is_tiled:
+        return Stage("part of decode: the slide's reader reads and decodes in one", patches, workers)
+    with closing(open_level(sample.slide, sample.grid.level)) as level, reading_threads(workers) as pool:
         jobs = _tiles_of_jobs(sample, level)
         size = sum(len(data) for tiles in jobs for _, data in level.read(tiles))
 
@@ -134,30 +265,24 @@ def _read_alone(sample: Sample, workers: int, repeats: int, say: Say) -> Stage:
             for _ in level.read(tiles):
                 pass
 
-        with reading_threads(workers) as pool:
-            works = {"read": lambda: timed(lambda: each(pool, read, jobs), sample.device)}
-            timings = take_turns(works, repeats, say)["read"]
-    finally:
-        level.close()
-    tiles = sum(map(len, jobs))
-    does = f"{tiles} compressed tiles, {size / 1e6:.3g} MB, out of the page cache"
-    return Stage(does, len(sample.grid), workers, timings)
+        works = {"read": lambda: timed(lambda: each(pool, read, jobs), sample.device)}
+        timings = take_turns(works, repeats, progress)["read"]
+    does = f"{sum(map(len, jobs))} compressed tiles, {size / 1e6:.3g} MB, out of the page cache"
+    return Stage.of(does, patches, workers, timings)
 
 
 def _tiles_of_jobs(sample: Sample, level: TiledLevel) -> list[list[int]]:
-    """The tiles that each job needs and none before it."""
+    """The tiles that each job needs and no job before it."""
     grid = sample.grid
     corners = grid.xy_l0 // round(sample.slide.levels[grid.level].downsample)
     size, seen, jobs = np.asarray(level.size_px), set[int](), []
     first = np.clip(corners, 0, size) // level.tile_px
     last = (np.clip(corners + grid.read_px, 0, size) - 1) // level.tile_px
+    spans = np.hstack([first, last]).tolist()
     for rows in sample.jobs(grid.patch_px):
-        spans = zip(
-            first[rows.start : rows.stop].tolist(), last[rows.start : rows.stop].tolist(), strict=True
-        )
         needed = {
             y * level.across + x
-            for (x0, y0), (x1, y1) in spans
+            for x0, y0, x1, y1 in spans[rows.start : rows.stop]
             for y in range(y0, y1 + 1)
             for x in range(x0, x1 + 1)
         }
@@ -166,104 +291,35 @@ def _tiles_of_jobs(sample: Sample, level: TiledLevel) -> list[list[int]]:
     return jobs
 
 
-def _decode_alone(sample: Sample, workers: int, repeats: int, say: Say) -> Stage:
+def _decode_alone(sample: Sample, workers: int, repeats: int, progress: Progress) -> Stage:
     def once() -> Timing:
-        decoder = sample.decoder_alone()
-
-        def read(rows: range) -> None:
-            decoder.read(rows)
-
-        try:
-            jobs = sample.jobs(decoder.side_px)
-            return timed(lambda: each(pool, read, jobs), sample.device)
-        finally:
-            decoder.close()
+        with closing(sample.open_without_resampling()) as reader:
+            return timed(lambda: each(pool, reader.read, sample.jobs(reader.side_px)), sample.device)
 
     with reading_threads(workers) as pool:
-        timings = take_turns({"decode": once}, repeats, say)["decode"]
-    return Stage("file to regions, read included, not resampled", len(sample.grid), workers, timings)
+        timings = take_turns({"decode": once}, repeats, progress)["decode"]
+    return Stage.of("file to regions, read included, not resampled", len(sample.grid), workers, timings)
 
 
-def _resample_alone(sample: Sample, regions: list[Tensor], workers: int, repeats: int, say: Say) -> Stage:
-    patches, decoder = len(sample.grid), sample.region_decoder()
-    decoder.close()
-    before, after = regions[0].shape[-1], sample.grid.patch_px
+def _resample_alone(sample: Sample, workers: int, repeats: int, progress: Progress) -> Stage:
+    patches, after, on_gpu = len(sample.grid), sample.grid.patch_px, sample.device.type == "cuda"
+    with closing(sample.open_region_reader()) as reader:
+        rows = sample.jobs(reader.side_px)
+        held = max(1, HELD_BYTES // (3 * reader.side_px**2 * len(rows[0])))
+        regions = [reader.read(some).pixels for some in rows[:held]]
+    before = regions[0].shape[-1]
     if before == after:
         return Stage("nothing left to do: decode gives patches", patches, workers)
 
     def resample(pixels: Tensor) -> None:
-        decoder.to_patches(pixels.to(sample.device, non_blocking=True))
+        reader.to_patches(pixels.to(sample.device, non_blocking=True))
 
-    on_gpu = sample.device.type == "cuda"
     threads = 1 if on_gpu else workers  # one feeds a GPU
     jobs = list(islice(cycle(regions), -(-patches // len(regions[0]))))
-    resampled = sum(map(len, jobs))
     with reading_threads(threads) as pool:
         each(pool, resample, regions[:threads])
         works = {"resample": lambda: timed(lambda: each(pool, resample, jobs), sample.device)}
-        timings = take_turns(works, repeats, say)["resample"]
+        timings = take_turns(works, repeats, progress)["resample"]
     upload = ", upload included" if on_gpu else ""
     does = f"{before} px to {after} px, {sample.options.resample}, in memory{upload}"
-    return Stage(does, resampled, threads, timings)
-
-
-# --- together -----------------------------------------------------------------------------------------
-
-
-def _together(
-    sample: Sample, workers: int, batch_size: int, repeats: int, against_openslide: bool, say: Say
-) -> dict[str, Stage]:
-    """Ours, and what it is compared with, in turns."""
-    patches = len(sample.grid)
-    works: dict[str, Callable[[], Timing]] = {OURS: lambda: _stream(sample, workers, batch_size)}
-    does = {OURS: f"file to batches of {batch_size} patches, by the very stream of a run"}
-    threads = {OURS: workers, ONE_THREAD: 1, CLASSIC: workers}
-    if workers > 1:
-        works[ONE_THREAD] = lambda: _stream(sample, 1, batch_size)
-        does[ONE_THREAD] = does[OURS]
-    if against_openslide:
-        _check_openslide(sample)
-        works[CLASSIC] = lambda: _classic(sample, workers)
-        does[CLASSIC] = "one region a patch, convert('RGB'), PIL's bicubic, one handle"
-    _stream(sample, workers, batch_size)
-    timings = take_turns(works, repeats, say)
-    return {name: Stage(does[name], patches, threads[name], times) for name, times in timings.items()}
-
-
-def _stream(sample: Sample, workers: int, batch_size: int) -> Timing:
-    """Opening the decoder is not counted, nor is opening the slide for the classic loader."""
-    decoder = sample.decoder()
-
-    def drain() -> None:
-        for _ in stream_batches([decoder], batch_size, device=sample.device, workers=workers):
-            pass
-
-    return timed(drain, sample.device)
-
-
-def _check_openslide(sample: Sample) -> None:
-    if not sample.slide.reader.startswith("openslide"):
-        raise UsageError(
-            f"--against openslide: {sample.slide.path.name} is read by {sample.slide.reader}; "
-            "give a slide that OpenSlide opens, or leave --against out"
-        )
-
-
-def _classic(sample: Sample, workers: int) -> Timing:
-    """What tools have done so far, in as many threads as ours."""
-    grid, handle = sample.grid, openslide.OpenSlide(sample.slide.path)
-    side, size = (grid.read_px, grid.read_px), (grid.patch_px, grid.patch_px)
-
-    def read(rows: range) -> None:
-        patches: list[Any] = []
-        for xy in grid.xy_l0[rows.start : rows.stop].tolist():
-            region = handle.read_region(xy, grid.level, side).convert("RGB")
-            patches.append(region if side == size else region.resize(size, Image.Resampling.BICUBIC))
-        np.stack([np.asarray(patch) for patch in patches])
-
-    try:
-        with reading_threads(workers) as pool:
-            jobs = sample.jobs(grid.patch_px)
-            return timed(lambda: each(pool, read, jobs), sample.device)
-    finally:
-        handle.close()
+    return Stage.of(does, sum(map(len, jobs)), threads, timings)

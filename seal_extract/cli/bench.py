@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     choices = {f.name: getattr(args, f.name) for f in fields(ExtractOptions) if hasattr(args, f.name)}
     options = BenchOptions(args.patches, args.repeats, args.against == "openslide", args.size_px, args.tiles)
     run = ExtractOptions(**choices)
-    tell = progress_line(args.quiet)
+    progress = progress_line(args.quiet)
     try:
         report = bench(
             args.slides,
@@ -74,10 +74,10 @@ def run(args: argparse.Namespace) -> int:
             run=run,
             options=options,
             device=pick_device(args.device),
-            say=tell,
+            progress=progress,
         )
     finally:
-        tell("")
+        progress("")
     text = json.dumps(report.to_json(), indent=1, default=str)
     if args.json is None:
         echo(*report.lines())
