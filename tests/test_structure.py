@@ -84,7 +84,7 @@ def test_files_are_short_enough_to_read(module):
 def test_commands_print_through_one_function():
     """`echo`, which lets no name of a file move the cursor; events are JSON."""
     printing = [p.name for p in (PACKAGE / "cli").glob("*.py") if re.search(r"\bprint\(", p.read_text())]
-    assert sorted(printing) == ["progress.py", "terminal.py"]
+    assert sorted(printing) == ["terminal.py"]
 
 
 def test_no_text_names_an_install_that_cannot_work():

@@ -14,39 +14,33 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from seal_extract.cli import (
-    bench,
-    demo,
-    encoders,
-    evaluate,
-    genes,
-    report,
-    search,
-    spots,
-    train,
-    verify,
-    view,
-)
-from seal_extract.cli.slide_options import slides_parser
-from seal_extract.cli.slides import run_slides
+from seal_extract.cli.encoders import add_doctor_options, add_download_options, add_encoders_options
+from seal_extract.cli.features import add_export_options, add_verify_options
+from seal_extract.cli.genes import add_genes_options
+from seal_extract.cli.options import parser_of
+from seal_extract.cli.search import add_search_options
+from seal_extract.cli.sections import add_evaluate_options, add_spots_options, add_train_options
+from seal_extract.cli.slides import slides_parser
 from seal_extract.cli.terminal import fail, warn
+from seal_extract.cli.trial import add_bench_options, add_demo_options
+from seal_extract.cli.view import add_report_options, add_view_options
 from seal_extract.errors import SealExtractError, UsageError
 
-PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
-    "encoders": encoders.encoders_parser,
-    "download": encoders.download_parser,
-    "doctor": encoders.doctor_parser,
-    "demo": demo.demo_parser,
-    "bench": bench.bench_parser,
-    "evaluate": evaluate.evaluate_parser,
-    "verify": verify.verify_parser,
-    "export": verify.export_parser,
-    "genes": genes.genes_parser,
-    "report": report.report_parser,
-    "search": search.search_parser,
-    "spots": spots.spots_parser,
-    "train": train.train_parser,
-    "view": view.view_parser,
+COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+    "encoders": add_encoders_options,
+    "download": add_download_options,
+    "doctor": add_doctor_options,
+    "demo": add_demo_options,
+    "bench": add_bench_options,
+    "evaluate": add_evaluate_options,
+    "verify": add_verify_options,
+    "export": add_export_options,
+    "genes": add_genes_options,
+    "report": add_report_options,
+    "search": add_search_options,
+    "spots": add_spots_options,
+    "train": add_train_options,
+    "view": add_view_options,
 }
 
 
@@ -79,11 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    if argv and argv[0] in PARSERS:
-        return PARSERS[argv[0]]().parse_args(argv[1:])
+    if argv and argv[0] in COMMANDS:
+        return parser_of(argv[0], COMMANDS[argv[0]]).parse_args(argv[1:])
     _refuse_mistyped(argv[:1])  # checked first, because the options of a command are not those of slides
     args = slides_parser().parse_args(argv)
-    args.handler = run_slides
     _refuse_mistyped(args.slides[:1])
     return args
 
@@ -91,7 +84,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def _refuse_mistyped(first: list[str]) -> None:
     """Refuse a first word that is not a file but resembles a command."""
     for word in first:
-        near = get_close_matches(word.lower(), PARSERS, n=1, cutoff=0.7)
+        near = get_close_matches(word.lower(), COMMANDS, n=1, cutoff=0.7)
         if near and not Path(word).exists():
             raise UsageError(
                 f"there is no file {word!r}; if you mean the command, type: seal-extract {near[0]}"

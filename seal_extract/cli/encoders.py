@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seal_extract.cli.options import Parser, add, add_common
+from seal_extract.cli.options import add, encoder_request
 from seal_extract.cli.terminal import echo, fail
 from seal_extract.errors import MissingOnHubError
 
@@ -15,12 +15,10 @@ if TYPE_CHECKING:
     from seal_extract.encoders.spec import Published
 
 
-def encoders_parser() -> argparse.ArgumentParser:
-    """The parser of ``seal-extract encoders``."""
-    p = Parser(prog="seal-extract encoders", description="The encoders to choose from.")
+def add_encoders_options(p: argparse.ArgumentParser) -> None:
+    """Add the options of ``seal-extract encoders``."""
+    p.description = "The encoders to choose from."
     p.set_defaults(handler=run_table)
-    add_common(p)
-    return p
 
 
 def run_table(args: argparse.Namespace) -> int:
@@ -56,19 +54,12 @@ def _pin(layout: Published | None) -> str:
     return ", ".join([layout.commit[:12], *hashes])
 
 
-def download_parser() -> argparse.ArgumentParser:
-    """The parser of ``seal-extract download``."""
-    p = Parser(
-        prog="seal-extract download",
-        description="Fetch the weights of encoders into the Hub's cache; then --offline finds them.",
-    )
+def add_download_options(p: argparse.ArgumentParser) -> None:
+    """Add the options of ``seal-extract download``."""
+    p.description = "Fetch the weights of encoders into the Hub's cache; then --offline finds them."
     p.set_defaults(handler=run_download)
     p.add_argument("names", nargs="+", metavar="NAME", help="names from `seal-extract encoders`")
-    p.add_argument(
-        "--revision", help="branch, tag or commit on the Hub; main: as it is now (default: the pinned commit)"
-    )
-    add_common(p)
-    return p
+    add(p, "--revision")
 
 
 def run_download(args: argparse.Namespace) -> int:
@@ -101,35 +92,25 @@ def _expression_half(encoder: Encoder, name: str, revision: str | None) -> list[
     return [weights] if weights else []
 
 
-def doctor_parser() -> argparse.ArgumentParser:
-    """The parser of ``seal-extract doctor``."""
-    p = Parser(
-        prog="seal-extract doctor",
-        description="Try each thing a run depends on by itself; of a slide, encode 8 patches.",
-    )
+def add_doctor_options(p: argparse.ArgumentParser) -> None:
+    """Add the options of ``seal-extract doctor``."""
+    p.description = "Try each thing a run depends on by itself; of a slide, encode 8 patches."
     p.set_defaults(handler=run_doctor)
     p.add_argument("slide", nargs="?", type=Path, metavar="SLIDE")
     add(p, "--slide-mpp", "--override-mpp")
-    p.add_argument("--encoder", help="load it: which files it is made of, which adapters were merged")
-    p.add_argument("--checkpoint", type=Path, metavar="FILE", help="its weight file on this disk")
-    p.add_argument("--adapter", metavar="FOLDER", help="an adapter to merge into it")
-    p.add_argument("--revision", help="branch, tag or commit on the Hub")
-    p.add_argument("--offline", action="store_true", help="leave out what asks the network")
-    add_common(p)
-    return p
+    add(p, "--encoder", help="load it: which files it is made of, which adapters were merged")
+    add(p, "--checkpoint", "--adapter", "--revision")
+    add(p, "--offline", help="leave out what asks the network")
+    p.set_defaults(device="cpu")
 
 
 def run_doctor(args: argparse.Namespace) -> int:
     """Print one line per check; return 1 if a check fails."""
     from seal_extract.doctor import examine
-    from seal_extract.encoders.request import EncoderRequest
 
     failed = 0
     mpps = {"slide_mpp": args.slide_mpp, "override_mpp": args.override_mpp}
-    encoder = None
-    if args.encoder:
-        where = {"checkpoint": args.checkpoint, "adapter": args.adapter, "revision": args.revision}
-        encoder = EncoderRequest(args.encoder, **where, device="cpu", offline=args.offline)
+    encoder = encoder_request(args.encoder, args) if args.encoder else None
     for result in examine(args.slide, **mpps, encoder=encoder, offline=args.offline):
         echo(result)
         failed += result.state == "FAILS"

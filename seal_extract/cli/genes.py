@@ -19,7 +19,7 @@ from seal_extract.cli.features import (
     keep_sound,
     read_given,
 )
-from seal_extract.cli.options import Parser, add, add_common
+from seal_extract.cli.options import add, comma_separated
 from seal_extract.cli.terminal import echo, warn
 from seal_extract.errors import SlideError, SlideOpenError, UsageError
 
@@ -34,14 +34,13 @@ if TYPE_CHECKING:
 FORMS = ("h5", "h5ad", "geojson", "png")
 
 
-def genes_parser() -> argparse.ArgumentParser:
-    """The parser of ``seal-extract genes``."""
-    p = Parser(
-        prog="seal-extract genes",
-        description="Predict gene expression from the features of an encoder that has an expression decoder, "
-        "such as seal-conch, and write it beside them.",
+def add_genes_options(p: argparse.ArgumentParser) -> None:
+    """Add the options of ``seal-extract genes``."""
+    p.description = (
+        "Predict gene expression from the features of an encoder that has an expression decoder, "
+        "such as seal-conch, and write it beside them."
     )
-    p.set_defaults(handler=run)
+    p.set_defaults(handler=run_genes)
     add_features(p, "*")
     which = p.add_argument_group("what")
     which.add_argument("--genes", metavar="A,B", help="these genes")
@@ -65,11 +64,9 @@ def genes_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="replace files instead of adding to files of the same features and weights",
     )
-    add_common(p)
-    return p
 
 
-def run(args: argparse.Namespace) -> int:
+def run_genes(args: argparse.Namespace) -> int:
     """Write the files and print one line per slide; the exit status is 1 if a slide failed."""
     from seal_extract.genes.expression_file import GeneSelection, expression_path
     from seal_extract.genes.gene_lists import read_signature
@@ -105,7 +102,7 @@ def _list(args: argparse.Namespace) -> int:
         )
     else:
         raise UsageError("type the -o of a run, or --encoder NAME, to list the genes of its encoder")
-    patterns = [pattern.upper() for pattern in _split(args.genes or "*")]
+    patterns = [pattern.upper() for pattern in comma_separated(args.genes or "*")]
     found = [gene for gene in decoder.named() if any(fnmatchcase(gene.upper(), p) for p in patterns)]
     if not found:
         raise UsageError(
@@ -116,13 +113,9 @@ def _list(args: argparse.Namespace) -> int:
     return 0
 
 
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def _forms(args: argparse.Namespace) -> list[str]:
     typed = "h5,png" if args.write is None else args.write
-    forms = _split(typed)
+    forms = comma_separated(typed)
     if not forms or not set(forms) <= set(FORMS):
         raise UsageError(f"--write {args.write!r}; allowed: {', '.join(FORMS)}")
     if not (args.genes or args.signature or args.all):
@@ -134,7 +127,7 @@ def _forms(args: argparse.Namespace) -> list[str]:
 
 def _columns(args: argparse.Namespace, decoder: GeneDecoder) -> list[int]:
     if not args.all:
-        return decoder.columns(list(dict.fromkeys(_split(args.genes or ""))))
+        return decoder.columns(list(dict.fromkeys(comma_separated(args.genes or ""))))
     if decoder.genes is None:
         warn(
             f"the {decoder.n_genes} columns of {decoder.name} have no names, because their list is not "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seal_extract.cli.features import add_features, decoder_for, given_panel, keep_sound, read_given
-from seal_extract.cli.options import Parser, add_common, mpp
+from seal_extract.cli.options import mpp
 from seal_extract.cli.search_results import open_results, query_of, short_names, write_found, write_genes
 from seal_extract.cli.terminal import echo
 from seal_extract.errors import UsageError
@@ -25,14 +25,13 @@ if TYPE_CHECKING:
 BY_LIKENESS = ("patch", "image", "profile")  # queries that an index answers
 
 
-def search_parser() -> argparse.ArgumentParser:
-    """The parser of ``seal-extract search``."""
-    p = Parser(
-        prog="seal-extract search",
-        description="Find patches of finished slides by gene, signature, expression profile, patch or image, "
-        "or the genes of a region. Writes found.csv, a contact sheet and tiles for QuPath, or genes.csv.",
+def add_search_options(p: argparse.ArgumentParser) -> None:
+    """Add the options of ``seal-extract search``."""
+    p.description = (
+        "Find patches of finished slides by gene, signature, expression profile, patch or image, "
+        "or the genes of a region. Writes found.csv, a contact sheet and tiles for QuPath, or genes.csv."
     )
-    p.set_defaults(handler=run)
+    p.set_defaults(handler=run_search)
     add_features(p)
     asked = p.add_mutually_exclusive_group()
     asked.add_argument("--gene", metavar="NAME", help="patches where the predicted expression is highest")
@@ -68,11 +67,9 @@ def search_parser() -> argparse.ArgumentParser:
         "--overwrite", action="store_true", help="replace the results of another query in the folder"
     )
     p.add_argument("--omics", type=Path, metavar="FILE", help="the expression encoder, for --profile")
-    add_common(p)
-    return p
 
 
-def run(args: argparse.Namespace) -> int:
+def run_search(args: argparse.Namespace) -> int:
     """Print and write the results; the exit status is 1 if a slide or the pictures were left out."""
     from seal_extract.genes.index import check_one_encoder
 

@@ -1,29 +1,49 @@
-"""``seal-extract SLIDES``: embed slides, with one line for each; a table and a page for several."""
+"""``seal-extract SLIDES``: embed slides, with one line for each; a table and a page for several.
+
+``--slide-level`` also pools the patches of each slide, and ``--patches`` embeds patches that are cut already.
+"""
 
 from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seal_extract.cli.options import requested_encoders
-from seal_extract.cli.patch_images import embed_patch_images
-from seal_extract.cli.progress import EventLog, ProgressBars, result_lines
-from seal_extract.cli.terminal import echo, exit_status, fail
-from seal_extract.errors import SealExtractError, UnexpectedError, UsageError
+from seal_extract.cli.options import add_slide_options, parser_of, requested_encoders
+from seal_extract.cli.terminal import (
+    EventLog,
+    ProgressBars,
+    echo,
+    exit_status,
+    fail,
+    print_each,
+    result_lines,
+)
+from seal_extract.errors import OutputError, SealExtractError, UnexpectedError, UsageError
 
 if TYPE_CHECKING:
+    from seal_extract.encoders import Encoder
     from seal_extract.encoders.request import EncoderRequest
+    from seal_extract.features.store import SlideFeatures
     from seal_extract.patches.grid import PatchGrid
+    from seal_extract.pooling import Pooling
     from seal_extract.run.cohort import CohortReport, Engine
     from seal_extract.run.options import ExtractOptions
     from seal_extract.run.status_table import SlideResult
     from seal_extract.slides.listing import SlideList
     from seal_extract.slides.slide import Slide
     from seal_extract.tissue.mask import TissueMask
+
+
+def slides_parser() -> argparse.ArgumentParser:
+    """The parser of ``seal-extract SLIDES``."""
+    parser = parser_of("", add_slide_options)
+    parser.set_defaults(handler=run_slides)
+    return parser
 
 
 def run_slides(args: argparse.Namespace) -> int:
@@ -117,7 +137,6 @@ def embed(
     args: argparse.Namespace,
 ) -> int:
     """Embed slides; prints one line for each and writes a table, and for several slides a page."""
-    from seal_extract.cli.slide_level import SlideLevels
     from seal_extract.run.cohort import extract_cohort
 
     levels = SlideLevels(args.slide_level, encoders, args.out, options)
@@ -197,3 +216,158 @@ def _write_page(
     write_report(report.rows, args.out, page, title=title, seconds=report.seconds)
     slides = len(report.done) + len(report.failed)
     echo(f"{len(report.done)} of {slides} slides done, {report.seconds:.0f} s: {report.status}, {page}")
+
+
+# --- a slide-level embedding --------------------------------------------------------------------------
+
+
+class SlideLevels:
+    """The slide-level files of a run; their models are checked before any slide is read."""
+
+    def __init__(
+        self, asked: Sequence[str], encoders: Sequence[EncoderRequest], out: Path, options: ExtractOptions
+    ) -> None:
+        """Open every checkpoint and hold it to the encoders' widths.
+
+        Raises:
+            UsageError: a file that is not there, a model of other features, or two of one name.
+            CheckpointError: a file that is no CLAM or ABMIL model.
+        """
+        self._asked = self._failed = 0
+        self._out, self._options = out, options
+        self._poolings: list[Pooling] = []
+        if asked:
+            from seal_extract.pooling import open_pooling
+
+            self._poolings = [open_pooling(name) for name in dict.fromkeys(_split(asked))]
+        names = [pooling.name for pooling in self._poolings]
+        if len(set(names)) < len(names):
+            raise UsageError(f"--slide-level has files of one name ({', '.join(names)}); rename one of them")
+        if self._poolings:
+            from seal_extract.pooling.slide_level import check_width
+
+            for pooling in self._poolings:
+                for encoder in encoders:
+                    check_width(pooling, encoder.spec.dim, encoder.spec.name)
+
+    def pool(self, result: SlideResult) -> Iterator[str | SealExtractError]:
+        """Pool the features of each encoder in each way asked for; yields one line or error for each."""
+        for features in result.features:
+            for pooling in self._poolings:
+                what = f"{result.path.name}: slide level by {pooling.name}"
+                try:
+                    self._asked += 1
+                    yield f"{what}, {self._write(features, result.name, pooling)}"
+                except SealExtractError as exc:
+                    self._failed += 1
+                    yield type(exc)(f"{what}: {exc}")
+
+    def exit_status(self) -> int:
+        """0, or 1 if a file failed, with a line that says how many."""
+        return exit_status(self._failed, self._asked, "slide-level files")
+
+    def _write(self, features: SlideFeatures, name: str, pooling: Pooling) -> str:
+        from seal_extract.features.layouts import layout_of_grid
+        from seal_extract.pooling import pool_slide
+
+        layout = layout_of_grid(self._options.layout, self._out, features.grid)
+        path = layout.slide_level(name, f"{pooling.name}-{features.provenance['encoder']['name']}")
+        if not len(features.grid):
+            return f"no patches to pool{_without(path, self._options.overwrite)}"
+        made = pool_slide(features, pooling, path, overwrite=self._options.overwrite)
+        line = " x ".join(map(str, made.features.shape))
+        if made.probabilities is not None:
+            line += f", class probabilities {' '.join(f'{p:.3g}' for p in made.probabilities)}"
+        if made.finished_before:
+            line += ", finished before"
+            if made.is_older:
+                line += (
+                    " by an older version (without class probabilities, and unreadable for Patho-Bench): "
+                    "delete the file and run the same command again to write it anew without encoding"
+                )
+        return f"{line} -> {path}"
+
+
+def _split(asked: Sequence[str]) -> Iterator[str]:
+    for text in asked:
+        yield from [text] if Path(text).exists() else (name.strip() for name in text.split(","))
+
+
+def _without(path: Path, overwrite: bool) -> str:
+    """Delete a file made from patches that the slide no longer has, if --overwrite permits it."""
+    if not path.exists():
+        return ""
+    if not overwrite:
+        raise OutputError(
+            f"{path} was made from patches that the slide no longer has; type --overwrite to delete it"
+        )
+    path.unlink()
+    return f", deleted {path}"
+
+
+# --- patches that are cut already ---------------------------------------------------------------------
+
+# the options that apply to patches that are cut already
+ALLOWED = {
+    *("slides", "out", "encoder", "checkpoint", "adapter", "revision", "precision", "device", "offline"),
+    *("patches", "mpp", "slide_mpp", "layout", "batch_size", "workers", "overwrite"),
+    *("quiet", "debug", "handler", "verbose"),
+}
+
+
+def embed_patch_images(args: argparse.Namespace) -> int:
+    """Embed each file or folder; the exit status is 1 if one fails, which does not stop the others."""
+    parser = slides_parser()
+    for name, value in vars(args).items():  # options that would cut other patches are not ignored
+        if name not in ALLOWED and value != parser.get_default(name):
+            raise UsageError(
+                f"--{name.replace('_', '-')} does not apply to patches that are cut already; "
+                "leave out --patches or this option"
+            )
+    paths = _patch_files(args.slides)
+    encoders = [request.load() for request in requested_encoders(args)]
+    pairs = product(paths, encoders)
+    return print_each(pairs, lambda pair: _embed_patch_file(*pair, args), alone=len(paths) == 1)
+
+
+def _embed_patch_file(path: Path, encoder: Encoder, args: argparse.Namespace) -> str:
+    """Embed the patches of a file or folder; returns the line to print."""
+    from tqdm import tqdm
+
+    from seal_extract.run.patch_images import extract_patches
+
+    given = ("mpp", "slide_mpp", "layout", "batch_size", "workers", "overwrite")
+    options = {name: getattr(args, name) for name in given}
+    with tqdm(unit="patch", disable=True if args.quiet else None, leave=False) as bar:
+        finished_before = True
+
+        def show(done: int, total: int) -> None:
+            nonlocal finished_before
+            finished_before, bar.total = False, total
+            bar.update(done - bar.n)
+
+        made = extract_patches(path, encoder, args.out, **options, progress=show)
+    slide, grid = made.provenance["slide"], made.grid
+    before = ", finished before" if finished_before else ""
+    return (
+        f"{path.name}: {len(grid)} ready-cut patches by {encoder.spec.name}, {grid.patch_px} px at "
+        f"{grid.mpp:.4g} µm/px by {slide['mpp_source']}{before} -> {made.path}"
+    )
+
+
+def _patch_files(given: list[str]) -> list[Path]:
+    """Files and folders; a folder of HDF5 or NPZ files stands for all of them."""
+    from seal_extract.slides.patch_files import TABLES
+
+    paths: list[Path] = []
+    for path in map(Path, given):
+        tables = sorted(p for p in path.iterdir() if p.suffix.lower() in TABLES) if path.is_dir() else []
+        paths += tables or [path]
+    names = Counter(path.resolve().name if path.is_dir() else path.stem for path in paths)
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        raise UsageError(
+            f"{twice[0]} is the name of {names[twice[0]]} inputs, whose results would have one name; "
+            "give each a run with an -o of its own"
+        )
+    return paths

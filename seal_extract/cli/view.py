@@ -1,30 +1,40 @@
-"""``seal-extract view``: look at a finished run in the browser."""
+"""``seal-extract view`` and ``report``: a finished run in the browser, or as HTML files to send."""
 
 from __future__ import annotations
 
 import argparse
 import secrets
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from seal_extract.cli.features import given_panel
-from seal_extract.cli.options import Parser, add, add_common
+from seal_extract.cli.features import (
+    add_features,
+    check_one_file_each,
+    decoder_for,
+    each_slide,
+    given_panel,
+    keep_sound,
+    read_given,
+)
+from seal_extract.cli.options import add, comma_separated
 from seal_extract.cli.terminal import echo, warn
+from seal_extract.errors import EncoderError, UsageError
 
 if TYPE_CHECKING:
+    from seal_extract.features.store import SlideFeatures
     from seal_extract.genes.decoder import GeneDecoder
     from seal_extract.genes.gene_lists import Signature
 
 
-def view_parser() -> argparse.ArgumentParser:
-    """The parser of ``seal-extract view``."""
-    p = Parser(
-        prog="seal-extract view",
-        description="Look at a finished run in the browser: slides, patches, embeddings, clusters, predicted "
+def add_view_options(p: argparse.ArgumentParser) -> None:
+    """Add the options of ``seal-extract view``."""
+    p.description = (
+        "Look at a finished run in the browser: slides, patches, embeddings, clusters, predicted "
         "genes, attention. The page is served to this machine only, at the printed address with its "
-        "token, and needs no network.",
+        "token, and needs no network."
     )
     p.set_defaults(handler=run_view)
     p.add_argument("out", type=Path, metavar="OUT", help="the -o of a finished run, or a part of it")
@@ -41,8 +51,6 @@ def view_parser() -> argparse.ArgumentParser:
     add(genes, "--offline")
     p.add_argument("--port", type=int, default=0, metavar="N", help="default: a free one")
     p.add_argument("--no-browser", action="store_true", help="print the address and open nothing")
-    add_common(p)
-    return p
 
 
 def run_view(args: argparse.Namespace) -> int:
@@ -55,7 +63,7 @@ def run_view(args: argparse.Namespace) -> int:
     collection = Collection.find(args.out, _name(args.encoder), args.slides)
     provenance = next(s.provenance for s in collection.slides if s.provenance)
     panel, signatures = given_panel(args), _signatures(args)
-    gallery = Gallery(collection, GeneMaps(lambda: _decoder(args, provenance, panel), signatures))
+    gallery = Gallery(collection, GeneMaps(lambda: _decoder_of_run(args, provenance, panel), signatures))
     token = secrets.token_urlsafe(24)
     with listen(args.port) as sock, TemporaryDirectory(prefix="seal-extract-") as private:
         address = f"http://127.0.0.1:{sock.getsockname()[1]}/?token={token}"
@@ -76,9 +84,8 @@ def _announce(address: str, slides: int, args: argparse.Namespace, private: Path
     if not args.no_browser:
         import webbrowser
 
-        page = (
-            private / "view.html"
-        )  # other users can see the arguments of a command, so the token is not one
+        # other users can see the arguments of a command, so the token is not one
+        page = private / "view.html"
         page.write_text(f'<meta http-equiv="refresh" content="0; url={address}">', encoding="utf-8")
         webbrowser.open(page.as_uri())
 
@@ -100,7 +107,7 @@ def _signatures(args: argparse.Namespace) -> dict[str, Signature] | None:
     return read_gmt(args.signatures)
 
 
-def _decoder(
+def _decoder_of_run(
     args: argparse.Namespace, provenance: dict[str, Any], panel: tuple[str, ...] | None
 ) -> GeneDecoder:
     from seal_extract.genes.decoder import decoder_of
@@ -108,3 +115,89 @@ def _decoder(
     return decoder_of(
         provenance, encoder=args.encoder, checkpoint=args.checkpoint, panel=panel, offline=args.offline
     )
+
+
+# --- report -------------------------------------------------------------------------------------------
+
+
+def add_report_options(p: argparse.ArgumentParser) -> None:
+    """Add the options of ``seal-extract report``."""
+    p.description = (
+        "Write each slide with its embedding, clusters, predicted genes and attention as one "
+        "HTML file that opens without a server and without a network."
+    )
+    p.set_defaults(handler=run_report)
+    add_features(p)
+    p.add_argument("-o", "--out", type=Path, help="folder (default: reports_ENCODER beside the features)")
+    genes = p.add_argument_group("genes")
+    which = genes.add_mutually_exclusive_group()
+    which.add_argument("--genes", metavar="A,B", help="default: the 24 whose prediction varies most")
+    which.add_argument("--no-genes", action="store_true", help="no genes; the decoder is not loaded")
+    add(genes, "--signature")
+    p.add_argument(
+        "--max-px", type=int, default=3000, metavar="N", help="longest side of the picture (default: 3000)"
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace files that are not reports of this tool")
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """Print one line per slide; the exit status is 1 if a slide failed."""
+    from seal_extract.features.store import open_origin
+    from seal_extract.genes.gene_lists import read_signature
+    from seal_extract.genes.index import check_one_encoder
+    from seal_extract.view.report import check_side, report_path, write_slide_report
+
+    check_side(args.max_px)
+    slides, damaged = read_given(args.features, args.encoder)
+    check_one_encoder(slides)
+    check_one_file_each(slides, lambda slide: report_path(slide, args.out))
+    slides, damaged = keep_sound(slides, damaged)
+    decoder = _decoder_of_slides(args, slides)
+    genes = comma_separated(args.genes) if args.genes else None
+    signatures = [read_signature(text) for text in args.signature]
+    if decoder is not None:  # genes that no slide can have are reported once
+        if genes:
+            decoder.columns(genes)
+        for signature in signatures:
+            if len(signature.known_to(decoder)[0]) < len(signature.weights):
+                warn(signature.coverage(decoder))
+
+    def write_one(features: SlideFeatures) -> str:
+        with closing(open_origin(features, args.slides)) as slide:
+            path = write_slide_report(
+                features,
+                report_path(features, args.out),
+                slide=slide,
+                decoder=decoder,
+                genes=genes,
+                signatures=signatures,
+                max_px=args.max_px,
+                overwrite=args.overwrite,
+            )
+        return f"{len(features.grid):,} patches, {path.stat().st_size / 1e6:.1f} MB -> {path}"
+
+    return each_slide(slides, damaged, write_one)
+
+
+def _decoder_of_slides(args: argparse.Namespace, slides: Sequence[SlideFeatures]) -> GeneDecoder | None:
+    """The decoder; None, with a warning, if there is none and no gene was asked for."""
+    from seal_extract.encoders.registry import list_encoders
+
+    asked, name = bool(args.genes or args.signature or args.panel), slides[0].provenance["encoder"]["name"]
+    if args.no_genes and asked:
+        raise UsageError(
+            "--no-genes leaves out the decoder, which --signature and --panel need; type one of them"
+        )
+    if args.no_genes:
+        return None
+    published = {row.name: row.published for row in list_encoders()}.get(name)
+    if not asked and published is not None and not published.decoder:  # avoids loading gigabytes
+        warn(f"{name} has no expression decoder; the pages have no genes")
+        return None
+    try:
+        return decoder_for(slides, args)
+    except EncoderError as exc:
+        if asked or type(exc) is not EncoderError:  # a damaged file or a network error
+            raise
+        warn(f"{exc}; the pages have no genes")
+        return None
