@@ -57,7 +57,8 @@ def examine(
         yield network
         if network.state == "ok":
             yield _checked("token", _token)
-            yield from (_checked("gate", partial(_gate, repo_id)) for repo_id in _repositories())
+            for source in dict.fromkeys(spec.source for spec in list_encoders() if spec.source):
+                yield _checked("gate", partial(_gate, source))
     if encoder is not None:
         yield from _encoder(encoder)
     if slide is not None:
@@ -146,10 +147,6 @@ def _token() -> tuple[State, str]:
         return "ok", f"of {HfApi(endpoint=endpoint()).whoami()['name']}"
     except Exception as exc:
         return "FAILS", f"the Hub does not accept it ({' '.join(str(exc).split())[:80]}); type: hf auth login"
-
-
-def _repositories() -> list[str]:
-    return list(dict.fromkeys(spec.source for spec in list_encoders() if spec.source))
 
 
 def _gate(repo_id: str) -> tuple[State, str]:

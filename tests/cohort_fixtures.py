@@ -25,6 +25,16 @@ def encoder_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A folder with an encoder and two slides: encoder, slides/a.svs and slides/b.svs."""
+    folder = tmp_path_factory.mktemp("place")
+    write_untrained_encoder(folder / "encoder")
+    write_synthetic_slide(folder / "slides" / "a.svs", (3000, 2400), mpp=0.25)
+    write_synthetic_slide(folder / "slides" / "b.svs", (2600, 2400), mpp=0.25, seed=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def encoder(encoder_folder):
     """The same, loaded."""
     from seal_extract import load_encoder

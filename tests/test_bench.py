@@ -8,7 +8,6 @@ import openslide
 import pytest
 import torch
 from PIL import Image
-from synthetic_slide import write_synthetic_slide
 
 from seal_extract import find_tissue, make_grid
 from seal_extract.bench import BenchOptions, bench
@@ -26,15 +25,15 @@ ALL_STAGES = {"read", "decode", "resample", "reading", "forward", "write", "whol
 FEW = ("--patches", "12", "--repeats", "1", "--workers", "2", "--quiet")
 
 
-@pytest.fixture(scope="module")
-def slide(tmp_path_factory):
-    return write_synthetic_slide(tmp_path_factory.mktemp("bench") / "a.svs", (3000, 2400), mpp=0.25)
+@pytest.fixture(scope="session")
+def slide(place):
+    return place / "slides" / "a.svs"
 
 
 @pytest.fixture(scope="module")
-def picture(slide):
+def picture(slide, tmp_path_factory):
     """The same specimen as a PNG, which Pillow reads."""
-    path = slide.with_suffix(".png")
+    path = tmp_path_factory.mktemp("bench") / "a.png"
     with open_slide(slide) as opened:
         Image.fromarray(opened.read_region((0, 0), 0, opened.size_l0)).save(path, compress_level=1)
     return path
@@ -198,9 +197,9 @@ def test_reading_is_part_of_decoding_where_the_reader_does_both(picture, run):
     assert found["limits"] in {"decode", "resample"}
 
 
-def test_several_slides_are_one_whole_which_finds_the_tissue_if_all_patches_are_asked(slide, run, tmp_path):
-    other = write_synthetic_slide(tmp_path / "b.svs", (2600, 2400), mpp=0.25, seed=2)
-    found = figures(run, slide, other, *FEW, "--patches", "100000", "--patch-px", "448")
+def test_several_slides_are_one_whole_which_finds_the_tissue_if_all_patches_are_asked(place, run):
+    slides = sorted((place / "slides").iterdir())
+    found = figures(run, *slides, *FEW, "--patches", "100000", "--patch-px", "448")
     counts = [s["patches"] for s in found["slides"]]
     assert counts == [s["patches_in_grid"] for s in found["slides"]]
     assert found["stages"]["whole"]["patches"] == sum(counts)

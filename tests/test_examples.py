@@ -1,14 +1,14 @@
 """The examples run as they are written."""
 
 import runpy
+import shutil
 from pathlib import Path
 
 import h5py
 import pytest
-from cohort_fixtures import run_here, write_untrained_encoder
+from cohort_fixtures import run_here
 from conftest import shared
 from PIL import Image
-from synthetic_slide import write_synthetic_slide
 
 from seal_extract import extract, load_encoder, load_omics
 from seal_extract.features.export import export
@@ -16,30 +16,22 @@ from seal_extract.features.export import export
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("examples")
-    write_untrained_encoder(folder / "encoder")
-    write_synthetic_slide(folder / "slides" / "a.svs", (3000, 2400), mpp=0.25)
-    write_synthetic_slide(folder / "slides" / "b.svs", (2600, 2400), mpp=0.25, seed=2)
-    Image.new("RGB", (300, 300)).save(folder / "slides" / "no_mpp.png")
-    return folder
-
-
-def test_one_slide(place, capsys):
+def test_one_slide(place, tmp_path, capsys):
     main = runpy.run_path(str(EXAMPLES / "01_one_slide.py"))["main"]
-    main(str(place / "slides" / "a.svs"), str(place / "encoder"), str(place / "out1"))
+    main(str(place / "slides" / "a.svs"), str(place / "encoder"), str(tmp_path))
     printed = capsys.readouterr().out
     assert printed.startswith("Slide(a.svs: 3000 x 2400 px, 0.25 µm/px by openslide.mpp-x")
     assert "TissueMask(" in printed
     assert "PatchGrid(" in printed
     assert "features float32 (" in printed
-    assert (place / "out1/20x_224px_0px_overlap/features_untrained-demo/a.h5").exists()
+    assert (tmp_path / "20x_224px_0px_overlap/features_untrained-demo/a.h5").exists()
 
 
-def test_folder(place, capsys):
+def test_folder(place, tmp_path, capsys):
+    shutil.copytree(place / "slides", tmp_path / "slides")
+    Image.new("RGB", (300, 300)).save(tmp_path / "slides" / "no_mpp.png")
     main = runpy.run_path(str(EXAMPLES / "02_folder.py"))["main"]
-    assert main(str(place / "slides"), str(place / "encoder"), str(place / "out2")) == 1
+    assert main(str(tmp_path / "slides"), str(place / "encoder"), str(tmp_path / "out")) == 1
     printed = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
     assert printed["a"].startswith("done")
     assert printed["b"].startswith("done")
@@ -47,22 +39,24 @@ def test_folder(place, capsys):
     assert "--slide-mpp" in printed["no_mpp"]
 
 
-def test_clam_style_mil(place, capsys):
+def test_clam_style_mil(place, tmp_path, capsys):
     encoder = load_encoder(place / "encoder", device="cpu")
     for slide in ("a.svs", "b.svs"):
-        extract(place / "slides" / slide, encoder, place / "out3")
-    assert all(e.state == "written" for e in export(place / "out3", "clam", place / "clam"))
-    (place / "labels.csv").write_text("slide,label\na,1\nb,0\n")
+        extract(place / "slides" / slide, encoder, tmp_path / "out")
+    assert all(e.state == "written" for e in export(tmp_path / "out", "clam", tmp_path / "clam"))
+    (tmp_path / "labels.csv").write_text("slide,label\na,1\nb,0\n")
     main = runpy.run_path(str(EXAMPLES / "05_clam_style_mil.py"))["main"]
-    saved = place / "mil.pt"
-    last = main(str(place / "clam/features_untrained-demo"), str(place / "labels.csv"), str(saved), "100")
+    saved = tmp_path / "mil.pt"
+    last = main(
+        str(tmp_path / "clam/features_untrained-demo"), str(tmp_path / "labels.csv"), str(saved), "100"
+    )
     printed = capsys.readouterr().out.splitlines()
     first = float(printed[0].removeprefix("epoch 1: loss "))
     assert last < first / 2
     assert printed[-2].startswith("a: class 1, most attention at level-0 (")
     assert printed[-1].startswith("b: class 0, most attention at level-0 (")
-    slides, out = place / "slides/a.svs", place / "out3"
-    done = run_here(slides, "-o", out, "--encoder", place / "encoder", "--slide-level", saved)
+    slide, out = place / "slides/a.svs", tmp_path / "out"
+    done = run_here(slide, "-o", out, "--encoder", place / "encoder", "--slide-level", saved)
     assert done.returncode == 0, done.stderr
     (path,) = out.rglob("slide_features_*/a.h5")
     with h5py.File(path) as file:

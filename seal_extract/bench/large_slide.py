@@ -21,7 +21,7 @@ TILES = ("420-256", "420-240", "rgb-256", "rgb-240")  # chroma subsampling, and 
 DOWNSAMPLES = (1, 4, 16)
 MPP = 0.25  # stated by the file, so that patches at 0.5 µm/px are resampled, as on a 40x scan
 QUALITY = 70  # of tiles that are compressed here
-CLASSIC_TIFF_BYTES = 3.5e9  # larger files need 64-bit offsets
+CLASSIC_TIFF_PX = 7e9  # larger files need 64-bit offsets: a pixel takes at most 0.5 bytes
 SOF0, DHT, DQT, SOS = 0xC0, 0xC4, 0xDB, 0xDA  # markers of a JPEG stream
 
 
@@ -47,18 +47,18 @@ def write_large_slide(path: Path, size_px: tuple[int, int], tiles: str = "420-25
         page = demo.pages[0]
         pixels = page.asarray()
         height, width = (side // tile_px * tile_px // 16 * 16 for side in pixels.shape[:2])
-        block = [own[: width // 240] for own in _tiles_of(demo, page)][: height // 240]
-        own = (bytes(page.jpegtables), block) if tiles == "rgb-240" else None
+        own = (bytes(page.jpegtables), _tiles_of(demo, page, height // 240, width // 240))
     unit = pixels[:height, :width]
     with (
         publish(path) as part,
-        tifffile.TiffWriter(part, bigtiff=_bytes(size_px) > CLASSIC_TIFF_BYTES) as tiff,
+        tifffile.TiffWriter(part, bigtiff=math.prod(size_px) > CLASSIC_TIFF_PX) as tiff,
     ):
         for downsample in DOWNSAMPLES:
             level_px = (size_px[0] // downsample, size_px[1] // downsample)
-            tables, block = (
-                own if own and downsample == 1 else _compressed(unit, downsample, tile_px, colours)
-            )
+            if tiles == "rgb-240" and downsample == 1:
+                tables, block = own
+            else:
+                tables, block = _compressed(unit, downsample, tile_px, colours)
             tiff.write(
                 _repeated(block, level_px, tile_px),
                 shape=(level_px[1], level_px[0], 3),
@@ -72,14 +72,15 @@ def write_large_slide(path: Path, size_px: tuple[int, int], tiles: str = "420-25
     return path
 
 
-def _tiles_of(tiff: tifffile.TiffFile, page: Any) -> list[list[bytes]]:
-    """The compressed tiles of a page, row by row."""
-    tiles = []
-    for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True):
-        tiff.filehandle.seek(offset)
-        tiles.append(tiff.filehandle.read(count))
-    across = -(-page.imagewidth // page.tilewidth)
-    return [tiles[start : start + across] for start in range(0, len(tiles), across)]
+def _tiles_of(tiff: tifffile.TiffFile, page: Any, down: int, across: int) -> list[list[bytes]]:
+    """The compressed tiles of the first rows and columns of a page."""
+
+    def read(tile: int) -> bytes:
+        tiff.filehandle.seek(page.dataoffsets[tile])
+        return bytes(tiff.filehandle.read(page.databytecounts[tile]))
+
+    in_row = -(-page.imagewidth // page.tilewidth)
+    return [[read(y * in_row + x) for x in range(across)] for y in range(down)]
 
 
 def _compressed(
@@ -107,11 +108,6 @@ def _repeated(block: list[list[bytes]], size_px: tuple[int, int], tile_px: int) 
         yield from (row[x % len(row)] for x in range(across))
 
 
-def _bytes(size_px: tuple[int, int]) -> float:
-    """More than the file will take: the bundled slide takes 0.2 bytes a pixel, YCbCr less."""
-    return 0.5 * size_px[0] * size_px[1]
-
-
 def _description(size_px: tuple[int, int], level_px: tuple[int, int], tile_px: int) -> str:
     """The text by which readers recognise an Aperio slide and its µm/px."""
     (width, height), reduced = size_px, "" if level_px == size_px else f" -> {level_px[0]}x{level_px[1]}"
@@ -126,12 +122,8 @@ def _description(size_px: tuple[int, int], level_px: tuple[int, int], tile_px: i
 
 def jpeg_tags(colours: str, tables: bytes) -> dict[str, Any]:
     """The arguments of ``TiffWriter.write`` for tiles of `abbreviated_jpeg`."""
-    subsampling = {
-        "420": (2, 2),
-        "422": (2, 1),
-        "444": (1, 1),
-        "rgb": (2, 2),
-    }  # the scanner's own RGB claims 2 x 2
+    # the scanner's own RGB claims 2 x 2
+    subsampling = {"420": (2, 2), "422": (2, 1), "444": (1, 1), "rgb": (2, 2)}
     return {
         "compression": 7,
         "compressionargs": {"outcolorspace": "rgb" if colours == "rgb" else "ycbcr"},

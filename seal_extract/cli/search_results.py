@@ -65,7 +65,8 @@ def open_results(args: argparse.Namespace, slides: Sequence[SlideFeatures]) -> P
         "encoder": slides[0].provenance["encoder"]["name"],
         "weights": [w["sha256"] for w in slides[0].provenance["encoder"].get("weights", [])],
     }
-    _write_text(out / QUERY, json.dumps(same | details, indent=1))
+    with publish(out / QUERY) as part:
+        part.write_text(json.dumps(same | details, indent=1), encoding="utf-8")
     return out
 
 
@@ -187,8 +188,3 @@ def _table(path: Path, head: Sequence[str], rows: Iterable[Sequence[object]]) ->
         csv.writer(file).writerows(
             [cell(value) if isinstance(value, str) else value for value in row] for row in (head, *rows)
         )
-
-
-def _write_text(path: Path, text: str) -> None:
-    with publish(path) as part:
-        part.write_text(text, encoding="utf-8")
