@@ -111,10 +111,9 @@ def bench(
             samples=samples,
             synthetic=not slides,
             encoder=encoder,
-            asked=options.patches,
             workers=workers,
-            repeats=options.repeats,
-            options=run,
+            run=run,
+            options=options,
             reading=reading,
             encoding=encoding,
             before_mb=before,
@@ -130,10 +129,9 @@ class BenchReport:
         samples: the patches of each slide; the stages before the encoder are measured on the first.
         synthetic: whether the slide was made by repeating the bundled one.
         encoder: None where only reading was measured.
-        asked: number of patches of each slide that were asked for.
         workers: number of reading threads.
-        repeats: number of times that each measurement was repeated.
-        options: all options of a run.
+        run: all options of a run.
+        options: what was measured.
         reading: the stages before the encoder.
         encoding: the encoder and the whole run, if measured.
         before_mb: resident memory before the first measurement, the encoder included.
@@ -143,10 +141,9 @@ class BenchReport:
     samples: tuple[Sample, ...]
     synthetic: bool
     encoder: Encoder | None
-    asked: int
     workers: int
-    repeats: int
-    options: ExtractOptions
+    run: ExtractOptions
+    options: BenchOptions
     reading: Reading
     encoding: Encoding | None
     before_mb: float | None
@@ -191,10 +188,10 @@ class BenchReport:
             "synthetic": self.synthetic,
             "slides": [sample.to_json() for sample in self.samples],
             "encoder": self.encoder and {**self.encoder.description, "untrained": self.untrained},
-            "patches_asked": self.asked,
+            "patches_asked": self.options.patches,
             "workers": self.workers,
-            "repeats": self.repeats,
-            "options": {k: v for k, v in asdict(self.options).items() if k not in ("roi", "coords")},
+            "repeats": self.options.repeats,
+            "options": {k: v for k, v in asdict(self.run).items() if k not in ("roi", "coords")},
             "machine": machine(),
             "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
         }
@@ -222,10 +219,11 @@ class BenchReport:
         lines = [f"slide     {slide}{kind}; {self.reading.decoder}"]
         lines += [f"          {other.slide}, in the whole only" for other in self.samples[1:]]
         counts = ", ".join(f"{len(s.grid)} of {s.in_grid}" for s in self.samples)
-        fewer = f" ({self.asked} asked)" if any(len(s.grid) < self.asked for s in self.samples) else ""
+        asked = self.options.patches
+        fewer = f" ({asked} asked)" if any(len(s.grid) < asked for s in self.samples) else ""
         lines.append(
             f"patches   {counts}{fewer}: {grid.patch_px} px at {grid.mpp:.4g} µm/px out of {grid.read_px} px "
-            f"of level {grid.level}, {self.options.resample}; reading threads: {self.workers}"
+            f"of level {grid.level}, {self.run.resample}; reading threads: {self.workers}"
         )
         if self.encoder is not None and self.encoding is not None:
             random = ", UNTRAINED: random weights" if self.untrained else ""
