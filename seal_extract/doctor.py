@@ -15,7 +15,7 @@ from typing import Literal
 from seal_extract.encoders.hub import cache_folder, endpoint, translate
 from seal_extract.encoders.registry import list_encoders
 from seal_extract.encoders.request import EncoderRequest
-from seal_extract.errors import SealExtractError
+from seal_extract.errors import SealExtractError, first_line
 
 State = Literal["ok", "note", "FAILS"]
 ENOUGH_DISK_GB = 20  # the largest encoder's files and some thousand slides' features
@@ -71,7 +71,7 @@ def _checked(subject: str, check: Callable[[], tuple[State, str]]) -> CheckResul
     except SealExtractError as exc:
         return CheckResult(subject, "FAILS", str(exc))
     except Exception as exc:  # a broken installation may raise anything; the other checks continue
-        return CheckResult(subject, "FAILS", f"{type(exc).__name__}: {' '.join(str(exc).split())[:300]}")
+        return CheckResult(subject, "FAILS", f"{type(exc).__name__}: {first_line(exc)}")
 
 
 def _python() -> tuple[State, str]:
@@ -132,7 +132,7 @@ def _network() -> tuple[State, str]:
     except Exception as exc:
         if getattr(exc, "response", None) is None:  # a refusal is an answer too
             return "FAILS", (
-                f"cannot reach {endpoint()} ({' '.join(str(exc).split())[:100]}); check network and proxy, "
+                f"cannot reach {endpoint()} ({first_line(exc)}); check network and proxy, "
                 "or work with --offline and a filled cache"
             )
     return "ok", f"{endpoint()} answers"
@@ -146,7 +146,7 @@ def _token() -> tuple[State, str]:
     try:
         return "ok", f"of {HfApi(endpoint=endpoint()).whoami()['name']}"
     except Exception as exc:
-        return "FAILS", f"the Hub does not accept it ({' '.join(str(exc).split())[:80]}); type: hf auth login"
+        return "FAILS", f"the Hub does not accept it ({first_line(exc)}); type: hf auth login"
 
 
 def _gate(repo_id: str) -> tuple[State, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -66,6 +67,16 @@ def type_command(capsys):
         return status, out.splitlines(), err.splitlines()
 
     return type_
+
+
+def one_line(result, status, message):
+    """Hold what `run` gave to one line of error that a pattern matches, and no output."""
+    got, out, err = result
+    assert out == []
+    assert len(err) == 1, err
+    assert re.search(message, err[0]), err[0]
+    assert "Traceback" not in err[0]
+    assert got == status
 
 
 @dataclass

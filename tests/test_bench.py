@@ -7,6 +7,7 @@ import numpy as np
 import openslide
 import pytest
 import torch
+from conftest import one_line
 from PIL import Image
 
 from seal_extract import find_tissue, make_grid
@@ -265,13 +266,6 @@ def test_medians_ratios_and_turns():
 
 
 # --- bad input ----------------------------------------------------------------------------------------
-
-
-def one_line(result, status, message):
-    got, out, err = result
-    assert (got, out) == (status, [])
-    assert len(err) == 1
-    assert message in err[0]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from seal_extract.cli.slides import slides_parser
 from seal_extract.cli.terminal import fail, warn
 from seal_extract.cli.trial import add_bench_options, add_demo_options
 from seal_extract.cli.view import add_report_options, add_view_options
-from seal_extract.errors import SealExtractError, UsageError
+from seal_extract.errors import SealExtractError, UsageError, first_line
 
 COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "encoders": add_encoders_options,
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if isinstance(exc, OSError) and exc.errno == errno.ENAMETOOLONG:
             return fail(f"{str(exc.filename)[:80]}... is too long for a path; check the command", 2)
-        return fail(f"unexpected {type(exc).__name__}: {_one_line(exc)}; type --debug to see where", 1)
+        return fail(f"unexpected {type(exc).__name__}: {first_line(exc)}; type --debug to see where", 1)
     return status
 
 
@@ -96,7 +96,3 @@ def _show_warning(
 ) -> None:
     """Print a warning without the file and line that it came from."""
     warn(str(message))
-
-
-def _one_line(exc: BaseException) -> str:
-    return " ".join(str(exc).split())[:300]

@@ -50,12 +50,6 @@ def _precision(text: str) -> str | None:
         raise argparse.ArgumentTypeError(str(exc)) from exc
 
 
-def _version() -> str:
-    from importlib.metadata import version
-
-    return f"seal-extract {version('seal-extract')}"
-
-
 SHARED: dict[str, dict[str, Any]] = {
     "--encoder": {"metavar": "NAME|FOLDER", "help": "a name from `seal-extract encoders`, or a folder"},
     "--checkpoint": {"type": Path, "metavar": "FILE", "help": "an official weight file (.pth) on this disk"},
@@ -126,11 +120,13 @@ def add(p: argparse._ActionsContainer, *names: str, **changes: Any) -> None:
 
 def parser_of(command: str, add_options: Callable[[argparse.ArgumentParser], None]) -> Parser:
     """The parser of ``seal-extract COMMAND``: its own options, and those that every command has."""
+    from importlib.metadata import version
+
     p = Parser(prog=f"seal-extract {command}".rstrip())
     add_options(p)
     p.add_argument("-q", "--quiet", action="store_true", help="show no progress bar")
     add(p, "--debug")
-    p.add_argument("--version", action="version", version=_version())
+    p.add_argument("--version", action="version", version=f"seal-extract {version('seal-extract')}")
     return p
 
 

@@ -26,7 +26,6 @@ from seal_extract.errors import EncoderError, UsageError
 if TYPE_CHECKING:
     from seal_extract.features.store import SlideFeatures
     from seal_extract.genes.decoder import GeneDecoder
-    from seal_extract.genes.gene_lists import Signature
 
 
 def add_view_options(p: argparse.ArgumentParser) -> None:
@@ -55,6 +54,7 @@ def add_view_options(p: argparse.ArgumentParser) -> None:
 
 def run_view(args: argparse.Namespace) -> int:
     """Serve until Ctrl-C."""
+    from seal_extract.genes.gene_lists import read_gmt
     from seal_extract.view.collection import Collection
     from seal_extract.view.gallery import Gallery
     from seal_extract.view.gene_maps import GeneMaps
@@ -62,7 +62,8 @@ def run_view(args: argparse.Namespace) -> int:
 
     collection = Collection.find(args.out, _name(args.encoder), args.slides)
     provenance = next(s.provenance for s in collection.slides if s.provenance)
-    panel, signatures = given_panel(args), _signatures(args)
+    panel = given_panel(args)
+    signatures = None if args.signatures is None else read_gmt(args.signatures)
     gallery = Gallery(collection, GeneMaps(lambda: _decoder_of_run(args, provenance, panel), signatures))
     token = secrets.token_urlsafe(24)
     with listen(args.port) as sock, TemporaryDirectory(prefix="seal-extract-") as private:
@@ -97,14 +98,6 @@ def _name(encoder: str | None) -> str | None:
     from seal_extract.encoders.folder import CONFIG, read_config
 
     return read_config(Path(encoder) / CONFIG).name
-
-
-def _signatures(args: argparse.Namespace) -> dict[str, Signature] | None:
-    if args.signatures is None:
-        return None
-    from seal_extract.genes.gene_lists import read_gmt
-
-    return read_gmt(args.signatures)
 
 
 def _decoder_of_run(

@@ -10,7 +10,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import shared
+from conftest import one_line, shared
 from PIL import Image
 
 from seal_extract import read_features
@@ -94,15 +94,6 @@ def test_help_names_every_option_and_version_answers(run):
 
 
 # --- bad input: what is said, and the exit status ----------------------------------------------
-
-
-def one_line(result, status, message):
-    got, out, err = result
-    assert out == []
-    assert len(err) == 1, err
-    assert re.search(message, err[0]), err[0]
-    assert "Traceback" not in err[0]
-    assert got == status
 
 
 @pytest.mark.parametrize(
