@@ -1,7 +1,13 @@
 """MIL models whose layers have the published names; their forward passes say what pooling must give."""
 
+import numpy as np
 import torch
+from feature_fixtures import SIZE, grid_of, provenance_of
 from torch import nn
+
+from seal_extract.features.feature_file import SlideLabel
+from seal_extract.features.layouts import layout_of_grid
+from seal_extract.features.store import read_features
 
 DIM = 24  # of the features in these tests
 
@@ -208,3 +214,25 @@ def model_of(kind, **kwargs):
     torch.manual_seed(7)
     build, chosen = MODELS[kind]
     return build(**(chosen | kwargs)).eval()
+
+
+def save(model, path):
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def write_features(folder, rows, *, layout="trident", name="a", unreadable=(), encoder="tiny"):
+    """A features file with these rows, as a run leaves it."""
+    grid = grid_of(len(rows))
+    place = layout_of_grid(layout, folder, grid)
+    provenance = provenance_of(grid, encoder=encoder)
+    provenance["unreadable"] = [{"row": row} for row in unreadable]
+    label = SlideLabel(name, SIZE, 0.25)
+    with place.write_features(label, grid, encoder, rows.shape[1], provenance) as writer:
+        for start in range(0, len(rows), 5000):
+            writer.append(rows[start : start + 5000])
+    return read_features(place.place(name, encoder, grid))
+
+
+def rows_of(n, dim=DIM, seed=0):
+    return np.random.default_rng(seed).standard_normal((n, dim)).astype(np.float32)

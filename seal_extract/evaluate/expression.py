@@ -41,12 +41,6 @@ class Probe:
     components: int = 256
     alphas: tuple[float, ...] = ()
 
-    def __post_init__(self) -> None:
-        if self.components < 1 or any(alpha <= 0 for alpha in self.alphas):
-            raise UsageError(
-                f"components is {self.components}, alphas are {self.alphas}; allowed: 1 or more, above 0"
-            )
-
 
 HEST = Probe("HEST-Benchmark")
 # the benchmark's alpha hardly regularises: with a few hundred spots, 256 components are fitted to their noise

@@ -157,10 +157,8 @@ class AttentionPooling(TrainedModel):
         highest = torch.full((rows, 1), -torch.inf, dtype=torch.float64)
         weight = torch.zeros((rows, 1), dtype=torch.float64)  # sum of exp(score - highest)
         total = torch.zeros((rows, self.hidden_dim), dtype=torch.float64)
-        scores, start = (
-            torch.empty((rows, count)),
-            0,
-        )  # one allocation does not fragment the heap
+        scores = torch.empty((rows, count))  # one allocation does not fragment the heap
+        start = 0
         with torch.inference_mode():
             for patches in in_small_pieces(pieces):
                 hidden = self._hidden(patches)  # float32 [n, E]

@@ -46,11 +46,8 @@ class LoraLinear(nn.Module):
         return out
 
 
-def add_adapters(tower: nn.Module, options: LoraOptions) -> tuple[str, ...]:
+def add_adapters(tower: nn.Module, options: LoraOptions) -> None:
     """Wrap the attention and MLP layers of the last blocks; all other weights stay frozen.
-
-    Returns:
-        The names of the wrapped layers.
 
     Raises:
         UsageError: the tower has fewer such blocks.
@@ -65,10 +62,9 @@ def add_adapters(tower: nn.Module, options: LoraOptions) -> tuple[str, ...]:
         raise UsageError(
             f"lora.blocks is {options.blocks}, but the encoder has {len(found)} blocks of {LAYERS}"
         )
-    layers = {name: module for block in last for name, module in found[block].items()}
-    for name, module in layers.items():
-        tower.set_submodule(name, LoraLinear(module, options))
-    return tuple(layers)
+    for block in last:
+        for name, module in found[block].items():
+            tower.set_submodule(name, LoraLinear(module, options))
 
 
 def merge_adapters(tower: nn.Module) -> None:
@@ -98,13 +94,12 @@ def add_heads(encoder: Encoder, omics: OmicsEncoder | None, kind: str) -> None:
 
 
 def project(
-    encoder: Encoder, omics: OmicsEncoder | None, images: Tensor, expression: Tensor
+    encoder: Encoder, omics: OmicsEncoder, images: Tensor, expression: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Both embeddings [B, D] as they are contrasted: after the projection heads, where there are some."""
-    head = None if omics is None else omics.projection_head
-    if encoder.projection is None or head is None:
+    if encoder.projection is None or omics.projection_head is None:
         return images, expression
-    return encoder.projection(images), head(expression)
+    return encoder.projection(images), omics.projection_head(expression)
 
 
 def embed_patches(encoder: Encoder, patches: Tensor, stain: float = 0.0, seed: int | None = None) -> Tensor:

@@ -6,6 +6,7 @@ by region, and each patch is drawn to its parent region.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -46,13 +47,12 @@ class MultiScaleModel(nn.Module):
             raise UsageError("nothing to align with: give an expression encoder, or embeddings of the spots")
         self.encoder, self.omics, self.options = encoder, omics, options
         add_heads(encoder, omics.omics if omics else None, projection)
-        self.adapted = add_adapters(encoder.tower, options.lora)
+        add_adapters(encoder.tower, options.lora)
         self.project = nn.Identity() if omics is not None else nn.Linear(embedding_dim, encoder.spec.dim)
 
     def forward(self, batch: TrainBatch, seed: int | None = None) -> Losses:
         """The weighted terms of the loss; ``batch`` holds whole regions."""
-        if batch.region is None:
-            raise UsageError("multi-scale alignment needs batches of regions")
+        assert batch.region is not None
         o = self.options
         images = embed_patches(self.encoder, batch.patches, o.stain, seed)  # [M, D]
         terms: Losses = {}
@@ -81,7 +81,5 @@ def mean_of(rows: Tensor, group: Tensor) -> Tensor:
 
 def first_of_each(row: Tensor) -> Tensor:
     """Positions at which each value of ``row`` occurs first: int64 [K], in order."""
-    first: dict[int, int] = {}
-    for position, value in enumerate(row.tolist()):
-        first.setdefault(value, position)
-    return torch.tensor(list(first.values()), device=row.device)
+    _, first = np.unique(row.cpu().numpy(), return_index=True)
+    return torch.from_numpy(np.sort(first)).to(row.device)

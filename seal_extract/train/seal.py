@@ -80,7 +80,8 @@ class SealModel(nn.Module):
             )
         self.encoder, self.omics = encoder, omics if options.alignment or options.reconstruction else None
         add_heads(encoder, omics.omics if omics and options.alignment else None, projection)
-        self.adapted = add_adapters(encoder.tower, options.lora) if options.lora else ()
+        if options.lora:
+            add_adapters(encoder.tower, options.lora)
         self.decoder = new_decoder(encoder.spec.dim, options.decoder_hidden, len(sd))
         self.register_buffer("sd", sd)
         self.sd: Tensor

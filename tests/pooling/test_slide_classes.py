@@ -4,10 +4,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from mil_models import DIM, Mil, model_of
-from test_slide_level import rows_of, save, write_features
+from mil_models import DIM, Mil, model_of, rows_of, save, write_features
 
-from seal_extract.cli import main
 from seal_extract.errors import CheckpointError
 from seal_extract.features.verify import verify
 from seal_extract.pooling import open_pooling, pool_slide, read_slide_level
@@ -113,17 +111,17 @@ def test_files_of_the_version_before_are_read_kept_and_named(tmp_path, kind):
     assert "expects float32 [1, D] of a whole slide" in finding.problem
 
 
-def test_the_closing_line_tells_the_classes(drawn_slides, encoder_folder, tmp_path, capsys):
+def test_the_closing_line_tells_the_classes(run, drawn_slides, encoder_folder, tmp_path):
     torch.manual_seed(3)
     mil = save(Mil(dim=192), tmp_path / "top.pt")
     command = (drawn_slides[0], "-o", tmp_path / "out", "--encoder", encoder_folder, "--slide-level", mil)
-    assert main(list(map(str, command))) == 0
+    status, out, _ = run(*command)
+    assert status == 0
     (path,) = tmp_path.glob("out/*/slide_features_top-*/0.h5")
     first, second = (f"{p:.3g}" for p in read_slide_level(path).probabilities)
-    assert f"top, 512, class probabilities {first} {second} -> {path}" in capsys.readouterr().out
+    assert f"top, 512, class probabilities {first} {second} -> {path}" in out[-1]
     with h5py.File(path, "r+") as file:
         values = file["features"][0]
         del file["features"], file["probabilities"]
         file["features"] = values
-    assert main(list(map(str, command))) == 0
-    assert "finished before by an older version (without class probabilities" in capsys.readouterr().out
+    assert "finished before by an older version (without class probabilities" in run(*command)[1][-1]

@@ -10,41 +10,18 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from feature_fixtures import CONSUMER_OF, SIZE, grid_of, provenance_of, short_of
-from mil_models import DIM, MODELS, model_of
+from feature_fixtures import CONSUMER_OF, short_of
+from mil_models import DIM, MODELS, model_of, rows_of, save, write_features
 from safetensors.torch import save_file
 from torch import nn
 
 from seal_extract.errors import CheckpointError, OutputError, UsageError
 from seal_extract.features.export import export
-from seal_extract.features.feature_file import SlideLabel
 from seal_extract.features.layouts import LAYOUTS, layout_of_grid
 from seal_extract.features.store import read_features, read_provenance
 from seal_extract.pooling import open_pooling, pool_slide, read_slide_level
 
 FEATURES = "features_untrained-demo"
-
-
-def save(model, path):
-    torch.save(model.state_dict(), path)
-    return path
-
-
-def write_features(folder, rows, *, layout="trident", name="a", unreadable=(), encoder="tiny"):
-    """A features file with these rows, as a run leaves it."""
-    grid = grid_of(len(rows))
-    place = layout_of_grid(layout, folder, grid)
-    provenance = provenance_of(grid, encoder=encoder)
-    provenance["unreadable"] = [{"row": row} for row in unreadable]
-    label = SlideLabel(name, SIZE, 0.25)
-    with place.write_features(label, grid, encoder, rows.shape[1], provenance) as writer:
-        for start in range(0, len(rows), 5000):
-            writer.append(rows[start : start + 5000])
-    return read_features(place.place(name, encoder, grid))
-
-
-def rows_of(n, dim=DIM, seed=0):
-    return np.random.default_rng(seed).standard_normal((n, dim)).astype(np.float32)
 
 
 # --- the same numbers as a plain forward pass ---------------------------------------------------------
@@ -63,6 +40,7 @@ def test_attention_equals_the_model_on_the_whole_bag(tmp_path, kind, n):
         want, scores = model.double().pooled(torch.from_numpy(x).double())
     assert pooling.kind == kind.split()[0]
     assert got.features.dtype == got.scores.dtype == got.attention.dtype == np.float32
+    assert got.features.shape == want.shape  # of CLAM_MB an embedding for each class
     np.testing.assert_allclose(got.features, want, rtol=1e-6, atol=1e-6)
     if n < 100:  # beyond, a sum in float32 is farther than that from the true one
         np.testing.assert_allclose(got.features, single, rtol=1e-6, atol=1e-6)
@@ -73,13 +51,6 @@ def test_attention_equals_the_model_on_the_whole_bag(tmp_path, kind, n):
     assert (got.probabilities is None) == (probabilities is None)
     if probabilities is not None:
         np.testing.assert_allclose(got.probabilities, probabilities.detach(), rtol=1e-5, atol=1e-7)
-
-
-def test_each_class_of_clam_mb_has_an_embedding_and_an_attention_of_its_own(tmp_path):
-    pooling = open_pooling(save(model_of("CLAM_MB small"), tmp_path / "m.pt"))
-    got = pool_slide(write_features(tmp_path, rows_of(40)), pooling, tmp_path / "s.h5")
-    assert got.features.shape == (3, 512)
-    assert got.attention.shape == got.scores.shape == (3, 40)
 
 
 def test_scores_far_apart_neither_overflow_nor_vanish(tmp_path):
@@ -263,31 +234,23 @@ def test_a_layer_that_is_missing_altogether_is_not_guessed_around(tmp_path):
         refused(left, tmp_path, "2 missing")
 
 
+def test_files_that_hold_another_model_are_refused(tmp_path):
+    clam, abmil = model_of("CLAM_SB small").state_dict(), model_of("ABMIL gated").state_dict()
+    renamed = {key.replace("attention_net.2.attention_b.0.weight", "rho.weight"): clam[key] for key in clam}
+    nan = torch.full_like(clam["attention_net.0.weight"], torch.nan)
+    both = r"1 missing \(attention_net.2.attention_b.0.weight\); 1 unexpected \(rho.weight\)"
+    of_images = {"feature_extractor_part1.0.weight": torch.zeros(20, 1, 5, 5)}
+    refused(renamed, tmp_path, both)
+    refused(abmil | of_images, tmp_path, "1 unexpected")
+    refused({"head.weight": torch.zeros(2)}, tmp_path, "not a known slide-level model .1 keys: head.weight")
+    refused(abmil | {"classifier": nn.Linear(2, 2)}, tmp_path, "could run code, so nothing was loaded")
+    refused(clam | {"attention_net.0.weight": nan}, tmp_path, "NaN or infinite")
+
+
 def test_classifiers_may_be_absent(tmp_path):
     state = {k: v for k, v in model_of("CLAM_MB small").state_dict().items() if k.startswith("attention_net")}
     torch.save(state, tmp_path / "m.pt")
     assert open_pooling(tmp_path / "m.pt").kind == "CLAM_MB"
-
-
-def test_missing_and_unknown_keys_are_named_in_one_error(tmp_path):
-    state = model_of("CLAM_SB small").state_dict()
-    state["rho.weight"] = state.pop("attention_net.2.attention_b.0.weight")
-    refused(
-        state, tmp_path, r"1 missing \(attention_net.2.attention_b.0.weight\); 1 unexpected \(rho.weight\)"
-    )
-
-
-def test_a_model_of_images_or_of_something_else_is_refused(tmp_path):
-    state = model_of("ABMIL gated").state_dict()
-    refused(state | {"feature_extractor_part1.0.weight": torch.zeros(20, 1, 5, 5)}, tmp_path, "1 unexpected")
-    refused({"head.weight": torch.zeros(2)}, tmp_path, "not a known slide-level model .1 keys: head.weight")
-    refused(state | {"classifier": nn.Linear(2, 2)}, tmp_path, "could run code, so nothing was loaded")
-
-
-def test_weights_that_are_not_numbers_are_refused(tmp_path):
-    state = model_of("CLAM_SB small").state_dict()
-    state["attention_net.0.weight"][0, 0] = torch.nan
-    refused(state, tmp_path, "NaN or infinite")
 
 
 def test_features_of_another_width_are_refused_with_both_numbers(tmp_path):
@@ -319,6 +282,10 @@ def test_what_is_neither_the_mean_nor_a_file_is_refused(tmp_path):
 def clam(tmp_path_factory):
     """A CLAM_MB of the width of the tests' encoder."""
     return save(model_of("CLAM_MB small", dim=192), tmp_path_factory.mktemp("clam") / "tumour.pt")
+
+
+SQUARE = [[680, 530], [720, 530], [720, 570], [680, 570], [680, 530]]  # of glass
+ROI = json.dumps({"type": "Polygon", "coordinates": [SQUARE]})
 
 
 def files_of(out, name):
@@ -385,14 +352,16 @@ def test_a_checkpoint_is_checked_before_any_slide_is_read(run, drawn_slides, enc
     narrow = save(model_of("CLAM_SB small"), tmp_path / "narrow.pt")
     other = tmp_path / "other.pt"
     torch.save({"head.weight": torch.zeros(2)}, other)
-    (tmp_path / "twin").mkdir()
-    twin = save(model_of("CLAM_SB small", dim=192), tmp_path / "twin" / "narrow.pt")
+    wide, twin = tmp_path / "one/narrow.pt", tmp_path / "twin/narrow.pt"
+    for path in (wide, twin):
+        path.parent.mkdir()
+        save(model_of("CLAM_SB small", dim=192), path)
     for asked, status, message in (
         (narrow, 2, "narrow takes features of 24 columns, those of untrained-demo have 192"),
         (other, 1, "not a known slide-level model"),
         ("max", 2, "max is not a file"),
-        (f"{twin},{twin.parent / 'copy.pt'}", 2, "is not a file"),
-        (f"mean,{twin},{twin.rename(tmp_path / 'x.pt')}", 2, "is not a file"),
+        (f"mean,{twin},{twin.parent / 'copy.pt'}", 2, "is not a file"),
+        (f"{wide},{twin}", 2, "files of one name (narrow, narrow)"),
     ):
         got, out, err = run(*command, asked)
         assert (got, out, len(err)) == (status, [], 1)
@@ -400,25 +369,8 @@ def test_a_checkpoint_is_checked_before_any_slide_is_read(run, drawn_slides, enc
     assert not (tmp_path / "out").exists()
 
 
-def test_two_checkpoints_of_one_name_are_refused(run, drawn_slides, encoder_folder, clam, tmp_path):
-    other = tmp_path / clam.name
-    save(model_of("CLAM_SB small", dim=192), other)
-    command = (
-        drawn_slides[0],
-        "-o",
-        tmp_path,
-        "--encoder",
-        encoder_folder,
-        "--slide-level",
-        f"{clam},{other}",
-    )
-    status, _, err = run(*command)
-    assert status == 2
-    assert "files of one name (tumour, tumour)" in err[0]
-
-
 def test_a_slide_without_patches_is_passed_over_with_the_reason(run, drawn_slides, encoder_folder, tmp_path):
-    (tmp_path / "roi.geojson").write_text(json.dumps(square(680, 530, 40)))
+    (tmp_path / "roi.geojson").write_text(ROI)
     command = (drawn_slides[0], "-o", tmp_path, "--encoder", encoder_folder, "--slide-level", "mean")
     status, out, _ = run(*command, "--roi", tmp_path / "roi.geojson")
     assert status == 0
@@ -438,7 +390,7 @@ def test_overwriting_features_makes_their_embedding_anew_or_deletes_it(
     np.testing.assert_array_equal(read_slide_level(path).features, before)
     assert run(*command, "--resample", "area", "--overwrite")[0] == 0
     assert (read_slide_level(path).features != before).any()
-    (tmp_path / "roi.geojson").write_text(json.dumps(square(680, 530, 40)))
+    (tmp_path / "roi.geojson").write_text(ROI)
     status, out, _ = run(*command, "--roi", tmp_path / "roi.geojson", "--overwrite")
     assert (status, out[1]) == (0, f"0.svs: slide level by mean, no patches to pool, deleted {path}")
     assert not path.exists()
@@ -447,16 +399,6 @@ def test_overwriting_features_makes_their_embedding_anew_or_deletes_it(
 def test_the_mean_needs_no_torch():
     code = "import sys, seal_extract.pooling as s; s.open_pooling('mean'); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def square(x, y, side):
-    ring = [[x, y], [x + side, y], [x + side, y + side], [x, y + side], [x, y]]
-    return {
-        "type": "FeatureCollection",
-        "features": [
-            {"type": "Feature", "properties": {}, "geometry": {"type": "Polygon", "coordinates": [ring]}}
-        ],
-    }
 
 
 # --- large slides ---------------------------------------------------------------------------------------

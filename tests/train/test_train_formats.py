@@ -119,7 +119,8 @@ def test_spots_without_counts_and_counts_without_spots_are_left_out_and_said(tmp
 
 
 def test_tables_refuse(tables):
-    tables.refuses("A1: mpp is 0.25, but by the pitch of its spots it is 0.5 µm/px", mpp=0.25)
+    message = "A1: mpp is 0.25, but by the pitch of its spots it is 0.5 µm/px; correct mpp, or leave it out"
+    tables.refuses(message, mpp=0.25)
     spots = tables.folder / "spots/A1_selection.tsv"
     spots.write_text("x\ty\n1\t2\n")
     tables.refuses("is no table of spots .*it needs x, y, pixel_x, pixel_y")
@@ -208,8 +209,6 @@ def test_anndata_refuses(anndata):
     anndata.refuses(r"slide .*gone.tif does not exist", slide="gone.tif")
     anndata.refuses(r"has no obsm\['X_pca'\]; it has spatial", obsm="X_pca")
     anndata.refuses("lattice is 'round'; allowed: auto, hexagonal, none, square", lattice="round")
-    message = "S1: mpp is 0.25, but by the pitch of its spots it is 0.5 µm/px; correct mpp, or leave it out"
-    anndata.refuses(message, mpp=0.25, pitch_um=100.0)
     path.write_bytes(b"this is no HDF5")
     anndata.refuses("S1.h5ad is no AnnData file that can be read")
     write_h5ad(path)
@@ -320,7 +319,6 @@ def test_visium_refuses(visium):
     hires = draw(folder / "spatial/tissue_hires_image.png", (50, 50))
     message = "tissue_hires_image.png is a downscaled copy; give slide = the full-resolution"
     visium.refuses(message, slide=str(hires))
-    visium.refuses("S1: mpp is 0.25, but by the pitch of its spots it is 0.5", mpp=0.25)
     visium.refuses("genes_by is 'name'; allowed: id, symbol", genes_by="name")
     write_10x(matrix, counts_of(25), kinds=["Antibody Capture"] * 5)
     visium.refuses("has no feature of type Gene Expression")
