@@ -33,28 +33,6 @@ class Embeddings:
 
 
 @dataclass(frozen=True, eq=False)
-class Contender:
-    """What is compared: an encoder, or handcrafted features.
-
-    Attributes:
-        name: in tables.
-        embeddings: of all folds; or of each fold by its name, where an encoder was trained for each.
-    """
-
-    name: str
-    embeddings: Embeddings | Mapping[str, Embeddings]
-
-    def of(self, fold: str) -> Embeddings:
-        """The embeddings for a fold."""
-        if isinstance(self.embeddings, Embeddings):
-            return self.embeddings
-        if fold not in self.embeddings:
-            known = ", ".join(self.embeddings)
-            raise UsageError(f"{self.name} has no embeddings for fold {fold}; it has those for {known}")
-        return self.embeddings[fold]
-
-
-@dataclass(frozen=True, eq=False)
 class Comparison:
     """The scores of all contenders.
 
@@ -81,7 +59,7 @@ class Comparison:
 
 
 def compare(
-    contenders: Sequence[Contender],
+    contenders: Mapping[str, Mapping[str, Embeddings]],
     folds: Sequence[Fold],
     *,
     probes: Sequence[Probe] = (HEST, TUNED),
@@ -90,32 +68,31 @@ def compare(
     """Score every contender on every fold by every probe; permute the rows of the first one.
 
     Args:
-        contenders: the encoder first, then what it is compared with.
+        contenders: by its name in tables, an encoder or handcrafted features, with the embeddings for each
+            fold by the fold's name; the encoder first, then what it is compared with.
         folds: each with its own panel.
         probes: ways to predict expression.
         seeds: permutations of each fold.
 
     Raises:
-        UsageError: no contender, no fold, two of one name, or as `score_fold`.
+        UsageError: as `score_fold`.
     """
-    for what, names in (("contenders", [c.name for c in contenders]), ("folds", [f.name for f in folds])):
-        if not names or len(set(names)) != len(names):
-            raise UsageError(f"{what} are {names}; allowed: one or more, each of another name")
-    found = Comparison(tuple(fold.name for fold in folds), contenders[0].name)
-    for one in contenders:
+    first = next(iter(contenders))
+    found = Comparison(tuple(fold.name for fold in folds), first)
+    for name, embeddings in contenders.items():
         for probe in probes:
-            scores = [score_fold(one.of(fold.name).images, fold, probe) for fold in folds]
-            found.scores[one.name, probe.name] = scores
-        found.predicted_retrieval[one.name] = [
+            scores = [score_fold(embeddings[fold.name].images, fold, probe) for fold in folds]
+            found.scores[name, probe.name] = scores
+        found.predicted_retrieval[name] = [
             _retrieve_predicted(score, fold) for score, fold in zip(scores, folds, strict=True)
         ]
-        if one.of(folds[0].name).expression is not None:
-            found.joint_retrieval[one.name] = [_retrieve_joint(one.of(fold.name), fold) for fold in folds]
+        if embeddings[folds[0].name].expression is not None:
+            found.joint_retrieval[name] = [_retrieve_joint(embeddings[fold.name], fold) for fold in folds]
     for probe in probes:
         r = np.empty((seeds, len(folds)))
         for seed in range(seeds):
             for column, fold in enumerate(folds):
-                images = permuted_rows(contenders[0].of(fold.name).images, fold, seed)
+                images = permuted_rows(contenders[first][fold.name].images, fold, seed)
                 r[seed, column] = score_fold(images, fold, probe).mean
         found.permuted[probe.name] = r
     return found

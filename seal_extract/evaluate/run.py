@@ -17,7 +17,7 @@ from seal_extract.encoders import Encoder
 from seal_extract.encoders.folder import CONFIG, OMICS
 from seal_extract.encoders.request import EncoderRequest
 from seal_extract.errors import OutputError, UsageError
-from seal_extract.evaluate.compare import SEEDS, Comparison, Contender, Embeddings, compare
+from seal_extract.evaluate.compare import SEEDS, Comparison, Embeddings, compare
 from seal_extract.evaluate.expression import Fold, leave_one_out
 from seal_extract.evaluate.handcrafted import handcrafted_features
 from seal_extract.evaluate.table import Table, tables, to_csv
@@ -166,11 +166,13 @@ def evaluate(
     ]
     requests = [request for request in (encoder, base) if request is not None]
     warnings = [warning for request in requests for warning in _seen(request, folds)]
-    contenders = [_embedded(request, sections, pairs, folds, options.batch_size, log) for request in requests]
-    if base is not None:
-        contenders[1] = replace(contenders[1], name=f"{contenders[1].name}, before alignment")
+    contenders = {}
+    for request in requests:
+        name = _name_of(request) + (", before alignment" if request is base else "")
+        contenders[name] = _embedded(request, sections, pairs, folds, options.batch_size, log)
     log("handcrafted features")
-    contenders.append(Contender(HANDCRAFTED, Embeddings(handcrafted_features(pairs.patches))))
+    handcrafted = Embeddings(handcrafted_features(pairs.patches))
+    contenders[HANDCRAFTED] = {fold.name: handcrafted for fold in folds}
     log("predicting expression")
     found = compare(contenders, folds, seeds=options.seeds)
     about = {
@@ -207,11 +209,9 @@ def _embedded(
     folds: Sequence[Fold],
     batch_size: int,
     log: Log,
-) -> Contender:
-    """Embeddings by one encoder for all folds, or by one for each."""
+) -> dict[str, Embeddings]:
+    """Embeddings for each fold, by one encoder for all folds, or by one for each."""
     name = os.fspath(request.name_or_path)
-    parts = [part for part in Path(name).parts if FOLD not in part]
-    label = parts[-1] if parts else name
     by_fold: dict[str, Embeddings] = {}
     for fold in folds if FOLD in name else folds[:1]:
         own = _for_fold(request, fold.name)
@@ -224,10 +224,17 @@ def _embedded(
             aligned = encoder.project(images).cpu().numpy()
         by_fold[fold.name] = Embeddings(images, expression, aligned)
     if FOLD not in name:
-        return Contender(label, by_fold[folds[0].name])
+        return {fold.name: by_fold[folds[0].name] for fold in folds}
     if any(embeddings.expression is None for embeddings in by_fold.values()):
         by_fold = {fold: Embeddings(embeddings.images) for fold, embeddings in by_fold.items()}
-    return Contender(f"{label}, one per fold", by_fold)
+    return by_fold
+
+
+def _name_of(request: EncoderRequest) -> str:
+    """As the tables call an encoder: the last folder that is the same for all folds."""
+    name = os.fspath(request.name_or_path)
+    parts = [part for part in Path(name).parts if FOLD not in part]
+    return (parts[-1] if parts else name) + (", one per fold" if FOLD in name else "")
 
 
 def _for_fold(request: EncoderRequest, fold: str) -> EncoderRequest:

@@ -109,11 +109,7 @@ class LoopOptions(Options, frozen=True):
 
 
 def full_precision(name: str) -> str | None:
-    """The full name of a precision; accelerate's ``no`` is float32.
-
-    Raises:
-        UsageError: there is no such precision.
-    """
+    """The full name of a precision; accelerate's ``no`` is float32."""
     return check_precision("float32" if name == "no" else name)
 
 

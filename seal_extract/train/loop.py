@@ -223,11 +223,7 @@ def trained_weights(model: nn.Module) -> Weights:
 
 
 def load_trained(model: nn.Module, weights: Weights) -> None:
-    """Put the weights of `trained_weights` back.
-
-    Raises:
-        UsageError: weights of another model.
-    """
+    """Put the weights of `trained_weights` back; a `UsageError` if they are of another model."""
     odd = sorted(trained_weights(model).keys() ^ weights.keys())
     if odd:
         raise UsageError(f"the checkpoint is of another model: {odd[0]} and {len(odd) - 1} more do not fit")

@@ -17,7 +17,7 @@ from seal_extract.encoders.folder import write as write_folder
 from seal_extract.encoders.heads import ExpressionDecoder
 from seal_extract.encoders.spec import Decoder
 from seal_extract.errors import UsageError
-from seal_extract.evaluate.compare import Contender, Embeddings, compare, permuted_rows, retrieve
+from seal_extract.evaluate.compare import Embeddings, compare, permuted_rows, retrieve
 from seal_extract.evaluate.expression import (
     HEST,
     TUNED,
@@ -46,8 +46,9 @@ def linear_data(rows=240, features=6, genes=4, noise=0.5, seed=0):
     return x.astype(np.float32), y.astype(np.float32), np.repeat(["a", "b", "c"], rows // 3)
 
 
-def contender(name, images, expression=None):
-    return Contender(name, Embeddings(images, expression))
+def in_folds(images, expression=None):
+    """One encoder's embeddings for all folds."""
+    return dict.fromkeys("abc", Embeddings(images, expression))
 
 
 def folds_of(expression, sections):
@@ -154,9 +155,8 @@ def test_alpha_is_chosen_large_for_noise_and_small_for_signal():
 
 def test_linear_expression_is_predicted_and_permuted_rows_are_not():
     x, y, sections = linear_data(rows=600, features=40, genes=12)
-    found = compare(
-        [contender("linear", x), contender("noise", RNG(3).normal(size=x.shape))], folds_of(y, sections)
-    )
+    noise = RNG(3).normal(size=x.shape)
+    found = compare({"linear": in_folds(x), "noise": in_folds(noise)}, folds_of(y, sections))
     assert found.mean("linear") > 0.9
     for probe in (HEST, TUNED):
         assert found.permuted[probe.name].shape == (10, 3)
@@ -180,11 +180,8 @@ def test_folds_may_have_their_own_encoder_and_panel():
     folds = folds_of(y, sections)
     short = replace(folds[2], expression=y[:, :2], panel=("g0", "g1"))
     own = {fold: Embeddings(images) for fold, images in {"a": x, "b": x[:, :3], "c": x}.items()}
-    found = compare([Contender("own", own)], [folds[0], folds[1], short], probes=[HEST], seeds=2)
+    found = compare({"own": own}, [folds[0], folds[1], short], probes=[HEST], seeds=2)
     assert [len(score.per_gene) for score in found.scores["own", HEST.name]] == [4, 4, 2]
-    del own["b"]
-    with pytest.raises(UsageError, match="own has no embeddings for fold b; it has those for a, c"):
-        compare([Contender("own", own)], folds)
 
 
 def test_leave_one_out_holds_out_every_group_once():
@@ -234,7 +231,7 @@ def test_random_embeddings_are_at_chance():
 
 def test_the_table_has_every_contender_and_the_same_numbers_everywhere():
     x, y, sections = linear_data()
-    contenders = [contender("enc", x, x), contender("base", x[:, :2]), contender("handcrafted", x[:, :1])]
+    contenders = {"enc": in_folds(x, x), "base": in_folds(x[:, :2]), "handcrafted": in_folds(x[:, :1])}
     made = tables(compare(contenders, folds_of(y, sections), seeds=3))
     first = made[0]
     assert [row.name for row in first.rows] == ["enc", "enc, rows permuted", "base", "handcrafted"]
@@ -319,7 +316,6 @@ def test_bad_input_is_one_line():
         (r"all 3 rows are of one group, \['p'\]", lambda: list(leave_one_out(["p"] * 3))),
         (r"predicted is \[2, 1\], observed \[3, 1\]", lambda: pearson(np.ones((2, 1)), np.ones((3, 1)))),
         (r"images are \[2, 3\], expression is \[2, 4\]", lambda: retrieve(np.ones((2, 3)), np.ones((2, 4)))),
-        (r"contenders are \['l', 'l'\]", lambda: compare([contender("l", x)] * 2, [fold])),
         (r"1 of them in both", lambda: replace(fold, train=np.arange(3), held_out=np.arange(2, 9))),
         (r"the panel has 3 genes", lambda: replace(fold, panel=fold.panel[1:])),
     ]:
@@ -342,7 +338,7 @@ def test_handcrafted_features_reach_the_yardstick_on_her2st_and_permuted_rows_do
     of = np.array(names)[pairs.section]
     name, train, held_out = next(leave_one_out(of))
     fold = Fold(name, train, held_out, pairs.expression, panel, of, of)
-    found = compare([contender("handcrafted", handcrafted_features(pairs.patches))], [fold])
+    found = compare({"handcrafted": {name: Embeddings(handcrafted_features(pairs.patches))}}, [fold])
     assert found.mean("handcrafted", HEST) > 0.24
     assert found.mean("handcrafted", TUNED) > 0.26
     assert abs(found.permuted[HEST.name].mean()) < 0.04

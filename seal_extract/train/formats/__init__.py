@@ -46,11 +46,7 @@ def load_sections(sources: Sequence[Mapping[str, Any]]) -> list[Section]:
 
 
 def names_of(sources: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names of all sections of a configuration.
-
-    Raises:
-        UsageError: as `read_sources`.
-    """
+    """The names of all sections of a configuration, checked as by `read_sources`."""
     return [name for source in read_sources(sources) for name in source.names]
 
 

@@ -136,11 +136,7 @@ class Source(Options, frozen=True):
 
 
 def needed(module: str, how: str = how_to_install("train")) -> Any:
-    """Import a module of the extra ``train``.
-
-    Raises:
-        UsageError: it is not installed.
-    """
+    """Import a module of the extra ``train``; a `UsageError` says how to install it."""
     try:
         return import_module(module)
     except ImportError as exc:
@@ -148,11 +144,7 @@ def needed(module: str, how: str = how_to_install("train")) -> Any:
 
 
 def existing(folder: Path, *names: str) -> Path:
-    """The first of some files that exists.
-
-    Raises:
-        UsageError: none of them exists.
-    """
+    """The first of some files that exists; a `UsageError` if none does."""
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
         raise UsageError(f"{folder} has no {' or '.join(names)}; check folder and names of the sections")
