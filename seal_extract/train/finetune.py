@@ -62,8 +62,8 @@ def add_adapters(tower: nn.Module, options: LoraOptions) -> None:
         raise UsageError(
             f"lora.blocks is {options.blocks}, but the encoder has {len(found)} blocks of {LAYERS}"
         )
-    for block in last:
-        for name, module in found[block].items():
+    for place in last:
+        for name, module in found[place].items():
             tower.set_submodule(name, LoraLinear(module, options))
 
 
