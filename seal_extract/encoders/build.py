@@ -18,12 +18,11 @@ from seal_extract.encoders.checkpoint import check_tensors, complaint, is_ignore
 from seal_extract.encoders.encoder import Encoder
 from seal_extract.encoders.files import FoundFile, WeightFile
 from seal_extract.encoders.heads import (
+    OFFICIAL_KEYS,
     decoder_shapes,
     filled_decoder,
     filled_head,
     head_shapes,
-    official_key,
-    own_key,
 )
 from seal_extract.encoders.locate import adapted, locate, locate_adapter, locate_base
 from seal_extract.encoders.lora import Update, adapter_updates, merge, merged_layers, read_adapter_config
@@ -220,7 +219,7 @@ def _official_parts(
     if layout.lora is None:
         check_tensors(tensors, tower, layout.ignored, file.path, spec.name, published)
         return _Parts({key: tensors[layout.prefix + key] for key in shapes})
-    decoder = {official_key(key): s for key, s in decoder_shapes(spec.dim, layout.decoder).items()}
+    decoder = {OFFICIAL_KEYS[key]: s for key, s in decoder_shapes(spec.dim, layout.decoder).items()}
     adapters, updates, complaints = read_adapters(tensors, layout, shapes)
     head = head_shapes(tensors)
     try:
@@ -238,7 +237,7 @@ def _official_parts(
         whole = {key: tensors[layout.prefix + key] for key in shapes}
     return _Parts(
         merge(whole, updates),
-        {own_key(name): tensors[name] for name in decoder},
+        {own: tensors[theirs] for own, theirs in OFFICIAL_KEYS.items() if theirs in decoder},
         {HEAD + key: tensors[HEAD + key] for key in head},
         tuple(merged_layers(file.path.name, updates)),
     )

@@ -16,9 +16,13 @@ from torch import Tensor, nn
 from seal_extract.encoders.spec import HEAD, HEAD_KINDS, Decoder, Shapes, head_layers
 from seal_extract.errors import UsageError
 
-# this module's layers, and their names in the authors' file
-_LAYERS = {"hidden": "decoder.decoder.0", "genes": "decoder.decoder.3"}
-_OWN = {theirs: own for own, theirs in _LAYERS.items()}
+# the tensors of `ExpressionDecoder`, and their names in the authors' file
+OFFICIAL_KEYS = {
+    "hidden.weight": "decoder.decoder.0.weight",
+    "hidden.bias": "decoder.decoder.0.bias",
+    "genes.weight": "decoder.decoder.3.weight",
+    "genes.bias": "decoder.decoder.3.bias",
+}
 
 
 class ExpressionDecoder(nn.Module):
@@ -40,18 +44,6 @@ def decoder_shapes(dim: int, shape: Decoder | None) -> Shapes:
     if shape is None:
         return {}
     return {key: tuple(value.shape) for key, value in ExpressionDecoder(dim, shape).state_dict().items()}
-
-
-def official_key(key: str) -> str:
-    """The name in the authors' file of a tensor of `ExpressionDecoder`."""
-    layer, _, leaf = key.partition(".")
-    return f"{_LAYERS[layer]}.{leaf}"
-
-
-def own_key(key: str) -> str:
-    """The inverse of `official_key`."""
-    layer, _, leaf = key.rpartition(".")
-    return f"{_OWN[layer]}.{leaf}"
 
 
 def filled_decoder(dim: int, shape: Decoder | None, tensors: dict[str, Tensor]) -> ExpressionDecoder | None:

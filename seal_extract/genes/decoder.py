@@ -20,11 +20,11 @@ from seal_extract.encoders.checkpoint import check_tensors, read_tensors
 from seal_extract.encoders.files import WeightFile
 from seal_extract.encoders.folder import check_panel
 from seal_extract.encoders.heads import (
+    OFFICIAL_KEYS,
     ExpressionDecoder,
     decoder_shapes,
     filled_decoder,
     filled_head,
-    official_key,
 )
 from seal_extract.encoders.locate import AnyPath, locate
 from seal_extract.encoders.registry import bundled, list_encoders, names_with_decoder
@@ -169,7 +169,7 @@ def load_decoder(
         keys = {folder.DECODER + key: key for key in decoder_shapes(spec.dim, shape)}
     else:
         tensors = as_row_spells(tensors, spec.layout)
-        keys = {official_key(key): key for key in decoder_shapes(spec.dim, shape)}
+        keys = {theirs: key for key, theirs in OFFICIAL_KEYS.items()}
     needed = {theirs: decoder_shapes(spec.dim, shape)[key] for theirs, key in keys.items()}
     head = {key: tensor for key, tensor in tensors.items() if key in keys}
     check_tensors(head, needed, (), file.path, f"the decoder of {spec.name}")

@@ -25,7 +25,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Norma
 
 from seal_extract.encoders import find_spec, load_encoder
 from seal_extract.encoders.build import read_adapters
-from seal_extract.encoders.heads import decoder_shapes, official_key
+from seal_extract.encoders.heads import OFFICIAL_KEYS, decoder_shapes
 from seal_extract.encoders.state_dict import as_row_spells
 from seal_extract.encoders.tower import empty_tower, tower_shapes
 
@@ -47,7 +47,7 @@ def test_a_row_expects_exactly_the_keys_of_the_published_files(backbone):
     keys, row = keys_of(backbone), find_spec(f"seal-{backbone}")
     shapes, layout = tower_shapes(empty_tower(row)), row.published
     needed = {layout.prefix + k: s for k, s in shapes.items()}
-    needed |= {official_key(k): s for k, s in decoder_shapes(row.dim, layout.decoder).items()}
+    needed |= {OFFICIAL_KEYS[k]: s for k, s in decoder_shapes(row.dim, layout.decoder).items()}
     found = without_ignored(spelled(keys["vision"], layout), layout)
     adapters = {k: torch.empty(s, device="meta") for k, s in found.items() if ".lora_" in k}
     assert {k: s for k, s in found.items() if k not in adapters} == needed
