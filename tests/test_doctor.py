@@ -7,7 +7,6 @@ from hub_server import GOOD_TOKEN, OUTSIDE_TOKEN, Repo
 from synthetic_slide import write_synthetic_slide
 
 from seal_extract import open_slide
-from seal_extract.cli import main
 from seal_extract.doctor import examine
 from seal_extract.encoders import list_encoders
 
@@ -67,33 +66,32 @@ def test_a_cache_that_cannot_be_written_is_named(hub, tmp_path, monkeypatch):
     assert "choose another folder with HF_HOME" in text
 
 
-def test_a_slide_is_read_and_encoded(hub, tmp_path):
-    slide = write_synthetic_slide(tmp_path / "a.svs", (3000, 2400))
-    ((state, text),) = findings(slide, offline=True)["slide"]
+def test_a_slide_is_read_and_encoded(hub, place):
+    ((state, text),) = findings(place / "slides" / "a.svs", offline=True)["slide"]
     assert state == "ok"
     assert text.startswith("Slide(a.svs: 3000 x 2400 px")
     assert text.endswith("first batch encoded: [8, 192]")
 
 
-def test_a_bad_slide_is_a_finding_and_the_exit_status(hub, tmp_path, capsys):
+def test_a_bad_slide_is_a_finding_and_the_exit_status(hub, tmp_path, run):
     (tmp_path / "a.svs").write_text("no")
-    assert main(["doctor", str(tmp_path / "a.svs"), "--offline"]) == 1
-    out, err = capsys.readouterr()
-    assert "FAILS  slide" in out
-    assert "it is text" in out
-    assert err == "seal-extract: 1 of the checks above failed\n"
+    status, out, err = run("doctor", tmp_path / "a.svs", "--offline")
+    assert (status, err) == (1, ["seal-extract: 1 of the checks above failed"])
+    assert out[-1].startswith("FAILS  slide")
+    assert "it is text" in out[-1]
 
 
-def test_an_encoder_tells_its_files_and_what_was_merged(hub, tmp_path, tiny_rows, capsys):
+def test_an_encoder_tells_its_files_and_what_was_merged(hub, tmp_path, tiny_rows, run):
     save(base_file(TINY_VIT), tmp_path / "pytorch_model.bin")
     path = save(adapters(SEAL_TINY_VIT), tmp_path / "a.pth")
-    assert main(["doctor", "--offline", "--encoder", "seal-tiny-vit", "--checkpoint", str(path)]) == 0
-    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()][-4:]
+    status, out, _ = run("doctor", "--offline", "--encoder", "seal-tiny-vit", "--checkpoint", path)
+    assert status == 0
+    lines = [" ".join(line.split()) for line in out[-4:]]
     assert lines[0].startswith("ok encoder Encoder(seal-tiny-vit: 24 numbers")
     assert [line.split(" of ")[0] for line in lines[1:3]] == ["ok file a.pth", "ok file pytorch_model.bin"]
     layers = "blocks.1.attn.qkv, blocks.1.attn.proj, blocks.1.mlp.fc1, blocks.1.mlp.fc2"
     assert lines[3] == f"ok merged 4 layers of a.pth, rank 4, scale 2: {layers}"
-    assert main(["doctor", "--offline", "--encoder", "tiny-vit", "--checkpoint", str(path)]) == 1
+    assert run("doctor", "--offline", "--encoder", "tiny-vit", "--checkpoint", path)[0] == 1
 
 
 def test_an_openslide_with_a_known_hole_is_named_by_the_doctor_and_at_open(hub, tmp_path, monkeypatch):
@@ -107,7 +105,7 @@ def test_an_openslide_with_a_known_hole_is_named_by_the_doctor_and_at_open(hub, 
         open_slide(slide).close()
 
 
-def test_nothing_wrong_exits_with_0(hub, capsys):
-    assert main(["doctor", "--offline"]) == 0
-    out, _ = capsys.readouterr()
-    assert [line.split()[1] for line in out.splitlines()] == ["python", "readers", "device", "disk", "cache"]
+def test_nothing_wrong_exits_with_0(hub, run):
+    status, out, _ = run("doctor", "--offline")
+    assert status == 0
+    assert [line.split()[1] for line in out] == ["python", "readers", "device", "disk", "cache"]
