@@ -161,6 +161,7 @@ class Retrieval:
 def retrieve(images: NDArray[Any], expression: NDArray[Any], ks: Sequence[int] = KS) -> Retrieval:
     """Rank the spots of one section by cosine similarity, from image to expression and back.
 
+    As SEAL (arXiv 2602.14177) and CLIP (arXiv 2103.00020): is a spot's own expression among the most similar?
     Spots of equal similarity share the mean of their ranks, so that constant embeddings rank in the middle,
     not first.
 

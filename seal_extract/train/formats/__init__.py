@@ -1,4 +1,4 @@
-"""Tissue sections from the files of other tools: one file per format, chosen by ``kind``."""
+"""Tissue sections from the files of other tools, in the formats that ``kind`` names."""
 
 from __future__ import annotations
 

@@ -32,10 +32,11 @@ Positions = dict[str, tuple[float, ...]]  # barcode: row and column on the array
 
 
 class StTables(Source, frozen=True):
-    """``counts/NAME.tsv.gz``, ``spots/NAME_selection.tsv`` and ``images/NAME.jpg``.
+    """``counts/NAME.tsv.gz``, ``spots/NAME_selection.tsv`` and ``images/NAME.jpg``, as in her2st.
 
     The table of counts has a row per spot, named ``{x}x{y}``, and a column per gene; the table of spots has
     the columns ``x``, ``y``, ``pixel_x``, ``pixel_y``. The patient is the letters that a name begins with.
+    Source of her2st: Andersson et al. 2021.
     """
 
     def read(self, name: str) -> Section:
@@ -101,7 +102,7 @@ def _tab_positions(path: Path) -> dict[str, list[float]]:
 
 
 class Visium(Source, frozen=True):
-    """``filtered_feature_bc_matrix.h5`` and ``spatial/tissue_positions.csv``.
+    """``filtered_feature_bc_matrix.h5`` and ``spatial/tissue_positions.csv``, as Space Ranger writes them.
 
     They lie in the folder itself, in its ``outs``, or in ``NAME`` or ``NAME/outs`` within it. The list
     without a header of Space Ranger 1 is read as well. The µm/px is computed from the 100 µm between spots.
