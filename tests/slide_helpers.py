@@ -89,20 +89,15 @@ class Checksums(Encoder):
         return torch.stack(sums, 1).float()
 
 
-def tile_table(path: Path, page: int = 0) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Offsets and byte counts of a directory's tiles."""
-    with tifffile.TiffFile(path) as tif:
-        return tif.pages[page].dataoffsets, tif.pages[page].databytecounts
-
-
 class Damage:
     """A copy of a slide whose bytes can be changed at the places that its directories name."""
 
     def __init__(self, path: Path, copy: Path, page: int = 0) -> None:
         self.path, self._data = copy, bytearray(path.read_bytes())
         with tifffile.TiffFile(path) as tif:
-            self.tags = {t.name: (t.offset, t.valueoffset, t.count, t.dtype) for t in tif.pages[page].tags}
-        self.offsets, self.counts = tile_table(path, page)
+            directory = tif.pages[page]
+            self.tags = {t.name: (t.offset, t.valueoffset, t.count, t.dtype) for t in directory.tags}
+            self.offsets, self.counts = directory.dataoffsets, directory.databytecounts
 
     def tile(self, number: int) -> bytes:
         """The tile's bytes."""

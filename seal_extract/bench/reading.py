@@ -28,7 +28,8 @@ from seal_extract.bench.measure import (
 )
 from seal_extract.errors import GeometryError, UsageError
 from seal_extract.patches.grid import PatchGrid
-from seal_extract.patches.regions import PatchReader, RegionReader, Resampling
+from seal_extract.patches.regions import PatchReader, RegionReader
+from seal_extract.patches.resample import Resampling
 from seal_extract.patches.stream import JOB_BYTES, ROWS_PER_JOB, stream_batches
 from seal_extract.patches.tiled import TiledLevel, Unsuitable, open_level
 from seal_extract.patches.tiles import TileReader, open_patch_reader

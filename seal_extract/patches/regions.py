@@ -7,13 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from seal_extract.errors import ReadError
 from seal_extract.patches.grid import PatchGrid
-from seal_extract.patches.resample import Filter, resample
+from seal_extract.patches.resample import Resampling
 from seal_extract.slides.readers import Array
 from seal_extract.slides.slide import Slide, open_with_another_reader
 
@@ -55,39 +53,6 @@ class PatchReader(Protocol):
     def close(self) -> None:
         """Release what was opened for reading; the slide stays open."""
         ...
-
-
-@dataclass(frozen=True)
-class Resampling:
-    """How regions become patches, and where.
-
-    Attributes:
-        patch_px: side of a patch.
-        filter: of the resampling.
-        early: resample in the reading threads, for patches that stay on the host.
-        pinned: read into memory from which a GPU can copy by itself.
-    """
-
-    patch_px: int
-    filter: Filter = "bicubic"
-    early: bool = True
-    pinned: bool = False
-
-    def empty(self, rows: int, side_px: int) -> Array:
-        """Allocate regions, uint8 [rows, side, side, 3]."""
-        if self.pinned:
-            pinned: Array = torch.empty(rows, side_px, side_px, 3, dtype=torch.uint8, pin_memory=True).numpy()
-            return pinned
-        return np.empty((rows, side_px, side_px, 3), np.uint8)
-
-    def in_thread(self, regions: Array) -> Tensor:
-        """What a reading thread hands over: patches if ``early``, else the regions; [B, 3, side, side]."""
-        pixels = torch.from_numpy(regions).permute(0, 3, 1, 2)
-        return self.on_device(pixels) if self.early else pixels
-
-    def on_device(self, pixels: Tensor) -> Tensor:
-        """Resample regions to patches on their device."""
-        return resample(pixels, (self.patch_px, self.patch_px), self.filter)
 
 
 class RegionReader:

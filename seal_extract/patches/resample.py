@@ -9,6 +9,7 @@ no uint8 kernel; they compute Pillow's integer arithmetic exactly, as products o
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
 
@@ -26,6 +27,39 @@ Filter = Literal["bicubic", "bilinear", "area"]
 PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 SUPPORT = {"bicubic": 2.0, "bilinear": 1.0}  # px of the output at which the filter ends
 WEIGHT_BITS = 22  # of Pillow's weights for 8-bit images
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """How regions become patches, and where.
+
+    Attributes:
+        patch_px: side of a patch.
+        filter: of the resampling.
+        early: resample in the reading threads, for patches that stay on the host.
+        pinned: read into memory from which a GPU can copy by itself.
+    """
+
+    patch_px: int
+    filter: Filter = "bicubic"
+    early: bool = True
+    pinned: bool = False
+
+    def empty(self, rows: int, side_px: int) -> NDArray[np.uint8]:
+        """Allocate regions, uint8 [rows, side, side, 3]."""
+        if not self.pinned:
+            return np.empty((rows, side_px, side_px, 3), np.uint8)
+        memory = torch.empty(rows, side_px, side_px, 3, dtype=torch.uint8, pin_memory=True)
+        return np.asarray(memory.numpy())
+
+    def in_thread(self, regions: NDArray[np.uint8]) -> Tensor:
+        """What a reading thread hands over: patches if ``early``, else the regions; [B, 3, side, side]."""
+        pixels = torch.from_numpy(regions).permute(0, 3, 1, 2)
+        return self.on_device(pixels) if self.early else pixels
+
+    def on_device(self, pixels: Tensor) -> Tensor:
+        """Resample regions to patches on their device."""
+        return resample(pixels, (self.patch_px, self.patch_px), self.filter)
 
 
 def resample(patches: Tensor, size_px: tuple[int, int], filter: Filter = "bicubic") -> Tensor:
