@@ -121,9 +121,7 @@ def as_ours(error: Exception, slide: str) -> SealExtractError:
     if isinstance(error, SealExtractError):
         return error
     why = first_line(error)
-    if (
-        isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
-    ):  # the name of its results, not of the slide
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # the name of its results
         return OutputError(f"{slide}: {NAME_TOO_LONG}; nothing half-written was left")
     if isinstance(error, OSError):  # of reading; writing translates its own
         return SlideOpenError(f"{slide} can no longer be read: {error.strerror or why}; check its disk")

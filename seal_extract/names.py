@@ -116,9 +116,8 @@ def choose_names(
     owners = {name: path for path, name in given.items()}
     stems = Counter(path.with_suffix("") for path in {*paths, *given})
     tails = [path.name if stems[path.with_suffix("")] > 1 else path.stem for path in paths]
-    kept = {
-        given[path]: path for path in reversed(paths) if path in given
-    }  # of a slide and its copy the first
+    # of a slide and its copy the first keeps the name
+    kept = {given[path]: path for path in reversed(paths) if path in given}
     fixed = {path: name for name, path in kept.items()}
     names = [fixed.get(path, name) for path, name in zip(paths, names or tails, strict=True)]
     depth = 0

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -124,6 +125,12 @@ def contents(out):
         with h5py.File(path) as file:
             found[path.name] = (file["features"][()].tobytes(), file["coords"][()].tobytes())
     return found
+
+
+def resident_mb():
+    """Memory of this process, in MB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def run_here(*words):

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
@@ -36,7 +37,8 @@ from seal_extract.bench.measure import (
 )
 from seal_extract.bench.reading import Sample
 from seal_extract.encoders import Encoder
-from seal_extract.features.feature_file import SlideLabel, write_pixel_coords, write_pixel_features
+from seal_extract.features.feature_file import SlideLabel, create_coords, write_described
+from seal_extract.features.layouts import FlatLayout
 from seal_extract.patches.stream import stream_batches
 from seal_extract.run.embed import CPU_ROWS, Embedder, Pending, open_embedder
 from seal_extract.run.extract import BATCHES_AHEAD, extract_many
@@ -245,7 +247,7 @@ def measure_encoding(
             "forward": lambda: _time_forward(embedder, held, patches, device),
             "whole": whole,
             "matrices": lambda: _time_matrices(device, encoder.precision, at_once),
-            "write": lambda: _time_write(sample, encoder, folder / "written.h5", embedder.batch_size),
+            "write": lambda: _time_write(sample, encoder, folder / "written", embedder.batch_size),
         }
         timings = take_turns(works, repeats, progress)
         flops = _flops_per_patch(encoder, held[0])
@@ -285,7 +287,8 @@ def _stages(
 def _write_coordinates(samples: Sequence[Sample], folder: Path) -> Path:
     """A folder of coordinates for ``--coords``."""
     for sample in samples:
-        write_pixel_coords(folder / f"{sample.slide.path.stem}_patches.h5", _label(sample), sample.grid, {})
+        describe = partial(create_coords, label=_label(sample), grid=sample.grid)
+        write_described(folder / f"{sample.slide.path.stem}_patches.h5", {}, describe)
     return folder
 
 
@@ -361,12 +364,12 @@ def _time_matrices(device: torch.device, precision: torch.dtype, threads: int) -
         return timed(lambda: each(pool, multiply, [products] * threads), device)
 
 
-def _time_write(sample: Sample, encoder: Encoder, path: Path, batch_size: int) -> Timing:
+def _time_write(sample: Sample, encoder: Encoder, out: Path, batch_size: int) -> Timing:
     grid, spec = sample.grid, encoder.spec
     features = np.random.default_rng(0).standard_normal((batch_size, spec.dim), np.float32)
 
     def write() -> None:
-        with write_pixel_features(path, _label(sample), grid, spec.name, spec.dim, {}) as writer:
+        with FlatLayout(out).write_features(_label(sample), grid, spec.name, spec.dim, {}) as writer:
             while writer.rows < len(grid):
                 writer.append(features[: len(grid) - writer.rows])
 

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from seal_extract.features.store import SlideFeatures
     from seal_extract.patches.grid import PatchGrid
     from seal_extract.pooling import Pooling
-    from seal_extract.run.cohort import CohortReport, Engine
+    from seal_extract.run.cohort import CohortReport
     from seal_extract.run.options import ExtractOptions
+    from seal_extract.run.ray_engine import RayEngine
     from seal_extract.run.status_table import SlideResult
     from seal_extract.slides.listing import SlideList
     from seal_extract.slides.slide import Slide
@@ -190,7 +191,7 @@ def _close_run(failed: int, slides: int) -> int:
     return exit_status(failed, slides, "slides") if slides > 1 else min(failed, 1)
 
 
-def _engine(args: argparse.Namespace) -> Engine | None:
+def _engine(args: argparse.Namespace) -> RayEngine | None:
     if args.engine != "ray":
         if args.ray_address or args.ray_workers or args.ray_cores:
             raise UsageError("--ray-address, --ray-workers and --ray-cores need Ray; type --engine ray too")

@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from seal_extract.errors import first_line
 from seal_extract.features.feature_file import PROVENANCE
 from seal_extract.features.store import PIECE_BYTES
 from seal_extract.hdf5 import open_hdf5
@@ -86,7 +87,7 @@ def look(path: Path, check: Check) -> CheckedFile:
     try:
         check(seen)
     except Exception as exc:  # h5py raises many kinds of errors on damaged files
-        seen.short(f"cannot be read to its end: truncated, damaged or no HDF5 ({_first_line(exc)})")
+        seen.short(f"cannot be read to its end: truncated, damaged or no HDF5 ({first_line(exc)})")
     return seen
 
 
@@ -211,7 +212,7 @@ def check_tensor(seen: CheckedFile) -> None:
         tensor = torch.load(seen.path, map_location="cpu", weights_only=True)
     except Exception as exc:  # torch raises many kinds of errors on damaged files
         seen.short(
-            f"torch.load finds no tensor: the file is truncated or holds other objects ({_first_line(exc)})"
+            f"torch.load finds no tensor: the file is truncated or holds other objects ({first_line(exc)})"
         )
         return
     if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float32 or tensor.ndim != 2:
@@ -251,7 +252,7 @@ def _rows(
     seen.rows, seen.dim = rows.shape
     step = max(1, PIECE_BYTES // max(1, rows.shape[1] * rows.dtype.itemsize))
     pieces = (rows[start : start + step] for start in range(0, len(rows), step))
-    _count(seen, pieces, _recorded(file))
+    _count(seen, pieces, int(_provenance(file).get("read_errors", 0)))
     if not len(rows) and empty_is_short:
         seen.short("no patches; a bag without rows cannot be trained on: leave the slide out")
     elif not len(rows):
@@ -270,10 +271,6 @@ def _count(seen: CheckedFile, pieces: Iterable[NDArray[Any]], recorded: int) -> 
     if zeros:
         why = f"{recorded} recorded as unreadable" if recorded else "no reason recorded"
         seen.warn(f"{zeros} of {rows} rows are zeros, {why}; leave them out of training")
-
-
-def _recorded(file: h5py.File) -> int:
-    return int(_provenance(file).get("read_errors", 0))
 
 
 def _provenance(file: h5py.File) -> dict[str, Any]:
@@ -348,7 +345,3 @@ def _plain(value: Any) -> Any:
 
 def _is_number(value: Any) -> bool:
     return np.ndim(value) == 0 and isinstance(value, (int, float, np.integer, np.floating))
-
-
-def _first_line(exc: BaseException) -> str:
-    return (str(exc).splitlines() or [type(exc).__name__])[0][:100]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,40 +147,6 @@ def write_described(
     with new_hdf5(path, keep) as (file, _):
         describe(file)
         file.attrs[PROVENANCE] = json.dumps(provenance)
-
-
-def write_pixel_features(
-    path: Path,
-    label: SlideLabel,
-    grid: PatchGrid,
-    encoder: str,
-    dim: int,
-    provenance: dict[str, Any],
-    keep: Keep | None = None,
-) -> AbstractContextManager[FeatureWriter]:
-    """Open a file of ``features`` float32 [N, D] and ``coords`` int64 [N, 2]; see `write_rows`."""
-
-    def describe(file: h5py.File) -> None:
-        describe_pixels(file, label, grid, encoder)
-
-    return write_rows(path, PIXELS, (len(grid), dim), np.float32, provenance, describe, keep)
-
-
-def describe_pixels(file: h5py.File, label: SlideLabel, grid: PatchGrid, encoder: str) -> None:
-    """Add to ``features`` its coordinates, and the attributes that TRIDENT and Patho-Bench read."""
-    file[PIXELS].attrs.update(name=shown(label.name), savetodir=HERE, encoder=encoder)
-    create_coords(file, label, grid)
-
-
-def write_pixel_coords(
-    path: Path, label: SlideLabel, grid: PatchGrid, provenance: dict[str, Any], keep: Keep | None = None
-) -> None:
-    """Write a file of ``coords`` int64 [N, 2]; for ``keep`` see `publish`.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    write_described(path, provenance, lambda file: create_coords(file, label, grid), keep)
 
 
 def create_coords(file: h5py.File, label: SlideLabel, grid: PatchGrid) -> None:

@@ -36,7 +36,6 @@ from seal_extract.features.feature_file import (
     FeatureWriter,
     SlideLabel,
     create_coords,
-    describe_pixels,
     write_described,
     write_padding,
     write_rows,
@@ -167,7 +166,8 @@ class Layout(ABC):
 
     def _describe(self, file: h5py.File, label: SlideLabel, grid: PatchGrid, encoder: str) -> None:
         """Add coordinates and attributes to an open feature file."""
-        describe_pixels(file, label, grid, encoder)
+        file[PIXELS].attrs.update(name=shown(label.name), savetodir=HERE, encoder=encoder)
+        create_coords(file, label, grid)
 
     def complete(self, slide: str, encoder: str) -> None:
         """Make the `derived` files that do not exist."""

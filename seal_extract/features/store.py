@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.encoders.folder import plain_word
-from seal_extract.errors import OutputError, SlideOpenError
+from seal_extract.errors import OutputError, SlideOpenError, first_line
 from seal_extract.features.feature_file import BARCODE, MICROMETRES, PIXELS, PROVENANCE
 from seal_extract.hdf5 import DAMAGED, Disk, open_hdf5
 from seal_extract.names import is_export, origin_of, written_twice
@@ -267,8 +267,8 @@ def reading(path: Path) -> Iterator[None]:
     except OutputError:
         raise
     except Exception as exc:
-        why = (str(exc).splitlines() or [type(exc).__name__])[0]
-        raise OutputError(f"{path} cannot be read ({why}); encode that slide again with --overwrite") from exc
+        why = f"{path} cannot be read ({first_line(exc)})"
+        raise OutputError(f"{why}; encode that slide again with --overwrite") from exc
 
 
 def _provenance(file: h5py.File, dataset: str | None) -> dict[str, Any] | None:

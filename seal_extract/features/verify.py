@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from seal_extract.encoders.registry import list_encoders
@@ -38,9 +38,10 @@ def verify(folder: str | os.PathLike[str], consumer: str) -> tuple[Problem, ...]
     """
     files = files_for(folder, consumer)
     seen = [look(path, check) for path, check in files.items()]
+    problems = [problem for one in seen for problem in one.problems]
     if consumer == "clam":
-        seen += [*_unpaired(files, seen), *_resized(seen)]
-    return tuple(f for s in [*seen, *_compare(seen, consumer)] for f in s.problems)
+        problems += [*_unpaired(seen), *_resized(seen)]
+    return (*problems, *_compare(seen, consumer))
 
 
 def files_for(folder: str | os.PathLike[str], consumer: str) -> dict[Path, Check]:
@@ -70,13 +71,10 @@ def files_for(folder: str | os.PathLike[str], consumer: str) -> dict[Path, Check
 
 
 def _trident_files(folder: Path) -> dict[Path, Check]:
-    coords = [p for p in _below(folder, "*_patches.h5") if p.parent.name == "patches"]
-    features = _trident_features(folder)
+    files = _below(folder, "*.h5")
+    coords = [p for p in files if p.parent.name == "patches" and p.name.endswith("_patches.h5")]
+    features = [p for p in files if p.parent.name.startswith("features_")]
     return dict.fromkeys(coords, in_hdf5(trident_coords)) | dict.fromkeys(features, in_hdf5(trident_features))
-
-
-def _trident_features(folder: Path) -> list[Path]:
-    return [p for p in _below(folder, "*.h5") if p.parent.name.startswith("features_")]
 
 
 def _clam_files(folder: Path) -> dict[Path, Check]:
@@ -129,22 +127,23 @@ LOOKED_FOR = {
 # --- between files ----------------------------------------------------------------------------------
 
 
-def _compare(seen: Sequence[CheckedFile], consumer: str) -> Iterator[CheckedFile]:
+def _compare(seen: Sequence[CheckedFile], consumer: str) -> Iterator[Problem]:
     """Find files that differ from most files of their folder."""
     for folder in dict.fromkeys(s.path.parent for s in seen):
         together = [s for s in seen if s.path.parent == folder]
         for one, usual in _unlike(together, lambda s: s.dim):
-            found = CheckedFile(one.path)
-            found.short(f"features of {one.dim} columns, most files have {usual}; one model takes one width")
-            yield found
+            yield Problem(
+                one.path,
+                f"features of {one.dim} columns, most files have {usual}; one model takes one width",
+            )
         if consumer in ("trident", "patho-bench"):
             for one, usual in _unlike(together, lambda s: s.patch_size_l0):
-                found = CheckedFile(one.path)
-                found.warn(
+                yield Problem(
+                    one.path,
                     f"patch_size_level0 is {one.patch_size_l0}, most files have {usual}; "
-                    f"Patho-Bench fuses slides of one patient only if it is the same"
+                    f"Patho-Bench fuses slides of one patient only if it is the same",
+                    is_warning=True,
                 )
-                yield found
 
 
 def _unlike(
@@ -156,27 +155,25 @@ def _unlike(
         yield from ((s, usual) for s in seen if of(s) not in (None, usual))
 
 
-def _unpaired(files: Iterable[Path], seen: Sequence[CheckedFile]) -> Iterator[CheckedFile]:
+def _unpaired(seen: Sequence[CheckedFile]) -> Iterator[Problem]:
     """Find files of ``h5_files`` without a file of ``pt_files`` with as many rows, on which CLAM trains."""
     rows = {s.path: s.rows for s in seen}
-    for path in [p for p in files if p.parent.name == "h5_files"]:
+    for path in [p for p in rows if p.parent.name == "h5_files"]:
         tensor = path.parent.parent / "pt_files" / f"{path.stem}.pt"
-        found = CheckedFile(tensor)
         if tensor not in rows:
-            found.short(f"missing, though {path.parent.name}/{path.name} is there; CLAM trains on it")
+            yield Problem(tensor, f"missing, though h5_files/{path.name} is there; CLAM trains on it")
         elif None not in (rows[tensor], rows[path]) and rows[tensor] != rows[path]:
-            found.short(f"{rows[tensor]} rows, but {path.parent.name}/{path.name} has {rows[path]}")
-        yield found
+            yield Problem(tensor, f"{rows[tensor]} rows, but h5_files/{path.name} has {rows[path]}")
 
 
-def _resized(seen: Sequence[CheckedFile]) -> Iterator[CheckedFile]:
+def _resized(seen: Sequence[CheckedFile]) -> Iterator[Problem]:
     """Warn once per folder where CLAM would see another scale unless its transform resizes."""
     own_size = ", ".join(spec.name for spec in list_encoders() if spec.input.resize_px is None)
     for (folder, said), files in Counter((s.path.parent, s.clam_resize) for s in seen).items():
         if said is not None:
-            found = CheckedFile(folder)
-            found.warn(
+            yield Problem(
+                folder,
                 f"in {files} files {said}. Otherwise encoders that do not resize ({own_size}) silently "
-                f"see a wrong scale, and the others see another resampling filter"
+                f"see a wrong scale, and the others see another resampling filter",
+                is_warning=True,
             )
-            yield found

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from seal_extract.encoders.request import EncoderRequest
 from seal_extract.errors import CheckpointError, HubError, UsageError
@@ -36,44 +36,12 @@ from seal_extract.slides.listing import SlideList, list_slides
 
 if TYPE_CHECKING:
     from seal_extract.encoders import Encoder
+    from seal_extract.run.ray_engine import RayEngine
 
     EncoderLike = str | os.PathLike[str] | EncoderRequest | Encoder
 
 STATUS = "status.csv"
 SAME_FOR_EVERY_SLIDE = (UsageError, CheckpointError, HubError)
-
-
-class Engine(Protocol):
-    """Where the work is done."""
-
-    def run(
-        self,
-        jobs: Sequence[SlideJob],
-        encoders: Sequence[EncoderRequest | Encoder],
-        options: ExtractOptions,
-        progress: Progress | None,
-    ) -> Iterator[SlideResult]:
-        """Embed slides; results in any order, as soon as they are known."""
-        ...
-
-
-class ThisProcess:
-    """One stream over all slides, on one device."""
-
-    def run(
-        self,
-        jobs: Sequence[SlideJob],
-        encoders: Sequence[EncoderRequest | Encoder],
-        options: ExtractOptions,
-        progress: Progress | None,
-    ) -> Iterator[SlideResult]:
-        """See `Engine.run`."""
-        from seal_extract.run import slide_process
-        from seal_extract.run.extract import extract_jobs
-
-        slide_process.start_ahead(options)
-        loaded = [e.load() if isinstance(e, EncoderRequest) else e for e in encoders]
-        yield from extract_jobs(jobs, loaded, options, progress)
 
 
 @dataclass(frozen=True)
@@ -112,7 +80,7 @@ def extract_cohort(
     out: str | os.PathLike[str],
     *,
     options: ExtractOptions = ExtractOptions(),
-    engine: Engine | None = None,
+    engine: RayEngine | None = None,
     retry_failed: bool = False,
     status_name: str = STATUS,
     on_result: Callable[[SlideResult], None] | None = None,
@@ -140,7 +108,10 @@ def extract_cohort(
     """
     started = perf_counter()
     listed = slides if isinstance(slides, SlideList) else list_slides(_several(slides))
-    asked = [_as_request(encoder) for encoder in _several(encoders)]
+    asked: list[EncoderRequest | Encoder] = [
+        EncoderRequest(encoder) if isinstance(encoder, str | os.PathLike) else encoder
+        for encoder in _several(encoders)
+    ]
     check_layout(options.layout, [encoder.spec.name for encoder in asked])
     path = Path(out) / status_name
     grid = "" if options.coords else grid_name(options.patch_px, options.mpp, options.overlap_px)
@@ -179,18 +150,30 @@ def extract_cohort(
         if options.stage_dir is None:
             for job in waiting:
                 refuse_uncopied(job.entry)
-        for result in (engine or ThisProcess()).run(waiting, asked, options, progress):
+        run = _run_here if engine is None else engine.run
+        for result in run(waiting, asked, options, progress):
             record(result)
     return CohortReport(tuple(rows), path, perf_counter() - started)
+
+
+def _run_here(
+    jobs: Sequence[SlideJob],
+    encoders: Sequence[EncoderRequest | Encoder],
+    options: ExtractOptions,
+    progress: Progress | None,
+) -> Iterator[SlideResult]:
+    """One stream over all slides, on one device of this process."""
+    from seal_extract.run import slide_process
+    from seal_extract.run.extract import extract_jobs
+
+    slide_process.start_ahead(options)
+    loaded = [e.load() if isinstance(e, EncoderRequest) else e for e in encoders]
+    yield from extract_jobs(jobs, loaded, options, progress)
 
 
 def _several(value: object) -> list:  # type: ignore[type-arg]
     single = isinstance(value, str | os.PathLike | EncoderRequest) or not isinstance(value, Iterable)
     return [value] if single else list(value)  # type: ignore[call-overload]
-
-
-def _as_request(encoder: EncoderLike) -> EncoderRequest | Encoder:
-    return EncoderRequest(encoder) if isinstance(encoder, str | os.PathLike) else encoder
 
 
 def _failed_before(

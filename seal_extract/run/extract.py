@@ -21,7 +21,6 @@ from seal_extract.encoders.request import EncoderRequest
 from seal_extract.errors import UsageError
 from seal_extract.features.layouts import check_layout
 from seal_extract.features.store import SlideFeatures
-from seal_extract.patches.grid import PatchGrid
 from seal_extract.patches.regions import PatchReader
 from seal_extract.patches.stream import stream_batches
 from seal_extract.patches.tiles import open_patch_reader
@@ -34,7 +33,6 @@ from seal_extract.run.staging import Stage
 from seal_extract.run.status_table import Progress, SlideResult
 from seal_extract.run.writer import Writer
 from seal_extract.slides.entry import SlideEntry, file_stamp
-from seal_extract.slides.slide import Slide
 
 SLIDES_AHEAD = 2  # opened, with their tissue found, before their turn to be read
 BATCHES_AHEAD = 3  # batches being encoded, or pictures to draw, that may wait to be written
@@ -235,20 +233,18 @@ class _Run:
                 unfinished = without_finished(unfinished, self._encoders, layout)
                 if isinstance(unfinished, SlideResult):
                     return unfinished
-            opened = OpenSlide(unfinished, slide, mask, grid, self._reader(slide, grid, job), layout, stamp)
+            device, options = self._encoders[0].device, job.options
+            reader = open_patch_reader(slide, grid, device, filter=options.resample, fast=options.fast_decode)
+            opened = OpenSlide(unfinished, slide, mask, grid, reader, layout, stamp)
             stack.callback(opened.reader.close)
             outputs = [
                 self._output(opened, i, encoder)
                 for i, encoder in enumerate(self._encoders)
                 if encoder.spec.name not in unfinished.finished
             ]
-            layout.write_coords(opened.label, grid, outputs[0].provenance, overwrite=job.options.overwrite)
+            layout.write_coords(opened.label, grid, outputs[0].provenance, overwrite=options.overwrite)
             stack.pop_all()
         return replace(opened, outputs=tuple(outputs))
-
-    def _reader(self, slide: Slide, grid: PatchGrid, job: SlideJob) -> PatchReader:
-        device, options = self._encoders[0].device, job.options
-        return open_patch_reader(slide, grid, device, filter=options.resample, fast=options.fast_decode)
 
     def _output(self, opened: OpenSlide, index: int, encoder: Encoder) -> Output:
         job, grid, entry = opened.job, opened.grid, opened.job.entry

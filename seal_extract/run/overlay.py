@@ -15,7 +15,13 @@ from PIL import Image, ImageDraw
 
 from seal_extract.patches.grid import PatchGrid
 from seal_extract.publish import publish
-from seal_extract.slides.drawing import draw_scale_bar, draw_text, exif_of, fitting_font, make_thumbnail
+from seal_extract.slides.drawing import (
+    draw_fitting_text,
+    draw_scale_bar,
+    exif_of,
+    fitting_font,
+    make_thumbnail,
+)
 from seal_extract.slides.overview import Overview, read_overview
 from seal_extract.slides.readers import Array
 from seal_extract.slides.slide import Slide
@@ -127,12 +133,13 @@ def _with_caption(canvas: Array, text: str, um_per_px: float) -> Image.Image:
     """The canvas above a white strip with the text on the left and a scale bar on the right."""
     height, width = canvas.shape[:2]
     most_px = 0.12 * width
-    font = fitting_font(text, width - most_px - 60)
+    text_px = width - most_px - 60
+    font = fitting_font(text, text_px)
     strip = round(font.size * 2.2)
     picture = Image.new("RGB", (width, height + strip), "white")
     picture.paste(Image.fromarray(canvas))
     draw = ImageDraw.Draw(picture)
     middle = height + strip / 2
-    draw_text(draw, (12, middle), text, font, anchor="lm")
+    draw_fitting_text(draw, (12, middle), text, text_px, anchor="lm")
     draw_scale_bar(draw, width - 14, middle + font.size * 0.6, um_per_px, most_px, font)
     return picture

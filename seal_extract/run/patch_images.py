@@ -58,11 +58,13 @@ def extract_patches(
     check_layout(layout, [encoder.spec.name])
     file = open_patches(path, mpp=mpp, slide_mpp=slide_mpp)
     size = file.patch_size_l0
-    grid = PatchGrid(file.xy_l0, file.patch_px, file.mpp, size, 0, 0, size, _origin(file))
+    origin = "ready-cut patches" if file.places_known else "ready-cut patches, laid in their order"
+    grid = PatchGrid(file.xy_l0, file.patch_px, file.mpp, size, 0, 0, size, origin)
     name = file.path.resolve().name if file.path.is_dir() else file.path.stem
     place = layout_of_grid(layout, Path(out), grid)
     target = place.features(name, encoder.spec.name)
-    request = _request(file, encoder)
+    content = {"reader": "patches", "sha256": file.sha256(), "mpp": file.slide_mpp, "patch_mpp": file.mpp}
+    request = {"pipeline": PIPELINE, "slide": content, "options": {}, "encoder": encoder.identity}
     if not overwrite and target.exists():
         there = find_features(target, place.dataset)
         difference = "not ours" if there is None else first_difference(there.provenance["request"], request)
@@ -98,16 +100,6 @@ def extract_patches(
         forward.close()
     place.write_coords(label, grid, provenance, overwrite=overwrite)
     return read_features(target)
-
-
-def _origin(file: PatchFile) -> str:
-    return "ready-cut patches" if file.places_known else "ready-cut patches, laid in their order"
-
-
-def _request(file: PatchFile, encoder: Encoder) -> dict[str, Any]:
-    """All that decides the numbers."""
-    content = {"reader": "patches", "sha256": file.sha256(), "mpp": file.slide_mpp, "patch_mpp": file.mpp}
-    return {"pipeline": PIPELINE, "slide": content, "options": {}, "encoder": encoder.identity}
 
 
 def _provenance(

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from seal_extract.encoders.request import EncoderRequest
-from seal_extract.errors import SlideOpenError, UsageError, how_to_install
+from seal_extract.errors import SlideOpenError, UsageError, first_line, how_to_install
 from seal_extract.run.job import Channel, SlideJob, Stopped
 from seal_extract.run.options import ExtractOptions
 from seal_extract.run.status_table import Progress, SlideResult
@@ -53,7 +53,7 @@ class RayEngine:
         options: ExtractOptions,
         progress: Progress | None,
     ) -> Iterator[SlideResult]:
-        """See `Engine.run`; progress is reported once per slide.
+        """Embed slides; results in any order, as soon as they are known. Progress is reported once per slide.
 
         Raises:
             UsageError: Ray is not installed, not reachable, or too small; or an encoder is no request.
@@ -61,7 +61,10 @@ class RayEngine:
         requests = [e for e in encoders if isinstance(e, EncoderRequest)]
         if len(requests) < len(encoders):
             raise UsageError("workers load encoders by themselves; give their names, not loaded encoders")
-        ray = _ray()
+        try:
+            import ray
+        except ImportError as exc:
+            raise UsageError(f"Ray is not installed; {how_to_install('ray')}") from exc
         started = not ray.is_initialized()
         _connect(ray, self.address)
         try:
@@ -118,7 +121,7 @@ class RayEngine:
                 raise exc.cause from None
             except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as exc:
                 died = SlideOpenError(
-                    f"{job.entry.source}: its worker died {RETRIES + 1} times ({_first_line(exc)}); "
+                    f"{job.entry.source}: its worker died {RETRIES + 1} times ({first_line(exc)}); "
                     "run it by itself without --engine ray"
                 )
                 result = SlideResult(job.entry, (), died, 0.0)
@@ -224,18 +227,6 @@ def _warn_of_missing(ray: Any, placed: list[Any], cores: int, gpus: int) -> bool
     return bool(missing)
 
 
-def _first_line(exc: Exception) -> str:
-    return (str(exc).splitlines() or [type(exc).__name__])[0]
-
-
-def _ray() -> Any:
-    try:
-        import ray
-    except ImportError as exc:
-        raise UsageError(f"Ray is not installed; {how_to_install('ray')}") from exc
-    return ray
-
-
 def _connect(ray: Any, address: str | None) -> None:
     if ray.is_initialized():
         return
@@ -244,7 +235,7 @@ def _connect(ray: Any, address: str | None) -> None:
         ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level="ERROR")
     except (OSError, RuntimeError, ValueError) as exc:
         raise UsageError(
-            f"no Ray cluster at {address!r} ({_first_line(exc)}); start one with `ray start --head`, or "
+            f"no Ray cluster at {address!r} ({first_line(exc)}); start one with `ray start --head`, or "
             "leave out --ray-address"
         ) from exc
 

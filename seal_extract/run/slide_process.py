@@ -224,18 +224,14 @@ def _receive(source: IO[bytes], requests: queue.SimpleQueue[Any]) -> None:
 
 
 def _answer(job: SlideJob, finds_tissue: bool) -> Any:
-    with warnings.catch_warnings(record=True) as caught, _open_quietly(job) as slide:
-        if not finds_tissue:
-            return None
-        warnings.simplefilter("always")
-        mask, grid = find_tissue_and_grid(slide, job.options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")  # the process that embeds opens it too, and is warned then
+        with job.open() as slide:
+            if not finds_tissue:
+                return None
+            warnings.simplefilter("always")
+            mask, grid = find_tissue_and_grid(slide, job.options)
     return mask, grid, [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
-
-
-def _open_quietly(job: SlideJob) -> Slide:
-    with warnings.catch_warnings():  # the process that embeds opens it too, and is warned then
-        warnings.simplefilter("ignore")
-        return job.open()
 
 
 def _limit_memory() -> None:

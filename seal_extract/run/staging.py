@@ -122,16 +122,15 @@ class Stage:
             return job
         folder = self._folder / entry.name
         try:
+            copy = folder / entry.path.name
             if entry.url is None:
                 self._take_room(entry, _bytes(entry.path))
-                folder.mkdir()
-                return replace(job, entry=self._copy(entry, folder))
+                _copy(entry.path, folder)
+                return replace(job, entry=replace(entry, copy=copy))
             there = look(entry.url, fresh=True)
             self._take_room(entry, there.size)
-            folder.mkdir()
-            fetch(entry.url, there, folder / entry.path.name, lambda: self._is_stopped)
-            copy = replace(entry, copy=folder / entry.path.name, version=there.version)
-            return replace(job, entry=copy)
+            fetch(entry.url, there, copy, lambda: self._is_stopped)
+            return replace(job, entry=replace(entry, copy=copy, version=there.version))
         except Stopped:
             raise
         except Exception as exc:  # the libraries behind URLs raise whatever they like
@@ -143,7 +142,7 @@ class Stage:
             return job
 
     def _take_room(self, entry: SlideEntry, size: int) -> None:
-        """Wait until a copy fits.
+        """Wait until a copy fits, and make its folder.
 
         Raises:
             Stopped: the run was stopped.
@@ -156,15 +155,7 @@ class Stage:
             if self._is_stopped:
                 raise Stopped
             self._held[entry.name] = size
-
-    def _copy(self, entry: SlideEntry, folder: Path) -> SlideEntry:
-        before = file_stamp(entry.path)
-        copy = Path(shutil.copy2(entry.path, folder))
-        if (parts := _mrxs_parts(entry.path)) is not None:
-            shutil.copytree(parts, folder / parts.name)
-        if file_stamp(entry.path) != before:
-            raise OSError("it was changed while it was copied")
-        return replace(entry, copy=copy)
+        (self._folder / entry.name).mkdir()
 
 
 @contextmanager
@@ -180,6 +171,15 @@ def with_copy(job: SlideJob) -> Iterator[SlideJob]:
         except SealExtractError as exc:
             copied.entry.blame(exc)  # names the URL, not the copy
             raise
+
+
+def _copy(slide: Path, folder: Path) -> None:
+    before = file_stamp(slide)
+    shutil.copy2(slide, folder)
+    if (parts := _mrxs_parts(slide)) is not None:
+        shutil.copytree(parts, folder / parts.name)
+    if file_stamp(slide) != before:
+        raise OSError("it was changed while it was copied")
 
 
 def _mrxs_parts(path: Path) -> Path | None:

@@ -4,17 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+from feature_fixtures import DIM, SIZE, grid_of, provenance_of
 
 from seal_extract.errors import GeometryError, OutputError
-from seal_extract.features.feature_file import SlideLabel, write_pixel_features, write_rows
-from seal_extract.features.layouts import layout_of_grid
+from seal_extract.features.feature_file import SlideLabel, write_rows
+from seal_extract.features.layouts import FlatLayout, layout_of_grid
 from seal_extract.features.store import (
     find_features,
-    grid_fields,
     list_features,
     read_features,
     read_pieces,
@@ -22,41 +24,24 @@ from seal_extract.features.store import (
 )
 from seal_extract.features.verify import verify
 from seal_extract.genes.feature_rows import RowPlaces
-from seal_extract.patches.grid import PatchGrid, read_grid
+from seal_extract.patches.grid import read_grid
 
-DIM = 24
-
-
-def grid_of(n, patch_size_l0=512):
-    xy = np.stack([np.arange(n) * patch_size_l0, np.arange(n) % 7], axis=1).astype(np.int64)
-    return PatchGrid(xy, 256, 0.5, patch_size_l0, 0, 0, patch_size_l0)
+SLIDE = SlideLabel("drawn", SIZE, 0.25)
 
 
-def provenance_of(grid):
-    return {"grid": grid_fields(grid), "encoder": {"name": "tiny"}, "slide": {"mpp": 0.25}, "request": {}}
+def written(path, grid):
+    """A feature file of the flat layout while it is being written."""
+    label = replace(SLIDE, name=path.stem)
+    return FlatLayout(path.parent).write_features(label, grid, "tiny", DIM, provenance_of(grid))
 
 
-def write(path, grid, features=None):
-    features = (
-        np.random.default_rng(1).standard_normal((len(grid), DIM)).astype(np.float32)
-        if features is None
-        else features
-    )
-    with write_pixel_features(path, SLIDE, grid, "tiny", DIM, provenance_of(grid)) as writer:
+def write(path, grid):
+    """Write a feature file; returns its rows."""
+    features = np.random.default_rng(1).standard_normal((len(grid), DIM)).astype(np.float32)
+    with written(path, grid) as writer:
         for start in range(0, len(grid), 16):
             writer.append(features[start : start + 16])
     return features
-
-
-SLIDE = SlideLabel("drawn", (4000, 30), 0.25)
-
-
-def test_a_slide_without_tissue_has_no_rows_but_all_columns(tmp_path):
-    write(tmp_path / "drawn.h5", grid_of(0))
-    with h5py.File(tmp_path / "drawn.h5") as file:
-        assert file["features"].shape == (0, DIM)
-        assert file["coords"].shape == (0, 2)
-        assert file["coords"].attrs["patch_size_level0"] == 512
 
 
 def test_chunks_hold_many_rows(tmp_path):
@@ -65,13 +50,10 @@ def test_chunks_hold_many_rows(tmp_path):
         assert file["features"].chunks == (100, DIM)
 
 
-def test_read_features_gives_back_what_was_written(tmp_path):
-    features = write(tmp_path / "drawn.h5", grid_of(9))
-    back = read_features(tmp_path / "drawn.h5")
-    np.testing.assert_array_equal(back.features, features)
-    np.testing.assert_array_equal(back.grid.xy_l0, grid_of(9).xy_l0)
-    assert back.grid.patch_size_l0 == 512
-    assert repr(back) == "SlideFeatures(drawn.h5: 9 patches, tiny, 0.5 µm/px)"
+def test_features_introduce_themselves(tmp_path):
+    write(tmp_path / "drawn.h5", grid_of(9))
+    features = read_features(tmp_path / "drawn.h5")
+    assert repr(features) == "SlideFeatures(drawn.h5: 9 patches, tiny, 0.5 µm/px)"
 
 
 def test_pieces_put_together_are_the_rows(tmp_path, monkeypatch):
@@ -231,11 +213,7 @@ def test_rows_that_are_claimed_and_not_stored_are_refused_at_once(tmp_path):
 
 
 def test_an_error_on_the_way_leaves_nothing(tmp_path):
-    grid = grid_of(40)
-    with (
-        pytest.raises(ZeroDivisionError),
-        write_pixel_features(tmp_path / "a.h5", SLIDE, grid, "tiny", DIM, {}) as writer,
-    ):
+    with pytest.raises(ZeroDivisionError), written(tmp_path / "a.h5", grid_of(40)) as writer:
         writer.append(np.zeros((16, DIM), np.float32))
         assert not (tmp_path / "a.h5").exists()
         raise ZeroDivisionError
@@ -244,40 +222,17 @@ def test_an_error_on_the_way_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize("rows", [[16], [16, 16, 16]])
 def test_rows_missing_or_too_many_leave_nothing(tmp_path, rows):
-    file = write_pixel_features(tmp_path / "a.h5", SLIDE, grid_of(40), "tiny", DIM, {})
-    with pytest.raises(OutputError, match=r"nothing was written"), file as writer:
+    with (
+        pytest.raises(OutputError, match="nothing was written"),
+        written(tmp_path / "a.h5", grid_of(40)) as w,
+    ):
         for n in rows:
-            writer.append(np.zeros((n, DIM), np.float32))
+            w.append(np.zeros((n, DIM), np.float32))
     assert os.listdir(tmp_path) == []
 
 
-def test_an_older_file_survives_a_failed_run(tmp_path):
-    features = write(tmp_path / "a.h5", grid_of(9))
-    with (
-        pytest.raises(OutputError),
-        write_pixel_features(tmp_path / "a.h5", SLIDE, grid_of(40), "tiny", DIM, {}),
-    ):
-        pass
-    np.testing.assert_array_equal(read_features(tmp_path / "a.h5").features, features)
-
-
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match=r"a part of the path is a file; choose another -o"):
-        write(tmp_path / "file" / "features" / "a.h5", grid_of(3))
-
-
-def test_a_folder_without_permission_is_one_line(tmp_path, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("seal_extract.hdf5.Disk.__init__", refuse)
-    with pytest.raises(OutputError, match=r"this user may not write there; choose another -o"):
-        write(tmp_path / "a.h5", grid_of(3))
-
-
 FULL = """
-import resource, sys; sys.path.insert(0, sys.argv[2])
+import resource, sys; sys.path[:0] = sys.argv[2:]
 from pathlib import Path
 from test_store import grid_of, write
 from seal_extract.errors import OutputError
@@ -291,8 +246,8 @@ except OutputError as exc:
 
 def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(tmp_path):
     """A limit on the size of files stands for the full disk: HDF5 meets the same failed write."""
-    tests = os.path.dirname(__file__)
-    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path), tests], capture_output=True, text=True)
+    words = (tmp_path, *Path(__file__).parents[:2])  # the folders of this file and of the fixtures
+    done = subprocess.run([sys.executable, "-c", FULL, *words], capture_output=True, text=True)
     assert "larger than this system allows" in done.stdout, done.stderr
     assert done.stdout.count("\n") == 1
     assert done.stderr == ""

@@ -59,13 +59,7 @@ def test_two_encoders_see_the_same_patches_in_one_pass(cohort, encoder, tmp_path
     for name, one in (("untrained-demo", encoder), ("untrained-second", second)):
         alone = extract(cohort / "slide_0001.svs", one, tmp_path / "alone")
         (together,) = (tmp_path / "out").rglob(f"features_{name}/slide_0001.h5")
-        assert contents(together.parent.parent)["slide_0001.h5"]
-        np.testing.assert_array_equal(alone.features, read_rows(together))
-
-
-def read_rows(path):
-    with h5py.File(path) as file:
-        return file["features"][()]
+        np.testing.assert_array_equal(alone.features, read_features(together).features)
 
 
 def test_an_encoder_added_later_leaves_the_first_ones_files_alone(cohort, encoder, tmp_path):
@@ -121,14 +115,15 @@ def test_a_slide_keeps_its_name_in_whatever_company(drawn_slides, encoder, tmp_p
     assert set(read_status(out / "status.csv")) == set(expected)
 
 
-def test_shards_call_slides_as_the_whole_list_does(drawn_slides, encoder, tmp_path):
-    slides = list_slides([plant(tmp_path / "slides", drawn_slides, "a/s.svs", "b/s.svs", "b/t.svs")])
+def test_shards_write_what_one_run_writes_under_the_same_names(cohort, drawn_slides, encoder, tmp_path):
+    slides = list_slides([plant(cohort, drawn_slides, "a/s.svs", "b/s.svs", "b/t.svs")])
+    extract_cohort(slides, encoder, tmp_path / "whole")
     for _ in range(2):
-        for index in (1, 2, 3):
-            extract_cohort(
-                slides.shard(index, 3), encoder, tmp_path / "out", status_name=f"status_{index}.csv"
-            )
-        assert set(named(tmp_path / "out")) == {"a__s", "b__s", "t"}
+        for i in (1, 2, 3):
+            extract_cohort(slides.shard(i, 3), encoder, tmp_path / "out", status_name=f"status_{i}.csv")
+        assert set(named(tmp_path / "out")) >= {"a__s", "b__s", "t"}
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert sum(len(read_status(tmp_path / f"out/status_{i}.csv")) for i in (1, 2, 3)) == 8
 
 
 def test_a_slide_that_has_moved_keeps_its_name(drawn_slides, encoder, tmp_path):
@@ -159,8 +154,7 @@ def test_a_slide_that_an_older_version_wrote_twice_is_searched_once(drawn_slides
 def test_a_finished_cohort_is_recognised_without_opening_a_slide(
     cohort, encoder_folder, tmp_path, monkeypatch
 ):
-    request = EncoderRequest(encoder_folder)
-    extract_cohort(cohort, request, tmp_path / "out")
+    extract_cohort(cohort, EncoderRequest(encoder_folder), tmp_path / "out")
 
     def refuse(*args, **kwargs):
         raise AssertionError("a slide was opened")
@@ -184,7 +178,6 @@ def test_failed_slides_are_tried_again_and_finished_ones_are_not(cohort, drawn_s
     add_broken(cohort, drawn_slides, 6)
     first = extract_cohort(cohort, encoder, tmp_path / "out")
     assert (len(first.done), len(first.failed)) == (5, 6)
-    (cohort / "bad_0002_text.svs").unlink()
     (cohort / "bad_0002_text.svs").write_bytes(drawn_slides[1].read_bytes())
     results = []
     second = extract_cohort(cohort, encoder, tmp_path / "out", on_result=results.append)
@@ -348,15 +341,14 @@ def test_a_killed_run_goes_on_and_equals_an_undisturbed_one(drawn_slides, encode
 
 def test_the_table_survives_a_line_cut_short(tmp_path):
     table = StatusFile(tmp_path / "status.csv")
-    table.add(StatusRow("a.svs", "a", "done", patches=3, mpp=0.25, reason="a, 'quoted' \"reason\""))
+    quoted = StatusRow("a.svs", "a", "done", patches=3, mpp=0.25, reason="a, 'quoted' \"reason\"")
+    table.add(quoted)
     table.add(StatusRow("b.svs", "b", "failed", reason="no"))
     whole = table.path.read_bytes()
     for cut in range(whole.index(b"b.svs") + 1, len(whole)):
         table.path.write_bytes(whole[:cut])
         rows = read_status(table.path)
-        assert rows["a"] == StatusRow(
-            "a.svs", "a", "done", patches=3, mpp=0.25, reason="a, 'quoted' \"reason\""
-        )
+        assert rows["a"] == quoted
         assert set(rows) <= {"a", "b"}
 
 
@@ -371,10 +363,15 @@ def test_the_table_keeps_the_last_row_of_each_slide_whatever_its_length(tmp_path
 # --- several grids in one folder ---------------------------------------------------------------
 
 
+def write_square(path, side):
+    """GeoJSON of a square at the slide's corner."""
+    ring = [[0, 0], [side, 0], [side, side], [0, side], [0, 0]]
+    path.write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}))
+    return path
+
+
 def test_another_grid_leaves_pictures_outlines_and_rows_of_the_first_alone(cohort, encoder_folder, tmp_path):
-    out, square = tmp_path / "out", [[0, 0], [900, 0], [900, 900], [0, 900], [0, 0]]
-    roi = tmp_path / "roi.geojson"
-    roi.write_text(json.dumps({"type": "Polygon", "coordinates": [square]}))
+    out, roi = tmp_path / "out", write_square(tmp_path / "roi.geojson", 900)
     slides = [cohort / "slide_0000.svs", cohort / "slide_0001.svs"]
     words = (*slides, "-o", out, "--encoder", encoder_folder, "-q")
     first, second = "20x_224px_0px_overlap", "20x_112px_0px_overlap"
@@ -523,9 +520,7 @@ def test_what_an_older_version_finished_by_slide_mpp_against_the_file(
 
 
 def test_tissue_drawn_beside_the_tissue_is_told_and_kept(cohort, encoder, tmp_path):
-    corner = [[0, 0], [60, 0], [60, 60], [0, 60], [0, 0]]
-    roi = tmp_path / "roi.geojson"
-    roi.write_text(json.dumps({"type": "Polygon", "coordinates": [corner]}))
+    roi = write_square(tmp_path / "roi.geojson", 60)
     words = r"roi\.geojson: no polygon overlaps the tissue found in slide_0000\.svs; was it drawn on another"
     with pytest.warns(UserWarning, match=words):
         extract_cohort(cohort / "slide_0000.svs", encoder, tmp_path / "out", options=ExtractOptions(roi=roi))
@@ -544,13 +539,3 @@ def test_slides_that_are_gone_in_mid_run_fail_and_come_back(cohort, encoder, tmp
     assert all("run again" in row.reason or "check" in row.reason for row in first.failed)
     lost.rename(cohort)
     assert len(extract_cohort(cohort, encoder, tmp_path / "out").done) == 5
-
-
-def test_shards_write_what_one_run_writes(cohort, encoder, tmp_path):
-    slides = list_slides([cohort])
-    for i in (1, 2, 3):
-        extract_cohort(slides.shard(i, 3), encoder, tmp_path / "shards", status_name=f"status_{i}_of_3.csv")
-    extract_cohort(slides, encoder, tmp_path / "whole")
-    assert contents(tmp_path / "shards") == contents(tmp_path / "whole")
-    rows = [read_status(tmp_path / "shards" / f"status_{i}_of_3.csv") for i in (1, 2, 3)]
-    assert sum(map(len, rows)) == 5

@@ -7,11 +7,10 @@ import subprocess
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-from cohort_fixtures import add_broken, command, contents, link_cohort, run
+from cohort_fixtures import add_broken, command, contents, link_cohort, resident_mb, run
 from conftest import shared
 from mutations import metadata_places, mutated
 from test_cohort import killed_at_random
@@ -25,11 +24,6 @@ from seal_extract.slides.listing import list_slides
 pytestmark = pytest.mark.slow
 
 RAY = ("--engine", "ray", "--workers", 1, "--ray-workers")
-
-
-def resident_mb():
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def test_memory_after_200_slides_is_that_after_20(drawn_slides, encoder, tmp_path):

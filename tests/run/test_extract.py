@@ -13,23 +13,14 @@ import pytest
 import torch
 from cohort_fixtures import write_untrained_encoder
 from conftest import shared
+from feature_fixtures import files_in
 from PIL import Image
 from synthetic_slide import write_synthetic_slide
 
-from seal_extract import ExtractOptions, extract, load_encoder, open_slide, read_features
+from seal_extract import ExtractOptions, extract, load_encoder, read_features
 from seal_extract.demo import UNTRAINED, untrained_encoder
 from seal_extract.errors import GeometryError, OutputError, ReadError, UsageError
 from seal_extract.run.cohort import extract_cohort
-
-
-@pytest.fixture(scope="module")
-def encoder_folder(tmp_path_factory):
-    return write_untrained_encoder(tmp_path_factory.mktemp("encoder"))
-
-
-@pytest.fixture(scope="module")
-def encoder(encoder_folder):
-    return load_encoder(encoder_folder, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +32,6 @@ def svs(tmp_path_factory):
 def finished(svs, encoder, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     return extract(svs, encoder, out), out
-
-
-def files_in(folder):
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
 # --- the result -------------------------------------------------------------------------------
@@ -281,27 +268,28 @@ def test_a_file_of_other_options_is_not_taken_for_done(finished, svs, encoder, n
         extract(svs, encoder, finished[1], options=ExtractOptions(**options))
 
 
+def with_request(finished, folder, change):
+    """A features file in the flat layout whose request was changed."""
+    path = folder / finished[0].path.name
+    path.write_bytes(finished[0].path.read_bytes())
+    with h5py.File(path, "r+") as file:
+        provenance = json.loads(file.attrs["seal_extract"])
+        change(provenance["request"])
+        file.attrs["seal_extract"] = json.dumps(provenance)
+    return path
+
+
 def test_an_option_that_an_older_version_did_not_have_counts_as_its_default(
     finished, svs, encoder, tmp_path, no_work
 ):
-    older = tmp_path / finished[0].path.name
-    older.write_bytes(finished[0].path.read_bytes())
-    with h5py.File(older, "r+") as file:
-        provenance = json.loads(file.attrs["seal_extract"])
-        del provenance["request"]["options"]["overlap_px"]
-        file.attrs["seal_extract"] = json.dumps(provenance)
+    older = with_request(finished, tmp_path, lambda request: request["options"].pop("overlap_px"))
     assert extract(svs, encoder, tmp_path, options=ExtractOptions(layout="flat")).path == older
     with pytest.raises(OutputError, match=r"\(options overlap_px 0, now 32\)"):
         extract(svs, encoder, tmp_path, options=ExtractOptions(layout="flat", overlap_px=32))
 
 
 def test_a_fingerprint_of_a_newer_version_is_refused(finished, svs, encoder, tmp_path, no_work):
-    newer = tmp_path / finished[0].path.name
-    newer.write_bytes(finished[0].path.read_bytes())
-    with h5py.File(newer, "r+") as file:
-        provenance = json.loads(file.attrs["seal_extract"])
-        provenance["request"]["version"] = 2
-        file.attrs["seal_extract"] = json.dumps(provenance)
+    with_request(finished, tmp_path, lambda request: request.update(version=2))
     with pytest.raises(OutputError, match="version 2 of the fingerprint, of a newer seal-extract"):
         extract(svs, encoder, tmp_path, options=ExtractOptions(layout="flat"))
 
@@ -332,10 +320,12 @@ def test_a_file_of_another_tool_is_not_touched_without_overwrite(svs, encoder, t
 
 
 def test_overwrite_replaces(svs, encoder, tmp_path):
-    first = extract(svs, encoder, tmp_path, options=ExtractOptions(min_tissue=0.9))
-    second = extract(svs, encoder, tmp_path, options=ExtractOptions(min_tissue=0.1, overwrite=True))
+    first, second = (
+        extract(svs, encoder, tmp_path, options=ExtractOptions(min_tissue=share, overwrite=True))
+        for share in (0.9, 0.1)
+    )
     assert first.path == second.path
-    assert len(read_features(first.path).grid) == len(second.grid)
+    assert len(first.grid) < len(second.grid) == len(read_features(first.path).grid)
 
 
 # --- bad slides leave no features -------------------------------------------------------------
@@ -344,8 +334,6 @@ def test_overwrite_replaces(svs, encoder, tmp_path):
 def test_a_truncated_slide_fails_and_leaves_no_features(svs, encoder, tmp_path):
     cut = tmp_path / "small.svs"
     data = bytearray(svs.read_bytes())
-    with open_slide(svs) as slide:
-        assert slide.levels[0].size_px == (4000, 3000)
     middle = len(data) // 3
     data[middle : middle + 20_000] = bytes(20_000)
     cut.write_bytes(data)

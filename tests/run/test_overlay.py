@@ -32,15 +32,15 @@ def white(drawn):
     return slide
 
 
-def draw(path, slide, mask, grid, **kwargs):
-    draw_overlay(slide, mask, grid, path, **kwargs)
+def draw(path, slide, patch_px=200, max_px=1200, **kwargs):
+    """The picture of a slide whose left half is tissue, under patches of that size."""
+    mask = half_tissue(slide)
+    draw_overlay(slide, mask, make_grid(slide, mask, patch_px, 0.5), path, max_px=max_px, **kwargs)
     return np.asarray(Image.open(path))
 
 
 def test_patches_and_outline_lie_where_they_should(white, tmp_path):
-    mask = half_tissue(white)
-    grid = make_grid(white, mask, 200, 0.5)
-    picture = draw(tmp_path / "a.jpg", white, mask, grid, max_px=1200)
+    picture = draw(tmp_path / "a.jpg", white)
     assert picture.shape[1] == 1200
     assert picture.shape[0] > 800  # the caption is added below
     canvas = picture[:800]
@@ -59,9 +59,11 @@ def test_an_outline_leaves_the_stains_as_they_are_where_a_tint_does_not(white, t
     mask = half_tissue(white)
     grid = make_grid(white, mask, patch_px, 0.5)
     grid = replace(grid, xy_l0=grid.xy_l0[grid.xy_l0[:, 0] < 800])  # up to x = 400 in the picture
-    tinted = draw(tmp_path / "a.jpg", white, mask, grid, max_px=1200, also={tmp_path / "b.jpg": "outline"})
-    outlined = draw(tmp_path / "c.jpg", white, mask, grid, max_px=1200, style="outline")
+    also = {tmp_path / "b.jpg": "outline"}
+    draw_overlay(white, mask, grid, tmp_path / "a.jpg", max_px=1200, also=also)
+    draw_overlay(white, mask, grid, tmp_path / "c.jpg", max_px=1200, style="outline")
     assert (tmp_path / "b.jpg").read_bytes() == (tmp_path / "c.jpg").read_bytes()
+    tinted, outlined = (np.asarray(Image.open(tmp_path / name)) for name in ("a.jpg", "c.jpg"))
     inside = np.s_[115:185, 115:185]  # of a large patch, or in the middle of tiny ones
     assert np.abs(outlined[inside].astype(int) - 250).max() <= 4
     assert tinted[inside].mean() < 240
@@ -69,30 +71,27 @@ def test_an_outline_leaves_the_stains_as_they_are_where_a_tint_does_not(white, t
 
 
 def test_tiny_patches_are_filled_instead_of_framed(white, tmp_path):
-    mask = half_tissue(white)
-    picture = draw(tmp_path / "a.jpg", white, mask, make_grid(white, mask, 8, 0.5), max_px=1200)
+    picture = draw(tmp_path / "a.jpg", white, 8)
     assert picture[100:700, 50:550].std(axis=(0, 1)).max() < 12
     assert picture[400, 300, 0] < picture[400, 900, 0] - 50
 
 
 def test_no_patches_and_no_mask_still_give_a_picture(white, tmp_path):
     empty = TissueMask(np.zeros((100, 150), bool), 8.0, 16.0, white.size_l0)
-    picture = draw(tmp_path / "a.jpg", white, None, make_grid(white, empty, 200, 0.5))
+    draw_overlay(white, None, make_grid(white, empty, 200, 0.5), tmp_path / "a.jpg")
+    picture = np.asarray(Image.open(tmp_path / "a.jpg"))
     assert not near(picture, PATCH_RGB).any()
     assert not near(picture, TISSUE_RGB).any()
 
 
 def test_small_slides_are_enlarged_and_large_ones_reduced(drawn, tmp_path):
     for side in (300, 5000):
-        slide = drawn(side, side, mpp=0.5)
-        mask = half_tissue(slide)
-        picture = draw(tmp_path / f"{side}.jpg", slide, mask, make_grid(slide, mask, 64, 0.5))
+        picture = draw(tmp_path / f"{side}.jpg", drawn(side, side, mpp=0.5), 64, max_px=2048)
         assert 900 <= picture.shape[1] <= 2048
 
 
 def test_an_overlay_carries_its_thumbnail_where_exif_has_it(white, tmp_path):
-    mask = half_tissue(white)
-    picture = draw(tmp_path / "a.jpg", white, mask, make_grid(white, mask, 200, 0.5), max_px=1200)
+    picture = draw(tmp_path / "a.jpg", white)
     jpeg = read_thumbnail(tmp_path / "a.jpg")
     small = np.asarray(Image.open(BytesIO(jpeg)))
     assert small.shape == (213, 320, 3)  # 1200 x 800 px without the caption
@@ -106,13 +105,14 @@ def test_an_overlay_carries_its_thumbnail_where_exif_has_it(white, tmp_path):
     assert length == len(jpeg)
 
 
-def test_the_caption_is_legible_and_fits(white, tmp_path):
-    white.path = tmp_path / ("a-rather-long-slide-name-" * 3 + ".svs")
-    mask = half_tissue(white)
-    picture = draw(tmp_path / "a.jpg", white, mask, make_grid(white, mask, 200, 0.5), max_px=1200)
+@pytest.mark.parametrize("times", [3, 9])
+def test_the_caption_is_legible_and_fits_however_long_the_name_is(white, tmp_path, times):
+    white.path = tmp_path / ("a-rather-long-slide-name-" * times + ".svs")
+    picture = draw(tmp_path / "a.jpg", white)
     ink = picture[800:].mean(axis=2) < 128
     assert ink.sum() > 500
     assert not ink[:, -8:].any()  # nothing is cut off at the right
+    assert not ink[:, 1020:1040].any()  # between the text and the scale bar
 
 
 @pytest.mark.parametrize(("um", "bar"), [(130, 100), (1999, 1000), (2000, 2000), (740, 500), (0.9, 0.5)])

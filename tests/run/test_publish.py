@@ -218,13 +218,29 @@ def test_many_writers_and_sweepers_in_one_folder(tmp_path):
 # --- a disk that fails ------------------------------------------------------------------------
 
 
-def test_an_error_of_the_disk_within_the_block_is_one_line(tmp_path):
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (errno.ENOSPC, "the disk is full; free some space or choose another -o"),
+        (errno.EACCES, "this user may not write there; choose another -o"),
+    ],
+)
+def test_an_error_of_the_disk_within_the_block_is_one_line(tmp_path, code, words):
     with (
-        pytest.raises(OutputError, match=r"a\.txt: the disk is full; .*nothing half-written was left"),
+        pytest.raises(OutputError, match=rf"a\.txt: {words}; nothing half-written was left$"),
         publish.publish(tmp_path / "a.txt"),
     ):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(code, os.strerror(code))
     assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(OutputError, match="a part of the path is a file; choose another -o"),
+        publish.publish(tmp_path / "file/features/a.h5"),
+    ):
+        pass
 
 
 def test_a_geojson_that_cannot_be_written_fails_its_slide_alone(tmp_path, drawn_slides, encoder):

@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from cohort_fixtures import resident_mb
 from PIL import Image
 from slide_helpers import Checksums, Damage
 from synthetic_slide import write_synthetic_slide
@@ -47,10 +48,6 @@ def run(paths, out, encoder=None, **options):
     results = list(extract_many(paths, [encoder or Checksums()], out, options=options))
     assert sorted(r.path for r in results) == sorted(paths)
     return {r.path.name: r.error or r.features[0] for r in results}
-
-
-def half_written(folder):
-    return list(folder.rglob("*.part"))
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +169,7 @@ def test_a_stream_closed_early_leaves_nothing_half_written(slides, tmp_path):
     first = next(stream)
     assert first.error is None
     stream.close()
-    assert not half_written(tmp_path)
+    assert not list(tmp_path.rglob("*.part"))
     assert first.features[0].path.exists()
     with pytest.raises(StopIteration):
         next(stream)
@@ -207,7 +204,7 @@ def test_ctrl_c_leaves_nothing_half_written(slides, tmp_path, after):
             pass
         time.sleep(10)  # the interrupt is there by now
     gc.collect()
-    assert not half_written(tmp_path)
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_slides_that_fail_faster_than_they_are_drawn_do_not_pile_up(slides, tmp_path, monkeypatch):
@@ -237,7 +234,7 @@ def test_an_encoder_that_breaks_stops_the_run_and_leaves_nothing(slides, tmp_pat
 
     with pytest.raises(RuntimeError, match="broken"):
         list(extract_many([slides[i] for i in (0, 1, 3)], [Broken()], tmp_path))
-    assert not half_written(tmp_path)
+    assert not list(tmp_path.rglob("*.part"))
     assert not list(tmp_path.rglob("features_*/*.h5"))
 
 
@@ -248,11 +245,6 @@ def open_files():
         for fd in os.listdir("/proc/self/fd")
         if os.path.lexists(f"/proc/self/fd/{fd}")
     )
-
-
-def resident_mb():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="Linux shows a process's open files")
