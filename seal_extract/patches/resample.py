@@ -3,15 +3,13 @@
 Pillow filters rows with weights rounded to 22 bits, rounds to 8 bits, then filters columns. Torch's uint8
 kernel on the CPU has coarser weights: it is within 1 grey level at whole factors, and sometimes 2 off at
 others. So the CPU uses that kernel at whole factors and Pillow itself at others. For other devices torch has
-no uint8 kernel; they compute Pillow's integer arithmetic exactly, as products of small float64 matrices.
+no uint8 kernel; they compute Pillow's integer arithmetic exactly, in int32, over the pixels of each filter.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Literal, get_args
+from typing import get_args
 
 import cv2
 import numpy as np
@@ -22,11 +20,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from seal_extract.errors import UsageError
+from seal_extract.patches.taps import Filter, by_taps
 
-Filter = Literal["bicubic", "bilinear", "area"]
 PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-SUPPORT = {"bicubic": 2.0, "bilinear": 1.0}  # px of the output at which the filter ends
-WEIGHT_BITS = 22  # of Pillow's weights for 8-bit images
 
 
 @dataclass(frozen=True)
@@ -86,9 +82,11 @@ def resample(patches: Tensor, size_px: tuple[int, int], filter: Filter = "bicubi
     if not len(patches):
         return patches.new_empty((0, patches.shape[1], *size_px))
     if filter == "area":
-        return area_means(patches, size_px)
+        _check_shrinks(before, size_px)
     if patches.device.type != "cpu":
-        return exact_products(patches, size_px, filter)
+        return by_taps(patches, size_px, filter)
+    if filter == "area":
+        return area_means(patches, size_px)
     if all(b % a == 0 for b, a in zip(before, size_px, strict=True)):
         # channels-last memory takes torch's vectorised kernel: three times faster than NCHW
         packed = patches.contiguous(memory_format=torch.channels_last)
@@ -106,12 +104,7 @@ def resize_region(
 
 
 def area_means(patches: Tensor, size_px: tuple[int, int]) -> Tensor:
-    """`resample` by the mean over the area of each new pixel, rounded once."""
-    height, width = patches.shape[2:]
-    if height < size_px[0] or width < size_px[1]:
-        raise UsageError(f"area cannot enlarge {width} px to {size_px[1]}; type --resample bicubic")
-    if patches.device.type != "cpu":
-        return area_products(patches, size_px)
+    """`resample` on the CPU by the mean over the area of each new pixel, rounded once."""
     images = patches.permute(0, 2, 3, 1).contiguous().numpy()
     resized = np.empty((len(images), *size_px, 3), np.uint8)
     for image, out in zip(images, resized, strict=True):
@@ -119,66 +112,6 @@ def area_means(patches: Tensor, size_px: tuple[int, int]) -> Tensor:
     return torch.from_numpy(resized).permute(0, 3, 1, 2)
 
 
-def area_products(patches: Tensor, size_px: tuple[int, int]) -> Tensor:
-    """`area_means` for any device that has float64."""
-    rows, columns = (
-        area_weights(b, a).to(patches.device) for b, a in zip(patches.shape[2:], size_px, strict=True)
-    )
-    return (rows @ (patches.double() @ columns.T)).add_(0.5).floor_().to(torch.uint8)
-
-
-@lru_cache(maxsize=16)
-def area_weights(before: int, after: int) -> Tensor:
-    """The share of each of ``before`` px in each of ``after``: float64 [after, before]."""
-    scale = before / after
-    edges = torch.arange(after, dtype=torch.float64)[:, None] * scale
-    pixels = torch.arange(before, dtype=torch.float64)
-    return (torch.minimum(edges + scale, pixels + 1) - torch.maximum(edges, pixels)).clamp_(0) / scale
-
-
-def exact_products(patches: Tensor, size_px: tuple[int, int], filter: Filter = "bicubic") -> Tensor:
-    """`resample` bit for bit as Pillow does it, for any device that has float64.
-
-    All values are whole numbers below 2^53, so float64 sums are exact in any order.
-    """
-    rows, columns = (
-        pillow_weights(b, a, filter).to(patches.device)
-        for b, a in zip(patches.shape[2:], size_px, strict=True)
-    )
-    across = _rounded(patches.double() @ columns.T)
-    return _rounded(rows @ across).to(torch.uint8)
-
-
-@lru_cache(maxsize=16)
-def pillow_weights(before: int, after: int, filter: Filter) -> Tensor:
-    """Pillow's resize of ``before`` px to ``after`` as a matrix: float64 [after, before] of whole numbers.
-
-    Each row is the filter, stretched when shrinking, sampled at pixel centres, normalised, times 2^22.
-    """
-    scale = before / after
-    stretch = max(scale, 1.0)
-    support = SUPPORT[filter] * stretch
-    weights = torch.zeros(after, before, dtype=torch.float64)
-    for i in range(after):
-        centre = (i + 0.5) * scale
-        first, last = max(0, int(centre - support + 0.5)), min(before, int(centre + support + 0.5))
-        taps = [_kernel((j - centre + 0.5) / stretch, filter) for j in range(first, last)]
-        total = sum(taps)
-        for j, tap in enumerate(taps, first):
-            weights[i, j] = math.trunc(math.copysign(0.5, tap) + tap / total * 2**WEIGHT_BITS)
-    return weights
-
-
-def _kernel(x: float, filter: Filter) -> float:
-    """Triangle, or the cubic of Keys with a = -0.5."""
-    x = abs(x)
-    if filter == "bilinear":
-        return max(0.0, 1.0 - x)
-    if x < 1:
-        return (1.5 * x - 2.5) * x * x + 1
-    return (((x - 5) * x + 8) * x - 4) * -0.5 if x < 2 else 0.0
-
-
-def _rounded(sums: Tensor) -> Tensor:
-    """Half up, as Pillow does, then clipped to 8 bits."""
-    return sums.div_(2**WEIGHT_BITS).add_(0.5).floor_().clamp_(0, 255)
+def _check_shrinks(before: tuple[int, int], after: tuple[int, int]) -> None:
+    if before[0] < after[0] or before[1] < after[1]:
+        raise UsageError(f"area cannot enlarge {before[1]} px to {after[1]}; type --resample bicubic")

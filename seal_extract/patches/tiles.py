@@ -17,7 +17,8 @@ from seal_extract.errors import ReadError
 from seal_extract.patches.codecs import REDUCTIONS, TileError, copy_rgb, shrink
 from seal_extract.patches.grid import PatchGrid
 from seal_extract.patches.regions import HostPixels, PatchReader, RegionReader
-from seal_extract.patches.resample import Filter, Resampling
+from seal_extract.patches.resample import Resampling
+from seal_extract.patches.taps import Filter
 from seal_extract.patches.tiled import Unsuitable, open_level, probe, read_tile
 from seal_extract.slides.readers import Array
 from seal_extract.slides.slide import Slide
