@@ -12,11 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from seal_extract.slides.readers import Level
 
 pytest_plugins = ("cohort_fixtures", "viewer_fixtures")
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # chosen when Triton is imported, which nothing has done yet
 
 SHARED = Path(__file__).parents[2] / "shared"
 

@@ -3,12 +3,15 @@
 Pillow filters rows with weights rounded to 22 bits, rounds to 8 bits, then filters columns. Torch's uint8
 kernel on the CPU has coarser weights: it is within 1 grey level at whole factors, and sometimes 2 off at
 others. So the CPU uses that kernel at whole factors and Pillow itself at others. For other devices torch has
-no uint8 kernel; they compute Pillow's integer arithmetic exactly, in int32, over the pixels of each filter.
+no uint8 kernel; they compute Pillow's integer arithmetic exactly, on CUDA by two kernels in Triton where they
+run, else by torch.
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import get_args
 
 import cv2
@@ -83,6 +86,10 @@ def resample(patches: Tensor, size_px: tuple[int, int], filter: Filter = "bicubi
         return patches.new_empty((0, patches.shape[1], *size_px))
     if filter == "area":
         _check_shrinks(before, size_px)
+    if kernels_run_on(patches.device):
+        from seal_extract.patches.kernels import Cut, resample_cut
+
+        return resample_cut(Cut.regions(patches), size_px, filter)
     if patches.device.type != "cpu":
         return by_taps(patches, size_px, filter)
     if filter == "area":
@@ -94,6 +101,27 @@ def resample(patches: Tensor, size_px: tuple[int, int], filter: Filter = "bicubi
     images = patches.permute(0, 2, 3, 1).contiguous().numpy()
     resized = np.stack([resize_region(image, size_px, filter) for image in images])
     return torch.from_numpy(resized).permute(0, 3, 1, 2)
+
+
+@lru_cache
+def kernels_run_on(device: torch.device) -> bool:
+    """Whether Triton's kernels run on a device and give exact pixels there, found by a trial."""
+    if device.type != "cuda":
+        return False
+    trial = torch.arange(3 * 40 * 40, device=device).mul_(7919).to(torch.uint8).view(1, 3, 40, 40)
+    try:
+        from seal_extract.patches.kernels import Cut, resample_cut
+
+        exact = torch.equal(resample_cut(Cut.regions(trial), (24, 24)), by_taps(trial, (24, 24)))
+        problem = "" if exact else "they give other pixels"
+    except Exception as exc:  # no Triton, no C compiler, a GPU too old: each has errors of its own
+        problem = f"{type(exc).__name__}: {exc}".partition("\n")[0]
+    if problem:
+        warnings.warn(
+            f"Triton's kernels do not run on {device} ({problem}); torch resamples instead, more slowly",
+            stacklevel=2,
+        )
+    return not problem
 
 
 def resize_region(

@@ -78,7 +78,7 @@ def _weighted(patches: Tensor, axis: int, along: Taps, kind: torch.dtype) -> Ten
     """Weighted sums of ``patches`` along an axis, a tap at a time."""
     shape = [-1 if i == axis else 1 for i in range(patches.ndim)]
     weights = [weights.view(shape) for weights in along.weights.to(kind)]
-    sums = patches.index_select(axis, along.pixels[0]) * weights[0]
+    sums: Tensor = patches.index_select(axis, along.pixels[0]) * weights[0]
     for pixels, weight in zip(along.pixels[1:], weights[1:], strict=True):
         sums.addcmul_(patches.index_select(axis, pixels), weight)
     return sums

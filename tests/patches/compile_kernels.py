@@ -1,0 +1,50 @@
+"""Compile every kernel for GPUs that are not here: ``python tests/patches/compile_kernels.py``.
+
+Prints one line a kernel and generation: registers a thread, and bytes a thread that did not fit registers.
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from seal_extract.patches import kernels
+
+GENERATIONS = (75, 80, 90, 100)  # Turing, Ampere, Hopper, Blackwell
+U8, I16, I32, I64 = "*u8", "*i16", "*i32", "*i64"
+BLOCK = {"ROWS": kernels.BLOCK[0], "COLUMNS": kernels.BLOCK[1]}
+PILLOW, AREA = {"TAPS": 8, "EXACT": False}, {"TAPS": 3, "EXACT": True}
+CUT = {"tiles": U8, "slots": I32, "corners": I32, "pixels": I32, "weights": I32}
+CASES = [
+    (kernels._across, CUT | {"between": U8}, BLOCK | PILLOW),
+    (kernels._across, CUT | {"between": I32}, BLOCK | AREA),
+    (kernels._down, CUT | {"between": U8, "patches": U8}, BLOCK | PILLOW | {"WIDE": False}),
+    (kernels._down, CUT | {"between": I64, "patches": U8}, BLOCK | AREA | {"WIDE": True}),
+]
+
+
+def compiled(kernel, pointers, constants, generation):
+    """The registers and spilled bytes of a kernel."""
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
+    source = ASTSource(kernel, signature, {(names.index(n),): value for n, value in constants.items()})
+    cubin = triton.compile(source, target=GPUTarget("cuda", generation, 32)).asm["cubin"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    return map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+
+
+for kernel, pointers, constants in CASES:
+    for generation in GENERATIONS:
+        registers, spilled = compiled(kernel, pointers, constants, generation)
+        print(kernel.__name__, f"sm_{generation}", registers, spilled)
