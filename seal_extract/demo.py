@@ -41,17 +41,31 @@ def demo_slide() -> Path:
 
 
 def untrained_encoder(spec: EncoderSpec = UNTRAINED, seed: int = 0) -> Encoder:
-    """An encoder of random weights on the CPU, the same for the same seed."""
+    """An encoder of random weights on the CPU, the same for the same seed.
+
+    Their sizes are like those of trained weights. No tensor is zero or constant, so that each part of the
+    architecture counts, and embeddings differ from patch to patch.
+    """
     tower = empty_tower(spec)
     generator = torch.Generator().manual_seed(seed)
     fill(tower, {key: _random(key, shape, generator) for key, shape in tower_shapes(tower).items()})
     return Encoder(spec, tower, (), torch.float32)
 
 
+# mean and standard deviation by the end of a tensor's name
+SIZES = {
+    "gamma": (0.1, 0.03),  # LayerScale: at 0 a block would add nothing, at 1 more than trained ones do
+    "bias": (0.0, 0.05),
+    "running_mean": (0.0, 0.1),
+    "running_var": (1.0, 0.1),
+    "pos_embed": (0.0, 0.2),
+    "cls_token": (0.0, 0.5),
+    "reg_token": (0.0, 0.5),
+}
+
+
 def _random(key: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Variance preserved from layer to layer; scales at one, or else a block would add nothing."""
-    if len(shape) == 1:
-        return torch.ones(shape) if key.endswith(("weight", "gamma", "running_var")) else torch.zeros(shape)
     fan_in = max(1, torch.Size(shape[1:]).numel())
-    weights: torch.Tensor = torch.randn(shape, generator=generator) / fan_in**0.5
-    return weights
+    otherwise = (1.0, 0.1) if len(shape) == 1 else (0.0, fan_in**-0.5)  # the scale of a norm; a matrix
+    mean, std = next((size for end, size in SIZES.items() if key.endswith(end)), otherwise)
+    return torch.randn(shape, generator=generator).mul_(std).add_(mean)

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from contextlib import closing
 
 import numpy as np
 import openslide
@@ -17,6 +18,7 @@ from seal_extract.bench.large_slide import TILES, write_large_slide
 from seal_extract.bench.measure import Ratio, Stage, Timing, take_turns
 from seal_extract.bench.reading import take_sample
 from seal_extract.demo import demo_slide, untrained_encoder
+from seal_extract.encoders import find_spec
 from seal_extract.errors import UsageError
 from seal_extract.patches.tiles import open_patch_reader
 from seal_extract.run.options import ExtractOptions
@@ -214,6 +216,27 @@ def test_json_goes_to_a_file(slide, run, tmp_path):
     status, out, _ = run("bench", slide, *FEW, "--reading-only", "--json", file)
     assert (status, out) == (0, [f"figures -> {file}"])
     assert json.loads(file.read_text())["decoder"] == "JPEG tiles"
+
+
+def test_the_architecture_of_an_encoder_is_measured_without_its_weights(slide, run):
+    words = (slide, *FEW, "--patches", "4", "--untrained")
+    found = figures(run, *words, "timm:vit_tiny_patch16_224")["encoder"]
+    assert found["name"].startswith("untrained-timm-vit_tiny_patch16_224")
+    assert (found["dim"], found["untrained"]) == (192, True)
+    one_line(run("bench", *words, "univ3"), 2, "did you mean uni")
+    one_line(run("bench", *words, "uni", "--encoder", "seal-tiny"), 2, "give one of them")
+
+
+def test_untrained_embeddings_differ_from_patch_to_patch(slide):
+    """Also behind LayerScale, which a random weight of zero would make a multiplication by zero."""
+    encoder = untrained_encoder(find_spec("h0mini"))
+    assert all(float(weight.std()) > 0 for weight in encoder.tower.state_dict().values())
+    with (
+        take_sample(slide, 2, torch.device("cpu"), ExtractOptions()) as sample,
+        closing(sample.open_reader()) as reader,
+    ):
+        a, b = encoder.encode(reader.read(range(2)).pixels)
+    assert 0.05 < (a - b).norm() / a.norm() < 2
 
 
 # --- what the figures are made of ---------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,11 @@ def add_bench_options(p: argparse.ArgumentParser) -> None:
     p.set_defaults(handler=run_bench)
     p.add_argument("slides", nargs="*", type=Path, metavar="SLIDE")
     add(p, "--encoder", "--checkpoint", "--precision", "--device", "--offline")
+    p.add_argument(
+        "--untrained",
+        metavar="NAME",
+        help="the random weights in the architecture of an encoder or timm:NAME; needs no file or network",
+    )
     add(p, "--mpp", default=0.5)
     add(p, "--patch-px", default=224)
     add(p, "--slide-mpp", "--override-mpp", "--resample", "--fast-decode", "--batch-size", "--workers")
@@ -102,16 +107,23 @@ def _json_file(given: str | None) -> Path | None:
 
 
 def _encoder(args: argparse.Namespace) -> Encoder:
+    if args.encoder is not None and args.untrained is not None:
+        raise UsageError("--encoder has weights and --untrained has none; give one of them")
     if args.encoder is not None:
         return encoder_request(args.encoder, args).load()
     if args.checkpoint is not None:
         raise UsageError(f"--checkpoint {args.checkpoint} is of no encoder; type --encoder NAME too")
     import torch
 
-    from seal_extract.demo import untrained_encoder
+    from seal_extract.demo import UNTRAINED, untrained_encoder
     from seal_extract.encoders.build import pick_device
+    from seal_extract.encoders.locate import named_spec
 
-    encoder = untrained_encoder().to(pick_device(args.device))
+    spec = UNTRAINED
+    if args.untrained is not None:
+        spec = named_spec(args.untrained)
+        spec = replace(spec, name=f"untrained-{spec.name}")
+    encoder = untrained_encoder(spec).to(pick_device(args.device))
     encoder.precision = getattr(torch, encoder.spec.precision_for(encoder.device.type, args.precision))
     return encoder
 
