@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +89,31 @@ class Checksums(Encoder):
         places = torch.arange(1, pixels.shape[1] + 1)
         sums = [(pixels * (places * step % PRIME)).sum(1) % PRIME for step in (1, 7, 131, 1009)]
         return torch.stack(sums, 1).float()
+
+
+class ImaginaryGpu(Encoder):
+    """Takes ``1 / rate`` s a patch, one batch after another, and none of the CPU."""
+
+    def __init__(self, rate: float, name: str = "imaginary") -> None:
+        super().__init__(replace(UNTRAINED, name=name, dim=4), nn.Identity(), (), torch.float32)
+        self._rate, self._busy_s, self._began_s, self._free_s = rate, 0.0, 0.0, 0.0
+        self._turn = threading.Lock()
+
+    def encode_unchecked(self, patches: Tensor, *_: object) -> Tensor:
+        seconds = len(patches) / self._rate
+        with self._turn:
+            now = time.perf_counter()
+            self._began_s = self._began_s or now
+            self._free_s = max(self._free_s, now) + seconds
+            self._busy_s += seconds
+            wait = self._free_s - now
+        time.sleep(wait)
+        return torch.zeros(len(patches), self.spec.dim)
+
+    @property
+    def busy(self) -> float:
+        """Share of the time from its first patch to its last in which it computed."""
+        return self._busy_s / (self._free_s - self._began_s)
 
 
 class Damage:

@@ -12,10 +12,10 @@ from conftest import one_line
 from PIL import Image
 
 from seal_extract import find_tissue, make_grid
-from seal_extract.bench import BenchOptions, bench
+from seal_extract.bench import AT_ONCE, BenchOptions, bench
 from seal_extract.bench.encoding import Pass, WholeRun
 from seal_extract.bench.large_slide import TILES, write_large_slide
-from seal_extract.bench.measure import Ratio, Stage, Timing, take_turns
+from seal_extract.bench.measure import Ratio, Stage, Timing, covered, kernel_seconds, take_turns
 from seal_extract.bench.reading import take_sample
 from seal_extract.demo import demo_slide, untrained_encoder
 from seal_extract.encoders import find_spec
@@ -24,7 +24,7 @@ from seal_extract.patches.tiles import open_patch_reader
 from seal_extract.run.options import ExtractOptions
 from seal_extract.slides.slide import open_slide
 
-ALL_STAGES = {"read", "decode", "resample", "reading", "forward", "write", "whole"}
+ALL_STAGES = {"planning", "read", "decode", "resample", "reading", "forward", "write", "whole"}
 FEW = ("--patches", "12", "--repeats", "1", "--workers", "2", "--quiet")
 
 
@@ -121,12 +121,15 @@ def test_every_figure_is_there_and_they_agree(report):
     for stage in stages.values():
         assert stage["patches_per_s"] == pytest.approx(stage["patches"] / stage["seconds"])
         assert stage["seconds_min"] <= stage["seconds"] <= stage["seconds_max"]
-    assert {stages[name]["patches"] for name in ALL_STAGES - {"resample"}} == {12}
+    assert {stages[name]["patches"] for name in ALL_STAGES - {"resample", "planning"}} == {12}
+    assert stages["planning"]["patches"] == found["slides"][0]["patches_in_grid"]
     assert stages["resample"]["patches"] >= 12
     assert not found["synthetic"]
     assert found["decoder"] == "JPEG tiles"
     assert 12 == found["slides"][0]["patches"] < found["slides"][0]["patches_in_grid"]
-    assert found["limits"] in ALL_STAGES
+    assert found["limits"] in AT_ONCE
+    slowest = stages[AT_ONCE[found["limits"]]]["patches_per_s"]
+    assert slowest == min(stages[name]["patches_per_s"] for name in AT_ONCE.values() if name in stages)
     assert found["read_ratio_vs_openslide"] == rival["patches_per_s"]["median"] > 0
     assert rival["headline"] == "patches_per_s"
     assert rival["other"]["patches"] == 12
@@ -134,6 +137,7 @@ def test_every_figure_is_there_and_they_agree(report):
     assert found["whole_vs_forward"] == whole["whole_vs_forward"] > 0
     assert 0 < found["encoder_busy"] == whole["encoder_busy"] <= 1
     assert 0 < whole["encoder_busy_cpu"] <= 1
+    assert whole["kernels_busy"] is None  # of a GPU alone
     assert 0 <= whole["startup_s"] < stages["whole"]["seconds_max"]
     assert not whole["with_tissue"]
     assert whole["flops_per_patch"] == pytest.approx(2.5e9, rel=0.02)  # ViT-Ti at 224 px
@@ -154,7 +158,7 @@ def test_the_table_begins_with_ratios_and_ends_with_the_machine(report):
     head = next(i for i, line in enumerate(lines) if line.startswith("stage"))
     assert head > 4
     assert lines[head].split() == ["stage", "patches/s", "patches/CPU-s", "s", "CPU-s", "threads", "what"]
-    assert {line.split()[0] for line in lines[head + 1 : head + 8]} == ALL_STAGES
+    assert {line.split()[0] for line in lines[head + 1 : head + 9]} == ALL_STAGES
     assert any(line.startswith("limits ") for line in lines)
     assert lines[-1].startswith("machine ")
     assert "seal-extract " in lines[-1]
@@ -167,7 +171,7 @@ def test_one_thread_is_judged_by_cpu_time_and_compared_with_no_other(slide, run)
     assert rival["headline"] == "patches_per_cpu_s"
     assert found["read_ratio_vs_openslide"] == rival["patches_per_cpu_s"]["median"]
     assert found["against_one_thread"] is None
-    assert set(found["stages"]) == {"read", "decode", "resample", "reading"}
+    assert set(found["stages"]) == {"planning", "read", "decode", "resample", "reading"}
     assert found["whole"] is found["encoder"] is found["encoder_busy"] is None
 
 
@@ -197,7 +201,7 @@ def test_reading_is_part_of_decoding_where_the_reader_does_both(picture, run):
     assert found["stages"]["read"]["seconds"] is None
     assert "part of decode" in found["stages"]["read"]["does"]
     assert found["stages"]["resample"]["seconds"] > 0
-    assert found["limits"] in {"decode", "resample"}
+    assert found["limits"] in {"planning", "reading"}
 
 
 def test_several_slides_are_one_whole_which_finds_the_tissue_if_all_patches_are_asked(place, run):
@@ -272,6 +276,17 @@ def test_a_run_is_divided_into_start_gaps_and_end():
     assert run.busy == pytest.approx(5.0 / 12)
     assert run.busy_cpu == pytest.approx(4.5 / 12)
     assert run.pass_s == 2.0
+
+
+def test_kernels_that_overlap_are_counted_once():
+    assert covered([(4, 5), (0, 2), (1, 3), (1, 2)]) == 4
+    assert covered([]) == 0
+
+
+def test_the_profiler_gives_the_seconds_of_computing():
+    matrix = torch.ones(300, 300)
+    seconds = kernel_seconds(lambda: matrix @ matrix, torch.device("cpu"))
+    assert 0 < seconds < 60
 
 
 def test_medians_ratios_and_turns():

@@ -6,6 +6,7 @@ the other.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
@@ -33,7 +34,14 @@ from seal_extract.run.provenance import LIBRARIES
 __all__ = ["BenchOptions", "BenchReport", "bench"]
 
 WITHOUT_ENCODER = 64  # patches of a batch where no encoder says how many it takes
-APART = ("read", "decode", "resample", "forward", "write")  # stages that no other is made of
+# the stages that work at the same time in a run, by the names that `BenchReport.limits` gives them
+AT_ONCE = {
+    "planning": "planning",
+    "reading": "reading",
+    "upload": "upload",
+    "encoder": "forward",
+    "writing": "write",
+}
 
 
 @dataclass(frozen=True)
@@ -156,11 +164,9 @@ class BenchReport:
 
     @property
     def limits(self) -> str:
-        """The stage that takes longest per patch, alone and with its own threads."""
-        stages = self.stages
-        took = {name: s.seconds / s.patches for name in APART if (s := stages.get(name)) and s.seconds}
-        took["decode"] -= took.get("read", 0.0)  # decode cannot be run without it
-        return max(took, key=took.__getitem__)
+        """The one of `AT_ONCE` that is slowest alone, with its own threads: a run is no faster."""
+        rates = {name: s.patches_per_s for name, key in AT_ONCE.items() if (s := self.stages.get(key))}
+        return min(rates, key=lambda name: rates[name] or math.inf)
 
     @property
     def untrained(self) -> bool:
@@ -248,10 +254,12 @@ class BenchReport:
                 _ratio_row("encoder busy, of the whole", shares, "%"),
                 _ratio_row("encoder alone, of the device's matrix rate", encoding.matrix_share, "%"),
             ]
+            if (share := encoding.kernels_busy) is not None:
+                rows.append(_ratio_row("GPU kernels running, of the whole", Ratio(share, share, share), "%"))
         return rows
 
     def _remarks(self) -> list[str]:
-        lines = [f"limits    {self.limits}: the slowest when each works alone, with the threads above"]
+        lines = [f"limits    {self.limits}: the slowest of those that work at once, {', '.join(AT_ONCE)}"]
         encoding = self.encoding
         if encoding:
             facts = encoding.to_json()
@@ -261,7 +269,7 @@ class BenchReport:
                 f"whole     {facts['startup_s']:.2f} s until the first forward pass, {facts['tail_s']:.2f} s "
                 f"after the last; longest gap between two {1000 * facts['longest_gap_s']:.0f} ms",
             ]
-        tissue = ", ".join(f"{sample.tissue_s:.2f}" for sample in self.samples)
+        tissue = ", ".join(f"{sample.planning.wall_s:.2f}" for sample in self.samples)
         apart = "in the whole too" if encoding and encoding.with_tissue else "not in any figure above"
         lines.append(f"tissue    {tissue} s to open the slide, find its tissue and lay the grid, {apart}")
         if self.peak_mb is not None and self.before_mb is not None:

@@ -28,6 +28,7 @@ from seal_extract.bench.measure import (
     Timing,
     Timings,
     each,
+    kernel_seconds,
     memory_mb,
     reading_threads,
     reset_peak,
@@ -67,21 +68,21 @@ def record_passes(encoder: Encoder) -> Iterator[list[Pass]]:
     passes: list[Pass] = []
     events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    def recorded(patches: Tensor) -> Tensor:
+    def recorded(*given: Any) -> Tensor:
         if on_gpu:
             begun = _event(device)
-            embeddings = encode(patches)
+            embeddings = encode(*given)
             events.append((begun, _event(device)))
             return embeddings
         start, cpu = perf_counter(), thread_time()
-        embeddings = encode(patches)
+        embeddings = encode(*given)
         passes.append(Pass(start - began, perf_counter() - began, thread_time() - cpu))
         return embeddings
 
     wait_for(device)
     began = perf_counter()
     first = _event(device) if on_gpu else None
-    encoder.encode_unchecked = recorded  # type: ignore[method-assign]
+    vars(encoder)["encode_unchecked"] = recorded
     try:
         yield passes
     finally:
@@ -158,6 +159,8 @@ class Encoding:
         matrix_share: share of that rate that the encoder alone reaches; on a CPU per CPU second of both.
         peak_mb: largest resident memory of the first whole run.
         peak_gpu_mb: the same on the GPU, if there is one.
+        kernels_busy: share of the whole's time in which kernels ran on the GPU, by torch's profiler in one
+            more run; None on a CPU. `WholeRun.busy` counts the gaps between kernels too.
     """
 
     stages: dict[str, Stage]
@@ -172,6 +175,7 @@ class Encoding:
     matrix_share: Ratio
     peak_mb: float | None
     peak_gpu_mb: float | None
+    kernels_busy: float | None
 
     def to_json(self) -> dict[str, Any]:
         """All figures by name; those of whole runs are medians."""
@@ -187,6 +191,7 @@ class Encoding:
             "whole_vs_forward_cpu": self.whole_vs_forward_cpu.median,
             "encoder_busy": median(run.busy for run in self.runs),
             "encoder_busy_cpu": median(shares) if shares else None,
+            "kernels_busy": self.kernels_busy,
             "with_tissue": self.with_tissue,
             "slides": self.slides,
             **runs,
@@ -251,12 +256,13 @@ def measure_encoding(
         }
         timings = take_turns(works, repeats, progress)
         flops = _flops_per_patch(encoder, held[0])
+    kernels_s, made = None if on_cpu else kernel_seconds(whole, device), tuple(runs[:repeats])
     side, products = MATRIX[device.type]
     matrix_flops = at_once * products * 2.0 * side**3
     share = Ratio.of_cpu if on_cpu else Ratio.of_wall
     return Encoding(
         stages=_stages(timings, samples, at_once, workers, with_tissue),
-        runs=tuple(runs),
+        runs=made,
         whole_vs_forward=Ratio.of_wall(timings["whole"], timings["forward"]),
         whole_vs_forward_cpu=Ratio.of_cpu(timings["whole"], timings["forward"]),
         with_tissue=with_tissue,
@@ -267,6 +273,7 @@ def measure_encoding(
         matrix_share=share(timings["matrices"], timings["forward"]) * (flops * patches / matrix_flops),
         peak_mb=peak,
         peak_gpu_mb=peak_gpu,
+        kernels_busy=kernels_s and min(1.0, kernels_s / median(run.timing.wall_s for run in made)),
     )
 
 

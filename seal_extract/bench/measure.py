@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from time import perf_counter, process_time
 from typing import NamedTuple, TypeVar
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from seal_extract.patches.stream import compute_alone
 
@@ -99,6 +101,31 @@ def timed(work: Callable[[], object], device: torch.device) -> Timing:
     work()
     wait_for(device)
     return Timing(perf_counter() - wall, process_time() - cpu)
+
+
+def kernel_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Run once; returns the seconds in which kernels of a GPU ran, copies left out.
+
+    On a CPU these are the seconds of torch's own operations.
+    """
+    kind = device.type.upper()
+    with profile(activities=[getattr(ProfilerActivity, kind)]) as profiler:
+        work()
+        wait_for(device)
+    return covered(
+        (event.time_range.start / 1e6, event.time_range.end / 1e6)
+        for event in profiler.events() or ()
+        if event.device_type.name == kind and not event.name.startswith(("Memcpy", "Memset"))
+    )
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """The length that spans from a start to an end cover together; kernels of two streams overlap."""
+    total, reached = 0.0, -math.inf
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
 
 
 def wait_for(device: torch.device) -> None:

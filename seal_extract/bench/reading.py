@@ -7,7 +7,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
@@ -50,7 +50,7 @@ class Sample:
         slide: open.
         grid: the patches, neighbours in scan order.
         in_grid: number of patches of the whole slide.
-        tissue_s: seconds for opening the slide, finding the tissue and making the grid.
+        planning: of opening the slide, finding the tissue and making the grid.
         device: where the patches are needed.
         options: all options of a run.
     """
@@ -58,7 +58,7 @@ class Sample:
     slide: Slide
     grid: PatchGrid
     in_grid: int
-    tissue_s: float
+    planning: Timing
     device: torch.device
     options: ExtractOptions
 
@@ -117,7 +117,7 @@ class Sample:
             "patch_mpp": grid.mpp,
             "level": grid.level,
             "read_px": grid.read_px,
-            "tissue_s": self.tissue_s,
+            "tissue_s": self.planning.wall_s,
         }
 
 
@@ -129,18 +129,18 @@ def take_sample(path: Path, patches: int, device: torch.device, options: Extract
         SlideError: the slide cannot be read.
         GeometryError: it has no tissue.
     """
-    started = perf_counter()
+    wall, cpu = perf_counter(), process_time()
     job = SlideJob.of(SlideEntry.of(path), Path(), options)
     with job.open() as slide:
         _, grid = find_tissue_and_grid(slide, job.options)
-        seconds = perf_counter() - started
+        planning = Timing(perf_counter() - wall, process_time() - cpu)
         if not len(grid):
             raise GeometryError(
                 f"{path}: no tissue was found, so nothing can be measured; give another slide"
             )
         first = max(0, len(grid) - patches) // 2
         chosen = replace(grid, xy_l0=grid.xy_l0[first : first + patches])
-        yield Sample(slide, chosen, len(grid), seconds, device, options)
+        yield Sample(slide, chosen, len(grid), planning, device, options)
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class Reading:
 
     Attributes:
         decoder: its name.
-        stages: read, decode, resample and reading, by name.
+        stages: planning, read, decode, resample (upload on a GPU, which resamples too) and reading, by name.
         openslide: compared with the classic loader, if asked for.
         one_thread: compared with one reading thread, if there are more.
     """
@@ -214,10 +214,14 @@ def measure_reading(
     does = f"file to batches of {batch_size} patches, by the very stream of a run"
     with closing(sample.open_reader()) as reader:
         pass
+    tissue = "opening, tissue and grid of a slide, once"
     stages = {
+        "planning": Stage.of(tissue, sample.in_grid, 1, [sample.planning]),
         "read": _read_alone(sample, isinstance(reader, TileReader), workers, repeats, progress),
         "decode": _decode_alone(sample, workers, repeats, progress),
-        "resample": _resample_alone(sample, workers, repeats, progress),
+        "upload" if sample.device.type == "cuda" else "resample": _resample_alone(
+            sample, workers, repeats, progress
+        ),
         OURS: Stage.of(does, patches, workers, ours),
     }
     classic = versus(CLASSIC, "one region a patch, convert('RGB'), PIL's bicubic, one handle", workers)
@@ -309,7 +313,7 @@ def _resample_alone(sample: Sample, workers: int, repeats: int, progress: Progre
         held = max(1, HELD_BYTES // (3 * reader.side_px**2 * len(rows[0])))
         regions = [reader.read(some).pixels for some in rows[:held]]
     before = regions[0].shape[-1]
-    if before == after:
+    if before == after and not on_gpu:
         return Stage("nothing left to do: decode gives patches", patches, workers)
 
     def resample(pixels: Tensor) -> None:
@@ -321,6 +325,6 @@ def _resample_alone(sample: Sample, workers: int, repeats: int, progress: Progre
         each(pool, resample, regions[:threads])
         works = {"resample": lambda: timed(lambda: each(pool, resample, jobs), sample.device)}
         timings = take_turns(works, repeats, progress)["resample"]
-    upload = ", upload included" if on_gpu else ""
-    does = f"{before} px to {after} px, {sample.options.resample}, in memory{upload}"
+    where = "from host memory to the GPU and there" if on_gpu else "in memory"
+    does = f"{before} px to {after} px, {sample.options.resample}, {where}"
     return Stage.of(does, sum(map(len, jobs)), threads, timings)
