@@ -1,7 +1,7 @@
 """The story: list -> for each slide: open -> tissue -> grid -> patches -> embeddings -> HDF5.
 
-Three threads of `_Run` work at the same time, on different slides, and hand over through bounded channels:
-one opens the next slides and finds their tissue, one reads patches and feeds the encoders, one writes.
+Threads of `_Run` work at the same time, on different slides, and hand over through bounded channels: some
+open the next slides and find their tissue, one reads patches and feeds the encoders, one writes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from seal_extract.errors import UsageError
 from seal_extract.features.layouts import check_layout
 from seal_extract.features.store import SlideFeatures
 from seal_extract.patches.regions import PatchReader
-from seal_extract.patches.stream import stream_batches
+from seal_extract.patches.stream import available_cores, stream_batches
 from seal_extract.patches.tiles import open_patch_reader
 from seal_extract.run import slide_process
 from seal_extract.run.embed import Embedder, open_embedder
@@ -34,7 +34,9 @@ from seal_extract.run.status_table import Progress, SlideResult
 from seal_extract.run.writer import Writer
 from seal_extract.slides.entry import SlideEntry, file_stamp
 
-SLIDES_AHEAD = 2  # opened, with their tissue found, before their turn to be read
+SLIDES_AHEAD = 2  # open, with their tissue found, before their turn to be read; and one of each thread
+CORES_TO_OPEN = 4  # of which one opens slides and finds their tissue, ...
+MOST_OPENED = 8  # ... by at most so many threads, each with a process that may take gigabytes
 BATCHES_AHEAD = 3  # batches being encoded, or pictures to draw, that may wait to be written
 
 
@@ -158,15 +160,17 @@ class _Run:
         stage: Stage | None,
         progress: Progress | None,
     ) -> None:
-        self._jobs, self._encoders, self._embedders = jobs, encoders, embedders
+        self._jobs, self._taking = enumerate(jobs), threading.Lock()
+        self._encoders, self._embedders = encoders, embedders
         self._options, self._stage = options, stage
-        self._opened: Channel[OpenSlide] = Channel(SLIDES_AHEAD)
+        openers = max(1, min(MOST_OPENED, (options.workers or available_cores()) // CORES_TO_OPEN))
+        self._opened: Channel[OpenSlide] = Channel(SLIDES_AHEAD, senders=openers)
         self._tasks: Channel[Callable[[], None]] = Channel(BATCHES_AHEAD)
         self.results: Channel[SlideResult] = Channel()
         self._writer = Writer(encoders, self.results.put, progress)
         self._still_open: set[OpenSlide] = set()
-        self._opening, *others = (self._start(work) for work in (self._open, self._embed, self._write))
-        self._threads = (self._opening, *others)
+        self._opening = [self._start(self._open) for _ in range(openers)]
+        self._threads = [*self._opening, self._start(self._embed), self._start(self._write)]
 
     def _start(self, work: Callable[[], None]) -> threading.Thread:
         def body() -> None:
@@ -185,7 +189,7 @@ class _Run:
         """Stop the threads, and close the slides that have not been read to their end."""
         self._opened.stop()
         self._tasks.stop()
-        if self._opening.is_alive():
+        if any(thread.is_alive() for thread in self._opening):
             slide_process.stop()
         for thread in self._threads:
             thread.join()
@@ -204,8 +208,9 @@ class _Run:
     # --- list -> for each slide: open -> tissue -> grid ------------------------------------------------
 
     def _open(self) -> None:
-        for job in self._jobs:
-            self._opened.check()
+        """Several threads do this at once; the slides are handed on in their order all the same."""
+        while (taken := self._take_job()) is not None:
+            turn, job = taken
             started = perf_counter()
             try:
                 opened = self._open_slide(job)
@@ -214,10 +219,16 @@ class _Run:
             if isinstance(opened, SlideResult):
                 self._release(job)
                 self.results.put(opened)
+                self._opened.put_in_turn(turn, None)
             else:
                 self._still_open.add(opened)
-                self._opened.put(opened)
+                self._opened.put_in_turn(turn, opened)
         self._opened.end()
+
+    def _take_job(self) -> tuple[int, SlideJob] | None:
+        with self._taking:
+            self._opened.check()
+            return next(self._jobs, None)
 
     def _open_slide(self, job: SlideJob) -> OpenSlide | SlideResult:
         """The slide, ready to be read, with its coordinates written; or its result, if it was finished."""

@@ -223,10 +223,11 @@ class Channel(Generic[T]):
     ``queue.Queue`` can be shut down in this way from Python 3.13 on.
     """
 
-    def __init__(self, size: int | None = None) -> None:
-        """Hold at most ``size`` items, any number by default."""
-        self._size = size
+    def __init__(self, size: int | None = None, senders: int = 1) -> None:
+        """Hold at most ``size`` items, any number by default; it ends when all ``senders`` have ended it."""
+        self._size, self._senders = size, senders
         self._items: deque[T] = deque()
+        self._turn = 0
         self._changed = threading.Condition()
         self._ended = self._stopped = False
         self._error: BaseException | None = None
@@ -238,18 +239,30 @@ class Channel(Generic[T]):
             Stopped: the channel was stopped.
         """
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._stopped or self._size is None or len(self._items) < self._size
-            )
+            self._changed.wait_for(lambda: self._stopped or self._has_room())
             self.check()
             self._items.append(item)
             self._changed.notify_all()
+
+    def put_in_turn(self, turn: int, item: T | None) -> None:
+        """`put` by one of several threads, after those whose ``turn``, from 0, is before; None is no item."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or (turn == self._turn and self._has_room()))
+            self.check()
+            self._turn += 1
+            if item is not None:
+                self._items.append(item)
+            self._changed.notify_all()
+
+    def _has_room(self) -> bool:
+        return self._size is None or len(self._items) < self._size
 
     def end(self, error: BaseException | None = None) -> None:
         """Nothing more will come: iterating ends after the items that are there, or raises ``error``."""
         with self._changed:
             self._error = self._error or error
-            self._ended = True
+            self._senders -= 1
+            self._ended = self._error is not None or self._senders <= 0
             self._changed.notify_all()
 
     def stop(self) -> None:

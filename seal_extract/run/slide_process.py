@@ -1,8 +1,8 @@
-"""A process of its own that opens slides and finds their tissue, within a limit of time and memory.
+"""Processes of their own that open slides and find their tissue, within a limit of time and memory.
 
 A damaged or hostile file may lead a reading library into a loop, into memory without end, or into a crash.
 There it costs one slide: the process is killed and another one started. Only a slide that went well is opened
-in the process that embeds.
+in the process that embeds. There are as many processes as threads that ask at the same time.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -40,8 +42,9 @@ def open_tried(job: SlideJob) -> Slide:
     Raises:
         SlideError: see `open_entry`; or the limits were exceeded.
     """
-    if job.options.plan_timeout_s and _shared.start():
-        _shared.ask(job, finds_tissue=False)
+    with _process_for(job.options) as process:
+        if process is not None:
+            process.ask(job, finds_tissue=False)
     return job.open()
 
 
@@ -51,8 +54,10 @@ def open_with_grid(job: SlideJob) -> tuple[Slide, TissueMask | None, PatchGrid]:
     Raises:
         SealExtractError: the slide cannot be used, or the limits were exceeded.
     """
-    if job.options.plan_timeout_s and _shared.start():
-        mask, grid, messages = _shared.ask(job, finds_tissue=True)
+    with _process_for(job.options) as process:
+        found = process and process.ask(job, finds_tissue=True)
+    if found is not None:
+        mask, grid, messages = found
         for message in messages:
             warnings.warn(message, stacklevel=2)
         return job.open(), mask, grid
@@ -65,29 +70,52 @@ def open_with_grid(job: SlideJob) -> tuple[Slide, TissueMask | None, PatchGrid]:
 
 
 def start_ahead(options: RunOptions) -> None:
-    """Start the other process without waiting for it, so that it is ready when it is needed."""
-    if options.plan_timeout_s:
-        _shared.start()
+    """Start a process without waiting for it, so that it is ready when it is needed."""
+    with _process_for(options):
+        pass
 
 
 def stop() -> None:
-    """Let the other process answer no more: the slide at which it works has failed."""
-    _shared.stop()
+    """Let the processes answer no more: the slides at which they work have failed."""
+    for process in list(_asked):
+        process.stop()
+
+
+_idle: list[_SlideProcess] = []
+_asked: list[_SlideProcess] = []
+_is_hopeless = False  # no process can be started on this machine
+
+
+@contextmanager
+def _process_for(options: RunOptions) -> Iterator[_SlideProcess | None]:
+    """A process that no other thread asks meanwhile; None if there are no limits, or none can be started."""
+    if not options.plan_timeout_s or _is_hopeless:
+        yield None
+        return
+    try:
+        process = _idle.pop()  # lists change in one step, which threads cannot share
+    except IndexError:
+        process = _SlideProcess()
+        atexit.register(process.kill)
+    _asked.append(process)
+    try:
+        yield process if process.start() else None
+    finally:
+        _asked.remove(process)
+        _idle.append(process)
 
 
 class _SlideProcess:
-    """The other process as this one sees it: one slide at a time; after a kill another is started."""
+    """Another process as this one sees it: one slide at a time; after a kill another is started."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._asking = threading.Lock()
         self._starter = 0  # a forked copy of this process must not use its pipes
-        self._is_ready = self._is_hopeless = False
+        self._is_ready = False
 
     def start(self) -> bool:
         """Start the process if there is none; False where none can be."""
-        if self._is_hopeless:
-            return False
+        global _is_hopeless
         if self._process is None or self._starter != os.getpid() or self._process.poll() is not None:
             self.kill()
             try:
@@ -99,7 +127,7 @@ class _SlideProcess:
                     start_new_session=True,  # Ctrl-C is for the process that the user sees
                 )
             except OSError as exc:
-                self._is_hopeless = True
+                _is_hopeless = True
                 warnings.warn(
                     f"slides are opened without limits of time and memory: no process can be started ({exc})",
                     stacklevel=2,
@@ -114,42 +142,40 @@ class _SlideProcess:
         Raises:
             SealExtractError: that of the slide; or the limits were exceeded.
         """
-        with self._asking:
-            self.start()
-            process, late = self._process, threading.Event()
-            assert process is not None
-            assert process.stdin is not None
-            assert process.stdout is not None
+        process, late = self._process, threading.Event()
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
 
-            def end() -> None:
-                late.set()
-                process.kill()
+        def end() -> None:
+            late.set()
+            process.kill()
 
-            timer = threading.Timer(job.options.plan_timeout_s, end)
-            timer.daemon = True
-            try:
-                if not self._is_ready:
-                    self._is_ready = pickle.load(process.stdout)
-                timer.start()
-                pickle.dump((os.getcwd(), job, finds_tissue), process.stdin)
-                process.stdin.flush()
-                answer = pickle.load(process.stdout)
-            except (OSError, EOFError, pickle.UnpicklingError):
-                self.kill()
-                raise _beyond_limits(job, process.wait(), late.is_set()) from None
-            except BaseException:  # Ctrl-C: what is still to come would be taken for the next answer
-                self.kill()
-                raise
-            finally:
-                timer.cancel()
+        timer = threading.Timer(job.options.plan_timeout_s, end)
+        timer.daemon = True
+        try:
+            if not self._is_ready:
+                self._is_ready = pickle.load(process.stdout)
+            timer.start()
+            pickle.dump((os.getcwd(), job, finds_tissue), process.stdin)
+            process.stdin.flush()
+            answer = pickle.load(process.stdout)
+        except (OSError, EOFError, pickle.UnpicklingError):
+            self.kill()
+            raise _beyond_limits(job, process.wait(), late.is_set()) from None
+        except BaseException:  # Ctrl-C: what is still to come would be taken for the next answer
+            self.kill()
+            raise
+        finally:
+            timer.cancel()
         if isinstance(answer, SealExtractError):
             raise answer
         return answer
 
     def stop(self) -> None:
-        """End the process if a thread waits for its answer; that thread clears up."""
+        """End the process; the thread that waits for its answer clears up."""
         process = self._process
-        if self._asking.locked() and process is not None and self._starter == os.getpid():
+        if process is not None and self._starter == os.getpid():
             process.kill()
 
     def kill(self) -> None:
@@ -174,10 +200,6 @@ def _beyond_limits(job: SlideJob, status: int, late: bool) -> SlideOpenError:
         f"{job.entry.source}: the process that opened it ended with status {status}; the file is damaged, or "
         f"takes more than {LIMIT_GB} GB of memory: copy or scan it again"
     )
-
-
-_shared = _SlideProcess()
-atexit.register(_shared.kill)
 
 
 # --- in the other process -----------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from synthetic_slide import write_synthetic_slide
 from seal_extract import ExtractOptions, extract
 from seal_extract.demo import untrained_encoder
 from seal_extract.errors import EncoderError, ReadError, ResolutionError, SlideOpenError
-from seal_extract.run import writer
+from seal_extract.run import job, slide_process, writer
 from seal_extract.run.embed import CpuEmbedder, GpuEmbedder
 from seal_extract.run.extract import extract_many
 from seal_extract.run.job import SlideJob
@@ -146,6 +146,40 @@ def test_an_embedding_that_is_no_number_names_slide_and_place(slides, alone, tmp
     assert str(slides[0]) in str(got["a.svs"])
     np.testing.assert_array_equal(got["b.svs"].features, alone["b.svs"].features)
     assert {p.name for p in tmp_path.rglob("features_*/*")} == {"b.h5"}
+
+
+# --- ahead of the encoder ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first_fails", [False, True])
+def test_slides_are_planned_at_the_same_time_and_read_in_their_order(
+    slides, tmp_path, monkeypatch, first_fails
+):
+    """The tissue of the first is found only after that of the second."""
+    find, is_second_planned, begun = job.find_tissue_and_grid, threading.Event(), []
+
+    def plan(slide, options):
+        if slide.path == slides[0]:
+            assert is_second_planned.wait(60)
+            if first_fails:
+                raise ReadError("no tissue")
+        found = find(slide, options)
+        if slide.path == slides[1]:
+            is_second_planned.set()
+        return found
+
+    monkeypatch.setattr(slide_process, "find_tissue_and_grid", plan)
+    options = ExtractOptions(plan_timeout_s=0, workers=8)
+    run = extract_many(
+        [slides[i] for i in (0, 1, 3)],
+        [Checksums()],
+        tmp_path,
+        options=options,
+        progress=lambda slide, *_: begun.append(slide),
+    )
+    failed = [result.path for result in run if result.error is not None]
+    assert failed == slides[:1] * first_fails
+    assert list(dict.fromkeys(begun)) == [slides[i] for i in (0, 1, 3)][first_fails:]
 
 
 # --- nothing is left --------------------------------------------------------------------------
