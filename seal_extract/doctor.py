@@ -185,7 +185,7 @@ def _slide(path: Path, slide_mpp: float | None, override_mpp: float | None) -> t
     from seal_extract.slides.entry import SlideEntry, open_entry
 
     with open_entry(SlideEntry.of(path), slide_mpp, override_mpp) as slide:
-        _, grid = find_tissue_and_grid(slide, ExtractOptions(allow_upsampling=True))
+        _, grid, _ = find_tissue_and_grid(slide, ExtractOptions(allow_upsampling=True))
         encoder = untrained_encoder()
         few = replace(grid, xy_l0=grid.xy_l0[:8])
         stream = stream_batches([open_patch_reader(slide, few, encoder.device)], 8, device=encoder.device)

@@ -132,7 +132,7 @@ def take_sample(path: Path, patches: int, device: torch.device, options: Extract
     wall, cpu = perf_counter(), process_time()
     job = SlideJob.of(SlideEntry.of(path), Path(), options)
     with job.open() as slide:
-        _, grid = find_tissue_and_grid(slide, job.options)
+        _, grid, _ = find_tissue_and_grid(slide, job.options)
         planning = Timing(perf_counter() - wall, process_time() - cpu)
         if not len(grid):
             raise GeometryError(

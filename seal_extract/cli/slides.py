@@ -100,7 +100,7 @@ def _run_dry(slides: SlideList, options: ExtractOptions, debug: bool) -> int:
     for entry in slides.entries:
         try:
             with with_copy(SlideJob.of(entry, Path(), options)) as job:
-                slide, mask, grid = open_with_grid(job)
+                slide, mask, grid, _ = open_with_grid(job)
                 with slide:
                     _print_row(_dry_cells(slide, mask, grid))
         except Exception as exc:

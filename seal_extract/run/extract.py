@@ -236,7 +236,7 @@ class _Run:
         if isinstance(unfinished, SlideResult):
             return unfinished
         stamp = file_stamp(job.entry.file)
-        slide, mask, grid = slide_process.open_with_grid(unfinished)
+        slide, mask, grid, picture = slide_process.open_with_grid(unfinished)
         with ExitStack() as stack:
             stack.callback(slide.close)
             layout = job.layout_of(grid)
@@ -246,7 +246,7 @@ class _Run:
                     return unfinished
             device, options = self._encoders[0].device, job.options
             reader = open_patch_reader(slide, grid, device, filter=options.resample, fast=options.fast_decode)
-            opened = OpenSlide(unfinished, slide, mask, grid, reader, layout, stamp)
+            opened = OpenSlide(unfinished, slide, mask, grid, picture, reader, layout, stamp)
             stack.callback(opened.reader.close)
             outputs = [
                 self._output(opened, i, encoder)

@@ -10,7 +10,6 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +26,7 @@ from seal_extract.slides.slide import Slide, absolute
 if TYPE_CHECKING:
     from seal_extract.patches.regions import PatchReader
     from seal_extract.slides.entry import FileStamp
+    from seal_extract.slides.readers import Array
     from seal_extract.tissue.mask import TissueMask
 
 T = TypeVar("T")
@@ -118,28 +118,35 @@ def _file_for(entry: SlideEntry, given: Path, names: tuple[str, ...], option: st
     return found[0]
 
 
-def find_tissue_and_grid(slide: Slide, options: ExtractOptions) -> tuple[TissueMask | None, PatchGrid]:
+def find_tissue_and_grid(slide: Slide, options: ExtractOptions) -> tuple[TissueMask | None, PatchGrid, Array]:
     """Find the tissue and lay the grid, or take either from the file that ``options`` names.
 
     Returns:
-        The tissue, None where the coordinates came from a file; and the grid.
+        The tissue, None where the coordinates came from a file; the grid; and the picture to draw both on,
+        uint8 [h, w, 3]: the slide as it was read to find the tissue, unless that is too coarse for the eye.
 
     Raises:
         SlideError: the slide cannot be read, is not brightfield, or is coarser than the target.
         GeometryError: the file that ``options`` names does not fit the slide.
     """
+    from seal_extract.slides.overview import read_picture  # imports OpenCV
+    from seal_extract.tissue.mask import TissueMask
+    from seal_extract.tissue.segmentation import find_tissue_and_picture
+
     if options.coords is not None:
         grid = read_grid(options.coords, slide)
-        return None, replace(grid, inside_l0=slide.bounds_l0) if options.edges == "keep" else grid
-    from seal_extract.tissue.mask import TissueMask  # imports OpenCV
-    from seal_extract.tissue.segmentation import find_tissue
-
+        grid = replace(grid, inside_l0=slide.bounds_l0) if options.edges == "keep" else grid
+        return None, grid, read_picture(slide)
     if options.roi is None:
-        mask = find_tissue(slide)
+        mask, picture = find_tissue_and_picture(slide)
     else:
         mask = TissueMask.from_geojson(options.roi, slide)
-        with suppress(SlideError):  # tissue may be drawn because none can be found
-            found = find_tissue(slide).mask
+        try:
+            tissue, picture = find_tissue_and_picture(slide)
+        except SlideError:  # tissue may be drawn because none can be found
+            picture = read_picture(slide)
+        else:
+            found = tissue.mask
             if found.any() and not (found & mask.mask).any():
                 warnings.warn(
                     f"{options.roi}: no polygon overlaps the tissue found in {slide.path.name}; was it drawn "
@@ -157,7 +164,7 @@ def find_tissue_and_grid(slide: Slide, options: ExtractOptions) -> tuple[TissueM
         allow_upsampling=options.allow_upsampling,
         edges=options.edges,
     )
-    return mask, grid
+    return mask, grid, picture
 
 
 @dataclass(frozen=True)
@@ -184,6 +191,7 @@ class OpenSlide:
         slide: open.
         mask: its tissue; None where the coordinates came from a file.
         grid: its patches.
+        picture: uint8 [h, w, 3], the whole slide, to draw both on.
         reader: reads them.
         layout: where its files go.
         stamp: the state of the slide's files when it was opened.
@@ -194,6 +202,7 @@ class OpenSlide:
     slide: Slide
     mask: TissueMask | None
     grid: PatchGrid
+    picture: Array
     reader: PatchReader
     layout: Layout
     stamp: FileStamp

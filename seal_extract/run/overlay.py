@@ -22,7 +22,7 @@ from seal_extract.slides.drawing import (
     fitting_font,
     make_thumbnail,
 )
-from seal_extract.slides.overview import Overview, read_overview
+from seal_extract.slides.overview import PICTURE_PX
 from seal_extract.slides.readers import Array
 from seal_extract.slides.slide import Slide
 from seal_extract.tissue.mask import TissueMask
@@ -38,53 +38,47 @@ MIN_PX = 900  # small slides are enlarged to this
 
 def draw_overlay(
     slide: Slide,
+    picture: Array,
     mask: TissueMask | None,
     grid: PatchGrid,
     path: str | os.PathLike[str],
     *,
-    max_px: int = 2048,
     style: Style = "tint",
     also: Mapping[Path, Style] = MappingProxyType({}),
 ) -> None:
     """Draw tissue and patches over the slide into a JPEG that carries its own thumbnail.
 
     Args:
-        slide: seen from above, at most ``max_px`` wide or high.
+        slide: gives its name and its µm/px; nothing is read.
+        picture: uint8 [h, w, 3], the whole slide, from `read_picture`.
         mask: outlined; None where the coordinates came from elsewhere.
         grid: every patch is drawn.
         path: the JPEG; its folder is made.
-        max_px: longest side of the picture without its caption.
         style: ``"tint"`` covers the patches with a faint colour, which shows also the smallest; ``"outline"``
             draws lines alone, which leave the colours of the stains as they are.
         also: other JPEGs of the same, each with its style.
 
-    Places that cannot be read stay white.
-
     Raises:
         OutputError: the picture cannot be written.
-        ReadError: much of the slide cannot be read.
     """
-    overview = read_overview(slide, slide.mpp * max(slide.size_l0) / max_px, holes=True)
     for file, how in {Path(path): style, **also}.items():
-        canvas, scale = _enlarged(overview)
+        canvas, scale = _enlarged(picture, slide.size_l0)
         _draw_patches(canvas, grid, scale, how)
         if mask is not None:
             _draw_tissue(canvas, mask, scale)
-        picture = _with_caption(canvas, _caption(slide, mask, grid), slide.mpp / scale)
+        captioned = _with_caption(canvas, _caption(slide, mask, grid), slide.mpp / scale)
         thumbnail = make_thumbnail(Image.fromarray(canvas))
         with publish(file) as part:
-            picture.save(part, "JPEG", quality=88, exif=exif_of(thumbnail))
+            captioned.save(part, "JPEG", quality=88, exif=exif_of(thumbnail))
 
 
-def _enlarged(overview: Overview) -> tuple[Array, float]:
+def _enlarged(picture: Array, size_l0: tuple[int, int]) -> tuple[Array, float]:
     """The picture to draw on, uint8 [h, w, 3], and its pixels per level-0 pixel."""
-    height, width = overview.scanned.shape
-    factor = max(1.0, MIN_PX / max(height, width))
-    size = (round(width * factor), round(height * factor))
-    canvas = (
-        cv2.resize(overview.rgb, size, interpolation=cv2.INTER_CUBIC) if factor > 1 else overview.rgb.copy()
-    )
-    return np.asarray(canvas, np.uint8), factor / overview.downsample
+    longest = max(size_l0)
+    scale = min(PICTURE_PX, max(MIN_PX, longest)) / longest
+    size = [max(1, round(side * scale)) for side in size_l0]
+    canvas = cv2.resize(picture, size, interpolation=cv2.INTER_CUBIC)
+    return np.asarray(canvas, np.uint8), scale
 
 
 def _draw_patches(canvas: Array, grid: PatchGrid, scale: float, style: Style) -> None:

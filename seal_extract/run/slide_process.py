@@ -29,6 +29,7 @@ from seal_extract.slides.slide import Slide
 
 if TYPE_CHECKING:
     from seal_extract.patches.grid import PatchGrid
+    from seal_extract.slides.readers import Array
     from seal_extract.tissue.mask import TissueMask
 
 LIMIT_GB = 6  # beyond what the process takes to start; a plain image of the largest size allowed takes 4.2
@@ -48,19 +49,19 @@ def open_tried(job: SlideJob) -> Slide:
     return job.open()
 
 
-def open_with_grid(job: SlideJob) -> tuple[Slide, TissueMask | None, PatchGrid]:
-    """Open a slide whose tissue and grid were found in the other process; see `find_tissue_and_grid`.
+def open_with_grid(job: SlideJob) -> tuple[Slide, TissueMask | None, PatchGrid, Array]:
+    """Open a slide; its tissue, grid and picture come from the other process; see `find_tissue_and_grid`.
 
     Raises:
         SealExtractError: the slide cannot be used, or the limits were exceeded.
     """
     with _process_for(job.options) as process:
-        found = process and process.ask(job, finds_tissue=True)
-    if found is not None:
-        mask, grid, messages = found
+        answer = process and process.ask(job, finds_tissue=True)
+    if answer is not None:
+        *found, messages = answer
         for message in messages:
             warnings.warn(message, stacklevel=2)
-        return job.open(), mask, grid
+        return job.open(), *found
     slide = job.open()
     try:
         return slide, *find_tissue_and_grid(slide, job.options)
@@ -252,8 +253,8 @@ def _answer(job: SlideJob, finds_tissue: bool) -> Any:
             if not finds_tissue:
                 return None
             warnings.simplefilter("always")
-            mask, grid = find_tissue_and_grid(slide, job.options)
-    return mask, grid, [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+            found = find_tissue_and_grid(slide, job.options)
+    return *found, [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
 
 
 def _limit_memory() -> None:

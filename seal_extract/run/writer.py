@@ -176,7 +176,7 @@ def _draw(slide: OpenSlide) -> None:
         if shared is not None and (picture := layout.contours(name)):
             also[picture] = "outline"
     overlay = layout.overlay(name, grid.name)
-    draw_overlay(slide.slide, slide.mask, grid, overlay, style=options.overlay, also=also)
+    draw_overlay(slide.slide, slide.picture, slide.mask, grid, overlay, style=options.overlay, also=also)
 
 
 def _refuse_changed(slide: OpenSlide) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ SAMPLE_PX = 1_000_000  # enough for a median
 BLOCK_PX = 2048  # side of the squares read at a time
 HOLE_PX = 256  # side of the squares left out where nothing can be read, if holes are allowed
 MOST_HOLES = 64  # each costs opening the file again
+PICTURE_PX = 2048  # longest side of a picture
+LEAST_PICTURE_PX = 900  # a level with fewer pixels is too coarse for a picture
 
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels of the overview
 
@@ -45,6 +48,21 @@ class Overview:
         return f"Overview({w} x {h} px, {self.mpp:.4g} µm/px, {self.scanned.mean():.0%} scanned)"
 
 
+def read_picture(slide: Slide) -> Array:
+    """Read the whole slide to be looked at: uint8 [h, w, 3], its longest side at most `PICTURE_PX`.
+
+    It is read from a level that is as coarse as is still legible. Places that cannot be read are white.
+
+    Raises:
+        UnsupportedSlideError: see `read_overview`.
+        ReadError: much of the slide cannot be read.
+    """
+    longest = max(slide.size_l0)
+    level = coarsest_level(slide, longest / LEAST_PICTURE_PX)
+    px = min(PICTURE_PX, max(slide.levels[level].size_px))
+    return read_overview(slide, slide.mpp * longest / px, holes=True).rgb
+
+
 def read_overview(slide: Slide, mpp: float, *, holes: bool = False) -> Overview:
     """Read the whole slide at ``mpp`` by area averages, block by block, in bounded memory.
 
@@ -57,27 +75,49 @@ def read_overview(slide: Slide, mpp: float, *, holes: bool = False) -> Overview:
         UnsupportedSlideError: the slide is dark where it was scanned: fluorescence, not brightfield.
         ReadError: a region cannot be read.
     """
+    return _read(slide, mpp, holes=holes)[0]
+
+
+def read_overview_and_picture(slide: Slide, mpp: float) -> tuple[Overview, Array]:
+    """`read_overview` and `read_picture`, of one reading if that is fine enough for a picture."""
+    overview, picture = _read(slide, mpp, picture_px=PICTURE_PX)
+    height, width = picture.shape[:2]
+    if max(width, height) < min(LEAST_PICTURE_PX, max(slide.size_l0)):
+        return overview, read_picture(slide)
+    scale = min(1.0, PICTURE_PX / max(width, height))
+    return overview, _reduced(picture, *(max(1, round(side * scale)) for side in (width, height)))
+
+
+def _read(slide: Slide, mpp: float, *, holes: bool = False, picture_px: int = 0) -> tuple[Overview, Array]:
+    """The overview; and its pixels, finer if the level has more of the pixels that a picture may have."""
     downsample = max(1.0, mpp / slide.mpp)
     width, height = (max(1, round(side / downsample)) for side in slide.size_l0)
     rgb = np.empty((height, width, 3), np.uint8)
     scanned = np.empty((height, width), np.bool_)
     level = coarsest_level(slide, downsample)
     step = max(1, int(BLOCK_PX * slide.levels[level].downsample / downsample))  # overview px per block
+    level_px = int(1.01 * downsample / slide.levels[level].downsample)  # per overview px, along a side
+    finer = max(1, min(level_px, math.ceil(picture_px / max(width, height))))
+    picture = np.empty((height * finer, width * finer, 3), np.uint8) if finer > 1 else rgb
     left_out: list[str] = []  # messages only; an error would keep its frames and all that they hold
 
     def fill(block: Box) -> None:  # no recursion: that cycle would keep the slide and the picture in memory
         to_read = [block]
         while to_read:
             x0, y0, x1, y1 = to_read.pop()
-            part = np.s_[y0:y1, x0:x1]
+            part, fine = (np.s_[y0 * k : y1 * k, x0 * k : x1 * k] for k in (1, finer))
             try:
-                rgb[part], scanned[part] = _read_block(slide, level, (x0, y0, x1, y1), downsample)
+                region, unscanned = _read_block(slide, level, (x0, y0, x1, y1), downsample)
+                if finer > 1:
+                    picture[fine] = _reduced(region, finer * (x1 - x0), finer * (y1 - y0))
+                rgb[part] = _reduced(region, x1 - x0, y1 - y0)
+                scanned[part] = _reduced(unscanned, x1 - x0, y1 - y0) < 128
             except ReadError as exc:
                 if not holes or len(left_out) == MOST_HOLES:
                     raise
                 if max(x1 - x0, y1 - y0) <= max(1, step * HOLE_PX // BLOCK_PX):
                     left_out.append(str(exc))
-                    rgb[part], scanned[part] = 255, False
+                    picture[fine], rgb[part], scanned[part] = 255, 255, False
                 else:
                     to_read += reversed(_quarters(x0, y0, x1, y1))
 
@@ -92,7 +132,7 @@ def read_overview(slide: Slide, mpp: float, *, holes: bool = False) -> Overview:
         raise ReadError(left_out[0])
     overview = Overview(rgb, scanned, slide.mpp * downsample, downsample)
     _refuse_fluorescence(slide, overview)
-    return overview
+    return overview, picture
 
 
 def _quarters(x0: int, y0: int, x1: int, y1: int) -> list[Box]:
@@ -114,16 +154,17 @@ def _refuse_fluorescence(slide: Slide, overview: Overview) -> None:
         )
 
 
-def _read_block(slide: Slide, level: int, box: Box, downsample: float) -> tuple[Array, NDArray[np.bool_]]:
-    """Overview pixels ``box`` -> uint8 [h, w, 3] and bool [h, w]."""
+def _read_block(slide: Slide, level: int, box: Box, downsample: float) -> tuple[Array, Array]:
+    """Overview pixels ``box`` -> uint8 [H, W, 3] of the level, white where its [H, W], unscanned, is 255."""
     per_px = downsample / slide.levels[level].downsample  # level px per overview px
     x0, y0, x1, y1 = (round(v * per_px) for v in box)
     xy_l0 = (round(box[0] * downsample), round(box[1] * downsample))
     region = slide.read_region(xy_l0, level, (max(1, x1 - x0), max(1, y1 - y0)))
-    size = (box[2] - box[0], box[3] - box[1])
     unscanned = cv2.inRange(region, (0, 0, 0), (UNSCANNED_BELOW - 1,) * 3)  # 255 there, 0 elsewhere
     if unscanned.any():
         region = np.where(unscanned[..., None] > 0, np.uint8(255), region)
-    rgb = cv2.resize(region, size, interpolation=cv2.INTER_AREA)
-    share = cv2.resize(unscanned, size, interpolation=cv2.INTER_AREA)
-    return np.asarray(rgb, np.uint8), np.asarray(share < 128)
+    return region, np.asarray(unscanned, np.uint8)
+
+
+def _reduced(pixels: Array, width: int, height: int) -> Array:
+    return np.asarray(cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA), np.uint8)

@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from seal_extract.slides.overview import Overview, read_overview
+from seal_extract.slides.overview import Overview, read_overview, read_overview_and_picture
 from seal_extract.slides.readers import Array
 from seal_extract.slides.slide import Slide
 from seal_extract.tissue.geojson import Mask
@@ -32,6 +32,7 @@ Floats: TypeAlias = NDArray[np.float32]
 DETAIL_UM = 12.0  # sigma: finer than this is texture (nuclei, fibres, walls of fat cells)
 FINE_UM = 5.0  # sigma: finer than this is lost in ink out of focus, and not in tissue
 WINDOW_UM = 36.0  # radius over which texture is pooled: reaches across fat cells
+MASK_MPP = 8.0  # µm/px of masks
 MIN_TEXTURE = 0.006  # rms optical density; glass below 0.004, the palest fat above 0.014
 MIN_CHROMA = 0.15  # (max - min) / max over R, G, B of optical density: edges of glass below, stain above 0.3
 SMOOTH_INK = 0.15  # fine texture / optical density: ink below, even over tissue; most tissue in focus above
@@ -59,10 +60,11 @@ TEXTURED, COLOURED, COLOURLESS, INK, FADING_INK, UNSCANNED = (np.uint8(1 << bit)
 def find_tissue(
     slide: Slide,
     *,
-    mpp: float = 8.0,
+    mpp: float = MASK_MPP,
     min_texture: float = MIN_TEXTURE,
     min_area_mm2: float = 0.0125,
     max_hole_mm2: float = 0.05,
+    overview: Overview | None = None,
 ) -> TissueMask:
     """Find the tissue of a brightfield slide (H&E, or IHC with DAB), in bounded memory.
 
@@ -75,6 +77,7 @@ def find_tissue(
         min_texture: optical density (rms, on the scale of cells) from which on something is tissue.
         min_area_mm2: smaller pieces are dropped; by default those below a patch of 224 px at 0.5 µm/px.
         max_hole_mm2: smaller holes are filled; by default lumina and clefts up to 250 µm across.
+        overview: the slide at `work_resolution` of ``mpp``; read here by default.
 
     Raises:
         UsageError: a µm/px that no mask can have.
@@ -82,12 +85,18 @@ def find_tissue(
         ReadError: a region of the slide cannot be read.
     """
     work_mpp, factor = work_resolution(slide, mpp)
-    overview = read_overview(slide, work_mpp)
+    overview = overview or read_overview(slide, work_mpp)
     flags = flag_pixels(overview, factor, min_texture)
     downsample = overview.downsample * factor
     px_per_mm2 = 1e6 / (slide.mpp * downsample) ** 2
     mask = _connect(flags, slide.mpp * downsample, min_area_mm2 * px_per_mm2, max_hole_mm2 * px_per_mm2)
     return TissueMask(mask, slide.mpp * downsample, downsample, slide.size_l0)
+
+
+def find_tissue_and_picture(slide: Slide) -> tuple[TissueMask, Array]:
+    """`find_tissue`, and the slide to be looked at as `read_picture` gives it, of one reading if possible."""
+    overview, picture = read_overview_and_picture(slide, work_resolution(slide, MASK_MPP)[0])
+    return find_tissue(slide, overview=overview), picture
 
 
 def flag_pixels(

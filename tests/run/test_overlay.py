@@ -1,5 +1,6 @@
 """The picture per slide shows the tissue's outline, every patch, and says what it shows."""
 
+from collections import Counter
 from dataclasses import replace
 from io import BytesIO
 
@@ -8,8 +9,11 @@ import pytest
 from PIL import ExifTags, Image
 
 from seal_extract.patches.grid import make_grid
+from seal_extract.run.job import find_tissue_and_grid
+from seal_extract.run.options import ExtractOptions
 from seal_extract.run.overlay import PATCH_RGB, TISSUE_RGB, draw_overlay
 from seal_extract.slides.drawing import read_thumbnail, round_length
+from seal_extract.slides.overview import read_picture
 from seal_extract.tissue.mask import TissueMask
 
 
@@ -27,16 +31,37 @@ def near(picture, rgb, tolerance=40):
 
 @pytest.fixture
 def white(drawn):
-    slide = drawn(2400, 1600, mpp=0.5)
+    slide = drawn(1200, 800, mpp=0.5)
     slide.pixels[:] = 250
     return slide
 
 
-def draw(path, slide, patch_px=200, max_px=1200, **kwargs):
+def draw(path, slide, patch_px=100):
     """The picture of a slide whose left half is tissue, under patches of that size."""
     mask = half_tissue(slide)
-    draw_overlay(slide, mask, make_grid(slide, mask, patch_px, 0.5), path, max_px=max_px, **kwargs)
+    draw_overlay(slide, read_picture(slide), mask, make_grid(slide, mask, patch_px, 0.5), path)
     return np.asarray(Image.open(path))
+
+
+@pytest.mark.parametrize(
+    ("downsamples", "shape", "levels"),
+    [((1.0, 4.0), (900, 1000), [1]), ((1.0,), (1843, 2048), [0]), ((1.0, 4.0, 16.0), (900, 1000), [1, 2])],
+)
+def test_no_pixel_is_read_for_the_picture_that_was_read_for_the_tissue(drawn, downsamples, shape, levels):
+    """Where a coarse level does for the tissue, but for no picture, the next finer one is read too."""
+    slide, read = drawn(4000, 3600, mpp=0.25, downsamples=downsamples), Counter()
+    read_region = slide.read_region
+
+    def counting(xy_l0, level, size_px):
+        read[level] += size_px[0] * size_px[1]
+        return read_region(xy_l0, level, size_px)
+
+    slide.read_region = counting
+    *_, picture = find_tissue_and_grid(slide, ExtractOptions())
+    assert read == {level: np.prod(slide.levels[level].size_px) for level in levels}
+    assert picture.shape == (*shape, 3)
+    one, other = (Image.fromarray(pixels).reduce(8) for pixels in (picture, read_picture(slide)))
+    assert np.abs(np.asarray(one, int) - other).max() < 12
 
 
 def test_patches_and_outline_lie_where_they_should(white, tmp_path):
@@ -54,14 +79,14 @@ def test_patches_and_outline_lie_where_they_should(white, tmp_path):
     assert inside < outside - 10  # patches are tinted
 
 
-@pytest.mark.parametrize("patch_px", [200, 8])
+@pytest.mark.parametrize("patch_px", [100, 4])
 def test_an_outline_leaves_the_stains_as_they_are_where_a_tint_does_not(white, tmp_path, patch_px):
     mask = half_tissue(white)
     grid = make_grid(white, mask, patch_px, 0.5)
-    grid = replace(grid, xy_l0=grid.xy_l0[grid.xy_l0[:, 0] < 800])  # up to x = 400 in the picture
+    grid = replace(grid, xy_l0=grid.xy_l0[grid.xy_l0[:, 0] < 400])
     also = {tmp_path / "b.jpg": "outline"}
-    draw_overlay(white, mask, grid, tmp_path / "a.jpg", max_px=1200, also=also)
-    draw_overlay(white, mask, grid, tmp_path / "c.jpg", max_px=1200, style="outline")
+    draw_overlay(white, white.pixels, mask, grid, tmp_path / "a.jpg", also=also)
+    draw_overlay(white, white.pixels, mask, grid, tmp_path / "c.jpg", style="outline")
     assert (tmp_path / "b.jpg").read_bytes() == (tmp_path / "c.jpg").read_bytes()
     tinted, outlined = (np.asarray(Image.open(tmp_path / name)) for name in ("a.jpg", "c.jpg"))
     inside = np.s_[115:185, 115:185]  # of a large patch, or in the middle of tiny ones
@@ -71,14 +96,14 @@ def test_an_outline_leaves_the_stains_as_they_are_where_a_tint_does_not(white, t
 
 
 def test_tiny_patches_are_filled_instead_of_framed(white, tmp_path):
-    picture = draw(tmp_path / "a.jpg", white, 8)
+    picture = draw(tmp_path / "a.jpg", white, 4)
     assert picture[100:700, 50:550].std(axis=(0, 1)).max() < 12
     assert picture[400, 300, 0] < picture[400, 900, 0] - 50
 
 
 def test_no_patches_and_no_mask_still_give_a_picture(white, tmp_path):
-    empty = TissueMask(np.zeros((100, 150), bool), 8.0, 16.0, white.size_l0)
-    draw_overlay(white, None, make_grid(white, empty, 200, 0.5), tmp_path / "a.jpg")
+    empty = TissueMask(np.zeros((50, 75), bool), 8.0, 16.0, white.size_l0)
+    draw_overlay(white, white.pixels, None, make_grid(white, empty, 100, 0.5), tmp_path / "a.jpg")
     picture = np.asarray(Image.open(tmp_path / "a.jpg"))
     assert not near(picture, PATCH_RGB).any()
     assert not near(picture, TISSUE_RGB).any()
@@ -86,7 +111,7 @@ def test_no_patches_and_no_mask_still_give_a_picture(white, tmp_path):
 
 def test_small_slides_are_enlarged_and_large_ones_reduced(drawn, tmp_path):
     for side in (300, 5000):
-        picture = draw(tmp_path / f"{side}.jpg", drawn(side, side, mpp=0.5), 64, max_px=2048)
+        picture = draw(tmp_path / f"{side}.jpg", drawn(side, side, mpp=0.5), 64)
         assert 900 <= picture.shape[1] <= 2048
 
 
