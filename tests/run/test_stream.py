@@ -252,6 +252,8 @@ def test_slides_that_fail_faster_than_they_are_drawn_do_not_pile_up(slides, tmp_
     paths = [shutil.copy(bad, tmp_path / f"{i:02}.svs") for i in range(30)]
     thread = threading.Thread(target=run, args=(paths, tmp_path / "out"))
     thread.start()
+    while not opened:
+        time.sleep(0.1)
     time.sleep(2)
     waiting = len(opened)
     draw_on.set()
