@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from seal_extract.errors import ReadError
-from seal_extract.patches.codecs import REDUCTIONS, TileError, copy_rgb, shrink
+from seal_extract.patches.codecs import REDUCTIONS, TileError, memory_for_pixels, shrink
 from seal_extract.patches.grid import PatchGrid
 from seal_extract.patches.regions import HostPixels, PatchReader, RegionReader
 from seal_extract.patches.resample import Resampling
@@ -26,7 +26,7 @@ from seal_extract.slides.slide import Slide
 HELD_BYTES = 512 * 2**20  # of shared tiles; beyond, as for patches in random order, tiles are decoded again
 
 Users = Mapping[int, list[int]]  # tile -> the patches of a job that it lies under
-Pixels = Array | ReadError  # of a tile: uint8 [h, w, channels], or the reason why it cannot be read
+Pixels = Array | ReadError  # of a tile: uint8 [h, w, 3], or the reason why it cannot be read
 
 
 def open_patch_reader(
@@ -73,8 +73,8 @@ class TileReader:
         probe(slide, grid.level, self._tiled, np.flatnonzero(uses))
         self._reduction, self._by_codec = self._choose_reduction(fast)
         self._region_px = grid.read_px // self._reduction
-        height, width, channels = self._tiled.tile_shape
-        self._tile_shape = (height // self._reduction, width // self._reduction, channels)  # as decoded
+        height, width, _ = self._tiled.tile_shape
+        self._tile_shape = (height // self._reduction, width // self._reduction, 3)  # as decoded
         self._shared = SharedTiles(uses, self._tile_shape)
         self._buffers = threading.local()
         self.name = self._tiled.codec.name + (f" at 1/{self._reduction}" if self._by_codec else "")
@@ -190,7 +190,7 @@ class TileReader:
         if not (data or theirs.any() or self._tiled.is_left_out(tile)):
             return self._damaged(tile, error)
         whole = np.zeros(self._tiled.tile_shape, np.uint8)
-        inside = whole[: theirs.shape[0], : theirs.shape[1], :3]
+        inside = whole[: theirs.shape[0], : theirs.shape[1]]
         with contextlib.suppress(TileError):
             self._tiled.codec.decode(data, whole, lenient=True)
             if np.array_equal(inside, theirs):
@@ -218,7 +218,7 @@ class TileReader:
             last = min(begin + side, corner + self._region_px, self._tiled.size_px[axis])
             cut.append(slice(first - begin, last - begin))
             put.append(slice(first - corner, last - corner))
-        copy_rgb(pixels[cut[0], cut[1]], region[put[0], put[1]])
+        region[put[0], put[1]] = pixels[cut[0], cut[1]]
 
     # --- memory is used again and again, because new memory costs a page fault per 4 KiB -----------------
 
@@ -236,7 +236,7 @@ class TileReader:
         """The buffer of that name that belongs to this thread."""
         buffer: Array | None = getattr(self._buffers, name, None)
         if buffer is None or buffer.shape != shape:
-            buffer = np.empty(shape, np.uint8)
+            buffer = memory_for_pixels(*shape)
             setattr(self._buffers, name, buffer)
         return buffer
 
@@ -313,4 +313,4 @@ class SharedTiles:
         with self._lock:
             if self._spare:
                 return self._spare.pop()
-        return np.empty(self._shape, np.uint8)
+        return memory_for_pixels(*self._shape)

@@ -238,7 +238,7 @@ def test_a_tile_of_another_size_or_kind_is_refused_at_every_scale(slide_of):
     with open_slide(slide_of("420")) as slide:
         level = open_level(slide, 0)
         ((_, data),) = level.read([8])
-    out = np.empty((64, 64, 4), np.uint8)
+    out = np.empty((64, 64, 3), np.uint8)
     for factor in (1, 2, 8):
         with pytest.raises(
             TileError, match=rf"256 x 256 px x 3 instead of {64 * factor} x {64 * factor} x 3"
@@ -247,7 +247,7 @@ def test_a_tile_of_another_size_or_kind_is_refused_at_every_scale(slide_of):
     level.codec.decode(data, out, 4)
     for broken in (b"", b"\xff\xd8", b"\xff\xd8\xff", data[:3], data[:12], b"\xff\xd8" + b"\xff" * 50):
         with pytest.raises(TileError):
-            level.codec.decode(broken, np.empty((256, 256, 4), np.uint8))
+            level.codec.decode(broken, np.empty((256, 256, 3), np.uint8))
 
 
 # --- tiles shrunk into patches ----------------------------------------------------------------
