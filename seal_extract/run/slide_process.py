@@ -56,7 +56,7 @@ def open_with_grid(job: SlideJob) -> tuple[Slide, TissueMask | None, PatchGrid, 
         SealExtractError: the slide cannot be used, or the limits were exceeded.
     """
     with _process_for(job.options) as process:
-        answer = process and process.ask(job, finds_tissue=True)
+        answer = None if process is None else process.ask(job, finds_tissue=True)
     if answer is not None:
         *found, messages = answer
         for message in messages:

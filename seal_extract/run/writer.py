@@ -1,11 +1,17 @@
-"""Embeddings to HDF5: taken in order, checked, and written slide by slide in a thread of its own."""
+"""Embeddings to HDF5: taken in order, checked, and written slide by slide in a thread of its own.
+
+Threads beside it draw the picture of each slide, whose result comes when both are done.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from threading import BoundedSemaphore, Lock
 from time import perf_counter
 
 import numpy as np
@@ -21,18 +27,22 @@ from seal_extract.run.overlay import Style, draw_overlay
 from seal_extract.run.status_table import Progress, SlideResult
 from seal_extract.slides.entry import file_stamp
 
+PICTURES_AT_ONCE = 2
+PICTURES_AHEAD = 4  # drawn, or waiting for it, while the features of their slides are written
+
 
 @dataclass
 class _Unfinished:
-    """A slide whose features are being written."""
+    """A slide whose features are being written, or whose picture is being drawn."""
 
     slide: OpenSlide
+    picture: Future[None]
     files: ExitStack = field(default_factory=ExitStack)
     writers: dict[int, FeatureWriter] = field(default_factory=dict)  # by encoder
 
 
 class Writer:
-    """What has to be done for a slide behind the encoders; all of it is done by one thread, in order."""
+    """What has to be done for a slide behind the encoders; pictures apart, one thread does it in order."""
 
     def __init__(
         self,
@@ -41,7 +51,10 @@ class Writer:
         progress: Progress | None,
     ) -> None:
         self._encoders, self._on_result, self._progress = encoders, on_result, progress
-        self._unfinished: dict[int, _Unfinished] = {}  # by position in the stream
+        self._unfinished: dict[int, _Unfinished] = {}  # those with rows to come, by position in the stream
+        self._pictures = ThreadPoolExecutor(PICTURES_AT_ONCE, "draw")
+        self._room = BoundedSemaphore(PICTURES_AHEAD)
+        self._ending = Lock()
         self._last_end = perf_counter()
 
     def run(self, tasks: Iterable[Callable[[], None]]) -> None:
@@ -49,19 +62,20 @@ class Writer:
         try:
             for task in tasks:
                 task()
+            self._pictures.shutdown()
         finally:
             for index in list(self._unfinished):
-                self._end(index, ReadError("the run was stopped"))
+                self._written(index, ReadError("the run was stopped"))
+            self._pictures.shutdown(cancel_futures=True)
 
     def begin(self, index: int, slide: OpenSlide) -> None:
-        """Draw the picture of a slide; without patches that is all of it."""
-        self._unfinished[index] = _Unfinished(slide)
-        try:
-            _draw(slide)
-        except Exception as exc:
-            return self.fail(index, exc)
+        """Have the picture of a slide drawn; without patches that is all of it."""
+        self._room.acquire()
+        picture = self._pictures.submit(_draw, slide)
+        picture.add_done_callback(lambda _: self._room.release())
+        self._unfinished[index] = _Unfinished(slide, picture)
         if not len(slide.grid):
-            self._finish(index)
+            self._written(index)
 
     def write(self, batch: PatchBatch, pending: dict[int, Pending]) -> None:
         """Write the embeddings of a batch, by encoder, once they are there."""
@@ -73,13 +87,13 @@ class Writer:
             try:
                 self._append(unfinished, batch, positions, embeddings)
             except Exception as exc:
-                self._end(index, exc)
+                self._written(index, exc)
                 continue
             done, total = int(batch.row[positions[-1]]) + 1, len(unfinished.slide.grid)
             if self._progress is not None:
                 self._progress(unfinished.slide.job.entry.path, done, total)
             if done == total:
-                self._finish(index)
+                self._written(index)
 
     def fail(self, index: int, error: Exception) -> None:
         """A slide cannot be read any further."""
@@ -88,7 +102,7 @@ class Writer:
                 _refuse_changed(unfinished.slide)
             except ReadError as changed:  # that explains why it cannot be read
                 error = changed
-        self._end(index, error)
+        self._written(index, error)
 
     def _append(
         self,
@@ -128,9 +142,19 @@ class Writer:
             unfinished.writers[output.encoder] = unfinished.files.enter_context(file)
         return unfinished.writers[output.encoder]
 
-    def _finish(self, index: int) -> None:
-        unfinished = self._unfinished[index]
+    def _written(self, index: int, error: Exception | None = None) -> None:
+        """No more rows come of a slide: it is finished once its picture is."""
+        if (unfinished := self._unfinished.pop(index, None)) is not None:
+            unfinished.picture.add_done_callback(partial(self._finish, unfinished, error))
+
+    def _finish(self, unfinished: _Unfinished, error: Exception | None, picture: Future[None]) -> None:
+        features: tuple[SlideFeatures, ...] = ()
         try:
+            if picture.cancelled():
+                raise ReadError("the run was stopped")
+            picture.result()
+            if error is not None:
+                raise error
             _refuse_changed(unfinished.slide)
             for output in unfinished.slide.outputs:
                 self._writer(unfinished, output)  # a slide without patches has none yet
@@ -138,20 +162,11 @@ class Writer:
             unfinished.files.close()
             features = self._features(unfinished.slide)
         except Exception as exc:
-            self._end(index, exc)
-        else:
-            self._end(index, None, features)
-
-    def _end(self, index: int, error: Exception | None, features: tuple[SlideFeatures, ...] = ()) -> None:
-        unfinished = self._unfinished.pop(index, None)
-        if unfinished is None:
-            return
-        entry, before = unfinished.slide.job.entry, self._last_end
-        if error is not None:
-            unfinished.files.__exit__(type(error), error, error.__traceback__)
-            error = entry.blame(error)
-        self._last_end = perf_counter()
-        self._on_result(SlideResult(entry, features, error, self._last_end - before))
+            unfinished.files.__exit__(type(exc), exc, exc.__traceback__)
+            error = unfinished.slide.job.entry.blame(exc)
+        with self._ending:
+            before, self._last_end = self._last_end, perf_counter()
+            self._on_result(SlideResult(unfinished.slide.job.entry, features, error, self._last_end - before))
 
     def _features(self, slide: OpenSlide) -> tuple[SlideFeatures, ...]:
         """Those of all encoders, in their order; some may have been finished by a former run."""

@@ -182,6 +182,26 @@ def test_slides_are_planned_at_the_same_time_and_read_in_their_order(
     assert list(dict.fromkeys(begun)) == [slides[i] for i in (0, 1, 3)][first_fails:]
 
 
+def test_a_picture_holds_up_no_embedding_and_its_own_slides_result(slides, tmp_path, monkeypatch):
+    """Each is drawn only when the rows of all slides are written."""
+    draw, written, all_written, paths = writer.draw_overlay, set(), threading.Event(), [slides[0], slides[3]]
+
+    def draw_late(*args, **how):
+        assert all_written.wait(60)
+        draw(*args, **how)
+
+    def note(slide, done, total):
+        if done == total:
+            written.add(slide)
+        if written == set(paths):
+            all_written.set()
+
+    monkeypatch.setattr(writer, "draw_overlay", draw_late)
+    for result in extract_many(paths, Checksums(), tmp_path, progress=note):
+        assert result.error is None
+        assert (tmp_path / f"overlays/20x_224px_0px_overlap/{result.name}.jpg").exists()
+
+
 # --- nothing is left --------------------------------------------------------------------------
 
 
@@ -196,7 +216,10 @@ def no_threads_left():
 
 
 @pytest.mark.usefixtures("no_threads_left")
-def test_a_stream_closed_early_leaves_nothing_half_written(slides, tmp_path):
+@pytest.mark.parametrize("picture_s", [0, 0.2])
+def test_a_stream_closed_early_leaves_nothing_half_written(slides, tmp_path, monkeypatch, picture_s):
+    draw = writer.draw_overlay
+    monkeypatch.setattr(writer, "draw_overlay", lambda *a, **k: time.sleep(picture_s) or draw(*a, **k))
     stream = extract_many(
         [slides[i] for i in (0, 1, 3)], [Checksums()], tmp_path, options=ExtractOptions(batch_size=2)
     )
