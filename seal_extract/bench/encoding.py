@@ -255,7 +255,7 @@ def measure_encoding(
             "write": lambda: _time_write(sample, encoder, folder / "written", embedder.batch_size),
         }
         timings = take_turns(works, repeats, progress)
-        flops = _flops_per_patch(encoder, held[0])
+        flops = flops_per_patch(encoder, held[0])
     kernels_s, made = None if on_cpu else kernel_seconds(whole, device), tuple(runs[:repeats])
     side, products = MATRIX[device.type]
     matrix_flops = at_once * products * 2.0 * side**3
@@ -346,7 +346,7 @@ def _time_forward(embedder: Embedder, held: list[Tensor], patches: int, device: 
     return timed(encode, device)
 
 
-def _flops_per_patch(encoder: Encoder, patches: Tensor) -> float:
+def flops_per_patch(encoder: Encoder, patches: Tensor) -> float:
     """Floating-point operations of a forward pass; a multiplication and an addition are two."""
     few = patches[:CPU_ROWS]
     counter = FlopCounterMode(display=False)
