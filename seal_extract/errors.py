@@ -10,11 +10,12 @@
     ├── GeometryError          tissue polygons, grids, coordinates of other tools
     ├── EncoderError           the encoder
     │   ├── CheckpointError      keys, shapes, dtypes, unsafe pickles
-    │   └── HubError             the Hub
-    │       ├── TokenError         no token, or one the Hub does not know
-    │       ├── GateError          the licence page was not accepted
-    │       ├── MissingOnHubError  repository, revision or file does not exist
-    │       └── NetworkError       the Hub cannot be reached, or must not be (offline)
+    │   ├── HubError             the Hub
+    │   │   ├── TokenError         no token, or one the Hub does not know
+    │   │   ├── GateError          the licence page was not accepted
+    │   │   ├── MissingOnHubError  repository, revision or file does not exist
+    │   │   └── NetworkError       the Hub cannot be reached, or must not be (offline)
+    │   └── DeviceError          the GPU has stopped, and this process cannot use it any more
     ├── OutputError            disk full, folder not writable, file of another run in the way
     └── UnexpectedError        an error that this package did not foresee; carries the traceback
 
@@ -24,6 +25,7 @@ translated where they appear and stay reachable as ``__cause__``.
 
 import errno
 import traceback
+from typing import TypeGuard
 
 NAME_TOO_LONG = "the name is too long for that disk; rename the slide or choose another -o"
 
@@ -102,6 +104,10 @@ class NetworkError(HubError):
     """The Hub cannot be reached, or offline mode forbids to ask and the cache has no copy."""
 
 
+class DeviceError(EncoderError):
+    """The GPU has stopped, and this process cannot use it any more; another process can."""
+
+
 class OutputError(SealExtractError):
     """The result cannot be written."""
 
@@ -116,11 +122,29 @@ class UnexpectedError(SealExtractError):
     details: str = ""
 
 
+# CUDA returns each of these from every later call too, unlike a lack of memory
+_LOST = (
+    *("illegal memory access", "illegal instruction", "illegal address", "misaligned address"),
+    *("device-side assert", "unspecified launch failure", "invalid program counter", "hardware stack error"),
+    *("uncorrectable ECC error", "NVLink error", "GPU is lost", "launch timed out"),
+)
+
+
+def is_of_lost_device(error: BaseException) -> TypeGuard[RuntimeError]:
+    """Whether an error of torch means that its process cannot use the GPU any more."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST)
+
+
 def as_ours(error: Exception, slide: str) -> SealExtractError:
     """Any error that stopped a slide, as one of ours; messages name the slide as ``slide``."""
     if isinstance(error, SealExtractError):
         return error
     why = first_line(error)
+    if is_of_lost_device(error):
+        return DeviceError(
+            f"the GPU stopped when {slide} was embedded ({why}); finished slides are kept, type the same "
+            "command again to continue; if it stops there again, embed that slide with --device cpu"
+        )
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # the name of its results
         return OutputError(f"{slide}: {NAME_TOO_LONG}; nothing half-written was left")
     if isinstance(error, OSError):  # of reading; writing translates its own

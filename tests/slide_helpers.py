@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from seal_extract.demo import UNTRAINED
 from seal_extract.encoders.encoder import Encoder
+from seal_extract.encoders.spec import InputRule
 from seal_extract.patches.grid import PatchGrid, level_to_read
 from seal_extract.patches.regions import PatchReader
 from seal_extract.slides.slide import Slide
@@ -82,10 +83,11 @@ class Checksums(Encoder):
     """Embeds a patch as sums over its pixels modulo a prime: no other pixels give the same numbers."""
 
     def __init__(self, name: str = "checksums") -> None:
-        super().__init__(replace(UNTRAINED, name=name, dim=4), nn.Identity(), (), torch.float32)
+        row = replace(UNTRAINED, name=name, dim=4, input=InputRule(1))
+        super().__init__(row, nn.Identity(), (), torch.float32)
 
-    def encode_unchecked(self, patches: Tensor) -> Tensor:
-        pixels = patches.contiguous().reshape(len(patches), -1).long() + 1
+    def compute(self, images: Tensor) -> Tensor:
+        pixels = images.contiguous().reshape(len(images), -1).long() + 1
         places = torch.arange(1, pixels.shape[1] + 1)
         sums = [(pixels * (places * step % PRIME)).sum(1) % PRIME for step in (1, 7, 131, 1009)]
         return torch.stack(sums, 1).float()

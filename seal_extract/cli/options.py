@@ -63,7 +63,7 @@ SHARED: dict[str, dict[str, Any]] = {
     },
     "--precision": {
         "type": _precision,
-        "metavar": "{float32,bfloat16,float16}",
+        "metavar": "{float32,tf32,bfloat16,float16}",
         "help": "number format of the encoder (default: float32 on a CPU; see `seal-extract encoders`)",
     },
     "--device": {"help": "cpu, cuda, cuda:1 (default: cuda where there is one)"},

@@ -113,8 +113,6 @@ def _encoder(args: argparse.Namespace) -> Encoder:
         return encoder_request(args.encoder, args).load()
     if args.checkpoint is not None:
         raise UsageError(f"--checkpoint {args.checkpoint} is of no encoder; type --encoder NAME too")
-    import torch
-
     from seal_extract.demo import UNTRAINED, untrained_encoder
     from seal_extract.encoders.build import pick_device
     from seal_extract.encoders.locate import named_spec
@@ -124,7 +122,7 @@ def _encoder(args: argparse.Namespace) -> Encoder:
         spec = named_spec(args.untrained)
         spec = replace(spec, name=f"untrained-{spec.name}")
     encoder = untrained_encoder(spec).to(pick_device(args.device))
-    encoder.precision = getattr(torch, encoder.spec.precision_for(encoder.device.type, args.precision))
+    encoder.set_precision(encoder.spec.precision_for(encoder.device.type, args.precision))
     return encoder
 
 

@@ -64,8 +64,8 @@ def load_encoder(
             that its row is pinned to, and must have the pinned sha256. With ``"main"`` the present file is
             taken, and of its base too; the record tells whether it is the pinned one.
         device: by default ``"cuda"`` if there is a GPU, else ``"cpu"``.
-        precision: ``"float32"``, ``"bfloat16"`` or ``"float16"``; by default the recommended one on a GPU and
-            float32 elsewhere.
+        precision: ``"float32"``, ``"tf32"`` (on a GPU), ``"bfloat16"`` or ``"float16"``; by default the
+            recommended one on a GPU and float32 elsewhere.
         offline: take files from the Hub's cache only.
 
     Raises:
@@ -76,9 +76,10 @@ def load_encoder(
     target, asked = pick_device(device), check_precision(precision)
     files = None if adapter is None else locate_adapter(adapter, offline)
     spec, file = locate(name_or_path, checkpoint, revision, offline)
-    dtype: torch.dtype = getattr(torch, spec.precision_for(target.type, asked))
+    in_use = spec.precision_for(target.type, asked)
     fetch_base = partial(locate_base, revision=revision if revision == "main" else None, offline=offline)
-    encoder = _load(spec, file, files, fetch_base, dtype)
+    encoder = _load(spec, file, files, fetch_base)
+    encoder.set_precision(in_use)
     if adapter is not None:
         encoder.spec = adapted(spec, adapter)
     return encoder.to(target)
@@ -119,7 +120,6 @@ def _load(
     file: FoundFile,
     adapter: tuple[FoundFile, FoundFile] | None,
     fetch_base: Callable[[EncoderSpec, Path], FoundFile],
-    precision: torch.dtype,
 ) -> Encoder:
     """The encoder on top of the mapped files, while another thread computes their hashes."""
     tower = empty_tower(spec)
@@ -145,7 +145,7 @@ def _load(
         fill(tower, parts.tower)
         decoder = filled_decoder(spec.dim, own.decoder, parts.decoder)
         head = filled_head(parts.head, spec.dim)
-        encoder = Encoder(spec, tower, reader.weights(), precision, decoder, head, parts.merged)
+        encoder = Encoder(spec, tower, reader.weights(), torch.float32, decoder, head, parts.merged)
     encoder.genes = own.genes
     return encoder
 

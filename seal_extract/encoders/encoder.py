@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
 from typing import Any
 
 import torch
@@ -17,9 +19,14 @@ from seal_extract.encoders.files import WeightFile
 from seal_extract.encoders.heads import ExpressionDecoder, as_rows
 from seal_extract.encoders.registry import names_with_decoder
 from seal_extract.encoders.spec import EncoderSpec
-from seal_extract.encoders.tower import embed
+from seal_extract.encoders.tower import embed, in_precision
 from seal_extract.encoders.transform import PatchTransform, check_patches, check_sides, fit
 from seal_extract.errors import EncoderError, UsageError
+
+# the arithmetic of float32 on NVIDIA GPUs: by default cuDNN's convolutions round their factors to TF32
+_cudnn: Any = torch.backends.cudnn
+FLOAT32_OF: tuple[Any, ...] = (torch.backends.cuda.matmul, _cudnn.conv, _cudnn.rnn)
+_making = Lock()  # of a tower in lower precision, which several threads may need at once
 
 
 class Encoder(nn.Module):
@@ -31,7 +38,9 @@ class Encoder(nn.Module):
     Attributes:
         spec: the row.
         weights: the files that the weights came from.
-        precision: of the computation in `encode`; the weights stay float32.
+        precision: of the computation in `encode`; `set_precision` changes it. The tower stays float32, and
+            `encode` takes the matrices of its layers from a copy in this precision.
+        tf32: whether float32 products round their factors to TF32, on a GPU.
         transform: PIL image to normalised tensor.
         mean: [3, 1, 1], of RGB in 0..1, on the encoder's device.
         std: likewise.
@@ -56,7 +65,8 @@ class Encoder(nn.Module):
         merged: Sequence[dict[str, Any]] = (),
     ) -> None:
         super().__init__()
-        self.spec, self.weights, self.precision = spec, weights, precision
+        self.spec, self.weights, self.precision, self.tf32 = spec, weights, precision, False
+        self._low: tuple[object, nn.Module] | None = None  # made by `_computing_tower`
         self.transform = PatchTransform.of(spec)
         self.tower = tower
         self.decoder, self.projection = decoder, projection
@@ -126,6 +136,7 @@ class Encoder(nn.Module):
             "trained_mpp": self.spec.mpp,
             "input": str(self.spec.input),
             "licence": self.spec.licence,
+            **self._precision_error,
             "source": self.spec.source,
             "weights": [asdict(w) for w in self.weights],
             "merged": list(self.merged),
@@ -135,7 +146,12 @@ class Encoder(nn.Module):
 
     @property
     def _precision_name(self) -> str:
-        return str(self.precision).removeprefix("torch.")
+        return "tf32" if self.tf32 else str(self.precision).removeprefix("torch.")
+
+    def set_precision(self, name: str) -> None:
+        """Compute in another precision from now on: one of `PRECISIONS`."""
+        self.tf32 = name == "tf32"
+        self.precision = torch.float32 if self.tf32 else getattr(torch, name)
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed images that `transform` has made.
@@ -174,22 +190,67 @@ class Encoder(nn.Module):
             )
         return embeddings.clone()  # out of inference mode, so that one can train on it
 
-    def encode_unchecked(self, patches: Tensor) -> Tensor:
-        """`encode` without waiting for the device: embeddings may hold NaN and must not be changed."""
+    def encode_unchecked(self, patches: Tensor, compute: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """`encode` without waiting for the device: embeddings may hold NaN and must not be changed.
+
+        Args:
+            patches: as `encode` takes them.
+            compute: does what the method `compute` does, in its place.
+        """
         check_patches(patches, self.spec.name)
         with torch.inference_mode():
             if not len(patches):
                 return torch.empty(0, self.spec.dim, device=self.device)
             images = fit(patches.to(self.device, non_blocking=True), self.spec.input)
-            images = images.float().div(255).sub(self.mean).div(self.std)  # float32 [B, 3, S, S]
-            with self._autocast():
-                embeddings: Tensor = self(images).float()
-        return embeddings
+            return (compute or self.compute)(images)
 
-    def _autocast(self) -> torch.autocast:
+    def compute(self, images: Tensor) -> Tensor:
+        """Normalise images and embed them, all on their device.
+
+        Args:
+            images: uint8 [B, 3, S, S], as the tower sees them.
+
+        Returns:
+            float32 [B, D].
+        """
+        check_sides(images.shape[-2], images.shape[-1], self.spec.input.multiple_of, self.spec.name)
+        with torch.inference_mode(), self._arithmetic():
+            images = images.float().div(255).sub(self.mean).div(self.std)  # float32 [B, 3, S, S]
+            return embed(self._computing_tower(), self.spec.pooling, images).float()
+
+    def _computing_tower(self) -> nn.Module:
+        """The tower, or a copy whose matrices are in `precision`; made once."""
         if self.precision == torch.float32:
-            return torch.autocast(self.device.type, enabled=False)
-        return torch.autocast(self.device.type, dtype=self.precision)
+            return self.tower
+        with _making:
+            made_for = (self.precision, self.device)
+            if self._low is None or self._low[0] != made_for:
+                self._low = None  # frees its memory first
+                self._low = (made_for, in_precision(self.tower, self.precision))
+            return self._low[1]
+
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        """Lower precision where autocast has it; and float32 as `tf32` says, whatever the process has set."""
+        lower = self.precision != torch.float32
+        with torch.autocast(self.device.type, dtype=self.precision if lower else None, enabled=lower):
+            if self.device.type != "cuda":
+                yield
+                return
+            before = [backend.fp32_precision for backend in FLOAT32_OF]
+            try:
+                for backend in FLOAT32_OF:
+                    backend.fp32_precision = "tf32" if self.tf32 else "ieee"
+                yield
+            finally:
+                for backend, value in zip(FLOAT32_OF, before, strict=True):
+                    backend.fp32_precision = value
+
+    @property
+    def _precision_error(self) -> dict[str, Any]:
+        """The error that the row states, for the record; nothing is stated of float32."""
+        error = self.spec.errors.get(self._precision_name)
+        return {} if error is None else {"precision_error": error, "errors_basis": self.spec.errors_basis}
 
     @property
     def not_finite(self) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import lru_cache
@@ -27,7 +27,7 @@ from typing import Any
 import msgspec
 
 from seal_extract.encoders.folder import CONFIG, read_config, read_contents
-from seal_extract.encoders.spec import Decoder, EncoderSpec, Lora, Published
+from seal_extract.encoders.spec import Decoder, EncoderSpec, Lora, Published, recommended_precision
 from seal_extract.errors import UsageError
 
 if sys.version_info >= (3, 11):
@@ -62,6 +62,7 @@ def _seal(
     wrapped: bool = False,
     ignored: Sequence[str] = (),
     sha256: str | None = None,
+    errors: Mapping[str, float],
 ) -> EncoderSpec:
     """The SEAL row on ``base``: adapters on the Linear layers that the file names, and an expression decoder.
 
@@ -71,6 +72,7 @@ def _seal(
         wrapped: the authors' code keeps the tower under one more name.
         ignored: keys of the base's file that the embedding does not need.
         sha256: of the vision file at `_SEAL_COMMIT`; None for a file that was not there yet.
+        errors: of its embeddings by precision.
     """
     prefix = _PEFT + ("model." if wrapped else "")
     return replace(
@@ -80,6 +82,8 @@ def _seal(
         mpp=0.5,
         also_mpp=(),
         mpp_basis="stated",
+        errors=errors,
+        precision=recommended_precision(errors),
         licence="CC-BY-NC-ND-4.0",
         source="MahmoodLab/SEAL",
         paper="arXiv 2602.14177",
@@ -109,6 +113,7 @@ def _read_table() -> tuple[dict[str, EncoderSpec], dict[str, str]]:
     for name, table in tables.items():
         if "statistics" in table:
             table |= STATISTICS[table["statistics"]]
+        table.setdefault("precision", recommended_precision(table.get("errors", {})))
         bases[name] = msgspec.convert({"name": name, **table}, EncoderSpec)
         others = table.get("also_called", [])
         aliases |= dict.fromkeys(others, name)

@@ -79,8 +79,9 @@ class EncoderRequest:
     @cached_property
     def _precision(self) -> str:
         """As `load_encoder` decides; torch is imported only where the answer depends on a GPU."""
-        asked = check_precision(self.precision)
-        on_gpu, elsewhere = (self.spec.precision_for(kind, asked) for kind in ("cuda", "cpu"))
+        if asked := check_precision(self.precision):
+            return asked
+        on_gpu, elsewhere = (self.spec.precision_for(kind) for kind in ("cuda", "cpu"))
         if on_gpu == elsewhere or str(self.device).startswith("cpu"):
             return elsewhere
         import torch

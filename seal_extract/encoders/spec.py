@@ -14,7 +14,13 @@ from seal_extract.errors import UsageError
 Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
 COUNTER = ".num_batches_tracked"  # of a BatchNorm; no embedding needs it
 
-PRECISIONS = ("float32", "bfloat16", "float16")
+PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
+FASTEST = (
+    "float16",
+    "bfloat16",
+    "tf32",
+)  # on a GPU; the first two are equally fast, and so the more exact first
+MOST_ERROR = 1e-3  # of an embedding in a precision that is chosen without being asked for
 PRECISION_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 POOLINGS = ("cls", "cls+mean", "conch", "own")
 FILTERS = ("bilinear", "bicubic")
@@ -150,7 +156,7 @@ class EncoderSpec:
         mpp: µm/px of those patches; None if nobody states it.
         mean: per channel, of RGB in 0..1.
         std: per channel, of RGB in 0..1.
-        precision: recommended for computing on a GPU.
+        precision: recommended for computing on a GPU; see `recommended_precision`.
         licence: of the weights, as their page states it.
         source: repository on the Hub.
         architecture: of the image tower.
@@ -162,6 +168,9 @@ class EncoderSpec:
         also_mpp: further µm/px that it was trained at.
         mpp_basis: source of ``mpp``: ``stated`` by the authors, derived from a stated ``magnification``, or
             ``convention``; empty if nobody states it.
+        errors: of embeddings by precision: the largest |embedding - float32's| / |float32's| that was
+            measured, with Euclidean norms.
+        errors_basis: how they were measured.
 
     Raises:
         UsageError: a value is outside the allowed range.
@@ -183,6 +192,8 @@ class EncoderSpec:
     published: Published | None = None
     also_mpp: tuple[float, ...] = ()
     mpp_basis: str = ""
+    errors: Mapping[str, float] = field(default_factory=dict, hash=False)
+    errors_basis: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "precision", check_precision(self.precision))
@@ -232,7 +243,13 @@ class EncoderSpec:
         return f"{self.name} was trained on patches of {self.trained_at}; these are {asked}"
 
     def precision_for(self, device: str, asked: str | None = None) -> str:
-        """The precision asked for, else the recommended one on a GPU and float32 on other device types."""
+        """The precision asked for, else the recommended one on a GPU and float32 on other device types.
+
+        Raises:
+            UsageError: tf32, on a device that is no NVIDIA GPU.
+        """
+        if asked == "tf32" and device != "cuda":
+            raise UsageError(f"precision tf32 is of NVIDIA GPUs; type --precision float32 on {device}")
         return asked or (self.precision if device == "cuda" else "float32")
 
     def identity(self, sha256: Sequence[str], precision: str) -> dict[str, Any]:
@@ -261,16 +278,21 @@ class EncoderSpec:
         return f"https://huggingface.co/{self.source}" if self.source else ""
 
 
-def check_precision(asked: str | None) -> str | None:
-    """The full name of a precision; None stays None.
+def check_precision(asked: str | None, allowed: tuple[str, ...] = PRECISIONS) -> str | None:
+    """The full name of a precision, if it is one of ``allowed``; None stays None.
 
     Raises:
         UsageError: there is no such precision.
     """
     name = PRECISION_ALIASES.get(asked, asked) if asked is not None else None
     if name is not None:
-        _allow("precision", name, PRECISIONS)
+        _allow("precision", name, allowed)
     return name
+
+
+def recommended_precision(errors: Mapping[str, float]) -> str:
+    """The fastest on a GPU whose error was measured and is at most `MOST_ERROR`; else float32."""
+    return next((name for name in FASTEST if errors.get(name, 1.0) <= MOST_ERROR), "float32")
 
 
 def head_layers(shapes: Mapping[str, tuple[int, ...]], dim: int) -> dict[int, tuple[int, int]]:

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import get_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.overrides import TorchFunctionMode
 
 from seal_extract.encoders.spec import (
@@ -236,6 +238,24 @@ def fill(tower: nn.Module, tensors: dict[str, Tensor]) -> None:
     }
     tower.load_state_dict(tensors | counters, strict=True, assign=True)
     tower.requires_grad_(False)
+
+
+# of other classes the weights are computed with before they are multiplied, so they stay as they are
+_MATRICES = (nn.Linear, nn.Conv2d, nn.MultiheadAttention, NonDynamicallyQuantizableLinear)
+
+
+def in_precision(tower: nn.Module, precision: torch.dtype) -> nn.Module:
+    """A copy of a tower whose layers hold the matrices that they multiply by in a lower precision.
+
+    All else (class token, positions, LayerNorm, LayerScale) is shared with ``tower``. Under autocast the copy
+    gives the same bits as ``tower``, which would convert its matrices in every forward pass.
+    """
+    held: dict[int, Any] = {id(tensor): tensor for tensor in (*tower.parameters(), *tower.buffers())}
+    for module in tower.modules():
+        if type(module) in _MATRICES:
+            for parameter in module.parameters(recurse=False):
+                held[id(parameter)] = nn.Parameter(parameter.to(precision), requires_grad=False)
+    return deepcopy(tower, held)
 
 
 def embed(tower: nn.Module, pooling: str, images: Tensor) -> Tensor:

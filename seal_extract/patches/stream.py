@@ -6,13 +6,13 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from seal_extract.errors import ReadError
+from seal_extract.errors import ReadError, is_of_lost_device
 from seal_extract.patches.regions import HostPixels, PatchReader
 
 ROWS_PER_JOB = 8  # patches a thread reads at a time: large enough that handing over costs nothing
@@ -73,6 +73,7 @@ def stream_batches(
     is_next_ready: Callable[[], bool] = lambda: True,
     on_failure: Callable[[int, Exception], None] | None = None,
     on_read: Callable[[int], None] = lambda slide: None,
+    make_room: Callable[[], bool] = lambda: False,
 ) -> Generator[PatchBatch, None, None]:
     """Read the grids of ``readers`` one after the other into batches of exactly ``batch_size``.
 
@@ -91,6 +92,8 @@ def stream_batches(
         on_failure: receives the position of a slide that has failed, and its error; the stream then continues
             without the other patches of that slide.
         on_read: receives the position of a slide from which nothing is read any more.
+        make_room: called when the device has no memory for the next patches; they are tried again if it
+            returns True.
 
     Raises:
         ReadError: a slide has failed, as soon as its turn has come, and there is no ``on_failure``.
@@ -98,7 +101,7 @@ def stream_batches(
     workers = workers or available_cores()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="read", initializer=compute_alone)
     threads = torch.get_num_threads()
-    stream = _Stream(pool, workers, torch.device(device), max_read_errors, on_failure, on_read)
+    stream = _Stream(pool, workers, torch.device(device), max_read_errors, on_failure, on_read, make_room)
     try:
         yield from stream.batches(iter(readers), is_next_ready, batch_size)
     finally:
@@ -129,9 +132,11 @@ class _Stream:
         max_read_errors: int,
         on_failure: Callable[[int, Exception], None] | None,
         on_read: Callable[[int], None],
+        make_room: Callable[[], bool],
     ) -> None:
         self._pool, self._workers, self._upload = pool, workers, _Upload(device)
         self._max_read_errors, self._on_failure, self._on_read = max_read_errors, on_failure, on_read
+        self._make_room = make_room
         self._waiting: deque[_Job] = deque()
         self._errors: dict[int, int] = {}  # unreadable patches of each slide
         self._failed: set[int] = set()
@@ -197,18 +202,26 @@ class _Stream:
 
     def _result(self, job: _Job) -> PatchBatch | None:
         try:
-            read = job.pixels.result()
-            if job.slide in self._failed:
-                return None
-            self._count(job, read)
-            patches = self._upload(job.reader, read.pixels)
+            return self._part(job)
+        except torch.OutOfMemoryError as exc:
+            failed: Exception = exc.with_traceback(None)  # whose frames hold memory
         except Exception as exc:  # whatever a damaged slide leads a reader to
-            if self._on_failure is None:
-                raise
-            if job.slide not in self._failed:
-                self._failed.add(job.slide)
-                self._on_failure(job.slide, exc)
+            failed = exc
+        if isinstance(failed, torch.OutOfMemoryError) and self._make_room():
+            return self._result(replace(job, pixels=self._pool.submit(job.reader.read, job.rows)))
+        if self._on_failure is None or is_of_lost_device(failed):
+            raise failed
+        if job.slide not in self._failed:
+            self._failed.add(job.slide)
+            self._on_failure(job.slide, failed)
+        return None
+
+    def _part(self, job: _Job) -> PatchBatch | None:
+        read = job.pixels.result()
+        if job.slide in self._failed:
             return None
+        patches = self._upload(job.reader, read.pixels)
+        self._count(job, read)
         rows = torch.arange(job.rows.start, job.rows.stop)
         unreadable = {row - job.rows.start: why for row, why in read.unreadable.items()}
         return PatchBatch(patches, torch.full_like(rows, job.slide), rows, unreadable)

@@ -2,14 +2,15 @@
 
 On a CPU each thread encodes a few patches by itself. That is as fast as all threads at one batch, and an
 embedding then depends on its patch alone: not on the batch, its neighbours or the number of threads. On a GPU
-batches are queued, and their embeddings copied back, without waiting for either.
+batches are queued, and their embeddings copied back, without waiting for either. There the last bits of a
+product depend on the shape of its factors, so every batch has one shape, which no measured time decides.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from time import perf_counter
 from typing import Protocol
 
 import numpy as np
@@ -18,12 +19,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from seal_extract.encoders import Encoder
+from seal_extract.errors import first_line, is_of_lost_device
 from seal_extract.patches.stream import available_cores, compute_alone
 
 CPU_ROWS = 4  # patches of one forward pass on a CPU, always: another number gives other last bits
-TRIED = (32, 64, 128, 256, 512)  # batch sizes on a GPU
-GAIN = 1.03  # a larger batch has to be this much faster
+GPU_PIXELS = 256 * 224**2  # of a batch on a GPU: enough to fill a large one, in a few GB of its memory
+WARM_UPS = 2  # forward passes before one is recorded, in which libraries load kernels and take memory
 Embeddings = NDArray[np.float32]
+Work = Callable[[], Tensor]
 Pending = Callable[[], Embeddings]  # waits for the embeddings of a batch: float32 [B, D]
 
 
@@ -40,6 +43,10 @@ class Embedder(Protocol):
         """Begin to encode uint8 [B, 3, S, S] on the encoder's device."""
         ...
 
+    def make_room(self) -> bool:
+        """Use less memory of the device from now on; whether that was possible."""
+        ...
+
     def close(self) -> None:
         """Give back threads."""
         ...
@@ -53,11 +60,13 @@ def open_embedder(
     Args:
         encoder: from `load_encoder`.
         patch_px: side of the patches to come.
-        batch_size: patches at once; found by trying on a GPU, if not given.
+        batch_size: patches at once; by default as many as hold `GPU_PIXELS` on a GPU.
         threads: on a CPU; all cores by default.
     """
     if encoder.device.type == "cuda":
-        return GpuEmbedder(encoder, batch_size or find_batch_size(encoder, patch_px))
+        side = encoder.spec.input.side_px or patch_px
+        rows = max(1, GPU_PIXELS // side**2)
+        return GpuEmbedder(encoder, batch_size or rows - rows % 8 or rows, Cuda(encoder.device))
     return CpuEmbedder(encoder, batch_size, threads)
 
 
@@ -83,86 +92,146 @@ class CpuEmbedder:
         embeddings: Embeddings = self._encoder.encode_unchecked(patches).numpy()
         return embeddings[:rows]
 
+    def make_room(self) -> bool:
+        """See `Embedder.make_room`."""
+        return False
+
     def close(self) -> None:
         """See `Embedder.close`."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(self._before)
 
 
-class GpuEmbedder:
-    """A queue on the GPU; a batch that does not fit its memory is halved, and so are those that follow."""
+class Cuda:
+    """The commands that `GpuEmbedder` gives to a GPU."""
 
-    def __init__(self, encoder: Encoder, batch_size: int) -> None:
-        self._encoder = encoder
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def record(self, work: Work) -> Work:
+        """Record the kernels of ``work``; what is returned starts them all by one command.
+
+        They read and write the same memory each time. Other threads may use the GPU meanwhile.
+
+        Raises:
+            RuntimeError: ``work`` does what cannot be recorded, such as waiting for the GPU.
+        """
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):  # which brings the former stream back after a recording that failed
+            for _ in range(WARM_UPS):
+                work()
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                result = work()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return replay
+
+    def host_memory(self, rows: int, columns: int) -> Tensor:
+        """Float32 [rows, columns] that the GPU can write to by itself."""
+        return torch.empty(rows, columns, pin_memory=True)
+
+    def mark(self) -> Callable[[], None]:
+        """A function that waits until all commands so far are done."""
+        wait: Callable[[], None] = torch.cuda.current_stream(self._device).record_event().synchronize
+        return wait
+
+    def release(self) -> None:
+        """Give the memory back that is kept for later."""
+        torch.cuda.empty_cache()
+
+
+class GpuEmbedder:
+    """A queue on a GPU, in batches of one shape; the last one is padded.
+
+    The forward pass is recorded once and replayed, because a tower has hundreds of kernels, and starting them
+    one by one would compete with the reading threads. A batch that does not fit the memory is halved, and so
+    are those that follow.
+    """
+
+    def __init__(self, encoder: Encoder, batch_size: int, cuda: Cuda) -> None:
+        self._encoder, self._cuda = encoder, cuda
         self.batch_size = batch_size
+        self._pass: _RecordedPass | None = None
+        self._records = True
 
     def submit(self, patches: Tensor) -> Pending:
         """See `Embedder.submit`."""
-        embeddings = self._encode(patches)
-        if embeddings.device.type != "cuda":
-            return lambda: embeddings.numpy()
-        host = torch.empty(embeddings.shape, pin_memory=True)
-        host.copy_(embeddings, non_blocking=True)
-        copied = torch.cuda.current_stream(embeddings.device).record_event()
+        host = self._cuda.host_memory(len(patches), self._encoder.spec.dim)
+        start = 0
+        while start < len(patches):
+            part = patches[start : start + self.batch_size]
+            failed = None
+            try:
+                embeddings = self._encode(part)
+                host[start : start + len(part)].copy_(embeddings, non_blocking=True)
+                start += len(part)
+            except torch.OutOfMemoryError as exc:
+                failed = exc.with_traceback(None)  # whose frames hold the memory of the failed pass
+            if failed is not None and not self.make_room():
+                raise failed
+        wait = self._cuda.mark()
 
         def pending() -> Embeddings:
-            copied.synchronize()
+            wait()
             return host.numpy()
 
         return pending
 
     def _encode(self, patches: Tensor) -> Tensor:
-        if len(patches) > self.batch_size:
-            return torch.cat([self._encode(part) for part in torch.split(patches, self.batch_size)])
-        try:
-            return self._encoder.encode_unchecked(patches)
-        except torch.OutOfMemoryError:
-            if len(patches) == 1:
+        """Float32 [B, D] on the device; the next call may write into the same memory."""
+        rows = len(patches)
+        if self._records:
+            try:
+                return self._encoder.encode_unchecked(patches, self._replay)[:rows]
+            except torch.OutOfMemoryError:
                 raise
-        # outside the handler: the exception holds on to the memory of the failed pass
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        self.batch_size = len(patches) // 2
-        return self._encode(patches)
+            except RuntimeError as exc:
+                if is_of_lost_device(exc):
+                    raise
+                warnings.warn(
+                    f"{self._encoder.spec.name} runs without a CUDA graph, more slowly: {first_line(exc)}",
+                    stacklevel=2,
+                )
+            self._records, self._pass = False, None
+        padding = patches[-1:].expand(self.batch_size - rows, -1, -1, -1)
+        return self._encoder.encode_unchecked(torch.cat([patches, padding]) if len(padding) else patches)[
+            :rows
+        ]
+
+    def _replay(self, images: Tensor) -> Tensor:
+        """As `Encoder.compute`, of at most `batch_size` images; the rows beyond them mean nothing."""
+        shape = (self.batch_size, *images.shape[1:])
+        if self._pass is None or self._pass.images.shape != shape:
+            self._pass = None  # frees its memory first
+            self._pass = _RecordedPass(self._encoder, images.new_zeros(shape), self._cuda)
+        return self._pass(images)
+
+    def make_room(self) -> bool:
+        """See `Embedder.make_room`."""
+        if self.batch_size == 1:
+            return False
+        self.batch_size //= 2
+        self._pass = None
+        self._cuda.release()
+        return True
 
     def close(self) -> None:
         """See `Embedder.close`."""
+        self._pass = None
 
 
-_found: dict[tuple[str, str, int], int] = {}
+class _RecordedPass:
+    """A forward pass of one shape, between memory that stays where it is."""
 
+    def __init__(self, encoder: Encoder, images: Tensor, cuda: Cuda) -> None:
+        self.images = images  # uint8 [B, 3, S, S]
+        self._replay = cuda.record(lambda: encoder.compute(images))
 
-def find_batch_size(encoder: Encoder, patch_px: int) -> int:
-    """The smallest of `TRIED` that is nearly as fast as the fastest, measured once per encoder and device."""
-    key = (repr(encoder), torch.cuda.get_device_name(encoder.device), patch_px)
-    if key not in _found:
-        _found[key] = _try_batch_sizes(encoder, patch_px)
-    return _found[key]
-
-
-def _try_batch_sizes(encoder: Encoder, patch_px: int) -> int:
-    best, rate = 1, 0.0
-    for size in TRIED:
-        patches = torch.randint(
-            0, 256, (size, 3, patch_px, patch_px), dtype=torch.uint8, device=encoder.device
-        )
-        try:
-            now = _rate(encoder, patches)
-        except torch.OutOfMemoryError:
-            break
-        if now < rate * GAIN:
-            break
-        best, rate = size, now
-    torch.cuda.empty_cache()
-    return best
-
-
-def _rate(encoder: Encoder, patches: Tensor) -> float:
-    """Patches per second, after a pass that warms up."""
-    encoder.encode_unchecked(patches)
-    torch.cuda.synchronize(patches.device)
-    started = perf_counter()
-    for _ in range(3):
-        encoder.encode_unchecked(patches)
-    torch.cuda.synchronize(patches.device)
-    return 3 * len(patches) / (perf_counter() - started)
+    def __call__(self, images: Tensor) -> Tensor:
+        self.images[: len(images)].copy_(images, non_blocking=True)
+        return self._replay()

@@ -18,7 +18,7 @@ from time import perf_counter
 
 from seal_extract.encoders import Encoder
 from seal_extract.encoders.request import EncoderRequest
-from seal_extract.errors import UsageError
+from seal_extract.errors import UsageError, as_ours, is_of_lost_device
 from seal_extract.features.layouts import check_layout
 from seal_extract.features.store import SlideFeatures
 from seal_extract.patches.regions import PatchReader
@@ -179,7 +179,7 @@ class _Run:
             except Stopped:
                 pass
             except BaseException as exc:  # the iteration over the results raises it
-                self.results.end(exc)
+                self.results.end(as_ours(exc, self._writer.current) if is_of_lost_device(exc) else exc)
 
         thread = threading.Thread(target=body, name=work.__name__, daemon=True)
         thread.start()
@@ -294,6 +294,7 @@ class _Run:
             max_read_errors=self._options.max_read_errors,
             is_next_ready=self._opened.is_ready,
             on_failure=lambda position, exc: self._tasks.put(partial(self._writer.fail, position, exc)),
+            make_room=self._make_room,
             on_read=lambda position: self._tasks.put(partial(self._close_slide, slides.pop(position))),
         )
         with closing(batches):
@@ -302,6 +303,10 @@ class _Run:
                 pending = {i: self._embedders[i].submit(batch.patches) for i in sorted(needed)}
                 self._tasks.put(partial(self._writer.write, batch, pending))
         self._tasks.end()
+
+    def _make_room(self) -> bool:
+        made = [embedder.make_room() for embedder in self._embedders]  # each of them
+        return any(made)
 
     # --- embeddings -> HDF5 ----------------------------------------------------------------------------
 

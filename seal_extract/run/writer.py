@@ -64,9 +64,15 @@ class Writer:
                 task()
             self._pictures.shutdown()
         finally:
-            for index in list(self._unfinished):
-                self._written(index, ReadError("the run was stopped"))
+            stopped = ReadError("the run was stopped")
+            for unfinished in self._unfinished.values():  # which are in no table, and tried again
+                unfinished.files.__exit__(ReadError, stopped, None)
             self._pictures.shutdown(cancel_futures=True)
+
+    @property
+    def current(self) -> str:
+        """The slide whose embeddings are written next."""
+        return next((one.slide.job.entry.source for one in self._unfinished.values()), "a slide")
 
     def begin(self, index: int, slide: OpenSlide) -> None:
         """Have the picture of a slide drawn; without patches that is all of it."""

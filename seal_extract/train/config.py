@@ -28,6 +28,7 @@ from seal_extract.slides.readers import PLAUSIBLE_MPP
 
 T = TypeVar("T")
 WORDS = {"Expected": "it has to be", "object": "table", "array": "list", "null": "nothing"}
+TRAINING_PRECISIONS = ("float32", "bfloat16", "float16")
 LARGEST = 1e9  # of a number in a configuration; infinity is none
 Weight = Annotated[float, Meta(ge=0, le=LARGEST)]
 Positive = Annotated[float, Meta(gt=0, le=LARGEST)]
@@ -110,7 +111,7 @@ class LoopOptions(Options, frozen=True):
 
 def full_precision(name: str) -> str | None:
     """The full name of a precision; accelerate's ``no`` is float32."""
-    return check_precision("float32" if name == "no" else name)
+    return check_precision("float32" if name == "no" else name, TRAINING_PRECISIONS)
 
 
 class LoraOptions(Options, frozen=True):

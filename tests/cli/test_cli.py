@@ -131,14 +131,14 @@ def test_precision_has_one_name_and_takes_the_short_one(place, run, tmp_path):
     _, out, _ = run(*words, "bfloat16")
     assert "finished before" in out[0]
     _, _, err = run(*words, "int4")
-    assert err[-1].endswith("precision is 'int4'; allowed: float32, bfloat16, float16")
+    assert err[-1].endswith("precision is 'int4'; allowed: float32, tf32, bfloat16, float16")
 
 
 @pytest.mark.parametrize("command", ["", "bench", "evaluate", "spots"])
 def test_every_command_with_a_precision_takes_both_names(run, command):
     _, out, _ = run(*command.split(), "--help")
     text = "\n".join(out)
-    assert "--precision {float32,bfloat16,float16}" in text
+    assert "--precision {float32,tf32,bfloat16,float16}" in text
     assert not re.search("fp32|bf16|fp16", text)
     slide = [] if command in ("bench", "") else ["no"]
     needed = {"evaluate": ["--encoder", "x", "--sections", "no"], "": ["no.svs"]}.get(command, slide)

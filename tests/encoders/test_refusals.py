@@ -200,7 +200,7 @@ def test_a_missing_path(tmp_path):
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [
-        ({"precision": "int8"}, "precision is 'int8'; allowed: float32, bfloat16, float16"),
+        ({"precision": "int8"}, "precision is 'int8'; allowed: float32, tf32, bfloat16, float16"),
         ({"device": "gpu"}, "device is 'gpu'; allowed: cpu, cuda"),
         ({"device": "cuda:99"}, "device is cuda:99, but this machine has"),
         ({"checkpoint": "a.pth", "revision": "main"}, "leave one out"),

@@ -107,3 +107,34 @@ def test_a_region_of_another_size_is_an_error_not_a_patch(drawn):
     slide.read_region = lambda xy_l0, level, size_px: np.zeros((10, 10, 3), np.uint8)
     with pytest.raises(ReadError, match=r"gave 10 x 10 px instead of 32 x 32 at level-0 \(0, 0\)"):
         list(stream_batches([reader_of(slide, side=32)], 8))
+
+
+def failing_upload(reader, error, times):
+    """A reader that raises ``error`` so many times when its pixels become patches."""
+    whole, left = reader.to_patches, [error] * times
+    reader.to_patches = lambda pixels: whole(pixels) if not left else raised(left.pop())
+    return reader
+
+
+def raised(error):
+    raise error
+
+
+def test_an_upload_without_memory_is_tried_again_as_long_as_room_can_be_made(drawn):
+    slide, no_memory = drawn(700, 500), torch.OutOfMemoryError("CUDA out of memory")
+    want = torch.cat([batch.patches for batch in stream_batches([reader_of(slide)], 16)])
+    asked = []
+    reader = failing_upload(reader_of(slide), no_memory, 3)
+    got = list(stream_batches([reader], 16, make_room=lambda: asked.append(1) or True))
+    np.testing.assert_array_equal(torch.cat([batch.patches for batch in got]), want)
+    assert len(asked) == 3
+    with pytest.raises(torch.OutOfMemoryError):
+        list(stream_batches([failing_upload(reader_of(slide), no_memory, 1)], 16))
+
+
+def test_a_gpu_that_has_stopped_ends_the_stream_and_fails_no_slide(drawn):
+    failed, lost = [], RuntimeError("CUDA error: an illegal memory access was encountered")
+    readers = [failing_upload(reader_of(drawn(320, 256)), lost, 1), reader_of(drawn(256, 192))]
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        list(stream_batches(readers, 16, on_failure=lambda *_: failed.append(1)))
+    assert not failed

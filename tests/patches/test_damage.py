@@ -298,7 +298,7 @@ CHANGES = {
 MOMENTS = {
     "before it is opened": (SlideJob, "open"),
     "after patches are read": (TileReader, "read"),
-    "after they are encoded": (Checksums, "encode_unchecked"),
+    "after they are encoded": (Checksums, "compute"),
 }
 
 

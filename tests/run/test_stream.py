@@ -17,13 +17,13 @@ from PIL import Image
 from slide_helpers import Checksums, Damage
 from synthetic_slide import write_synthetic_slide
 
-from seal_extract import ExtractOptions, extract
+from seal_extract import ExtractOptions, extract, extract_cohort
 from seal_extract.demo import untrained_encoder
-from seal_extract.errors import EncoderError, ReadError, ResolutionError, SlideOpenError
+from seal_extract.errors import DeviceError, EncoderError, ReadError, ResolutionError, SlideOpenError
 from seal_extract.run import job, slide_process, writer
-from seal_extract.run.embed import CpuEmbedder, GpuEmbedder
 from seal_extract.run.extract import extract_many
 from seal_extract.run.job import SlideJob
+from seal_extract.run.status_table import read_status
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +133,8 @@ def test_bad_slides_yield_their_errors_and_the_others_are_right(slides, alone, t
 
 def test_an_embedding_that_is_no_number_names_slide_and_place(slides, alone, tmp_path):
     class Sick(Checksums):
-        def encode_unchecked(self, patches):
-            embeddings = super().encode_unchecked(patches)
+        def compute(self, images):
+            embeddings = super().compute(images)
             sick = torch.from_numpy(alone["a.svs"].features[3])
             embeddings[(embeddings == sick).all(1)] = torch.nan
             return embeddings
@@ -288,13 +288,35 @@ def test_slides_that_fail_faster_than_they_are_drawn_do_not_pile_up(slides, tmp_
 @pytest.mark.usefixtures("no_threads_left")
 def test_an_encoder_that_breaks_stops_the_run_and_leaves_nothing(slides, tmp_path):
     class Broken(Checksums):
-        def encode_unchecked(self, patches):
+        def compute(self, images):
             raise RuntimeError("broken")
 
     with pytest.raises(RuntimeError, match="broken"):
         list(extract_many([slides[i] for i in (0, 1, 3)], [Broken()], tmp_path))
     assert not list(tmp_path.rglob("*.part"))
     assert not list(tmp_path.rglob("features_*/*.h5"))
+
+
+@pytest.mark.usefixtures("no_threads_left")
+def test_a_gpu_that_stops_ends_the_run_in_one_line_that_names_the_slide(slides, tmp_path):
+    class Stops(Checksums):
+        def compute(self, images):
+            time.sleep(0.2)  # until the slide before is written
+            if (super().compute(images) == first_of_b).all(1).any():
+                raise RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors might be")
+            return super().compute(images)
+
+    first_of_b = torch.from_numpy(extract(slides[1], Checksums(), tmp_path / "b").features[0])
+    words = (
+        f"the GPU stopped when {slides[1]} was embedded .CUDA error: device-side assert.*same command again"
+    )
+    with pytest.raises(DeviceError, match=words):
+        extract_cohort(
+            [slides[i] for i in (0, 1, 3)], Stops(), tmp_path / "out", options=ExtractOptions(batch_size=4)
+        )
+    rows = read_status(tmp_path / "out" / "status.csv")
+    assert {name: row.status for name, row in rows.items()} == {"a": "done"}
+    assert {path.name for path in tmp_path.rglob("out/**/features_*/*")} == {"a.h5"}
 
 
 def open_files():
@@ -323,57 +345,6 @@ def test_thirty_slides_leave_no_file_open_and_memory_as_it_was(tmp_path, slides)
     next(stream)
     stream.close()
     assert [f for f in open_files() if f not in files] == []
-
-
-# --- the encoder's batches --------------------------------------------------------------------
-
-
-class Small(Checksums):
-    """Runs out of memory above so many rows."""
-
-    def __init__(self, most):
-        super().__init__()
-        self.most, self.tried = most, []
-
-    def encode_unchecked(self, patches):
-        self.tried.append(len(patches))
-        if len(patches) > self.most:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return super().encode_unchecked(patches)
-
-
-def noise(rows, side=8):
-    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (rows, 3, side, side), dtype=np.uint8))
-
-
-@pytest.mark.parametrize("most", [1, 3, 16, 64, 100])
-@pytest.mark.parametrize("rows", [1, 7, 64, 130])
-def test_a_batch_too_large_for_the_memory_is_halved_and_that_is_remembered(rows, most):
-    encoder = Small(most)
-    forward = GpuEmbedder(encoder, 64)
-    want = Checksums().encode_unchecked(noise(rows)).numpy()
-    np.testing.assert_array_equal(forward.submit(noise(rows))(), want)
-    failed = len([n for n in encoder.tried if n > most])
-    encoder.tried.clear()
-    np.testing.assert_array_equal(forward.submit(noise(rows))(), want)
-    assert not [n for n in encoder.tried if n > most]
-    assert failed <= 6  # 64, 32, 16, 8, 4, 2
-
-
-def test_one_patch_that_does_not_fit_is_an_error():
-    with pytest.raises(torch.OutOfMemoryError):
-        GpuEmbedder(Small(0), 8).submit(noise(4))
-
-
-@pytest.mark.parametrize("rows", [1, 3, 4, 9, 50])
-def test_rows_come_back_in_order_from_any_number_of_threads(rows):
-    want = Checksums().encode_unchecked(noise(rows)).numpy()
-    for threads in (1, 5):
-        forward = CpuEmbedder(Checksums(), threads=threads)
-        pending = [forward.submit(noise(rows)) for _ in range(4)]
-        for wait in pending:
-            np.testing.assert_array_equal(wait(), want)
-        forward.close()
 
 
 # --- on a GPU ---------------------------------------------------------------------------------

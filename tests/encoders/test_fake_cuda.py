@@ -1,0 +1,144 @@
+"""What an encoder asks of a GPU, counted on tensors that claim to lie on one and hold nothing."""
+
+from collections import Counter
+from contextlib import contextmanager
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from seal_extract.encoders import find_spec, list_encoders
+from seal_extract.encoders.encoder import Encoder
+from seal_extract.encoders.tower import empty_tower
+from seal_extract.run.embed import GpuEmbedder
+
+ROWS = [row.name for row in list_encoders() if not row.name.startswith("seal-")]
+WAITS = {
+    "_local_scalar_dense",
+    "item",
+    "nonzero",
+    "is_nonzero",
+    "masked_select",
+    "equal",
+    "unique_consecutive",
+}
+VIEWS = {"view", "expand", "permute", "transpose", "slice", "select", "split", "unbind", "unsqueeze", "t"}
+FREE = {"dropout", "device", "chunk", "reshape", "flatten"} | VIEWS
+
+
+class Commands(TorchDispatchMode):
+    """Counts what a GPU is told to do, by name; FREE tells it nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.moved, self.bytes = Counter(), Counter(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.name().split("::")[-1].split(".")[0]
+        if name in ("to", "_to_copy", "copy_"):
+            pair = args[0], args[1] if name == "copy_" else result
+            if len({one.device for one in pair}) > 1:
+                self.moved[func.name()] += 1
+            elif pair[0].dtype == pair[1].dtype:
+                return result
+        if name not in FREE:
+            self.names[name] += 1
+            tensors = tree_iter((args, kwargs, result))
+            self.bytes += sum(
+                one.numel() * one.element_size() for one in tensors if isinstance(one, torch.Tensor)
+            )
+        return result
+
+
+class IndexedWithoutDriver(TorchFunctionMode):
+    """Slices by operators: the brackets of a tensor on a GPU ask the driver for the device first."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not torch.Tensor.__getitem__:
+            return func(*args, **(kwargs or {}))
+        tensor, index = args
+        index, dim = index if isinstance(index, tuple) else (index,), 0
+        for i, one in enumerate(index):
+            if one is Ellipsis:
+                dim = tensor.ndim - (len(index) - 1 - i)
+            elif isinstance(one, int):
+                tensor = tensor.select(dim, one)
+            else:
+                stop = tensor.shape[dim] if one.stop is None else one.stop
+                tensor = torch.ops.aten.slice(tensor, dim, one.start or 0, stop)
+                dim += 1
+        return tensor
+
+
+@contextmanager
+def on_fake_gpu(name, precision, monkeypatch):
+    """An encoder whose tensors claim to be on a GPU."""
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    tower = empty_tower(find_spec(name))
+    with FakeTensorMode(), IndexedWithoutDriver():
+        held = {}
+        for tensor in (*tower.parameters(), *tower.buffers()):
+            fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+            fake = nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
+            held[id(tensor)] = fake
+        encoder = Encoder(find_spec(name), deepcopy(tower, held), (), torch.float32)
+        encoder.mean, encoder.std = (torch.empty(3, 1, 1, device="cuda") for _ in range(2))
+        encoder.set_precision(precision)
+        yield encoder
+
+
+@pytest.mark.parametrize(("precision", "inside"), [("float32", "ieee"), ("tf32", "tf32")])
+def test_float32_is_true_float32_and_tf32_is_asked_for(precision, inside, monkeypatch):
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before, seen = [one.fp32_precision for one in backends], []
+    with on_fake_gpu("h0mini", precision, monkeypatch) as encoder:
+        encoder.tower.norm.register_forward_hook(
+            lambda *_: seen.extend(one.fp32_precision for one in backends)
+        )
+        encoder.encode_unchecked(torch.empty(4, 3, 224, 224, dtype=torch.uint8, device="cuda"))
+        assert encoder.identity["precision"] == precision
+    assert seen == [inside] * 2
+    assert [one.fp32_precision for one in backends] == before
+
+
+def told_for_a_batch(encoder):
+    """What a batch of 256 patches makes the GPU do, once matrices and buffers are there."""
+
+    class StubCuda:
+        record = staticmethod(lambda work: work)
+        host_memory = staticmethod(torch.empty)
+        mark = staticmethod(lambda: None)
+
+    embedder = GpuEmbedder(encoder, 256, StubCuda())
+    patches = torch.empty(256, 3, 224, 224, dtype=torch.uint8, device="cuda")
+    embedder.submit(patches)
+    with Commands() as told:
+        embedder.submit(patches)
+    return told
+
+
+MB_A_PATCH = {"conch": 205, "univ2": 1300, "virchow2": 1420, "h0mini": 330, "phikon2": 600, "uni": 600}
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("name", ROWS)
+def test_a_batch_never_waits_its_attention_is_fused_and_its_commands_are_few(name, precision, monkeypatch):
+    with on_fake_gpu(name, precision, monkeypatch) as encoder:
+        told = told_for_a_batch(encoder)
+    depth = len(getattr(encoder.tower, "trunk", encoder.tower).blocks)
+    pooler = encoder.spec.pooling == "conch"
+    assert not told.names.keys() & WAITS
+    assert told.moved == {"aten::copy_": 1}  # the embeddings, to the host
+    assert told.names["scaled_dot_product_attention"] == depth + pooler
+    assert not told.names.keys() & {"softmax", "_softmax", "matmul", "bmm"}
+    assert told.names.total() <= 15 * depth + 15
+    # what LayerNorm gives is converted for the matrix behind it, and no matrix is
+    assert told.names["to"] <= (2 * depth + 6 if precision == "float16" else 1)
+    if precision == "float16":
+        assert told.bytes / 256e6 < MB_A_PATCH[name]
