@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from seal_extract.errors import UsageError
+from seal_extract.patches.codecs import memory_for_pixels
 from seal_extract.patches.taps import Filter, by_taps
 
 PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -47,7 +48,7 @@ class Resampling:
     def empty(self, rows: int, side_px: int) -> NDArray[np.uint8]:
         """Allocate regions, uint8 [rows, side, side, 3]."""
         if not self.pinned:
-            return np.empty((rows, side_px, side_px, 3), np.uint8)
+            return memory_for_pixels(rows, side_px, side_px, 3)
         memory = torch.empty(rows, side_px, side_px, 3, dtype=torch.uint8, pin_memory=True)
         return np.asarray(memory.numpy())
 

@@ -25,7 +25,8 @@ from seal_extract.slides.slide import Slide
 
 HELD_BYTES = 512 * 2**20  # of shared tiles; beyond, as for patches in random order, tiles are decoded again
 
-Users = Mapping[int, list[int]]  # tile -> the patches of a job that it lies under
+Part = tuple[tuple[int, slice, slice], tuple[slice, slice]]  # a place in the regions of a job, and in a tile
+Users = Mapping[int, list[Part]]  # tile -> its parts that belong to the patches of a job
 Pixels = Array | ReadError  # of a tile: uint8 [h, w, 3], or the reason why it cannot be read
 
 
@@ -75,6 +76,8 @@ class TileReader:
         self._region_px = grid.read_px // self._reduction
         height, width, _ = self._tiled.tile_shape
         self._tile_shape = (height // self._reduction, width // self._reduction, 3)  # as decoded
+        side = slice(0, self._region_px)  # what a patch takes of a tile that is its region
+        self._region_cut = (side, side) if self._tile_shape[:2] == (self._region_px,) * 2 else None
         self._shared = SharedTiles(uses, self._tile_shape)
         self._buffers = threading.local()
         self.name = self._tiled.codec.name + (f" at 1/{self._reduction}" if self._by_codec else "")
@@ -87,12 +90,12 @@ class TileReader:
         regions = self._new_regions(len(rows))
         users = self._users(rows)
         unreadable: dict[int, str] = {}
-        for tile, pixels in self._decoded(users):
-            for i in users[tile]:
+        for tile, pixels in self._decoded(users, regions):
+            for put, cut in users[tile] if pixels is not None else ():
                 if isinstance(pixels, ReadError):
-                    unreadable[rows[i]] = str(pixels)
+                    unreadable[rows[put[0]]] = str(pixels)
                 else:
-                    self._paste(tile, pixels, rows[i], regions[i])
+                    regions[put] = pixels[cut]
         if self._partly_outside:
             for region, row in zip(regions, rows, strict=True):
                 self.grid.whiten(region, row, self._slide)
@@ -137,20 +140,33 @@ class TileReader:
         return uses
 
     def _users(self, rows: range) -> Users:
-        """Tile -> positions within ``rows`` of the patches that it lies under."""
-        users: dict[int, list[int]] = {}
+        """The tiles under ``rows``, and what each gives to the patches."""
+        users: dict[int, list[Part]] = {}
         which = slice(rows.start, rows.stop)
-        corners = zip(self._first[which].tolist(), self._last[which].tolist(), strict=True)
-        for i, ((x0, y0), (x1, y1)) in enumerate(corners):
-            for y in range(y0, y1 + 1):
-                for tile in range(y * self._tiled.across + x0, y * self._tiled.across + x1 + 1):
-                    users.setdefault(tile, []).append(i)
+        ends = (of[which].tolist() for of in (self._xy_px, self._first, self._last))
+        for i, (corner, first, last) in enumerate(zip(*ends, strict=True)):
+            across, down = (self._along(axis, corner[axis], first[axis], last[axis]) for axis in (0, 1))
+            for y, put_y, cut_y in down:
+                for x, put_x, cut_x in across:
+                    part = ((i, put_y, put_x), (cut_y, cut_x))
+                    users.setdefault(y * self._tiled.across + x, []).append(part)
         return users
+
+    def _along(self, axis: int, corner: int, first: int, last: int) -> list[tuple[int, slice, slice]]:
+        """The columns (axis 0) or rows of tiles under a patch: number, place in the region, place in the tile."""
+        side, size = self._tile_shape[1 - axis], self._tiled.size_px[axis]
+        corner //= self._reduction
+        spans = []
+        for at in range(first, last + 1):
+            begin = at * side
+            low, high = max(begin, corner), min(begin + side, corner + self._region_px, size)
+            spans.append((at, slice(low - corner, high - corner), slice(low - begin, high - begin)))
+        return spans
 
     # --- decoding -------------------------------------------------------------------------------------
 
-    def _decoded(self, users: Users) -> Iterator[tuple[int, Pixels]]:
-        """Each tile once, valid until the next is asked for.
+    def _decoded(self, users: Users, regions: Array) -> Iterator[tuple[int, Pixels | None]]:
+        """Each tile once, valid until the next is asked for; None if it is a region and was decoded in place.
 
         Tiles that other threads may wait for come first, so that no two threads wait for each other.
         """
@@ -160,7 +176,10 @@ class TileReader:
                 claim.mine[tile].pixels.set_result(self._decode(tile, data, self._shared.buffer()))
             buffer = self._own_buffer("tile", self._tile_shape)
             for tile, data in self._tiled.read(claim.alone):
-                yield tile, self._decode(tile, data, buffer)
+                ((i, *_), cut), *others = users[tile]
+                is_region = cut == self._region_cut and not others
+                pixels = self._decode(tile, data, regions[i] if is_region else buffer)
+                yield tile, None if is_region and not isinstance(pixels, ReadError) else pixels
             for tile, held in claim.shared.items():
                 yield tile, held.pixels.result()
         finally:
@@ -206,19 +225,6 @@ class TileReader:
             f"{self._slide.path}: the tile of level {self.grid.level} at level-0 ({x}, {y}) is damaged "
             f"({error}); copy or scan it again"
         )
-
-    def _paste(self, tile: int, pixels: Array, row: int, region: Array) -> None:
-        """Copy the part of a tile that belongs to a patch."""
-        at = (tile % self._tiled.across, tile // self._tiled.across)
-        cut, put = [], []
-        for axis in (1, 0):
-            side = self._tile_shape[1 - axis]
-            begin, corner = at[axis] * side, int(self._xy_px[row, axis]) // self._reduction
-            first = max(begin, corner)
-            last = min(begin + side, corner + self._region_px, self._tiled.size_px[axis])
-            cut.append(slice(first - begin, last - begin))
-            put.append(slice(first - corner, last - corner))
-        region[put[0], put[1]] = pixels[cut[0], cut[1]]
 
     # --- memory is used again and again, because new memory costs a page fault per 4 KiB -----------------
 

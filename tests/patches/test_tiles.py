@@ -39,6 +39,18 @@ def test_every_pixel_is_openslides(slide_of, kind, level):
         np.testing.assert_array_equal(read(decoder), openslides_regions(path, grid))
 
 
+@pytest.mark.parametrize(("kind", "side"), [("420", 256), ("420-240", 240), ("j2k", 256)])
+def test_patches_that_are_tiles_are_openslides(slide_of, kind, side):
+    """One of them twice, one half outside; in memory that libjpeg-turbo does not write past the caches."""
+    path = slide_of(kind)
+    with open_slide(path) as slide:
+        places = [(side, side), (2 * side, side), (side, side), (5 * side, 0), (0, 3 * side)]
+        grid = grid_of_level(slide, 0, [*places, (6 * side - side // 2, 0)], side)
+        decoder = open_patch_reader(slide, grid, CPU)
+        np.testing.assert_array_equal(read(decoder), openslides_regions(path, grid))
+        assert decoder.read(range(4)).pixels.data_ptr() % 32 == 16
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kind=st.sampled_from(["420", "420-240", "422-208", "rgb"]),
