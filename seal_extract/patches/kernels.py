@@ -91,7 +91,10 @@ def _rounded(sums):
     return tl.minimum(tl.maximum(sums + (1 << 21) >> 22, 0), 255)
 
 
-@triton.jit
+# what changes from batch to batch must not make Triton compile anew
+@triton.jit(
+    do_not_specialize=["slots_y", "slots_x"], do_not_specialize_on_alignment=["tiles", "slots", "corners"]
+)
 def _across(
     tiles, tile_stride, y_stride, x_stride, colour_stride, tile_h, tile_w, slots, slots_y, slots_x, corners,
     pixels, weights, between, height, width,

@@ -15,18 +15,26 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from seal_extract.patches import kernels
+from seal_extract.patches import jpeg, jpeg_kernels, kernels
 
 GENERATIONS = (75, 80, 90, 100)  # Turing, Ampere, Hopper, Blackwell
 U8, I16, I32, I64 = "*u8", "*i16", "*i32", "*i64"
 BLOCK = {"ROWS": kernels.BLOCK[0], "COLUMNS": kernels.BLOCK[1]}
 PILLOW, AREA = {"TAPS": 8, "EXACT": False}, {"TAPS": 3, "EXACT": True}
 CUT = {"tiles": U8, "slots": I32, "corners": I32, "pixels": I32, "weights": I32}
+THREADS = {"LANES": jpeg.THREADS}
+JPEG = {"raw": U8, "places": I32, "packed": U8, "bits": I32, "odd": I32, "short": I16, "full": I16}
+JPEG |= {"natural": I32, "coefficients": I16, "quantisation": I32, "samples": U8, "pixels": U8}
 CASES = [
     (kernels._across, CUT | {"between": U8}, BLOCK | PILLOW),
     (kernels._across, CUT | {"between": I32}, BLOCK | AREA),
     (kernels._down, CUT | {"between": U8, "patches": U8}, BLOCK | PILLOW | {"WIDE": False}),
     (kernels._down, CUT | {"between": I64, "patches": U8}, BLOCK | AREA | {"WIDE": True}),
+    (jpeg_kernels.unstuff, JPEG, {"CHUNK": 1024}),
+    (jpeg_kernels.read_coefficients, JPEG | {"packed": I32}, {"LUMA": 4, "LANES": jpeg.LANES, "STEPS": 64}),
+    (jpeg_kernels.columns, JPEG, {"PER_MCU": 6} | THREADS),
+    (jpeg_kernels.rows, JPEG, THREADS),
+    (jpeg_kernels.colours, JPEG, {"H": 2, "V": 2, "YCBCR": True} | THREADS),
 ]
 
 
