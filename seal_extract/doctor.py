@@ -178,8 +178,8 @@ def _slide(path: Path, slide_mpp: float | None, override_mpp: float | None) -> t
     from dataclasses import replace
 
     from seal_extract.demo import untrained_encoder
+    from seal_extract.patches.reader import open_patch_reader
     from seal_extract.patches.stream import stream_batches
-    from seal_extract.patches.tiles import open_patch_reader
     from seal_extract.run.job import find_tissue_and_grid
     from seal_extract.run.options import ExtractOptions
     from seal_extract.slides.entry import SlideEntry, open_entry

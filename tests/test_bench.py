@@ -20,7 +20,7 @@ from seal_extract.bench.reading import take_sample
 from seal_extract.demo import demo_slide, untrained_encoder
 from seal_extract.encoders import find_spec
 from seal_extract.errors import UsageError
-from seal_extract.patches.tiles import open_patch_reader
+from seal_extract.patches.reader import open_patch_reader
 from seal_extract.run.options import ExtractOptions
 from seal_extract.slides.slide import open_slide
 

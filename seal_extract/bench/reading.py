@@ -28,11 +28,12 @@ from seal_extract.bench.measure import (
 )
 from seal_extract.errors import GeometryError, UsageError
 from seal_extract.patches.grid import PatchGrid
-from seal_extract.patches.regions import PatchReader, RegionReader
+from seal_extract.patches.reader import open_patch_reader
+from seal_extract.patches.regions import ROWS_AT_ONCE, PatchReader, RegionReader
 from seal_extract.patches.resample import Resampling
-from seal_extract.patches.stream import JOB_BYTES, ROWS_PER_JOB, stream_batches
+from seal_extract.patches.stream import JOB_BYTES, stream_batches
 from seal_extract.patches.tiled import TiledLevel, Unsuitable, open_level
-from seal_extract.patches.tiles import TileReader, open_patch_reader
+from seal_extract.patches.tiles import TileReader
 from seal_extract.run.job import SlideJob, find_tissue_and_grid
 from seal_extract.run.options import ExtractOptions
 from seal_extract.slides.entry import SlideEntry
@@ -70,7 +71,10 @@ class Sample:
     def open_reader(self) -> PatchReader:
         """The patch reader of a run; it reads the patches once."""
         return open_patch_reader(
-            self.slide, self.grid, self.device, filter=self.options.resample, fast=self.options.fast_decode
+            *(self.slide, self.grid, self.device),
+            filter=self.options.resample,
+            fast=self.options.fast_decode,
+            gpu_decode=self.options.gpu_decode,
         )
 
     def open_region_reader(self) -> PatchReader:
@@ -99,7 +103,7 @@ class Sample:
 
     def jobs(self, side_px: int) -> list[range]:
         """The grid rows that a thread reads at a time, as in `stream_batches`."""
-        step = max(1, min(ROWS_PER_JOB, JOB_BYTES // (3 * side_px**2)))
+        step = max(1, min(ROWS_AT_ONCE, JOB_BYTES // (3 * side_px**2)))
         rows = len(self.grid)
         return [range(start, min(start + step, rows)) for start in range(0, rows, step)]
 

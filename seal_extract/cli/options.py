@@ -89,6 +89,11 @@ SHARED: dict[str, dict[str, Any]] = {
         "action": "store_true",
         "help": "decode JPEG at reduced scale, which changes pixels slightly",
     },
+    "--gpu-decode": {
+        "choices": ["auto", "on", "off"],
+        "default": "auto",
+        "help": "decode JPEG tiles on a GPU, to the same pixels (default: auto, where it can)",
+    },
     "--batch-size": {
         "type": int,
         "metavar": "N",
@@ -259,7 +264,7 @@ def add_slide_options(p: argparse.ArgumentParser) -> None:
         metavar="N",
         help="unreadable patches that a slide may have; their features are zeros (default: 0)",
     )
-    add(run, "--workers")
+    add(run, "--workers", "--gpu-decode")
     run.add_argument("--dry-run", action="store_true", help="only print what would be read")
     run.add_argument(
         "--layout",

@@ -42,6 +42,7 @@ def add_bench_options(p: argparse.ArgumentParser) -> None:
     add(p, "--mpp", default=0.5)
     add(p, "--patch-px", default=224)
     add(p, "--slide-mpp", "--override-mpp", "--resample", "--fast-decode", "--batch-size", "--workers")
+    add(p, "--gpu-decode")
     p.add_argument("--patches", type=int, default=512, metavar="N", help="of each slide (default: 512)")
     p.add_argument("--repeats", type=int, default=3, metavar="K", help="of each measurement (default: 3)")
     p.add_argument("--against", choices=["openslide"], help="read with OpenSlide + PIL too, in turns")

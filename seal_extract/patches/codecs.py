@@ -82,15 +82,21 @@ class JpegCodec:
             return SOI + tables
         return SOI + ADOBE + (YCBCR if self.ycbcr else RGB) + tables
 
+    def _start(self, data: bytes) -> int:
+        return len(SOI) if self.ycbcr is None else _after_applications(data)
+
+    def complete(self, data: bytes) -> bytes:
+        """A tile with the tables that it lacks, and a marker of its colours in place of those it may have."""
+        return self._head + data[self._start(data) :]
+
     def decode(self, data: bytes, out: Array, factor: int = 1, lenient: bool = False) -> None:
         """See `Codec.decode`."""
         height, width = out.shape[:2]
-        start = len(SOI) if self.ycbcr is None else _after_applications(data)
-        _check_frame(data, start, (width * factor, height * factor))
+        _check_frame(data, self._start(data), (width * factor, height * factor))
         try:
             # into existing memory: allocating for each tile would cost half as much again as decoding it
             pixels = simplejpeg.decode_jpeg(
-                self._head + data[start:],
+                self.complete(data),
                 "RGB",
                 min_height=0 if factor == 1 else height,
                 min_width=0 if factor == 1 else width,

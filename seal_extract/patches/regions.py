@@ -15,13 +15,15 @@ from seal_extract.patches.resample import Resampling
 from seal_extract.slides.readers import Array
 from seal_extract.slides.slide import Slide, open_with_another_reader
 
+ROWS_AT_ONCE = 8  # patches a thread reads at a time: large enough that handing over costs nothing
+
 
 @dataclass(frozen=True)
 class HostPixels:
-    """What a thread has read on the host.
+    """What a thread has read.
 
     Attributes:
-        pixels: uint8 [B, 3, side, side], a view in channels-last memory.
+        pixels: uint8 [B, 3, side, side]: on the host a view in channels-last memory; or on the device.
         unreadable: the reason for each grid row whose patch cannot be read; its pixels are black.
     """
 
@@ -36,14 +38,16 @@ class PatchReader(Protocol):
         grid: rows to read.
         name: of the way to read, as recorded in the results.
         side_px: of what `read` gives.
+        rows_at_once: that a thread reads best.
     """
 
     grid: PatchGrid
     name: str
     side_px: int
+    rows_at_once: int
 
     def read(self, rows: range) -> HostPixels:
-        """Read grid rows on the host; safe to call from several threads."""
+        """Read grid rows; safe to call from several threads."""
         ...
 
     def to_patches(self, pixels: Tensor) -> Tensor:
@@ -57,6 +61,8 @@ class PatchReader(Protocol):
 
 class RegionReader:
     """Reads each patch with `Slide.read_region`; see `PatchReader`."""
+
+    rows_at_once = ROWS_AT_ONCE
 
     def __init__(self, slide: Slide, grid: PatchGrid, resampling: Resampling, reason: str = "") -> None:
         self.grid, self._slide, self._resampling = grid, slide, resampling

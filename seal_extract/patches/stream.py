@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from seal_extract.errors import ReadError, is_of_lost_device
-from seal_extract.patches.regions import HostPixels, PatchReader
+from seal_extract.patches.regions import ROWS_AT_ONCE, HostPixels, PatchReader
 
-ROWS_PER_JOB = 8  # patches a thread reads at a time: large enough that handing over costs nothing
 JOB_BYTES = 32 * 2**20  # fewer where patches are huge
 SLIDES_READ_AHEAD = 4  # beyond the jobs that threads need: each open slide has caches of its own
 READ_AHEAD_BYTES = 256 * 2**20  # host memory that decoded regions may fill
@@ -170,7 +169,7 @@ class _Stream:
 
     def _jobs(self, slide: int, reader: PatchReader) -> Iterator[_Job]:
         rows = len(reader.grid)
-        step = max(1, min(ROWS_PER_JOB, JOB_BYTES // (3 * reader.side_px**2)))
+        step = max(1, min(reader.rows_at_once, JOB_BYTES // (3 * reader.side_px**2)))
         for start in range(0, rows, step):
             if slide in self._failed:
                 return
@@ -192,9 +191,10 @@ class _Stream:
         self._on_read(slide)
 
     def _has_room(self) -> bool:
-        """Two jobs a thread, and more while they fit READ_AHEAD_BYTES and are of few slides."""
+        """Two jobs a thread, or two whole batches; more while they fit the memory and are of few slides."""
         waiting = self._waiting
-        if len(waiting) < 2 * self._workers:
+        are_small = not waiting or len(waiting[-1].rows) <= ROWS_AT_ONCE
+        if len(waiting) < (2 * self._workers if are_small else 2):
             return True
         if waiting[-1].slide - waiting[0].slide >= SLIDES_READ_AHEAD:
             return False

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,47 @@ class TiledLevel:
 
         The bytes are empty if the file does not hold the whole tile.
         """
+        for run in self._runs(tiles):
+            start, end = self._span(run[0])[0], self._span(run[-1])[1]
+            piece = self._read_at(start, end - start) if end > start else b""
+            for tile in run:
+                first, last = self._span(tile)
+                data = piece[first - start : last - start]
+                yield tile, data if len(data) == last - first else b""
+
+    def read_into(
+        self, tiles: NDArray[np.int64], allocate: Callable[[int], Array]
+    ) -> tuple[Array, NDArray[np.int64], NDArray[np.int64]]:
+        """Read tiles into one piece of memory, neighbours together.
+
+        Args:
+            tiles: their numbers.
+            allocate: gives memory of so many bytes, uint8.
+
+        Returns:
+            data: the memory.
+            first: where each tile begins in it, int64 [T].
+            count: its bytes, int64 [T]; 0 if the file does not hold the whole tile.
+        """
+        runs = [(run, self._span(run[0])[0], self._span(run[-1])[1]) for run in self._runs(tiles.tolist())]
+        data = allocate(sum(max(0, end - start) for _, start, end in runs))
+        places, at = {}, 0
+        for run, start, end in runs:
+            piece = data[at : at + max(0, end - start)]
+            held = self._fill(piece, start)
+            for tile in run:
+                first, last = self._span(tile)
+                places[tile] = (at + first - start, last - first if last - start <= held else 0)
+            at += len(piece)
+        first_and_count = np.array([places[tile] for tile in tiles.tolist()], np.int64).reshape(-1, 2)
+        return data, first_and_count[:, 0], first_and_count[:, 1]
+
+    def is_left_out(self, tile: int) -> bool:
+        """Whether the file states by a zero offset that the tile is empty, as some scanners do for glass."""
+        return not (self._offsets[tile] or self._counts[tile])
+
+    def _runs(self, tiles: list[int]) -> list[list[int]]:
+        """Tiles in the order of the file, in runs that are each read as one piece."""
         runs: list[list[int]] = []
         end = start = 0
         for tile in sorted(tiles, key=self._offsets.__getitem__):
@@ -87,17 +128,7 @@ class TiledLevel:
                 start = first
             runs[-1].append(tile)
             end = last
-        for run in runs:
-            start, end = self._span(run[0])[0], self._span(run[-1])[1]
-            piece = self._read_at(start, end - start) if end > start else b""
-            for tile in run:
-                first, last = self._span(tile)
-                data = piece[first - start : last - start]
-                yield tile, data if len(data) == last - first else b""
-
-    def is_left_out(self, tile: int) -> bool:
-        """Whether the file states by a zero offset that the tile is empty, as some scanners do for glass."""
-        return not (self._offsets[tile] or self._counts[tile])
+        return runs
 
     def _span(self, tile: int) -> tuple[int, int]:
         """First byte of a tile and the one after its last; an empty span if the table cannot be right."""
@@ -116,6 +147,17 @@ class TiledLevel:
                 return os.read(self._file, count)
         except OSError:  # a bad sector or a lost share: treated as tiles that are not in the file
             return b""
+
+    def _fill(self, memory: Array, offset: int) -> int:
+        """Read from the file into memory: the number of bytes that it holds."""
+        if hasattr(os, "preadv") and len(memory):
+            try:
+                return os.preadv(self._file, [memory.data], offset)
+            except OSError:  # see `_read_at`
+                return 0
+        data = self._read_at(offset, len(memory)) if len(memory) else b""
+        memory[: len(data)] = np.frombuffer(data, np.uint8)
+        return len(data)
 
     def largest(self, tiles: NDArray[np.int64]) -> NDArray[np.int64]:
         """The larger half of ``tiles`` by compressed size: tissue rather than glass."""

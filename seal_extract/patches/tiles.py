@@ -10,15 +10,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from seal_extract.errors import ReadError
 from seal_extract.patches.codecs import REDUCTIONS, TileError, memory_for_pixels, shrink
 from seal_extract.patches.grid import PatchGrid
-from seal_extract.patches.regions import HostPixels, PatchReader, RegionReader
+from seal_extract.patches.regions import ROWS_AT_ONCE, HostPixels
 from seal_extract.patches.resample import Resampling
-from seal_extract.patches.taps import Filter
 from seal_extract.patches.tiled import Unsuitable, open_level, probe, read_tile
 from seal_extract.slides.readers import Array
 from seal_extract.slides.slide import Slide
@@ -30,27 +28,10 @@ Users = Mapping[int, list[Part]]  # tile -> its parts that belong to the patches
 Pixels = Array | ReadError  # of a tile: uint8 [h, w, 3], or the reason why it cannot be read
 
 
-def open_patch_reader(
-    slide: Slide, grid: PatchGrid, device: torch.device, *, filter: Filter = "bicubic", fast: bool = False
-) -> PatchReader:
-    """Open the fastest way to read patches that gives the pixels of the slide's reader.
-
-    Args:
-        slide: stays open as long as the patch reader.
-        grid: rows to read.
-        device: where the patches will be used.
-        filter: of the resampling, ``"bicubic"`` or ``"area"``.
-        fast: decode JPEG at reduced scale if patches shrink by a multiple of 2; the pixels differ.
-    """
-    resampling = Resampling(grid.patch_px, filter, early=device.type == "cpu", pinned=device.type == "cuda")
-    try:
-        return TileReader(slide, grid, resampling, fast)
-    except Unsuitable as exc:
-        return RegionReader(slide, grid, resampling, str(exc))
-
-
 class TileReader:
     """Reads patches out of compressed tiles; see `PatchReader`."""
+
+    rows_at_once = ROWS_AT_ONCE
 
     def __init__(self, slide: Slide, grid: PatchGrid, resampling: Resampling, fast: bool = False) -> None:
         """Open the tiles of the grid's level and compare a sample with the reader's pixels.

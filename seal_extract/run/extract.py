@@ -21,9 +21,9 @@ from seal_extract.encoders.request import EncoderRequest
 from seal_extract.errors import UsageError, as_ours, is_of_lost_device
 from seal_extract.features.layouts import check_layout
 from seal_extract.features.store import SlideFeatures
+from seal_extract.patches.reader import open_patch_reader
 from seal_extract.patches.regions import PatchReader
 from seal_extract.patches.stream import available_cores, stream_batches
-from seal_extract.patches.tiles import open_patch_reader
 from seal_extract.run import slide_process
 from seal_extract.run.embed import Embedder, open_embedder
 from seal_extract.run.job import Channel, OpenSlide, Output, SlideJob, Stopped
@@ -245,7 +245,12 @@ class _Run:
                 if isinstance(unfinished, SlideResult):
                     return unfinished
             device, options = self._encoders[0].device, job.options
-            reader = open_patch_reader(slide, grid, device, filter=options.resample, fast=options.fast_decode)
+            reader = open_patch_reader(
+                *(slide, grid, device),
+                filter=options.resample,
+                fast=options.fast_decode,
+                gpu_decode=options.gpu_decode,
+            )
             opened = OpenSlide(unfinished, slide, mask, grid, picture, reader, layout, stamp)
             stack.callback(opened.reader.close)
             outputs = [

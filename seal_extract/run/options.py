@@ -18,6 +18,7 @@ from seal_extract.slides.readers import PLAUSIBLE_MPP
 from seal_extract.slides.slide import absolute
 
 Resampling = Literal["bicubic", "area"]
+GpuDecode = Literal["auto", "on", "off"]
 MAX_TIMEOUT_S = 86_400
 NUMBERS = {int: numbers.Integral, float: numbers.Real}
 KIND_WORDS = {int: "a whole number", float: "a number", bool: "True or False", Path: "a path", str: "a name"}
@@ -99,6 +100,8 @@ class RunOptions:
         max_read_errors: patches of a slide that may be unreadable before it fails; their features are zeros.
         batch_size: patches per forward pass; found by trying on a GPU by default.
         workers: threads that read, and on a CPU as many that encode; all cores by default.
+        gpu_decode: let a GPU decode JPEG tiles, to the same pixels: ``"auto"`` where it can; ``"on"``, and a
+            slide fails where it cannot; ``"off"``.
         overwrite: replace a file that other options made.
         layout: where the files lie and in which form: ``"trident"``, ``"clam"``, ``"stamp"``, ``"flat"``.
         overlay: patches in the picture of a slide: a faint ``"tint"``, or an ``"outline"``, which leaves the
@@ -113,6 +116,7 @@ class RunOptions:
     max_read_errors: int = 0
     batch_size: int | None = None
     workers: int | None = None
+    gpu_decode: GpuDecode = "auto"
     overwrite: bool = False
     layout: str = "trident"
     overlay: Literal["tint", "outline"] = "tint"

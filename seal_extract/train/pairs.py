@@ -16,8 +16,8 @@ from torch import Tensor
 
 from seal_extract.errors import UsageError
 from seal_extract.patches.grid import PatchGrid, level_to_read
+from seal_extract.patches.reader import open_patch_reader
 from seal_extract.patches.stream import stream_batches
-from seal_extract.patches.tiles import open_patch_reader
 from seal_extract.slides.patch_files import SAME_MPP, open_patches
 from seal_extract.slides.slide import open_slide
 from seal_extract.train.sections import Expression, Section

@@ -10,9 +10,9 @@ from slide_helpers import grid_at, read
 
 from seal_extract.errors import ReadError
 from seal_extract.patches import stream as stream_module
-from seal_extract.patches.regions import HostPixels
+from seal_extract.patches.reader import open_patch_reader
+from seal_extract.patches.regions import ROWS_AT_ONCE, HostPixels
 from seal_extract.patches.stream import stream_batches
-from seal_extract.patches.tiles import open_patch_reader
 
 CPU = torch.device("cpu")
 
@@ -67,7 +67,7 @@ def test_slides_without_patches_are_passed_over(drawn):
 
 
 def test_no_more_is_read_ahead_than_the_memory_set_aside(drawn, monkeypatch):
-    monkeypatch.setattr(stream_module, "READ_AHEAD_BYTES", 3 * stream_module.ROWS_PER_JOB * 32 * 32 * 3)
+    monkeypatch.setattr(stream_module, "READ_AHEAD_BYTES", 3 * ROWS_AT_ONCE * 32 * 32 * 3)
     reader, seen = reader_of(drawn(640, 640), side=32), []
 
     def black(rows):
@@ -75,7 +75,7 @@ def test_no_more_is_read_ahead_than_the_memory_set_aside(drawn, monkeypatch):
         return HostPixels(torch.zeros(len(rows), 3, 32, 32, dtype=torch.uint8))
 
     reader.read = black
-    stream = stream_batches([reader], stream_module.ROWS_PER_JOB, workers=1)
+    stream = stream_batches([reader], ROWS_AT_ONCE, workers=1)
     for i in range(5):
         next(stream)
         time.sleep(0.02)

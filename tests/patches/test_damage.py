@@ -15,9 +15,10 @@ from synthetic_slide import write_synthetic_slide
 from seal_extract import ExtractOptions, open_slide
 from seal_extract.errors import ReadError, SlideError, SlideOpenError
 from seal_extract.patches.codecs import JpegCodec, TileError
+from seal_extract.patches.reader import open_patch_reader
 from seal_extract.patches.regions import RegionReader
 from seal_extract.patches.resample import Resampling
-from seal_extract.patches.tiles import TileReader, open_patch_reader
+from seal_extract.patches.tiles import TileReader
 from seal_extract.run.extract import extract_many
 from seal_extract.run.job import SlideJob
 from seal_extract.slides.overview import read_overview

@@ -19,9 +19,9 @@ from seal_extract import ExtractOptions, extract, open_slide
 from seal_extract.errors import GeometryError, UsageError
 from seal_extract.features.layouts import LAYOUTS
 from seal_extract.patches.grid import make_grid, read_grid
+from seal_extract.patches.reader import open_patch_reader
 from seal_extract.patches.regions import RegionReader
 from seal_extract.patches.resample import Resampling, resample
-from seal_extract.patches.tiles import open_patch_reader
 from seal_extract.run.status_table import read_status
 from seal_extract.tissue.mask import TissueMask
 

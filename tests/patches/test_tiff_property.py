@@ -13,7 +13,7 @@ from slide_helpers import grid_of_level
 
 from seal_extract import open_slide
 from seal_extract.errors import SealExtractError
-from seal_extract.patches.tiles import open_patch_reader
+from seal_extract.patches.reader import open_patch_reader
 
 SIDE = 32  # of the patches that are read
 CPU = torch.device("cpu")

@@ -17,9 +17,10 @@ from slide_helpers import DOWNSAMPLES, KINDS, Damage, grid_of_level, openslides_
 from seal_extract.patches import tiles as tiles_module
 from seal_extract.patches.codecs import Jpeg2000Codec, JpegCodec, TileError
 from seal_extract.patches.grid import PatchGrid
+from seal_extract.patches.reader import open_patch_reader
 from seal_extract.patches.regions import RegionReader
 from seal_extract.patches.tiled import open_level
-from seal_extract.patches.tiles import TileReader, open_patch_reader
+from seal_extract.patches.tiles import TileReader
 from seal_extract.slides.slide import open_slide
 
 CPU = torch.device("cpu")
