@@ -72,10 +72,10 @@ class TileReader:
         users = self._users(rows)
         unreadable: dict[int, str] = {}
         for tile, pixels in self._decoded(users, regions):
-            for put, cut in users[tile] if pixels is not None else ():
+            for put, cut in users[tile]:
                 if isinstance(pixels, ReadError):
                     unreadable[rows[put[0]]] = str(pixels)
-                else:
+                elif pixels is not None:
                     regions[put] = pixels[cut]
         if self._partly_outside:
             for region, row in zip(regions, rows, strict=True):
@@ -134,7 +134,7 @@ class TileReader:
         return users
 
     def _along(self, axis: int, corner: int, first: int, last: int) -> list[tuple[int, slice, slice]]:
-        """The columns (axis 0) or rows of tiles under a patch: number, place in the region, place in the tile."""
+        """The columns (axis 0) or rows of tiles under a patch; places in the region and in the tile."""
         side, size = self._tile_shape[1 - axis], self._tiled.size_px[axis]
         corner //= self._reduction
         spans = []
