@@ -15,7 +15,7 @@ Ruifrok and Johnston, Anal Quant Cytol Histol 23 (2001) 291.
 from __future__ import annotations
 
 import math
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import cv2
 import numpy as np
@@ -52,6 +52,7 @@ OUTLINE_UM = 12.0  # half the width of the threads that are trimmed off
 SMOOTH_HOLES = 20  # smooth stained holes (colloid, mucin) are filled up to this many times the size of others
 
 _OD = -np.log10(np.maximum(np.arange(256), 1) / 255).astype(np.float32)
+_MEAN = np.full((1, 3), 1 / 3, np.float32)  # of R, G and B
 
 # the flags of a pixel
 TEXTURED, COLOURED, COLOURLESS, INK, FADING_INK, UNSCANNED = (np.uint8(1 << bit) for bit in range(6))
@@ -146,10 +147,22 @@ def _glass_od(overview: Overview) -> Floats:
     Where hardly any glass is to be seen these are pale tissue, which does not shift the colour of the rest.
     """
     step = math.ceil(math.sqrt(overview.scanned.size / GLASS_SAMPLE_PX))  # a sample is enough
-    rgb = overview.rgb[::step, ::step][overview.scanned[::step, ::step]]
-    if not len(rgb):
+    rgb, scanned = (
+        np.ascontiguousarray(pixels[::step, ::step])
+        for pixels in (overview.rgb, overview.scanned.view(np.uint8))
+    )
+    if not scanned.any():
         return np.zeros(3, np.float32)
-    return np.minimum(np.percentile(_OD[rgb], 2, axis=0), DARKEST_GLASS).astype(np.float32)
+    counts = (cv2.calcHist([rgb], [i], scanned, [256], [0, 256]).ravel()[::-1] for i in range(3))
+    return np.minimum([_percentile(_OD[::-1], each, 2) for each in counts], DARKEST_GLASS).astype(np.float32)
+
+
+def _percentile(values: Floats, counts: NDArray[Any], percent: float) -> float:
+    """That of rising values of which each occurs so many times."""
+    up_to = np.cumsum(counts, dtype=np.float64)
+    rank = percent / 100 * (up_to[-1] - 1)
+    low, high = values[np.searchsorted(up_to, (np.floor(rank), np.ceil(rank)), side="right")].tolist()
+    return float(low + (high - low) * (rank % 1))
 
 
 def _padded(rgb: Array, unscanned: Mask, factor: int) -> tuple[Array, Mask]:
@@ -163,21 +176,24 @@ def _flags_of(
     rgb: Array, unscanned: Mask, glass: Floats, mpp: float, factor: int, min_texture: float
 ) -> Array:
     """The flags of a strip at ``mpp``: uint8 [H / factor, W / factor]."""
-    od = _OD[rgb] - glass  # float32 [H, W, 3]
-    rim = cv2.dilate(unscanned.view(np.uint8), np.ones((5, 5), np.uint8))  # blended with the scanner's black
-    od[rim > 0] = 0
-    small = _shrunk(od, factor)  # float32 [h, w, 3], as all that follows
-    density = _pooled(small, mpp * factor)
-    fine = _root_mean(_shrunk(_denser(od, FINE_UM / mpp), factor), mpp * factor)
-    texture = _root_mean(_shrunk(_denser(od, DETAIL_UM / mpp), factor), mpp * factor)
+    od = np.asarray(cv2.LUT(rgb, _OD[:, None, None] - glass), np.float32)  # [H, W, 3]
+    if unscanned.any():
+        rim = cv2.dilate(unscanned.view(np.uint8), np.ones((5, 5), np.uint8))
+        od[rim > 0] = 0  # blended with the scanner's black
+    density = _pooled(_shrunk(od, factor), mpp * factor)  # float32 [h, w, 3]
+    channels = np.array(cv2.split(density), np.float32)  # float32 [3, h, w]
+    low, high = channels.min(axis=0), channels.max(axis=0)  # float32 [h, w], as all that follows
+    room = np.empty_like(od)  # reused, because new memory costs as much as the sums
+    fine, texture = (_texture(od, um, mpp, factor, room) for um in (FINE_UM, DETAIL_UM))
 
-    textured = _rms(texture) > min_texture
-    high, chroma = _highest(density), _chroma(density)
+    textured = texture > min_texture
+    chroma = (high - low) / np.maximum(high, 1e-4)  # 0 for R, G, B alike, 1 where one of them is missing
     coloured = (high > STAINED) & (chroma > MIN_CHROMA)
     grey = (high > GREY) & (chroma < MIN_CHROMA)
     if mpp > COLOUR_ONLY_MPP:
         textured |= coloured
-    ink, fading = _ink(density, np.asarray(_rms(fine) / np.maximum(_rms(density), 1e-4)))
+    overall = np.sqrt(cv2.transform(density * density, _MEAN))
+    ink, fading = _ink(channels, low, high, np.asarray(fine / np.maximum(overall, 1e-4)))
     never = unscanned[factor // 2 :: factor, factor // 2 :: factor]
 
     flags = np.zeros(ink.shape, np.uint8)
@@ -189,7 +205,7 @@ def _flags_of(
         (fading, FADING_INK),
         (never, UNSCANNED),
     ):
-        flags[where] |= bit
+        flags |= where * bit
     return flags
 
 
@@ -198,13 +214,16 @@ def _shrunk(values: Floats, factor: int) -> Floats:
     return np.asarray(cv2.resize(values, size, interpolation=cv2.INTER_AREA), np.float32)
 
 
-def _denser(od: Floats, sigma_px: float) -> Floats:
-    """Square of what is denser than its surroundings, doubled for the half that is left out.
+def _texture(od: Floats, sigma_um: float, mpp: float, factor: int, room: Floats) -> Floats:
+    """Rms of what is denser than its surroundings, doubled for the half that is left out: float32 [h, w].
 
     That half, the lighter, would reach beyond the edge of the tissue onto the glass.
     """
-    difference = np.maximum(od - cv2.GaussianBlur(od, (0, 0), max(sigma_px, 0.8)), 0)
-    return np.asarray(2 * difference * difference, np.float32)
+    cv2.GaussianBlur(od, (0, 0), max(sigma_um / mpp, 0.8), dst=room)
+    np.maximum(np.subtract(od, room, out=room), 0, out=room)
+    squares = np.asarray(cv2.transform(np.multiply(room, room, out=room), 2 * _MEAN), np.float32)
+    # OpenCV filters by FFT, which may leave -1e-9
+    return np.sqrt(np.maximum(_pooled(_shrunk(squares, factor), mpp * factor), 0))
 
 
 def _pooled(values: Floats, mpp: float) -> Floats:
@@ -214,37 +233,14 @@ def _pooled(values: Floats, mpp: float) -> Floats:
     return np.asarray(cv2.filter2D(values, -1, kernel, borderType=cv2.BORDER_REFLECT), np.float32)
 
 
-def _root_mean(squares: Floats, mpp: float) -> Floats:
-    return np.sqrt(np.maximum(_pooled(squares, mpp), 0))  # OpenCV filters by FFT, which may leave -1e-9
-
-
-def _rms(values: Floats) -> Floats:
-    return np.asarray(np.sqrt(np.einsum("hwc,hwc->hw", values, values) / 3))
-
-
-def _highest(values: Floats) -> Floats:
-    return np.asarray(np.maximum.reduce(cv2.split(values)))  # numpy is slow along an axis of 3
-
-
-def _lowest(values: Floats) -> Floats:
-    return np.asarray(np.minimum.reduce(cv2.split(values)))
-
-
-def _chroma(values: Floats) -> Floats:
-    """0 where R, G and B are alike, 1 where one of them is missing."""
-    high = _highest(values)
-    return np.asarray((high - _lowest(values)) / np.maximum(high, 1e-4))
-
-
-def _ink(density: Floats, roughness: Floats) -> tuple[Mask, Mask]:
+def _ink(channels: Floats, low: Floats, high: Floats, roughness: Floats) -> tuple[Mask, Mask]:
     """Where a pen was surely used, and where its strokes may fade out.
 
     Stains of H&E and IHC absorb green most, blue at 0.4 to 0.7 of that (DAB: 1.4), red at 0.13 to 1.2. Inks
     differ: black, grey and mixed ones absorb blue as much as green; green and blue ones absorb red far more
     than blue; red ones absorb next to no red (blood: 0.15 to 0.25 of green).
     """
-    red, green, blue = cv2.split(density)
-    low, high = _lowest(density), _highest(density)
+    red, green, blue = channels
     brown = (blue > 1.1 * green) & (blue < 2 * green)
     greyish = (blue > 0.75 * green) & ~brown
     black_over_tissue = (low > 0.3) & (high - low < 0.45 * high)
