@@ -1,11 +1,15 @@
 """How an encoder is kept busy: threads on a CPU; on a GPU, for which a stub stands, batches of one shape."""
 
+import warnings
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from slide_helpers import Checksums
 
 from seal_extract.demo import untrained_encoder
+from seal_extract.run import embed as embed_module
 from seal_extract.run.embed import CpuEmbedder, Cuda, GpuEmbedder, open_embedder
 
 CAPTURE_FAILED = "CUDA error: operation not permitted when stream is capturing"
@@ -170,3 +174,30 @@ def test_a_graph_is_recorded_while_another_thread_uses_the_gpu():
     finally:
         stop.set()
         thread.join()
+
+
+@pytest.mark.parametrize(
+    ("precision", "flag", "seconds", "errors"),
+    [
+        ("float32", "avx512_bf16", 0, {"bfloat16": 0.003}),
+        ("float32", "amx_bf16", 0, {"bfloat16": 0.003}),
+        ("float32", "avx512_f", 0, {"bfloat16": 0.003}),
+        ("float32", "avx512_bf16", 600, {"bfloat16": 0.003}),
+        ("float32", "avx512_bf16", 0, {}),
+        ("bfloat16", "avx512_bf16", 0, {"bfloat16": 0.003}),
+    ],
+)
+def test_a_long_run_is_told_of_bfloat16_where_the_cpu_has_it(monkeypatch, precision, flag, seconds, errors):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {flag: True}, raising=False)
+    monkeypatch.setattr(embed_module, "ADVISED_S", seconds)
+    encoder = Checksums("ours")
+    encoder.spec = replace(encoder.spec, errors=errors, errors_basis="random weights")
+    encoder.set_precision(precision)
+    embedder = CpuEmbedder(encoder)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        embedder.close()
+    expected = precision == "float32" and "bf16" in flag and not seconds and bool(errors)
+    assert len(caught) == expected
+    for warning in caught:
+        assert "--precision bfloat16, which moves an embedding by up to 0.3%" in str(warning.message)
