@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from seal_extract.encoders.hub import cache_folder, endpoint, translate
 from seal_extract.encoders.registry import list_encoders
 from seal_extract.encoders.request import EncoderRequest
 from seal_extract.errors import SealExtractError, first_line
+
+if TYPE_CHECKING:
+    import torch
 
 State = Literal["ok", "note", "FAILS"]
 ENOUGH_DISK_GB = 20  # the largest encoder's files and some thousand slides' features
@@ -95,6 +98,13 @@ def _device() -> tuple[State, str]:
 
     if torch.cuda.is_available():
         cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        for i, card in enumerate(cards):
+            if failure := _try_card(torch.device("cuda", i)):
+                return "FAILS", (
+                    f"cuda:{i}, {card.name} of compute capability {card.major}.{card.minor}, cannot multiply "
+                    f"matrices by torch {torch.__version__} ({failure}); install the torch build that fits "
+                    "card and driver, or type --device cpu"
+                )
         return "ok", ", ".join(f"{card.name} ({card.total_memory / 2**30:.0f} GiB)" for card in cards)
     if shutil.which("nvidia-smi"):
         return "FAILS", (
@@ -102,6 +112,18 @@ def _device() -> tuple[State, str]:
             "card; install the torch build that fits the driver"
         )
     return "note", f"there is no NVIDIA card; encoders run slowly, on {torch.get_num_threads()} CPU threads"
+
+
+def _try_card(device: torch.device) -> str | None:
+    """What is wrong with a card that should multiply two small matrices; None if nothing is."""
+    import torch
+
+    try:
+        ones = torch.ones(64, 64, dtype=torch.float16, device=device)
+        product = (ones @ ones).float().sum().item()
+    except RuntimeError as exc:
+        return first_line(exc)
+    return None if product == 64**3 else f"the sum of a product is {product:g}, not {64**3}"
 
 
 def _disk() -> tuple[State, str]:

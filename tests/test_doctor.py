@@ -1,7 +1,10 @@
 """The doctor tells causes apart; download fills the cache that offline nodes live on."""
 
+from types import SimpleNamespace
+
 import openslide
 import pytest
+import torch
 from encoder_fixtures import SEAL_TINY_VIT, TINY_VIT, adapters, base_file, local_hub, save
 from hub_server import GOOD_TOKEN, OUTSIDE_TOKEN, Repo
 from synthetic_slide import write_synthetic_slide
@@ -71,6 +74,35 @@ def test_a_slide_is_read_and_encoded(hub, place):
     assert state == "ok"
     assert text.startswith("Slide(a.svs: 3000 x 2400 px")
     assert text.endswith("first batch encoded: [8, 192]")
+
+
+def test_a_card_that_cannot_compute_is_named_with_its_reason_in_one_line(hub, monkeypatch):
+    """Whatever build of torch the tests run with: here it finds a card, and no kernel runs on it."""
+
+    def refuse(*_, **__):
+        raise RuntimeError(
+            "CUDA error: no kernel image is available for execution\nCompile with TORCH_USE_CUDA_DSA"
+        )
+
+    card = SimpleNamespace(name="Old Card", total_memory=2**32, major=5, minor=2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(torch, "ones", refuse)
+    ((state, text),) = findings(offline=True)["device"]
+    assert state == "FAILS"
+    assert text.startswith("cuda:0, Old Card of compute capability 5.2, cannot multiply matrices by torch")
+    assert "(CUDA error: no kernel image is available for execution Compile with" in text
+    assert text.endswith("or type --device cpu")
+    product = torch.full((64, 64), 7.0)
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: product)
+    ((state, text),) = findings(offline=True)["device"]
+    assert (state, "the sum of a product is 1.28" in text) == ("FAILS", True)
+
+
+@pytest.mark.gpu
+def test_a_card_computes(hub):
+    assert findings(offline=True)["device"][0][0] == "ok"
 
 
 def test_a_bad_slide_is_a_finding_and_the_exit_status(hub, tmp_path, run):

@@ -97,7 +97,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "--batch-size": {
         "type": int,
         "metavar": "N",
-        "help": "patches per forward pass (default: measured on a GPU)",
+        "help": "patches per forward pass (default: 256 of 224 px on a GPU)",
     },
     "--workers": {"type": int, "metavar": "N", "help": "reading threads (default: all cores)"},
     "--signature": {

@@ -98,7 +98,7 @@ class RunOptions:
 
     Attributes:
         max_read_errors: patches of a slide that may be unreadable before it fails; their features are zeros.
-        batch_size: patches per forward pass; found by trying on a GPU by default.
+        batch_size: patches per forward pass; on a GPU by default as many as hold 256 x 224 x 224 px.
         workers: threads that read, and on a CPU as many that encode; all cores by default.
         gpu_decode: let a GPU decode JPEG tiles, to the same pixels: ``"auto"`` where it can; ``"on"``, and a
             slide fails where it cannot; ``"off"``.

@@ -19,6 +19,7 @@ from seal_extract.genes.omics import OmicsEncoder
 from seal_extract.train.config import LoraOptions
 
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+ROWS = 64  # patches of a forward pass without gradients
 _BLOCK = re.compile(r"(.*\bblocks)\.(\d+)\.")
 
 
@@ -105,15 +106,19 @@ def project(
 def embed_patches(encoder: Encoder, patches: Tensor, stain: float = 0.0, seed: int | None = None) -> Tensor:
     """Embeddings of patches, with gradients; without a seed the same as `Encoder.encode`.
 
+    Without gradients a whole section may come at once: `ROWS` patches are embedded at a time.
+
     Args:
         encoder: in training or evaluation mode.
-        patches: uint8 [B, 3, S, S].
+        patches: uint8 [B, 3, S, S], on any device.
         stain: standard deviation of the colour augmentation; see `vary_stain`.
         seed: of orientation and colour; None switches augmentation off.
 
     Returns:
         [B, D].
     """
+    if seed is None and len(patches) > ROWS and not torch.is_grad_enabled():
+        return torch.cat([embed_patches(encoder, part) for part in torch.split(patches, ROWS)])
     patches = patches.to(encoder.device, non_blocking=True)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     if generator is not None:

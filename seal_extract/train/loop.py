@@ -26,6 +26,7 @@ from seal_extract.train.formats.source import needed
 from seal_extract.train.pairs import Batches
 
 MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # as accelerate calls them
+STEPS_UNWATCHED = 64  # until the losses are looked at, for which the device has to be waited for
 CHECKPOINT, METRICS, CURVES = "checkpoint.pt", "metrics.csv", "curves.png"
 BATCHNORM = ("running_mean", "running_var", "num_batches_tracked")
 Weights = dict[str, Tensor]
@@ -112,18 +113,14 @@ class _Run:
         started, a, options = perf_counter(), self.accelerator, self.options
         torch.manual_seed(options.seed * 100_003 + epoch)  # of dropout and sampling
         self.wrapped.train()
-        sums: Row = {}
-        count = 0
+        sums: dict[str, Tensor] = {}  # on the device
+        losses: list[Tensor] = []
         for batch in self.batches.epoch(epoch, a.process_index, a.num_processes):
             with a.accumulate(self.wrapped):
-                terms = self.wrapped(batch.to(a.device), seed=combined_seed(options.seed, epoch, count))
+                seed = combined_seed(options.seed, epoch, len(losses))
+                terms = self.wrapped(batch.to(a.device), seed=seed)
                 loss = torch.stack(list(terms.values())).sum()
-                count += 1
-                if not loss.isfinite():
-                    raise TrainingError(
-                        f"the loss of epoch {epoch + 1}, batch {count} is {loss.item()}; {CHECKPOINT} of "
-                        f'epoch {epoch} is kept in {self.folder}; type a lower lr, or precision = "float32"'
-                    )
+                losses.append(loss.detach())
                 a.backward(loss)
                 if a.sync_gradients:
                     a.clip_grad_norm_(self.wrapped.parameters(), options.clip)
@@ -132,10 +129,22 @@ class _Run:
                     self.schedule.step()
                 self.optimiser.zero_grad()
             for name, value in {**terms, "loss": loss}.items():
-                sums[name] = sums.get(name, 0.0) + value.item()
+                sums[name] = sums.get(name, 0) + value.detach().double()
+            if len(losses) % STEPS_UNWATCHED == 0:
+                self._check(losses, epoch)
+        self._check(losses, epoch)
         row = {"epoch": epoch + 1, "lr": float(self.schedule.get_last_lr()[0])}
-        row.update({name: value / count for name, value in sums.items()})
+        row.update({name: value.item() / len(losses) for name, value in sums.items()})
         return row | {"seconds": round(perf_counter() - started, 2)}
+
+    def _check(self, losses: list[Tensor], epoch: int) -> None:
+        """Stop if a loss of the epoch is no number."""
+        for count, loss in enumerate(torch.stack(losses).tolist(), 1):
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"the loss of epoch {epoch + 1}, batch {count} is {loss}; {CHECKPOINT} of "
+                    f'epoch {epoch} is kept in {self.folder}; type a lower lr, or precision = "float32"'
+                )
 
     def validation_loss(self, batches: Batches) -> float:
         """The mean loss of all pairs, without augmentation, dropout or sampling."""
@@ -143,8 +152,8 @@ class _Run:
         total, pairs = 0.0, 0
         with torch.no_grad(), self.accelerator.autocast():
             for batch in batches.whole():
-                terms = self.model(batch.to(self.accelerator.device))
-                total += len(batch) * sum(value.item() for value in terms.values())
+                on_device = batch.to(self.accelerator.device, patches=False)
+                total += len(batch) * sum(value.item() for value in self.model(on_device).values())
                 pairs += len(batch)
         return total / pairs
 
@@ -159,6 +168,7 @@ class _Run:
             "best_epoch": self.best_epoch,
             "optimiser": self.optimiser.state_dict(),
             "schedule": self.schedule.state_dict(),
+            "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
         }
         with publish(self.folder / CHECKPOINT) as part:
             torch.save(checkpoint, part)
@@ -190,6 +200,8 @@ class _Run:
         load_trained(self.model, checkpoint["trained"])
         self.optimiser.load_state_dict(checkpoint["optimiser"])
         self.schedule.load_state_dict(checkpoint["schedule"])
+        if self.accelerator.scaler is not None and checkpoint.get("scaler"):  # an older version kept none
+            self.accelerator.scaler.load_state_dict(checkpoint["scaler"])
         self.rows, self.best = json.loads(checkpoint["rows"]), checkpoint["best"]
         self.best_loss, self.best_epoch = checkpoint["best_loss"], checkpoint["best_epoch"]
 

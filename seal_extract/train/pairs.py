@@ -195,9 +195,10 @@ class TrainBatch:
     def __len__(self) -> int:
         return len(self.row)
 
-    def to(self, device: torch.device) -> TrainBatch:
-        """All of it on a device."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if value is not None}
+    def to(self, device: torch.device, *, patches: bool = True) -> TrainBatch:
+        """All of it on a device, or all but the patches."""
+        named = {k: v for k, v in vars(self).items() if v is not None and (patches or k != "patches")}
+        moved = {name: value.to(device) for name, value in named.items()}
         return replace(self, **moved)
 
 

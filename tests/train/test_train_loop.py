@@ -24,6 +24,7 @@ from train_fixtures import GENES, TINY, pairs, tiny_encoder
 from seal_extract import load_encoder, load_omics
 from seal_extract.cli import main
 from seal_extract.errors import OutputError, UsageError
+from seal_extract.train import loop
 from seal_extract.train.config import LoopOptions, LoraOptions, SealOptions, read_config
 from seal_extract.train.loop import CHECKPOINT, TrainingError, train
 from seal_extract.train.pairs import Batches
@@ -87,6 +88,34 @@ def test_the_best_epoch_is_given_back_and_patience_ends_it(tmp_path):
     with torch.no_grad():
         again = sum(v.item() for v in trained(next(validation.whole())).values())
     assert again == pytest.approx(min(losses), rel=1e-4)
+
+
+def test_validation_embeds_a_section_in_parts_and_contrasts_it_whole():
+    trained, sizes = model().eval(), []
+    trained.encoder.tower.norm.register_forward_hook(lambda _, given, out: sizes.append(len(out)))
+    (batch,) = Batches(pairs(150), 8).whole()
+    whole = trained(batch)  # with gradients it is one forward pass
+    with torch.no_grad():
+        parts = trained(batch)
+    assert sizes == [150, 64, 64, 22]
+    for name, value in whole.items():
+        assert parts[name].item() == pytest.approx(value.item(), rel=1e-5), name
+
+
+def test_a_checkpoint_keeps_the_scale_of_float16_gradients(tmp_path):
+    """Accelerate scales on a GPU only; a stand-in for its scaler is enough for the file."""
+
+    def new_run(scale):
+        run = loop._Run(model(), Batches(pairs(16), 8), tmp_path, OPTIONS, {})
+        run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        return run
+
+    first, again = new_run(1024.0), new_run(2.0)
+    first.rows, first.best = [{"epoch": 1, "lr": 1.0, "loss": 1.0, "seconds": 0.0}], {}
+    first.save()
+    again.resume()
+    assert again.accelerator.scaler.state_dict() == first.accelerator.scaler.state_dict()
+    assert again.accelerator.scaler.get_scale() == 1024.0
 
 
 def test_batches_gathered_into_one_step(tmp_path):
