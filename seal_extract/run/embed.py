@@ -107,8 +107,8 @@ class CpuEmbedder:
         if error and is_exact and perf_counter() - self._began >= ADVISED_S and _has_bfloat16():
             warnings.warn(
                 f"this CPU computes {spec.name} 1.5 to 2 times as fast with --precision bfloat16, which "
-                f"moves an embedding by up to {error:.1%} of its length ({spec.errors_basis}); use one precision "
-                "for all slides of a study",
+                f"moves an embedding by up to {error:.1%} of its length ({spec.errors_basis}); use one "
+                "precision for all slides of a study",
                 stacklevel=2,
             )
 
