@@ -7,6 +7,7 @@ instead, where libjpeg and the slide's reader decide what becomes of it.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -28,6 +29,8 @@ from seal_extract.slides.readers import Array
 from seal_extract.slides.slide import Slide
 
 ROWS_AT_ONCE = 256  # patches whose tiles are decoded together: each lane of the GPU reads a tile of its own
+BYTES_AT_ONCE = 2**29  # of decoded tiles, so fewer patches where each lies over many or large tiles
+LARGEST_TILE_PX = 1024  # one lane would read a larger tile for too long
 AT_ONCE = threading.BoundedSemaphore(2)  # such decodings at a time: each may take half a gigabyte of the GPU
 EOI_BYTES = np.frombuffer(EOI, np.uint8)
 
@@ -40,12 +43,14 @@ class _Compressed:
 
     Attributes:
         tiles: their numbers in the level.
-        data: uint8, the bytes of all of them.
+        memory: uint8, from which the device copies by itself; numbers for it fit behind the data.
+        data: uint8, the bytes of all tiles, where the memory begins.
         first: where each begins in ``data``.
         count: its bytes; 0 if the file does not hold it.
     """
 
     tiles: Numbers
+    memory: Tensor
     data: Array
     first: Numbers
     count: Numbers
@@ -57,8 +62,6 @@ class _Compressed:
 
 class GpuTileReader(TileReader):
     """Reads patches of whole batches; `read` gives them on the device."""
-
-    rows_at_once = ROWS_AT_ONCE
 
     def __init__(self, slide: Slide, grid: PatchGrid, resampling: Resampling, device: torch.device) -> None:
         """Open the tiles of the grid's level, and compare a sample that the device decodes with the host's.
@@ -81,6 +84,10 @@ class GpuTileReader(TileReader):
             raise Unsuitable(f"--resample {resampling.filter}")
         if self._partly_outside:
             raise Unsuitable("patches reach beyond the scanned area")
+        if max(self._tiled.tile_px) > LARGEST_TILE_PX:
+            raise Unsuitable(f"tiles of more than {LARGEST_TILE_PX} px")
+        over_one = int(self._count_uses().sum()) / len(grid) * math.prod(self._tile_shape)
+        self.rows_at_once = max(1, min(ROWS_AT_ONCE, int(BYTES_AT_ONCE / over_one)))
         self._open_decoder()
 
     def read(self, rows: range) -> HostPixels:
@@ -91,7 +98,7 @@ class GpuTileReader(TileReader):
         first = self._first[rows.start : rows.stop]
         corners = self._xy_px[rows.start : rows.stop] - first * self._tiled.tile_px
         with AT_ONCE, self._stream():
-            read = self._compressed(tiles)
+            read = self._compressed(tiles, slots.size + corners.size)
             pixels, on_device = self._decoded_on_device(read, slots, corners)
             problems = self._mend(read, pixels, on_device[-1])
             side, patch_px = self.grid.read_px, self.grid.patch_px
@@ -123,7 +130,7 @@ class GpuTileReader(TileReader):
         if not isinstance(codec, JpegCodec):
             raise Unsuitable(codec.name)
         sample = self._tiled.largest(np.flatnonzero(self._count_uses()))[:PROBES]
-        read = self._compressed(sample)
+        read = self._compressed(sample, 0)
         try:
             data = read.bytes_of(0)
             self._header = data[: header_bytes(data)]
@@ -156,12 +163,21 @@ class GpuTileReader(TileReader):
             yield
             self._streams.own.synchronize()
 
-    def _empty(self, count: int) -> Tensor:
-        """Bytes on the host, from which the device copies by itself."""
-        return torch.empty(count, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+    def _empty(self, count: int, kind: torch.dtype = torch.uint8) -> Tensor:
+        """Memory on the host, from which, and to which, the device copies by itself."""
+        return torch.empty(count, dtype=kind, pin_memory=self._device.type == "cuda")
 
-    def _compressed(self, tiles: Numbers) -> _Compressed:
-        return _Compressed(tiles, *self._tiled.read_into(tiles, lambda count: self._empty(count).numpy()))
+    def _compressed(self, tiles: Numbers, numbers: int) -> _Compressed:
+        """Read tiles, with room for three numbers of each and ``numbers`` more."""
+        memory = self._empty(0)
+
+        def allocate(count: int) -> Array:
+            nonlocal memory
+            memory = self._empty(count + -count % 4 + 4 * (3 * len(tiles) + numbers))
+            return np.asarray(memory[:count].numpy())
+
+        data, first, count = self._tiled.read_into(tiles, allocate)
+        return _Compressed(tiles, memory, data, first, count)
 
     def _decoded_on_device(
         self, read: _Compressed, slots: NDArray[np.int32], corners: Numbers
@@ -169,16 +185,13 @@ class GpuTileReader(TileReader):
         """Decode tiles: their pixels, then slots and corners on the device, and on the host which are odd."""
         places, words = self._places(read)
         numbers = np.concatenate([part.ravel() for part in (places, slots, corners)]).astype(np.int32)
-        host = self._empty(numbers.nbytes + len(read.data))
-        host.numpy()[: numbers.nbytes] = numbers.view(np.uint8)
-        host.numpy()[numbers.nbytes :] = read.data
-        there = host.to(self._device, non_blocking=True)
-        parts = torch.split(
-            there[: numbers.nbytes].view(torch.int32), [places.size, slots.size, corners.size]
-        )
-        pixels, odd = self._decoder.decode(there[numbers.nbytes :], parts[0].view(-1, 3), words)
-        odd_here = torch.empty(len(odd), dtype=torch.int32, pin_memory=self._device.type == "cuda")
-        odd_here.copy_(odd, non_blocking=True)
+        begin = len(read.memory) - numbers.nbytes
+        read.memory.numpy()[begin:] = numbers.view(np.uint8)
+        there = read.memory.to(self._device, non_blocking=True)
+        sizes = [places.size, slots.size, corners.size]
+        parts = torch.split(there[begin:].view(torch.int32), sizes)
+        pixels, odd = self._decoder.decode(there, parts[0].view(-1, 3), words)
+        odd_here = self._empty(len(odd), torch.int32).copy_(odd, non_blocking=True)
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
         return pixels, (parts[1].view(slots.shape), parts[2].view(-1, 2), odd_here.numpy())

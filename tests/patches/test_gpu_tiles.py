@@ -15,6 +15,7 @@ from seal_extract.patches.tiles import TileReader
 from seal_extract.slides.slide import open_slide
 
 pytest.importorskip("triton", reason="Triton is for Linux")
+from seal_extract.patches import gpu_tiles
 from seal_extract.patches.gpu_tiles import GpuTileReader
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,6 +50,7 @@ def test_patches_are_those_of_the_host(slide_of, kind):
     with open_slide(slide_of(kind)) as slide:
         reader, rows = reader_of(slide), range(len(CORNERS))
         assert reader.name == "JPEG tiles on the GPU"
+        assert reader.rows_at_once == 256
         want, _ = exact(reader, rows)
         assert torch.equal(reader.to_patches(reader.read(rows).pixels).cpu(), want)
 
@@ -87,9 +89,19 @@ def test_what_the_gpu_does_not_decode_is_said(slide_of, tmp_path):
         for gpu_decode in ("auto", "off"):
             assert open_patch_reader(slide, grid, cpu, gpu_decode=gpu_decode).name == "JPEG tiles"
     how = {"tile_px": 16, "downsamples": (1,), "compression": "jpeg2000"}
+    large = write_synthetic_slide(tmp_path / "large.svs", (1100, 200), tile_px=1040, downsamples=(1,))
+    with open_slide(large) as slide, pytest.raises(Unsuitable, match="tiles of more than 1024 px"):
+        reader_of(slide)
     path = write_synthetic_slide(tmp_path / "j2k.svs", SIZE, **how)
     with open_slide(path) as slide, pytest.raises(Unsuitable, match="JPEG 2000 tiles"):
         reader_of(slide)
+
+
+def test_fewer_patches_are_read_at_once_where_they_lie_over_more_tiles(slide_of, monkeypatch):
+    monkeypatch.setattr(gpu_tiles, "BYTES_AT_ONCE", 2 * 16 * 3 * 16**2)
+    with open_slide(slide_of("4:2:0")) as slide:
+        assert reader_of(slide, [(0, 0), (48, 48)]).rows_at_once == 3  # each over 9 tiles
+        assert reader_of(slide, [(8, 8), (24, 40)]).rows_at_once == 2  # each over 16
 
 
 def test_a_gpu_that_decodes_to_other_pixels_is_not_used(slide_of, monkeypatch):
