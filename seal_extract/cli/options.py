@@ -220,7 +220,14 @@ def add_slide_options(p: argparse.ArgumentParser) -> None:
 
     encoder = p.add_argument_group("encoder")
     add(encoder, "--encoder", metavar="NAME[,NAME]", help="names from `seal-extract encoders`, or a folder")
-    add(encoder, "--checkpoint", "--adapter", "--revision", "--precision", "--device", "--offline")
+    add(encoder, "--checkpoint", "--adapter", "--revision", "--precision")
+    add(
+        encoder,
+        "--device",
+        help="cpu, cuda, cuda:1 (default: cuda where there is one); several as cuda:0,cuda:1, or all GPUs as "
+        "all: one process for each, which share the slides",
+    )
+    add(encoder, "--offline")
 
     patches = p.add_argument_group("patches")
     add(patches, "--mpp", "--patch-px")

@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seal_extract.cli.options import add_slide_options, parser_of, requested_encoders
+from seal_extract.cli.options import add_slide_options, comma_separated, parser_of, requested_encoders
 from seal_extract.cli.terminal import (
     EventLog,
     ProgressBars,
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from seal_extract.pooling import Pooling
     from seal_extract.run.cohort import CohortReport
     from seal_extract.run.options import ExtractOptions
-    from seal_extract.run.ray_engine import RayEngine
     from seal_extract.run.status_table import SlideResult
+    from seal_extract.run.workers import Engine
     from seal_extract.slides.listing import SlideList
     from seal_extract.slides.slide import Slide
     from seal_extract.tissue.mask import TissueMask
@@ -62,7 +62,8 @@ def run_slides(args: argparse.Namespace) -> int:
     _print_ignored(slides, args.verbose)
     if args.dry_run:
         return _run_dry(slides, options, args.debug)
-    return embed(slides, requested_encoders(args), options, args)
+    engine = _engine(args)
+    return embed(slides, requested_encoders(args), options, args, engine)
 
 
 def _print_ignored(slides: SlideList, verbose: bool) -> None:
@@ -136,6 +137,7 @@ def embed(
     encoders: list[EncoderRequest],
     options: ExtractOptions,
     args: argparse.Namespace,
+    engine: Engine | None,
 ) -> int:
     """Embed slides; prints one line for each and writes a table, and for several slides a page."""
     from seal_extract.run.cohort import extract_cohort
@@ -164,7 +166,7 @@ def embed(
                 encoders,
                 args.out,
                 options=options,
-                engine=_engine(args),
+                engine=engine,
                 retry_failed=args.retry_failed,
                 status_name=f"status{_shard_suffix(args.shard)}.csv",
                 on_result=on_result,
@@ -191,14 +193,24 @@ def _close_run(failed: int, slides: int) -> int:
     return exit_status(failed, slides, "slides") if slides > 1 else min(failed, 1)
 
 
-def _engine(args: argparse.Namespace) -> RayEngine | None:
-    if args.engine != "ray":
-        if args.ray_address or args.ray_workers or args.ray_cores:
-            raise UsageError("--ray-address, --ray-workers and --ray-cores need Ray; type --engine ray too")
-        return None
-    from seal_extract.run.ray_engine import RayEngine
+def _engine(args: argparse.Namespace) -> Engine | None:
+    """Where the work is done; of several devices the first stays in ``args``, for the encoders."""
+    several = args.device is not None and (args.device == "all" or "," in args.device)
+    if args.engine == "ray":
+        if several:
+            raise UsageError(f"--device {args.device} and --engine ray both say which GPUs work; give one")
+        from seal_extract.run.ray_engine import RayEngine
 
-    return RayEngine(args.ray_address, args.ray_workers, args.ray_cores)
+        return RayEngine(args.ray_address, args.ray_workers, args.ray_cores)
+    if args.ray_address or args.ray_workers or args.ray_cores:
+        raise UsageError("--ray-address, --ray-workers and --ray-cores need Ray; type --engine ray too")
+    if not several:
+        return None
+    from seal_extract.run.devices import DeviceEngine
+
+    engine = DeviceEngine.all() if args.device == "all" else DeviceEngine(tuple(comma_separated(args.device)))
+    args.device = engine.devices[0]
+    return engine
 
 
 def _shard_suffix(shard: tuple[int, int] | None) -> str:

@@ -36,7 +36,7 @@ from seal_extract.slides.listing import SlideList, list_slides
 
 if TYPE_CHECKING:
     from seal_extract.encoders import Encoder
-    from seal_extract.run.ray_engine import RayEngine
+    from seal_extract.run.workers import Engine
 
     EncoderLike = str | os.PathLike[str] | EncoderRequest | Encoder
 
@@ -80,7 +80,7 @@ def extract_cohort(
     out: str | os.PathLike[str],
     *,
     options: ExtractOptions = ExtractOptions(),
-    engine: RayEngine | None = None,
+    engine: Engine | None = None,
     retry_failed: bool = False,
     status_name: str = STATUS,
     on_result: Callable[[SlideResult], None] | None = None,
@@ -96,7 +96,7 @@ def extract_cohort(
         encoders: names or folders, or encoders from `load_encoder`.
         out: folder for the results.
         options: all choices.
-        engine: where the work is done; this process by default.
+        engine: where the work is done, such as `DeviceEngine` or `RayEngine`; this process by default.
         retry_failed: only the slides that the table says have failed.
         status_name: of the table, for runs that share ``out``.
         on_result: called with the result of each slide, as soon as it is known.
@@ -112,6 +112,8 @@ def extract_cohort(
         EncoderRequest(encoder) if isinstance(encoder, str | os.PathLike) else encoder
         for encoder in _several(encoders)
     ]
+    if engine is not None:
+        asked = list(engine.placed(asked))
     check_layout(options.layout, [encoder.spec.name for encoder in asked])
     path = Path(out) / status_name
     grid = "" if options.coords else grid_name(options.patch_px, options.mpp, options.overlap_px)

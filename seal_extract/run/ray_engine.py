@@ -1,7 +1,6 @@
 """A cohort on all GPUs of a Ray cluster: one actor per GPU, or per share of the cores; one task per slide.
 
-Ray does the scheduling, restarts and retries. A slide whose worker died is given to a restarted worker. That
-finds no half-written features, because features get their names only when they are complete.
+Ray places the workers; how they share the cohort is in `workers`.
 """
 
 from __future__ import annotations
@@ -9,26 +8,25 @@ from __future__ import annotations
 import re
 import socket
 import threading
-import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from seal_extract.encoders.request import EncoderRequest
-from seal_extract.errors import SlideOpenError, UsageError, first_line, how_to_install
+from seal_extract.errors import UsageError, first_line, how_to_install
 from seal_extract.run.job import Channel, SlideJob, Stopped
 from seal_extract.run.options import ExtractOptions
 from seal_extract.run.status_table import Progress, SlideResult
+from seal_extract.run.workers import SLIDES_PER_WORKER, WARN_S, death, requests_of, share
 
 if TYPE_CHECKING:
     from seal_extract.encoders import Encoder
 
-SLIDES_PER_WORKER = 4  # given to it at a time: one is encoded, the next are opened
 CORES_PER_WORKER = 4  # where there is no GPU
-RETRIES = 3  # of a slide whose worker died
-WARN_S = 30.0  # without a finished slide, until a warning names the workers that have no room
 CONNECT_S = 10.0  # for a head node to answer
 
 
@@ -46,6 +44,10 @@ class RayEngine:
     workers: int | None = None
     cores: int | None = None
 
+    def placed(self, encoders: Sequence[EncoderRequest | Encoder]) -> list[EncoderRequest | Encoder]:
+        """See `Engine.placed`."""
+        return list(requests_of(encoders))
+
     def run(
         self,
         jobs: Sequence[SlideJob],
@@ -58,9 +60,7 @@ class RayEngine:
         Raises:
             UsageError: Ray is not installed, not reachable, or too small; or an encoder is no request.
         """
-        requests = [e for e in encoders if isinstance(e, EncoderRequest)]
-        if len(requests) < len(encoders):
-            raise UsageError("workers load encoders by themselves; give their names, not loaded encoders")
+        requests = requests_of(encoders)
         try:
             import ray
         except ImportError as exc:
@@ -81,92 +81,131 @@ class RayEngine:
         options: ExtractOptions,
         progress: Progress | None,
     ) -> Iterator[SlideResult]:
-        workers, cores, gpus = shares(ray.nodes(), self.workers, self.cores)
-        workers = min(workers, len(jobs))
-        actor = ray.remote(_Worker).options(
-            num_cpus=cores,
-            num_gpus=gpus,
-            max_concurrency=SLIDES_PER_WORKER,
-            max_restarts=-1,
-            max_task_retries=RETRIES,
-        )
-        shared = replace(
-            options, stage_gb=options.stage_gb / _most_on_a_node(ray.nodes(), workers, cores, gpus)
-        )
-        theirs = replace(shared.resolved(), workers=options.workers or cores)
-        actors = [actor.remote(requests, theirs) for _ in range(workers)]
-        waiting = [job.resolved() for job in reversed(jobs)]
-        original = {job.entry.name: job.entry for job in jobs}
-        placed = [one.is_there.remote() for one in actors]
-        running: dict[Any, tuple[Any, SlideJob]] = {}
-        warned = False
-
-        def submit(actor: Any) -> None:
-            job = waiting.pop()
-            running[actor.embed.remote(job)] = actor, job
-
-        for i in range(min(len(waiting), SLIDES_PER_WORKER * workers)):
-            submit(actors[i % workers])
-        while running:
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=None if warned else WARN_S)
-            if not ready:
-                warned = _warn_of_missing(ray, placed, cores, gpus)
-                continue
-            free, job = running.pop(ready[0])
-            if waiting:
-                submit(free)
-            try:
-                result: SlideResult = ray.get(ready[0])
-            except ray.exceptions.RayTaskError as exc:  # its text is a traceback
-                raise exc.cause from None
-            except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as exc:
-                died = SlideOpenError(
-                    f"{job.entry.source}: its worker died {RETRIES + 1} times ({first_line(exc)}); "
-                    "run it by itself without --engine ray"
-                )
-                result = SlideResult(job.entry, (), died, 0.0)
-            if progress is not None and result.features:
-                patches = len(result.features[0].grid)
-                progress(original[result.name].path, patches, patches)
-            yield replace(result, entry=original[result.name])
-        for one in actors:
-            ray.kill(one)
+        places = shares(ray.nodes(), self.workers, self.cores)
+        if len(places) > len(jobs):
+            places = shares(ray.nodes(), len(jobs), self.cores)
+        beside = Counter(place.node for place in places)
+        actors = [
+            _Actor(ray, place, requests, _options_of(place, options, beside[place.node])) for place in places
+        ]
+        try:
+            for result in share(jobs, actors):
+                if progress is not None and result.features:
+                    patches = len(result.features[0].grid)
+                    progress(result.path, patches, patches)
+                yield result
+        finally:
+            for actor in actors:
+                actor.end()
 
 
-def shares(
-    nodes: list[dict[str, Any]], workers: int | None = None, cores: int | None = None
-) -> tuple[int, int, int]:
-    """The number of workers, and the cores and GPUs of each, so that every worker fits on one node.
+@dataclass(frozen=True)
+class Place:
+    """Where a worker runs, and what it has there.
+
+    Attributes:
+        node: Ray's name for it.
+        cores: of its own.
+        gpus: 1, or 0 where no node has any.
+    """
+
+    node: str
+    cores: int
+    gpus: int
+
+
+def shares(nodes: list[dict[str, Any]], workers: int | None = None, cores: int | None = None) -> list[Place]:
+    """The places of the workers: those of one node have equal shares of that node's cores.
 
     If any node has a GPU, each worker takes one, and nodes without a GPU stay idle.
 
     Args:
         nodes: as `ray.nodes` gives them.
         workers: how many; one per GPU, or per `CORES_PER_WORKER` cores, by default.
-        cores: of each; the most with which all of them have room, by default.
+        cores: of each; by default its share of the cores of its node.
 
     Raises:
         UsageError: the nodes have no room for them.
     """
-    there = [node["Resources"] for node in nodes if node["Alive"]]
-    have = [(int(n.get("CPU", 0)), int(n.get("GPU", 0))) for n in there]
-    gpus, most = sum(gpu for _, gpu in have), max((cpu for cpu, _ in have), default=0)
-
-    def room(each: int) -> int:
-        return sum(min(cpu // each, gpu) if gpus else cpu // each for cpu, gpu in have)
-
-    if cores is None and (wanted := workers or gpus):
-        cores = next((each for each in range(most, 0, -1) if room(each) >= wanted), 1)
-    elif cores is None:
-        cores = max(1, most // max(1, most // CORES_PER_WORKER))
-    workers = workers or room(cores)
-    if not workers or workers > room(cores):
-        named = ", ".join(f"{cpu} cores and {gpu} GPUs" for cpu, gpu in have) or "nothing"
+    there = {node["NodeID"]: node["Resources"] for node in nodes if node["Alive"]}
+    have = {name: (int(n.get("CPU", 0)), int(n.get("GPU", 0))) for name, n in there.items()}
+    gpus = min(1, sum(gpu for _, gpu in have.values()))
+    room = {name: min(cpu // (cores or 1), gpu if gpus else cpu) for name, (cpu, gpu) in have.items()}
+    if workers is None and not gpus and cores is None:
+        room = {name: max(1, cpu // CORES_PER_WORKER) for name, (cpu, _) in have.items() if cpu}
+    if not 0 < (workers or 1) <= sum(room.values()):
+        named = ", ".join(f"{cpu} cores and {gpu} GPUs" for cpu, gpu in have.values()) or "nothing"
         raise UsageError(
-            f"the nodes of Ray ({named}) have no room for {workers or 1} workers of {cores} cores"
+            f"the nodes of Ray ({named}) have no room for {workers or 1} workers of {cores or 1} cores"
             f"{' and a GPU' if gpus else ''}; leave out --ray-workers and --ray-cores, or start more nodes"
         )
-    return workers, cores, min(gpus, 1)
+    on = dict.fromkeys(room, 0)  # workers of each node
+    for _ in range(workers or sum(room.values())):
+        free = [name for name in room if on[name] < room[name]]
+        on[max(free, key=lambda name: have[name][0] / (on[name] + 1))] += 1
+    return [Place(name, cores or have[name][0] // n, gpus) for name, n in on.items() for _ in range(n)]
+
+
+def _options_of(place: Place, options: ExtractOptions, beside: int) -> ExtractOptions:
+    """Those of a worker, one of ``beside`` workers that share the disk of a node."""
+    workers = options.workers or place.cores
+    return replace(options.resolved(), workers=workers, stage_gb=options.stage_gb / beside)
+
+
+class _Actor:
+    """A worker as the driver sees it."""
+
+    def __init__(
+        self, ray: Any, place: Place, requests: list[EncoderRequest], options: ExtractOptions
+    ) -> None:
+        self.name = f"the worker of {place.cores} cores{' and a GPU' if place.gpus else ''}"
+        self._ray, self._place, self._orders = ray, place, (requests, options)
+        self._start()
+
+    def _start(self) -> None:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        self._worker = (
+            self._ray.remote(_Worker)
+            .options(
+                num_cpus=self._place.cores,
+                num_gpus=self._place.gpus,
+                max_concurrency=SLIDES_PER_WORKER,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(self._place.node, soft=True),
+            )
+            .remote(*self._orders)
+        )
+        self._is_there, self._asked = self._worker.is_there.remote(), monotonic()
+
+    def embed(self, job: SlideJob) -> Future[SlideResult]:
+        """See `Worker.embed`."""
+        future: Future[SlideResult] = Future()
+
+        def end(theirs: Future[SlideResult]) -> None:
+            error: Any = theirs.exception()
+            if error is None:
+                future.set_result(theirs.result())
+            else:  # the text of Ray's own error is a traceback
+                is_of_task = isinstance(error, self._ray.exceptions.RayTaskError)
+                future.set_exception(error.cause if is_of_task else error)
+
+        self._worker.embed.remote(job).future().add_done_callback(end)
+        return future
+
+    def restart(self) -> None:
+        """See `Worker.restart`."""
+        self.end()
+        self._start()
+
+    def notes(self) -> Iterator[str]:
+        """See `Worker.notes`."""
+        late = monotonic() - self._asked > WARN_S
+        if late and not self._ray.wait([self._is_there], timeout=0)[0]:
+            yield f"waiting for Ray to find room for {self.name}; `ray status` shows who has it"
+
+    def end(self) -> None:
+        """End the worker, whatever it is doing."""
+        self._ray.kill(self._worker)
 
 
 class _Worker:
@@ -197,34 +236,17 @@ class _Worker:
     def _stream(self) -> None:
         from seal_extract.run.extract import extract_jobs
 
+        is_ready = False
         try:
             encoders = [request.load() for request in self._requests]
+            is_ready = True
             for result in extract_jobs(self._jobs, encoders, self._options):
                 self._results[result.name].set_result(result)
         except BaseException as exc:  # it stops the other slides too, and those to come
-            self._error = exc
+            self._error = death(exc, ready=is_ready)
             for future in list(self._results.values()):
                 if not future.done():
-                    future.set_exception(exc)
-
-
-def _most_on_a_node(nodes: list[dict[str, Any]], workers: int, cores: int, gpus: int) -> int:
-    """The largest number of workers that can share the disk of one node."""
-    have = [node["Resources"] for node in nodes if node["Alive"]]
-    room = (min(n.get("CPU", 0) // cores, n.get("GPU", 0) // gpus if gpus else workers) for n in have)
-    return max(1, min(workers, int(max(room, default=1))))
-
-
-def _warn_of_missing(ray: Any, placed: list[Any], cores: int, gpus: int) -> bool:
-    """Warn of the workers for which the cluster has no room now; returns whether there are any."""
-    _, missing = ray.wait(placed, num_returns=len(placed), timeout=0)
-    if missing:
-        warnings.warn(
-            f"waiting for Ray to find room for {len(missing)} of {len(placed)} workers, each of {cores} cores"
-            f"{' and a GPU' if gpus else ''}; `ray status` shows who has it",
-            stacklevel=2,
-        )
-    return bool(missing)
+                    future.set_exception(self._error)
 
 
 def _connect(ray: Any, address: str | None) -> None:

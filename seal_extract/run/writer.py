@@ -22,7 +22,7 @@ from seal_extract.features.feature_file import FeatureWriter
 from seal_extract.features.store import SlideFeatures, read_features
 from seal_extract.patches.stream import PatchBatch
 from seal_extract.run.embed import Embeddings, Pending
-from seal_extract.run.job import OpenSlide, Output
+from seal_extract.run.job import OpenSlide, Output, Stopped
 from seal_extract.run.overlay import Style, draw_overlay
 from seal_extract.run.status_table import Progress, SlideResult
 from seal_extract.slides.entry import file_stamp
@@ -64,9 +64,8 @@ class Writer:
                 task()
             self._pictures.shutdown()
         finally:
-            stopped = ReadError("the run was stopped")
             for unfinished in self._unfinished.values():  # which are in no table, and tried again
-                unfinished.files.__exit__(ReadError, stopped, None)
+                unfinished.picture.add_done_callback(partial(self._finish, unfinished, Stopped()))
             self._pictures.shutdown(cancel_futures=True)
 
     @property
@@ -157,7 +156,7 @@ class Writer:
         features: tuple[SlideFeatures, ...] = ()
         try:
             if picture.cancelled():
-                raise ReadError("the run was stopped")
+                raise Stopped
             picture.result()
             if error is not None:
                 raise error
@@ -169,6 +168,8 @@ class Writer:
             features = self._features(unfinished.slide)
         except Exception as exc:
             unfinished.files.__exit__(type(exc), exc, exc.__traceback__)
+            if isinstance(exc, Stopped):
+                return
             error = unfinished.slide.job.entry.blame(exc)
         with self._ending:
             before, self._last_end = self._last_end, perf_counter()

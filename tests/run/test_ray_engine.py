@@ -6,11 +6,12 @@ import sys
 import time
 
 import pytest
+from cohort_fixtures import link_cohort
 
 from seal_extract.encoders.request import EncoderRequest
 from seal_extract.errors import UsageError
 from seal_extract.run.cohort import extract_cohort
-from seal_extract.run.ray_engine import RayEngine, _most_on_a_node, shares
+from seal_extract.run.ray_engine import RayEngine, shares
 
 
 def refusal(slide, encoder, tmp_path, **engine):
@@ -44,53 +45,64 @@ def test_encoders_that_are_loaded_are_refused(drawn_slides, encoder, tmp_path):
     assert "give their names, not loaded encoders" in refusal(drawn_slides[0], encoder, tmp_path)
 
 
-def node(cores, gpus=0, alive=True):
-    """A node as Ray lists it, which names no GPU where there is none."""
-    return {"Alive": alive, "Resources": {"CPU": cores, "GPU": gpus} if gpus else {"CPU": cores}}
+def nodes_of(*have):
+    """Nodes as Ray lists them, of (cores, GPUs); it names no GPU where there is none."""
+    resources = [{"CPU": cores, "GPU": gpus} if gpus else {"CPU": cores} for cores, gpus in have]
+    return [{"NodeID": str(i), "Alive": True, "Resources": r} for i, r in enumerate(resources)]
 
 
 @pytest.mark.parametrize(
-    ("nodes", "asked", "given"),
+    ("have", "asked", "given"),
     [
-        ([node(16, 1), node(64)], {}, (1, 16, 1)),
-        ([node(64, 8), node(16, 1)], {}, (9, 8, 1)),
-        ([node(8, 2), node(4, 4), node(99, alive=False)], {}, (6, 1, 1)),
-        ([node(2, 4)], {}, (2, 1, 1)),
-        ([node(64), node(2)], {}, (16, 4, 0)),
-        ([node(6)], {}, (1, 6, 0)),
-        ([node(1)], {}, (1, 1, 0)),
-        ([node(16), node(16)], {"workers": 3}, (3, 8, 0)),
-        ([node(16), node(16)], {"cores": 5}, (6, 5, 0)),
-        ([node(16, 2), node(64)], {"workers": 1}, (1, 16, 1)),
+        ([(16, 1), (64, 0)], {}, {"0": [16]}),
+        ([(64, 8), (16, 1)], {}, {"0": [8] * 8, "1": [16]}),
+        ([(8, 2), (4, 4)], {}, {"0": [4] * 2, "1": [1] * 4}),
+        ([(2, 4)], {}, {"0": [1] * 2}),
+        ([(64, 0), (2, 0)], {}, {"0": [4] * 16, "1": [2]}),
+        ([(6, 0)], {}, {"0": [6]}),
+        ([(16, 0), (16, 0)], {"workers": 3}, {"0": [8] * 2, "1": [16]}),
+        ([(16, 0), (16, 0)], {"cores": 5}, {"0": [5] * 3, "1": [5] * 3}),
+        ([(16, 2), (64, 0)], {"workers": 1}, {"0": [16]}),
+        ([(16, 2), (32, 2), (64, 0)], {"workers": 2}, {"0": [16], "1": [32]}),
     ],
 )
-def test_each_worker_fits_on_one_node(nodes, asked, given):
-    assert shares(nodes, **asked) == given
+def test_each_worker_has_its_share_of_its_own_node(have, asked, given):
+    places = shares(nodes_of(*have), **asked)
+    assert {place.gpus for place in places} == {int(any(gpus for _, gpus in have))}
+    assert {name: [p.cores for p in places if p.node == name] for name in given} == given
+    assert len(places) == sum(map(len, given.values()))
+
+
+def test_a_node_that_is_gone_gets_no_worker():
+    nodes = nodes_of((8, 2), (99, 0))
+    nodes[1]["Alive"] = False
+    assert {place.node for place in shares(nodes)} == {"0"}
 
 
 @pytest.mark.parametrize(
-    ("nodes", "asked", "words"),
+    ("have", "asked", "words"),
     [
-        ([node(16), node(16)], {"cores": 20}, "have no room for 1 workers of 20 cores; leave out"),
-        ([node(16, 1), node(64)], {"workers": 2}, "have no room for 2 workers of 1 cores and a GPU; leave"),
-        ([node(16), node(16)], {"workers": 3, "cores": 16}, "(16 cores and 0 GPUs, 16 cores and 0 GPUs)"),
+        ([(16, 0), (16, 0)], {"cores": 20}, "have no room for 1 workers of 20 cores; leave out"),
+        ([(16, 1), (64, 0)], {"workers": 2}, "have no room for 2 workers of 1 cores and a GPU; leave"),
+        ([(16, 0), (16, 0)], {"workers": 3, "cores": 16}, "(16 cores and 0 GPUs, 16 cores and 0 GPUs)"),
         ([], {}, "the nodes of Ray (nothing) have no room"),
     ],
 )
-def test_workers_that_fit_on_no_node_are_refused(nodes, asked, words):
+def test_workers_that_fit_on_no_node_are_refused(have, asked, words):
     with pytest.raises(UsageError, match=re.escape(words)):
-        shares(nodes, **asked)
+        shares(nodes_of(*have), **asked)
 
 
 @pytest.mark.slow
 def test_what_the_cluster_has_no_room_for_is_said(drawn_slides, encoder_folder, tmp_path, monkeypatch):
     """Another job holds the only core: the worker waits, and that is told while it does."""
     ray = pytest.importorskip("ray")
-    monkeypatch.setattr("seal_extract.run.ray_engine.WARN_S", 1.0)
+    for module in ("ray_engine", "workers"):
+        monkeypatch.setattr(f"seal_extract.run.{module}.WARN_S", 1.0)
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         holding = ray.remote(num_cpus=1)(lambda: time.sleep(8)).remote()
-        with pytest.warns(UserWarning, match="find room for 1 of 1 workers, each of 1 cores; `ray status`"):
+        with pytest.warns(UserWarning, match="find room for the worker of 1 cores; `ray status` shows"):
             report = extract_cohort(
                 drawn_slides[0], EncoderRequest(encoder_folder), tmp_path / "out", engine=RayEngine()
             )
@@ -100,8 +112,21 @@ def test_what_the_cluster_has_no_room_for_is_said(drawn_slides, encoder_folder, 
     assert len(report.done) == 1
 
 
-def test_workers_of_one_node_share_the_folder_for_copies():
-    assert _most_on_a_node([node(8), node(32, alive=False)], workers=9, cores=4, gpus=0) == 2
-    assert _most_on_a_node([node(64, 8), node(64, 2)], workers=10, cores=8, gpus=1) == 8
-    assert _most_on_a_node([node(64, 8)], workers=3, cores=8, gpus=1) == 3
-    assert _most_on_a_node([], workers=3, cores=8, gpus=1) == 1
+@pytest.mark.slow
+def test_on_a_mixed_cluster_only_the_node_with_gpus_works(drawn_slides, encoder_folder, tmp_path):
+    """One core and a GPU that is pretended, beside four cores and none: a worker of the one core."""
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    import ray
+
+    cluster = cluster_utils.Cluster(True, head_node_args={"num_cpus": 4, "num_gpus": 0})
+    gpu_node = cluster.add_node(num_cpus=1, num_gpus=1).node_id
+    try:
+        ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
+        assert [(p.node, p.cores, p.gpus) for p in shares(ray.nodes())] == [(gpu_node, 1, 1)]
+        request = EncoderRequest(encoder_folder, device="cpu")
+        slides = link_cohort(tmp_path / "slides", drawn_slides, 3)
+        report = extract_cohort(slides, request, tmp_path / "out", engine=RayEngine())
+        assert len(report.done) == 3
+    finally:
+        ray.shutdown()
+        cluster.shutdown()

@@ -291,8 +291,11 @@ def test_an_encoder_that_breaks_stops_the_run_and_leaves_nothing(slides, tmp_pat
         def compute(self, images):
             raise RuntimeError("broken")
 
+    results = []
     with pytest.raises(RuntimeError, match="broken"):
-        list(extract_many([slides[i] for i in (0, 1, 3)], [Broken()], tmp_path))
+        for result in extract_many([slides[i] for i in (0, 1, 3)], [Broken()], tmp_path):
+            results.append(result)
+    assert not results  # no slide is to blame
     assert not list(tmp_path.rglob("*.part"))
     assert not list(tmp_path.rglob("features_*/*.h5"))
 
