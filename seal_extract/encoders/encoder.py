@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Lock
 from typing import Any
 
 import torch
@@ -26,7 +25,6 @@ from seal_extract.errors import EncoderError, UsageError
 # the arithmetic of float32 on NVIDIA GPUs: by default cuDNN's convolutions round their factors to TF32
 _cudnn: Any = torch.backends.cudnn
 FLOAT32_OF: tuple[Any, ...] = (torch.backends.cuda.matmul, _cudnn.conv, _cudnn.rnn)
-_making = Lock()  # of a tower in lower precision, which several threads may need at once
 
 
 class Encoder(nn.Module):
@@ -38,8 +36,8 @@ class Encoder(nn.Module):
     Attributes:
         spec: the row.
         weights: the files that the weights came from.
-        precision: of the computation in `encode`; `set_precision` changes it. The tower stays float32, and
-            `encode` takes the matrices of its layers from a copy in this precision.
+        precision: of the computation in `encode`; `set_precision` changes it. The tower stays float32; on a
+            GPU `encode` takes the matrices of its layers from a copy in this precision.
         tf32: whether float32 products round their factors to TF32, on a GPU.
         transform: PIL image to normalised tensor.
         mean: [3, 1, 1], of RGB in 0..1, on the encoder's device.
@@ -219,15 +217,14 @@ class Encoder(nn.Module):
             return embed(self._computing_tower(), self.spec.pooling, images).float()
 
     def _computing_tower(self) -> nn.Module:
-        """The tower, or a copy whose matrices are in `precision`; made once."""
-        if self.precision == torch.float32:
+        """The tower, or on a GPU a copy whose matrices are in `precision`; made once."""
+        if self.precision == torch.float32 or self.device.type == "cpu":  # where the copy is not faster
             return self.tower
-        with _making:
-            made_for = (self.precision, self.device)
-            if self._low is None or self._low[0] != made_for:
-                self._low = None  # frees its memory first
-                self._low = (made_for, in_precision(self.tower, self.precision))
-            return self._low[1]
+        made_for = (self.precision, self.device)
+        if self._low is None or self._low[0] != made_for:
+            self._low = None  # frees its memory first
+            self._low = (made_for, in_precision(self.tower, self.precision))
+        return self._low[1]
 
     @contextmanager
     def _arithmetic(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_iter
 
 from seal_extract.encoders import find_spec, list_encoders
 from seal_extract.encoders.encoder import Encoder
-from seal_extract.encoders.tower import empty_tower
+from seal_extract.encoders.tower import embed, empty_tower
 from seal_extract.run.embed import GpuEmbedder
 
 ROWS = [row.name for row in list_encoders() if not row.name.startswith("seal-")]
@@ -142,3 +142,19 @@ def test_a_batch_never_waits_its_attention_is_fused_and_its_commands_are_few(nam
     assert told.names["to"] <= (2 * depth + 6 if precision == "float16" else 1)
     if precision == "float16":
         assert told.bytes / 256e6 < MB_A_PATCH[name]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_tower_is_one_graph_that_no_value_of_a_pixel_changes(name):
+    class Whole(nn.Module):
+        def __init__(self, spec):
+            super().__init__()
+            self.tower, self.pooling = empty_tower(spec), spec.pooling
+
+        def forward(self, images):
+            return embed(self.tower, self.pooling, images)
+
+    spec = find_spec(name)
+    exported = torch.export.export(Whole(spec), (torch.empty(8, 3, 224, 224, device="meta"),), strict=False)
+    last = list(exported.graph.nodes)[-1]
+    assert last.args[0][0].meta["val"].shape == (8, spec.dim)
