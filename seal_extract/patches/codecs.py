@@ -169,10 +169,10 @@ class Jpeg2000Codec:
 
 def _ycbcr_to_rgb(pixels: Array, out: Array) -> None:
     """OpenSlide's arithmetic for JPEG 2000: libjpeg's, with each entry of the tables rounded by itself."""
-    y, cb, cr = (pixels[..., channel] for channel in range(3))
-    green = GREEN_OF_CB[cb] + GREEN_OF_CR[cr] >> 16
-    for channel, chroma in enumerate((RED_OF_CR[cr], green, BLUE_OF_CB[cb])):
-        out[..., channel] = np.clip(y.astype(np.int16) + chroma, 0, 255)
+    y, cb, cr = cv2.split(pixels)
+    green = np.asarray(cv2.LUT(cb, GREEN_OF_CB) + cv2.LUT(cr, GREEN_OF_CR), np.int32) >> 16
+    chroma = (cv2.LUT(cr, RED_OF_CR), green, cv2.LUT(cb, BLUE_OF_CB))
+    cv2.merge([cv2.add(y, one, dtype=cv2.CV_8U) for one in chroma], dst=out)  # add saturates
 
 
 def memory_for_pixels(*shape: int) -> Array:
