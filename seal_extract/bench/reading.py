@@ -34,6 +34,7 @@ from seal_extract.patches.resample import Resampling
 from seal_extract.patches.stream import JOB_BYTES, stream_batches
 from seal_extract.patches.tiled import TiledLevel, Unsuitable, open_level
 from seal_extract.patches.tiles import TileReader
+from seal_extract.run.extract import opening_threads
 from seal_extract.run.job import SlideJob, find_tissue_and_grid
 from seal_extract.run.options import ExtractOptions
 from seal_extract.slides.entry import SlideEntry
@@ -218,9 +219,10 @@ def measure_reading(
     does = f"file to batches of {batch_size} patches, by the very stream of a run"
     with closing(sample.open_reader()) as reader:
         pass
-    tissue = "opening, tissue and grid of a slide, once"
+    openers = opening_threads(workers)
+    tissue = "opening, tissue and grid of a slide, once" + f"; {openers} at a time in a run" * (openers > 1)
     stages = {
-        "planning": Stage.of(tissue, sample.in_grid, 1, [sample.planning]),
+        "planning": Stage.of(tissue, sample.in_grid * openers, openers, [sample.planning]),
         "read": _read_alone(sample, isinstance(reader, TileReader), workers, repeats, progress),
         "decode": _decode_alone(sample, workers, repeats, progress),
         "upload" if sample.device.type == "cuda" else "resample": _resample_alone(

@@ -148,6 +148,11 @@ def extract_jobs(
         yield from run.results
 
 
+def opening_threads(workers: int | None) -> int:
+    """The number of slides that are opened at a time beside ``workers`` reading threads, or all cores."""
+    return max(1, min(MOST_OPENED, (workers or available_cores()) // CORES_TO_OPEN))
+
+
 class _Run:
     """The threads of one run over many slides."""
 
@@ -163,7 +168,7 @@ class _Run:
         self._jobs, self._taking = enumerate(jobs), threading.Lock()
         self._encoders, self._embedders = encoders, embedders
         self._options, self._stage = options, stage
-        openers = max(1, min(MOST_OPENED, (options.workers or available_cores()) // CORES_TO_OPEN))
+        openers = opening_threads(options.workers)
         self._opened: Channel[OpenSlide] = Channel(SLIDES_AHEAD, senders=openers)
         self._tasks: Channel[Callable[[], None]] = Channel(BATCHES_AHEAD)
         self.results: Channel[SlideResult] = Channel()

@@ -54,15 +54,17 @@ def reading(card: Card) -> Found:
     first, *_ = slides_of(card)
     note = f"written in {perf_counter() - began:.1f} s, under {SLIDES} names"
     rows = [("slide", f"{first.stat().st_size / 1e6:,.0f} MB", note)]
-    yield {}, rows
-    options = BenchOptions(patches=card.size(4096, 4), repeats=1)
-    found = bench([first], None, device=card.device, options=options).to_json()
-    for name, stage in found["stages"].items():
-        rate = stage["patches_per_s"]
-        figure = "-" if rate is None else f"{rate:,.0f}"
-        rows.append((f"{name}, patches/s", figure, f"{stage['threads']} threads: {stage['does']}"))
-    rows.append(("patches are read as", found["decoder"], ""))
-    yield found, rows
+    figures: dict[str, object] = {}
+    for mode in ("off",) if card.rehearsal else ("off", "on"):
+        yield figures, rows
+        run, options = ExtractOptions(gpu_decode=mode), BenchOptions(patches=card.size(4096, 4), repeats=1)
+        figures[mode] = found = bench([first], None, run=run, device=card.device, options=options).to_json()
+        rows.append((f"--gpu-decode {mode}", "", f"patches are read as {found['decoder']}"))
+        for name, stage in found["stages"].items():
+            rate = stage["patches_per_s"]
+            figure = "-" if rate is None else f"{rate:,.0f}"
+            rows.append((f"{name}, patches/s", figure, f"{stage['threads']} threads: {stage['does']}"))
+    yield figures, rows
 
 
 # --- an encoder ---------------------------------------------------------------------------------------
