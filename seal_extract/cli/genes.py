@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from seal_extract.features.store import SlideFeatures
     from seal_extract.genes.decoder import GeneDecoder
     from seal_extract.genes.expression_file import GeneSelection
+    from seal_extract.genes.predict import SignatureScores
 
 FORMS = ("h5", "h5ad", "geojson", "png")
 
@@ -148,23 +149,31 @@ def _write_forms(
 ) -> str:
     """Write the files of one slide; returns their names for the terminal."""
     from seal_extract.genes.expression_file import expression_path, write_expression
+    from seal_extract.genes.predict import SignatureScores
 
+    scores = SignatureScores(slide, decoder)
     path, written, problem = expression_path(slide, args.out), [], ""
     if "h5" in forms:
         write_expression(
-            slide, decoder, path, asked.columns, signatures=asked.signatures, overwrite=args.overwrite
+            slide,
+            decoder,
+            path,
+            asked.columns,
+            signatures=asked.signatures,
+            scores=scores,
+            overwrite=args.overwrite,
         )
         written.append(path)
     if "h5ad" in forms:
         written.append(path.with_suffix(".h5ad"))
-        problem = _write_h5ad(slide, decoder, asked, written[-1], args)
+        problem = _write_h5ad(slide, decoder, scores, asked, written[-1], args)
     drawn = replace(asked, genes=(), columns=()) if args.all else asked
     if "geojson" in forms and drawn.names:
         written.append(path.with_suffix(".geojson"))
-        _write_tiles(slide, decoder, drawn, written[-1], args.overwrite)
+        _write_tiles(slide, decoder, scores, drawn, written[-1], args.overwrite)
     if "png" in forms and len(slide.grid):
         try:
-            written += _draw_maps(slide, decoder, drawn, path.with_suffix(""), args)
+            written += _draw_maps(slide, decoder, scores, drawn, path.with_suffix(""), args)
         except SlideOpenError as exc:
             if args.write is not None:
                 names = ", ".join(map(str, written))
@@ -174,12 +183,17 @@ def _write_forms(
 
 
 def _write_h5ad(
-    slide: SlideFeatures, decoder: GeneDecoder, asked: GeneSelection, path: Path, args: argparse.Namespace
+    slide: SlideFeatures,
+    decoder: GeneDecoder,
+    scores: SignatureScores,
+    asked: GeneSelection,
+    path: Path,
+    args: argparse.Namespace,
 ) -> str:
     """Write the table with a picture of the slide; returns the reason if the slide cannot be read."""
     from seal_extract.features.scverse import origin_overview, read_h5ad_provenance, write_h5ad
     from seal_extract.genes.expression_file import table_provenance
-    from seal_extract.genes.predict import predicted, score
+    from seal_extract.genes.predict import predicted
 
     selection = asked.to_write(path, read_h5ad_provenance(path), decoder, overwrite=args.overwrite)
     if selection is None:
@@ -189,43 +203,53 @@ def _write_h5ad(
         overview = origin_overview(slide, args.slides)
     except SlideError as exc:
         problem = f"; no picture in {path.name}: {exc}"
-    scores = score(slide, decoder, selection.signatures).T
     write_h5ad(
         slide,
         path,
         overview,
         selection.genes,
         predicted(slide, decoder, selection.columns),
-        observed={s.name: values for s, values in zip(selection.signatures, scores, strict=True)},
+        observed=dict(
+            zip((s.name for s in selection.signatures), scores.of(selection.signatures), strict=True)
+        ),
         provenance=table_provenance(slide, decoder, selection),
     )
     return problem
 
 
 def _write_tiles(
-    slide: SlideFeatures, decoder: GeneDecoder, asked: GeneSelection, path: Path, overwrite: bool
+    slide: SlideFeatures,
+    decoder: GeneDecoder,
+    scores: SignatureScores,
+    asked: GeneSelection,
+    path: Path,
+    overwrite: bool,
 ) -> None:
     from seal_extract.tissue.geojson import read_made_of, write_patches
 
     selection = asked.to_write(path, read_made_of(path), decoder, overwrite=overwrite)
     if selection is not None:
-        values = _values(slide, decoder, selection)
+        values = _values(slide, decoder, scores, selection)
         write_patches(path, slide.grid.xy_l0, slide.grid.patch_size_l0, values, selection.as_json())
 
 
 def _values(
-    slide: SlideFeatures, decoder: GeneDecoder, selection: GeneSelection
+    slide: SlideFeatures, decoder: GeneDecoder, scores: SignatureScores, selection: GeneSelection
 ) -> dict[str, NDArray[np.float32]]:
     """Float32 [N] of each gene and signature."""
-    from seal_extract.genes.predict import predict_genes, score
+    from seal_extract.genes.predict import predict_genes
 
-    genes = predict_genes(slide, decoder, selection.columns)
-    scores = score(slide, decoder, selection.signatures)
-    return dict(zip(selection.names, [*genes.T, *scores.T], strict=True))
+    genes = predict_genes(slide, decoder, selection.columns).T if selection.columns else ()
+    return dict(zip(selection.names, [*genes, *scores.of(selection.signatures)], strict=True))
 
 
 def _draw_maps(
-    slide: SlideFeatures, decoder: GeneDecoder, asked: GeneSelection, stem: Path, args: argparse.Namespace
+    slide: SlideFeatures,
+    decoder: GeneDecoder,
+    scores: SignatureScores,
+    asked: GeneSelection,
+    stem: Path,
+    args: argparse.Namespace,
 ) -> list[Path]:
     """Draw a heat map ``SLIDE_GENE.png`` of each gene and signature."""
     from seal_extract.features.store import open_origin
@@ -241,7 +265,7 @@ def _draw_maps(
     if missing:
         with closing(open_origin(slide, args.slides)) as opened:
             for path, selection in missing.items():
-                ((name, values),) = _values(slide, decoder, selection).items()
+                ((name, values),) = _values(slide, decoder, scores, selection).items()
                 count = sum(len(s.weights) for s in selection.signatures)
                 draw_heatmap(
                     opened,

@@ -20,7 +20,7 @@ from seal_extract.errors import OutputError, UsageError
 from seal_extract.features.feature_file import write_rows
 from seal_extract.features.store import SlideFeatures, read_provenance
 from seal_extract.genes.decoder import GeneDecoder, column_names
-from seal_extract.genes.predict import FittedSignature, predicted, score
+from seal_extract.genes.predict import FittedSignature, SignatureScores, predicted
 from seal_extract.hdf5 import DAMAGED, checked, open_hdf5
 from seal_extract.names import shareable
 
@@ -218,6 +218,7 @@ def write_expression(
     columns: Sequence[int] | None = None,
     *,
     signatures: Sequence[FittedSignature] = (),
+    scores: SignatureScores | None = None,
     overwrite: bool = False,
 ) -> Expression:
     """Predict expression and write it, some thousand patches at a time.
@@ -230,6 +231,7 @@ def write_expression(
         path: the HDF5 file; it appears when it is complete.
         columns: genes by their column; all by default.
         signatures: from `fit_signatures`.
+        scores: of this slide and decoder, if other files are written from them too.
         overwrite: replace the file's genes and signatures.
 
     Raises:
@@ -252,8 +254,9 @@ def write_expression(
         file.create_dataset(GENES, data=np.array(selection.genes, object), dtype=h5py.string_dtype())
         if names:
             file.create_dataset(SIGNATURE_NAMES, data=np.array(names, object), dtype=h5py.string_dtype())
-            scores = score(features, decoder, selection.signatures)
-            file.create_dataset(SIGNATURES, data=scores, **checked(scores))
+            columns = (scores or SignatureScores(features, decoder)).of(selection.signatures)
+            table = np.stack(columns, axis=1)
+            file.create_dataset(SIGNATURES, data=table, **checked(table))
         file.attrs["unit"] = provenance["unit"]
 
     shape = (len(features.grid), len(selection.genes))

@@ -141,17 +141,30 @@ def _fitted(
     return FittedSignature(signature.name, by_gene, tuple(mean.tolist()), tuple(deviation.tolist()))
 
 
-def score(
-    features: SlideFeatures, decoder: GeneDecoder, signatures: Sequence[FittedSignature]
-) -> NDArray[np.float32]:
-    """Scores of signatures in each patch of a slide, float32 [N, S]; the features are read once for all."""
-    columns = [decoder.columns(list(signature.weights)) for signature in signatures]
-    scores = [np.empty((0, len(signatures)), np.float32)]
-    for piece in read_pieces(features.path) if signatures else ():
-        for start in range(0, len(piece), BLOCK_ROWS):
-            blocks = decoder.predict_each(piece[start : start + BLOCK_ROWS], columns)
-            scores.append(np.stack([s.score(b) for s, b in zip(signatures, blocks, strict=True)], axis=1))
-    return np.concatenate(scores)
+class SignatureScores:
+    """Scores of signatures in each patch of a slide, of which none is computed twice."""
+
+    def __init__(self, features: SlideFeatures, decoder: GeneDecoder) -> None:
+        """``decoder`` is that of the encoder that made the features."""
+        self._features, self._decoder = features, decoder
+        self._known: list[tuple[FittedSignature, NDArray[np.float32]]] = []  # with the scores, float32 [N]
+
+    def of(self, signatures: Sequence[FittedSignature]) -> list[NDArray[np.float32]]:
+        """Float32 [N] of each signature; the features are read once for all that are new."""
+        known = [signature for signature, _ in self._known]
+        new = [signature for signature in signatures if signature not in known]
+        self._known += zip(new, self._scores(new), strict=True)
+        return [next(scores for one, scores in self._known if one == wanted) for wanted in signatures]
+
+    def _scores(self, signatures: Sequence[FittedSignature]) -> NDArray[np.float32]:
+        """Float32 [S, N]."""
+        columns = [self._decoder.columns(list(signature.weights)) for signature in signatures]
+        scores = [np.empty((len(signatures), 0), np.float32)]
+        for piece in read_pieces(self._features.path) if signatures else ():
+            for start in range(0, len(piece), BLOCK_ROWS):
+                blocks = self._decoder.predict_each(piece[start : start + BLOCK_ROWS], columns)
+                scores.append(np.stack([s.score(b) for s, b in zip(signatures, blocks, strict=True)]))
+        return np.concatenate(scores, axis=1)
 
 
 def signature_scores(

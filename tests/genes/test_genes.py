@@ -20,7 +20,13 @@ from seal_extract.features.store import open_origin
 from seal_extract.genes.decoder import decoder_of, load_decoder
 from seal_extract.genes.expression_file import expression_path, find_expression, write_expression
 from seal_extract.genes.gene_lists import Signature, read_gmt, read_panel, read_profile, read_signature
-from seal_extract.genes.predict import moments, predict_genes, signature_scores
+from seal_extract.genes.predict import (
+    SignatureScores,
+    fit_signatures,
+    moments,
+    predict_genes,
+    signature_scores,
+)
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +199,27 @@ def test_genes_are_added_to_a_file_of_the_same_features_and_weights(finished, de
     swapped = replace(decoder, genes=(decoder.genes[1], decoder.genes[0], *decoder.genes[2:]))
     with pytest.raises(OutputError, match=r"holds .*; type --overwrite to replace it, or another -o"):
         write_expression(finished[0], swapped, path, [1])
+
+
+def test_a_signature_is_decoded_once_however_many_files_it_goes_to(finished, decoder):
+    read = []
+
+    class Counting:
+        columns = decoder.columns
+
+        def predict_each(self, rows, columns):
+            read.append(len(columns))
+            return decoder.predict_each(rows, columns)
+
+    one, two = fit_signatures(
+        finished, decoder, [Signature("1", {"CD24": 1.0}), Signature("2", {"A2M": 1.0})]
+    )
+    scores = SignatureScores(finished[0], Counting())
+    found = [scores.of(asked) for asked in ([one], [one, two], [two], [])]
+    assert read == [1, 1]
+    assert [len(each) for each in found] == [1, 2, 1, 0]
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    np.testing.assert_array_equal(found[2][0], SignatureScores(finished[0], decoder).of([two])[0])
 
 
 def test_a_file_without_columns_and_signatures_counts_as_finished(finished, decoder, tmp_path):
