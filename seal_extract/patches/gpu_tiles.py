@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from seal_extract.errors import ReadError
+from seal_extract.errors import ReadError, first_line, is_of_lost_device
 from seal_extract.patches.codecs import EOI, JpegCodec, TileError
 from seal_extract.patches.grid import PatchGrid
 from seal_extract.patches.jpeg import JpegDecoder, header_bytes, read_frame
@@ -139,10 +139,14 @@ class GpuTileReader(TileReader):
             raise Unsuitable(str(exc) or "no tiles") from exc
         if self._decoder.frame.size_px != self._tiled.tile_px:
             raise Unsuitable("JPEG of another size than the tiles")
-        with self._stream():
-            pixels, (*_, odd) = self._decoded_on_device(
-                read, np.empty((0, 1, 1), np.int32), np.empty((0, 2), np.int64)
-            )
+        nowhere = np.empty((0, 1, 1), np.int32), np.empty((0, 2), np.int64)
+        try:
+            with self._stream():
+                pixels, (*_, odd) = self._decoded_on_device(read, *nowhere)
+        except Exception as exc:  # whatever keeps Triton from compiling or running its kernels
+            if is_of_lost_device(exc):
+                raise
+            raise Unsuitable(first_line(exc)) from exc
         for i in np.flatnonzero(odd == 0).tolist():
             ours = np.empty(self._tiled.tile_shape, np.uint8)
             codec.decode(read.bytes_of(i), ours)

@@ -40,6 +40,7 @@ def open_patch_reader(
         UsageError: ``"on"``, and the GPU cannot decode this slide's tiles to the same pixels.
     """
     resampling = Resampling(grid.patch_px, filter, early=device.type == "cpu", pinned=device.type == "cuda")
+    why_not = "--gpu-decode off"
     if gpu_decode != "off" and len(grid):
         try:
             if fast:
@@ -48,11 +49,15 @@ def open_patch_reader(
                 raise Unsuitable(f"Triton's kernels do not run on {device}")
             return GpuTileReader(slide, grid, resampling, device)
         except Unsuitable as exc:
+            why_not = str(exc)
             if gpu_decode == "on":
                 raise UsageError(
                     f"{slide.path}: the GPU cannot decode its tiles ({exc}); type --gpu-decode auto"
                 ) from exc
     try:
-        return TileReader(slide, grid, resampling, fast)
+        reader = TileReader(slide, grid, resampling, fast)
     except Unsuitable as exc:
         return RegionReader(slide, grid, resampling, str(exc))
+    if device.type == "cuda":
+        reader.name += f", not on the GPU: {why_not}"
+    return reader

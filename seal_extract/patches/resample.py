@@ -109,10 +109,10 @@ def kernels_run_on(device: torch.device) -> bool:
     """Whether Triton's kernels run on a device and give exact pixels there, found by a trial."""
     if device.type != "cuda":
         return False
-    trial = torch.arange(3 * 40 * 40, device=device).mul_(7919).to(torch.uint8).view(1, 3, 40, 40)
     try:
         from seal_extract.patches.kernels import Cut, resample_cut
 
+        trial = torch.arange(3 * 40 * 40, device=device).mul_(7919).to(torch.uint8).view(1, 3, 40, 40)
         exact = torch.equal(resample_cut(Cut.regions(trial), (24, 24)), by_taps(trial, (24, 24)))
         problem = "" if exact else "they give other pixels"
     except Exception as exc:  # no Triton, no C compiler, a GPU too old: each has errors of its own

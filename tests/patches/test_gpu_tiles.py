@@ -8,7 +8,7 @@ from synthetic_slide import write_synthetic_slide
 
 from seal_extract.errors import UsageError
 from seal_extract.patches.reader import open_patch_reader
-from seal_extract.patches.resample import Resampling
+from seal_extract.patches.resample import Resampling, kernels_run_on
 from seal_extract.patches.taps import by_taps
 from seal_extract.patches.tiled import Unsuitable
 from seal_extract.patches.tiles import TileReader
@@ -97,6 +97,16 @@ def test_what_the_gpu_does_not_decode_is_said(slide_of, tmp_path):
         reader_of(slide)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here its kernels run")
+def test_without_kernels_a_gpu_leaves_its_tiles_to_the_host_and_says_why(slide_of):
+    kernels_run_on.cache_clear()
+    with open_slide(slide_of("4:2:0")) as slide:
+        grid = grid_at(slide, CORNERS, 24, 48)
+        with pytest.warns(UserWarning, match=r"kernels do not run on cuda \(.*\); torch resamples instead"):
+            reader = open_patch_reader(slide, grid, torch.device("cuda"))
+        assert reader.name == "JPEG tiles, not on the GPU: Triton's kernels do not run on cuda"
+
+
 def test_fewer_patches_are_read_at_once_where_they_lie_over_more_tiles(slide_of, monkeypatch):
     monkeypatch.setattr(gpu_tiles, "BYTES_AT_ONCE", 2 * 16 * 3 * 16**2)
     with open_slide(slide_of("4:2:0")) as slide:
@@ -104,7 +114,7 @@ def test_fewer_patches_are_read_at_once_where_they_lie_over_more_tiles(slide_of,
         assert reader_of(slide, [(8, 8), (24, 40)]).rows_at_once == 2  # each over 16
 
 
-def test_a_gpu_that_decodes_to_other_pixels_is_not_used(slide_of, monkeypatch):
+def test_a_gpu_that_fails_or_decodes_to_other_pixels_is_not_used(slide_of, monkeypatch):
     from seal_extract.patches.jpeg import JpegDecoder
 
     whole = JpegDecoder.decode
@@ -114,9 +124,14 @@ def test_a_gpu_that_decodes_to_other_pixels_is_not_used(slide_of, monkeypatch):
         pixels[0, 3, 5, 1] ^= 1
         return pixels, odd
 
-    monkeypatch.setattr(JpegDecoder, "decode", wrong)
-    with open_slide(slide_of("4:2:0")) as slide, pytest.raises(Unsuitable, match="to other pixels"):
-        reader_of(slide)
+    def fail(self, *args):
+        raise RuntimeError("ptxas is\nmissing")
+
+    with open_slide(slide_of("4:2:0")) as slide:
+        for decode, reason in ((wrong, "to other pixels"), (fail, "^ptxas is missing$")):
+            monkeypatch.setattr(JpegDecoder, "decode", decode)
+            with pytest.raises(Unsuitable, match=reason):
+                reader_of(slide)
 
 
 def test_tiles_are_read_in_few_pieces_and_missing_ones_are_empty(slide_of, tmp_path):
