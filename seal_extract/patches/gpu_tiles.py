@@ -90,7 +90,7 @@ class GpuTileReader(TileReader):
         self.rows_at_once = max(1, min(ROWS_AT_ONCE, int(BYTES_AT_ONCE / over_one)))
         self._open_decoder()
 
-    def read(self, rows: range) -> HostPixels:
+    def read(self, rows: range, out: Array | None = None) -> HostPixels:
         """See `PatchReader.read`."""
         from seal_extract.patches.kernels import Cut, resample_cut
 

@@ -46,8 +46,13 @@ class PatchReader(Protocol):
     side_px: int
     rows_at_once: int
 
-    def read(self, rows: range) -> HostPixels:
-        """Read grid rows; safe to call from several threads."""
+    def read(self, rows: range, out: Array | None = None) -> HostPixels:
+        """Read grid rows; safe to call from several threads.
+
+        Args:
+            rows: to read.
+            out: host memory that may take the pixels, uint8 [rows, side_px, side_px, 3].
+        """
         ...
 
     def to_patches(self, pixels: Tensor) -> Tensor:
@@ -78,7 +83,7 @@ class RegionReader:
             if other is not None:
                 other.close()
 
-    def read(self, rows: range) -> HostPixels:
+    def read(self, rows: range, out: Array | None = None) -> HostPixels:
         """See `PatchReader.read`; what the slide's reader cannot read is tried with another reader."""
         regions = self._resampling.empty(len(rows), self.grid.read_px)
         unreadable: dict[int, str] = {}

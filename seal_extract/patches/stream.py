@@ -7,12 +7,14 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from seal_extract.errors import ReadError, is_of_lost_device
+from seal_extract.patches.codecs import memory_for_pixels
 from seal_extract.patches.regions import ROWS_AT_ONCE, HostPixels, PatchReader
 
 JOB_BYTES = 32 * 2**20  # fewer where patches are huge
@@ -52,6 +54,7 @@ class _Job:
     reader: PatchReader
     rows: range
     pixels: Future[HostPixels]
+    place: Tensor | None = None  # in its batch, for the reader to fill if it can
 
     @property
     def bytes(self) -> int:
@@ -137,6 +140,9 @@ class _Stream:
         self._max_read_errors, self._on_failure, self._on_read = max_read_errors, on_failure, on_read
         self._make_room = make_room
         self._waiting: deque[_Job] = deque()
+        self._on_host = device.type == "cpu"
+        self._batch: Tensor | None = None  # memory of the batch that jobs fill at present
+        self._filled = 0  # rows of it
         self._errors: dict[int, int] = {}  # unreadable patches of each slide
         self._failed: set[int] = set()
 
@@ -158,25 +164,37 @@ class _Stream:
                     ended = True
                     break
                 slide += 1
-                jobs = self._jobs(slide, reader)
+                jobs = self._jobs(slide, reader, batch_size)
             if self._waiting:
                 if (part := self._next_part()) is not None:
                     yield from joined.add(part)
                 continue
             yield from joined.rest()  # it does not wait for the next slide
+            self._batch = None
             if ended:
                 return
 
-    def _jobs(self, slide: int, reader: PatchReader) -> Iterator[_Job]:
-        rows = len(reader.grid)
+    def _jobs(self, slide: int, reader: PatchReader, batch_size: int) -> Iterator[_Job]:
+        rows, start = len(reader.grid), 0
         step = max(1, min(reader.rows_at_once, JOB_BYTES // (3 * reader.side_px**2)))
-        for start in range(0, rows, step):
-            if slide in self._failed:
-                return
-            part = range(start, min(start + step, rows))
-            yield _Job(slide, reader, part, self._pool.submit(reader.read, part))
+        while start < rows and slide not in self._failed:
+            part, place, out = range(start, min(start + step, rows)), None, None
+            if self._on_host:
+                place = self._place(reader.side_px, len(part), batch_size)
+                part, out = part[: len(place)], place.permute(0, 2, 3, 1).numpy()
+            yield _Job(slide, reader, part, self._pool.submit(reader.read, part, out), place)
+            start = part.stop
         if not rows:
             self._close(slide, reader)
+
+    def _place(self, side_px: int, rows: int, batch_size: int) -> Tensor:
+        """Memory for as many of ``rows`` as the batch that is being filled still takes."""
+        if self._batch is None or self._filled == batch_size or self._batch.shape[-1] != side_px:
+            memory = memory_for_pixels(batch_size, side_px, side_px, 3)
+            self._batch, self._filled = torch.from_numpy(memory).permute(0, 3, 1, 2), 0
+        place = self._batch[self._filled : self._filled + rows]
+        self._filled += len(place)
+        return place
 
     def _next_part(self) -> PatchBatch | None:
         """The patches of the job whose turn it is, on the device; None if its slide has failed."""
@@ -220,7 +238,10 @@ class _Stream:
         read = job.pixels.result()
         if job.slide in self._failed:
             return None
-        patches = self._upload(job.reader, read.pixels)
+        if job.place is not None and read.pixels.data_ptr() == job.place.data_ptr():
+            patches = job.place
+        else:
+            patches = self._upload(job.reader, read.pixels)
         self._count(job, read)
         rows = torch.arange(job.rows.start, job.rows.stop)
         unreadable = {row - job.rows.start: why for row, why in read.unreadable.items()}
@@ -297,6 +318,12 @@ def _concatenate(patches: list[Tensor]) -> Tensor:
     """Batches as one, in channels-last memory; on the host without torch, whose idle threads would spin."""
     if patches[0].device.type != "cpu":
         return torch.cat(patches)
+    first, rows = patches[0], sum(map(len, patches))
+    memory = first.untyped_storage().data_ptr()
+    if all(p.untyped_storage().data_ptr() == memory for p in patches) and all(
+        after.data_ptr() == before.data_ptr() + before.nbytes for before, after in pairwise(patches)
+    ):  # read into the memory of one batch
+        return first.as_strided((rows, *first.shape[1:]), first.stride())
     joined = np.concatenate([p.permute(0, 2, 3, 1).numpy() for p in patches])
     return torch.from_numpy(joined).permute(0, 3, 1, 2)
 

@@ -66,9 +66,9 @@ class TileReader:
         self.close = self._tiled.close
         self.to_patches = resampling.on_device
 
-    def read(self, rows: range) -> HostPixels:
+    def read(self, rows: range, out: Array | None = None) -> HostPixels:
         """See `PatchReader.read`; a damaged tile is tried again through the slide's reader."""
-        regions = self._new_regions(len(rows))
+        regions = self._new_regions(len(rows), out)
         users = self._users(rows)
         unreadable: dict[int, str] = {}
         for tile, pixels in self._decoded(users, regions):
@@ -209,12 +209,12 @@ class TileReader:
 
     # --- memory is used again and again, because new memory costs a page fault per 4 KiB -----------------
 
-    def _new_regions(self, rows: int) -> Array:
+    def _new_regions(self, rows: int, out: Array | None) -> Array:
         """The regions of a job, uint8 [rows, side, side, 3], black where nothing will be copied."""
         if self._resampling.early and self._region_px != self.grid.patch_px:
             regions = self._own_buffer("regions", (rows, self._region_px, self._region_px, 3))
         else:
-            regions = self._resampling.empty(rows, self._region_px)
+            regions = self._resampling.empty(rows, self._region_px) if out is None else out
         if self._partly_outside:
             regions[:] = 0
         return regions

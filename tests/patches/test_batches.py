@@ -6,13 +6,14 @@ import time
 import numpy as np
 import pytest
 import torch
-from slide_helpers import grid_at, read
+from slide_helpers import grid_at, grid_of_level, read
 
 from seal_extract.errors import ReadError
 from seal_extract.patches import stream as stream_module
 from seal_extract.patches.reader import open_patch_reader
 from seal_extract.patches.regions import ROWS_AT_ONCE, HostPixels
 from seal_extract.patches.stream import stream_batches
+from seal_extract.slides.slide import open_slide
 
 CPU = torch.device("cpu")
 
@@ -53,6 +54,18 @@ def test_batches_cross_slide_borders(drawn):
         np.testing.assert_array_equal(patch.permute(1, 2, 0), slides[s].pixels[y : y + 64, x : x + 64])
 
 
+@pytest.mark.parametrize("batch_size", [5, 16, 100])
+def test_patches_read_in_place_are_those_read_alone(slide_of, batch_size):
+    """Jobs fill the memory of a batch; it is whole although slides end within batches."""
+    with open_slide(slide_of("420")) as slide:
+        grids = [grid_of_level(slide, 0, [(x, 64 * i) for x in range(0, 1280, 64)], 64) for i in range(3)]
+        want = np.concatenate([read(open_patch_reader(slide, grid, CPU)) for grid in grids])
+        readers = [open_patch_reader(slide, grid, CPU) for grid in grids]
+        got = list(stream_batches(readers, batch_size, workers=3))
+    np.testing.assert_array_equal(torch.cat([b.patches for b in got]).permute(0, 2, 3, 1), want)
+    assert all(b.patches.data_ptr() % 32 == 16 for b in got)
+
+
 def test_another_patch_size_begins_a_new_batch(drawn):
     readers = [reader_of(drawn(256, 256)), reader_of(drawn(200, 200), side=40)]
     assert {tuple(x.patches.shape[2:]) for x in stream_batches(readers, 1000)} == {(64, 64), (40, 40)}
@@ -70,7 +83,7 @@ def test_no_more_is_read_ahead_than_the_memory_set_aside(drawn, monkeypatch):
     monkeypatch.setattr(stream_module, "READ_AHEAD_BYTES", 3 * ROWS_AT_ONCE * 32 * 32 * 3)
     reader, seen = reader_of(drawn(640, 640), side=32), []
 
-    def black(rows):
+    def black(rows, out):
         seen.append(rows)
         return HostPixels(torch.zeros(len(rows), 3, 32, 32, dtype=torch.uint8))
 
