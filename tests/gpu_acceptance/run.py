@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import zipfile
@@ -90,21 +91,24 @@ def child(
     if limit < 10:
         return {"failed": "no time was left", "rows": []}
     print(f"-- {name}, at most {limit:.0f} s", flush=True)
-    part, began = folder / f"{name}.json", time()
+    part, log, began = folder / f"{name}.json", folder / f"{name}.log", time()
     words = [sys.executable, __file__, "--section", name, str(folder), str(until), str(share)]
-    try:
-        done = subprocess.run(
+    with log.open("wb") as out:
+        process = subprocess.Popen(
             words + ["--cpu-rehearsal"] * rehearsal,
             env=environment,
             cwd=ROOT,
-            timeout=limit,
-            capture_output=True,
-            text=True,
-            errors="replace",
+            stdout=out,
+            stderr=out,
+            start_new_session=True,  # so that its own processes end with it
         )
-        said, why = done.stdout + done.stderr, f"it ended with {done.returncode}" if done.returncode else ""
-    except subprocess.TimeoutExpired as exc:
-        said, why = str(exc.stderr or b"", "utf-8", "replace"), f"it took more than {limit:.0f} s"
+        try:
+            why = f"it ended with {code}" if (code := process.wait(limit)) else ""
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            why = f"it took more than {limit:.0f} s"
+    said = log.read_text("utf-8", "replace")
     found = json.loads(part.read_text()) if part.exists() else {"rows": []}
     if why:
         found |= {"failed": why, "said": said[-4000:]}
