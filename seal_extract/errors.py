@@ -143,7 +143,7 @@ def as_ours(error: Exception, slide: str) -> SealExtractError:
     if is_of_lost_device(error):
         return DeviceError(
             f"the GPU stopped when {slide} was embedded ({why}); finished slides are kept, type the same "
-            "command again to continue; if it stops there again, embed that slide with --device cpu"
+            "command again to continue; if it stops there again, add --gpu-decode off or --device cpu"
         )
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # the name of its results
         return OutputError(f"{slide}: {NAME_TOO_LONG}; nothing half-written was left")
