@@ -52,7 +52,7 @@ def test_two_encoders_see_the_same_patches_in_one_pass(cohort, encoder, tmp_path
     second = untrained_encoder(replace(UNTRAINED, name="untrained-second"), seed=7)
     read = TileReader.read
     rows = []
-    monkeypatch.setattr(TileReader, "read", lambda self, r: rows.append(r) or read(self, r))
+    monkeypatch.setattr(TileReader, "read", lambda self, r, *more: rows.append(r) or read(self, r, *more))
     report = extract_cohort(cohort, [encoder, second], tmp_path / "out")
     patches = sum(row.patches for row in report.rows)
     assert sum(map(len, rows)) == patches
