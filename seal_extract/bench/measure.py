@@ -109,7 +109,7 @@ def kernel_seconds(work: Callable[[], object], device: torch.device) -> float:
     On a CPU these are the seconds of torch's own operations.
     """
     kind = device.type.upper()
-    with profile(activities=[getattr(ProfilerActivity, kind)]) as profiler:
+    with profile(activities=[getattr(ProfilerActivity, kind)], acc_events=True) as profiler:
         work()
         wait_for(device)
     return covered(
