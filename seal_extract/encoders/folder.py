@@ -12,7 +12,7 @@ import msgspec
 
 from seal_extract.encoders.files import check_regular
 from seal_extract.encoders.spec import HEAD, Decoder, EncoderSpec, head_layers
-from seal_extract.errors import CheckpointError, UsageError
+from seal_extract.errors import CheckpointError, UsageError, first_line
 from seal_extract.publish import publish
 
 if TYPE_CHECKING:
@@ -271,8 +271,8 @@ def as_record(content: Any, kind: type[T], path: Path, what: str, allowed: str) 
     """
     try:
         return msgspec.convert(content, kind)
-    except (msgspec.ValidationError, RecursionError) as exc:
-        raise CheckpointError(f"{path} does not describe {what}: {exc!s:.300}; {allowed}") from exc
+    except (msgspec.ValidationError, UnicodeError, RecursionError) as exc:  # JSON spells half characters too
+        raise CheckpointError(f"{path} does not describe {what}: {first_line(exc)}; {allowed}") from exc
 
 
 def plain_word(name: str) -> str:

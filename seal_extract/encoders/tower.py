@@ -30,7 +30,7 @@ from seal_extract.encoders.spec import (
     Published,
     Shapes,
 )
-from seal_extract.errors import UsageError
+from seal_extract.errors import UsageError, first_line
 
 # arguments of timm that a config.json may set: none that fetches or reads a file
 KWARGS = (
@@ -200,7 +200,7 @@ def _building(spec: EncoderSpec) -> Iterator[None]:
     ) as exc:
         kind = "models of timm" if spec.pooling == "own" else "vision transformers of timm"
         raise UsageError(
-            f"encoder {spec.name} cannot be built as {spec.architecture!s:.300}: {exc!s:.300}; "
+            f"encoder {spec.name} cannot be built as {spec.architecture!s:.300}: {first_line(exc)}; "
             f"allowed: {kind}"
         ) from exc
 
