@@ -24,6 +24,7 @@ from seal_extract.encoders.request import EncoderRequest
 from seal_extract.errors import UsageError
 from seal_extract.run.job import Channel, SlideJob
 from seal_extract.run.options import ExtractOptions
+from seal_extract.run.slide_process import start_serving
 from seal_extract.run.status_table import Progress, SlideResult
 from seal_extract.run.workers import WARN_S, death, requests_of, share
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from seal_extract.encoders import Encoder
 
 STOP_S = 20.0  # for a process to clear up, until it is killed
-COMMAND = "import sys; sys.path[:] = sys.argv[1:]; from seal_extract.run.devices import serve; serve()"
 
 
 @dataclass(frozen=True)
@@ -141,13 +141,7 @@ class _DeviceProcess:
         self._running: dict[str, Future[SlideResult]] = {}  # by name of the slide
         self._is_ready, self._heard = False, monotonic()
         self._death: Exception | None = None
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", COMMAND, *sys.path],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            start_new_session=True,  # Ctrl-C is for the process that the user sees
-        )
+        self._process = start_serving(__name__, self._stderr)
         self._send(self._orders)
         self._listening = threading.Thread(target=self._listen, daemon=True)
         self._listening.start()

@@ -34,7 +34,22 @@ if TYPE_CHECKING:
 
 LIMIT_GB = 6  # beyond what the process takes to start; a plain image of the largest size allowed takes 4.2
 GRACE_S = 30  # after which the process ends by itself, if whoever started it is no longer there to end it
-COMMAND = "import sys; sys.path[:] = sys.argv[1:]; from seal_extract.run.slide_process import serve; serve()"
+
+
+def start_serving(module: str, stderr: int | None) -> subprocess.Popen[bytes]:
+    """Start a process that runs the ``serve`` of a module, with pipes to its standard input and output.
+
+    Raises:
+        OSError: no process can be started.
+    """
+    command = f"import sys; sys.path[:] = sys.argv[1:]; from {module} import serve; serve()"
+    return subprocess.Popen(
+        [sys.executable, "-c", command, *sys.path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        start_new_session=True,  # Ctrl-C is for the process that the user sees
+    )
 
 
 def open_tried(job: SlideJob) -> Slide:
@@ -120,13 +135,7 @@ class _SlideProcess:
         if self._process is None or self._starter != os.getpid() or self._process.poll() is not None:
             self.kill()
             try:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-c", COMMAND, *sys.path],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                    start_new_session=True,  # Ctrl-C is for the process that the user sees
-                )
+                self._process = start_serving(__name__, subprocess.DEVNULL)
             except OSError as exc:
                 _is_hopeless = True
                 warnings.warn(
