@@ -131,11 +131,13 @@ def check_tensors(
         bad = complaint("with NaN or infinite numbers", [k for k in shared if not is_finite(tensors[k])])
         found = bad and f"{bad}; fetch the file again"
     if found:
-        other = looks_like(as_published or tensors)
-        if other == "SEAL omics":
+        from seal_extract.encoders.recognise import OMICS, looks_like  # builds towers, and imports timm
+
+        others = looks_like(as_published or tensors)
+        if others == (OMICS,):
             found += "; it is the expression half of a SEAL checkpoint: give the vision file"
-        elif other and other != name:
-            found += f"; it looks like {other}"
+        elif others and name not in others:
+            found += f"; it looks like {' or '.join(others)}"
         raise CheckpointError(f"{path} is not a weight file of {name}: {found}")
 
 
@@ -167,43 +169,3 @@ def is_finite(tensor: Tensor) -> bool:
         return True
     low, high = torch.aminmax(tensor)
     return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-# shape of the patch embedding, a word in its key -> encoder
-_PATCH_EMBEDDINGS = {
-    ((768, 3, 16, 16), "trunk."): "conch",
-    ((1024, 3, 16, 16), "patch_embeddings."): "phikon2",
-    ((1024, 3, 16, 16), "patch_embed."): "uni",
-    ((1536, 3, 14, 14), "patch_embed."): "univ2",
-    ((1280, 3, 14, 14), "patch_embed."): "virchow2",
-    ((768, 3, 14, 14), "patch_embed."): "h0mini",
-}
-# length of the embedding, last block with adapters -> encoder
-_ADAPTERS = {
-    (512, 11): "conch",
-    (1536, 23): "univ2",
-    (2560, 31): "virchow2",
-    (1536, 11): "h0mini",
-    (1024, 23): "phikon2",
-}
-
-
-def looks_like(tensors: Mapping[str, Tensor]) -> str | None:
-    """The encoder that a file seems to belong to, by its patch embedding or its adapters; None if unknown.
-
-    ``"SEAL omics"`` is the expression half of a SEAL checkpoint.
-    """
-    if "fc_mu.weight" in tensors and "flows.0.u" in tensors:
-        return "SEAL omics"
-    adapted = [key for key in tensors if ".lora_" in key]
-    seal = "seal-" if adapted else ""
-    for key, value in tensors.items():
-        for (shape, word), name in _PATCH_EMBEDDINGS.items():
-            if tuple(value.shape) == shape and word in key:
-                return seal + name
-    blocks = [int(i) for key in adapted for i in re.findall(r"\.(\d+)\.", key)]
-    head = tensors.get("decoder.decoder.0.weight")
-    if not blocks or head is None or head.ndim != 2:
-        return None
-    backbone = _ADAPTERS.get((head.shape[1], max(blocks)))
-    return backbone and seal + backbone

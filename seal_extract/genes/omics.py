@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from seal_extract.encoders.build import pick_device
-from seal_extract.encoders.checkpoint import check_tensors, looks_like, read_tensors
+from seal_extract.encoders.checkpoint import check_tensors, read_tensors
 from seal_extract.encoders.files import FoundFile, WeightFile
 from seal_extract.encoders.folder import CONFIG, OMICS, check_panel, read_config, read_contents
 from seal_extract.encoders.heads import as_rows, empty_head, head_shapes
@@ -290,7 +290,9 @@ def _sizes(tensors: dict[str, Tensor], path: Path) -> tuple[int, int, tuple[int,
     """Embedding length, number of genes and hidden widths, from the shapes in the file."""
     first, last = tensors.get("encoder.0.weight"), tensors.get("fc_mu.weight")
     if first is None or last is None or first.ndim != 2 or last.ndim != 2:
-        other = looks_like(tensors)
-        hint = f"; it looks like {other}" if other else ""
+        from seal_extract.encoders.recognise import looks_like  # imports timm
+
+        others = looks_like(tensors)
+        hint = f"; it looks like {' or '.join(others)}" if others else ""
         raise CheckpointError(f"{path} is not the expression half of a SEAL checkpoint{hint}")
     return last.shape[0], first.shape[1], (first.shape[0], last.shape[1])

@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from seal_extract.encoders import find_spec, load_encoder
-from seal_extract.encoders.checkpoint import looks_like
+from seal_extract.encoders.recognise import looks_like
 from seal_extract.encoders.registry import ROWS
 from seal_extract.encoders.spec import Architecture
 from seal_extract.encoders.tower import empty_tower
@@ -300,7 +300,7 @@ def test_the_file_of_another_backbone_is_named(name, adapters_only, tmp_path):
     tensors = as_published(row, {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()})
     tensors = {row.published.prefix + key: value for key, value in tensors.items()}
     tensors["decoder.decoder.0.weight"] = torch.zeros(()).expand(512, row.dim)
-    assert looks_like(tensors) == f"seal-{name}"
+    assert looks_like(tensors) == (f"seal-{name}",)
     other = BACKBONES[BACKBONES.index(name) - 1 - adapters_only]
     path = save(tensors, tmp_path / "a.pth")
     refuse(path, "missing", f"it looks like seal-{name}", name=f"seal-{other}")

@@ -12,20 +12,24 @@ from encoder_fixtures import (
     SEAL_TINY_CONCH,
     SEAL_TINY_VIT,
     TINY_CONCH,
+    TINY_VIT,
     adapters,
     as_batch,
+    as_published,
     base_file,
     noise_patches,
     refuse,
     save,
     seal_file,
+    shapes_of,
     untrained_encoder,
 )
 from PIL import Image
 from safetensors.torch import save_file
 
 from seal_extract.encoders import load_encoder
-from seal_extract.encoders.checkpoint import looks_like
+from seal_extract.encoders.recognise import looks_like
+from seal_extract.encoders.registry import ROWS
 from seal_extract.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("tiny_rows")
@@ -81,13 +85,14 @@ def test_tensors_that_are_not_those_of_the_encoder(tmp_path, changes, words):
         ),
         (seal_file(SEAL_TINY_VIT), ["missing", "unexpected", "another shape"]),
         (adapters(SEAL_TINY_VIT), ["4 adapters on layers that the tower does not have"]),
-        ({"patch_embed.proj.weight": torch.zeros(1536, 3, 14, 14)}, ["it looks like univ2"]),
+        (base_file(TINY_VIT), ["missing", "it looks like tiny-vit"]),
+        (dict(list(base_file(TINY_VIT).items())[2:]), ["it looks like tiny-vit"]),
         (
             {"fc_mu.weight": torch.zeros(2, 2), "flows.0.u": torch.zeros(2)},
             ["expression half of a SEAL checkpoint: give the vision file"],
         ),
     ],
-    ids=["nonsense", "another encoder", "its adapters", "a base", "omics"],
+    ids=["nonsense", "another encoder", "its adapters", "a base", "a base cut short", "omics"],
 )
 def test_the_file_of_another_encoder(tmp_path, tensors, words):
     refuse(save(tensors, tmp_path / "a.pth"), *words)
@@ -99,20 +104,21 @@ def test_adapters_beside_another_base(tmp_path):
     refuse(save(adapters(SEAL_TINY_CONCH), tmp_path / "a.pth"), *words)
 
 
-@pytest.mark.parametrize(
-    ("key", "shape", "name"),
-    [
-        ("visual.trunk.patch_embed.proj.weight", (768, 3, 16, 16), "conch"),
-        ("patch_embed.proj.weight", (1536, 3, 14, 14), "univ2"),
-        ("patch_embed.proj.weight", (1280, 3, 14, 14), "virchow2"),
-        ("patch_embed.proj.weight", (768, 3, 14, 14), "h0mini"),
-        ("patch_embed.proj.weight", (1024, 3, 16, 16), "uni"),
-        ("embeddings.patch_embeddings.projection.weight", (1024, 3, 16, 16), "phikon2"),
-        ("stem.weight", (64, 3, 7, 7), None),
-    ],
-)
-def test_a_base_is_recognised(key, shape, name):
-    assert looks_like({key: torch.empty(shape, device="meta")}) == name
+@pytest.mark.parametrize("row", ROWS.values(), ids=lambda row: row.name)
+def test_a_base_is_recognised_by_its_row(row):
+    """Rows that share names and shapes of all tensors are named together."""
+    if row.published.lora is not None:
+        return
+    held = {key: torch.empty(shape, device="meta") for key, shape in shapes_of(row).items()}
+    named = looks_like({row.published.prefix + key: value for key, value in as_published(row, held).items()})
+    alike = (row.published.prefix, row.published.layer_names, shapes_of(row))
+    assert row.name in named
+    for other in map(ROWS.get, named):
+        assert (other.published.prefix, other.published.layer_names, shapes_of(other)) == alike
+
+
+def test_nothing_is_recognised_in_a_file_of_nothing_known():
+    assert looks_like({"stem.weight": torch.empty(64, 3, 7, 7, device="meta")}) == ()
 
 
 # --- files that are no weights ------------------------------------------------------------------------------

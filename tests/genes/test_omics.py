@@ -260,11 +260,11 @@ def test_weights_that_are_not_exactly_those(tmp_path, key, value, words):
     refuse(save(tensors, tmp_path / "a.pth"), "a.pth", words)
 
 
-def test_the_file_of_another_encoder_and_the_vision_half(tmp_path):
+def test_the_file_of_another_encoder_and_the_vision_half(tmp_path, tiny_rows):
     path = save(small_file(2000, 512), tmp_path / "conch.pth")
     refuse("seal-univ2", "not a weight file of the expression half of seal-univ2", "shape", checkpoint=path)
-    path = save({"patch_embed.proj.weight": torch.zeros(1536, 3, 14, 14)}, tmp_path / "vision.pth")
-    refuse(path, "vision.pth is not the expression half of a SEAL checkpoint; it looks like univ2")
+    path = save(base_file(TINY_CONCH), tmp_path / "vision.pth")
+    refuse(path, "vision.pth is not the expression half of a SEAL checkpoint; it looks like tiny-conch")
 
 
 @pytest.mark.parametrize("zipped", [True, False])

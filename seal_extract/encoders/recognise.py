@@ -1,0 +1,82 @@
+"""Whose weights a file holds, by the rows themselves: for the messages about files that do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from seal_extract.encoders.registry import list_encoders
+from seal_extract.encoders.spec import EncoderSpec, Shapes
+from seal_extract.encoders.state_dict import adapter_keys, as_row_spells, fits, place
+from seal_extract.encoders.tower import empty_tower, tower_shapes
+from seal_extract.errors import UsageError
+
+OMICS = "SEAL omics"
+ENOUGH = 0.9  # of a tower's tensors: a file may be cut short, or of a finetune that changed some
+FUSED = ".attn.qkv."  # files in which q, k and v are separate are compared without them
+
+
+def looks_like(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The encoders whose tower, or whose adapters, a file holds; several if they have the same tensors.
+
+    Args:
+        tensors: from `read_tensors`.
+
+    Returns:
+        Names of `list_encoders`; or `OMICS` for the expression half of a SEAL checkpoint; none if unknown.
+    """
+    if "fc_mu.weight" in tensors and "flows.0.u" in tensors:
+        return (OMICS,)
+    shapes = {key: torch.empty(value.shape, device="meta") for key, value in tensors.items()}
+    spelled: dict[tuple[str, tuple[str, ...], str], Shapes] = {}
+    found: dict[str, float] = {}
+    for row in list_encoders():
+        layout = row.layout
+        names = (layout.prefix, layout.other_prefixes, layout.layer_names)
+        if names not in spelled:
+            spelled[names] = _shapes(as_row_spells(shapes, layout))
+        share = _share(row, spelled[names])
+        if share >= ENOUGH:
+            found[row.name] = share
+    return tuple(name for name, share in found.items() if share == max(found.values()))
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:
+    return {key: tuple(value.shape) for key, value in tensors.items()}
+
+
+def _share(row: EncoderSpec, held: Shapes) -> float:
+    """The share of a row's tensors that a file holds; of its adapters, where the file has no tower."""
+    prefix = row.layout.prefix
+    if row.layout.lora is not None and not any(k.startswith(prefix) and ".lora_" not in k for k in held):
+        return float(_adapters_fit(row, held))
+    needed = {prefix + key: shape for key, shape in _tower(row).items() if FUSED not in key}
+    return sum(held.get(key) == shape for key, shape in needed.items()) / max(1, len(needed))
+
+
+def _adapters_fit(row: EncoderSpec, held: Shapes) -> bool:
+    pairs, tower = adapter_keys(held, row.layout.prefix), _tower(row)
+    if not pairs or held.get("decoder.decoder.0.weight", ())[1:] != (row.dim,):
+        return False
+    for layer, keys in pairs.items():
+        spot = place(layer, tower)
+        halves = [held[keys.get(half, "")] if half in keys else () for half in "BA"]
+        if spot is None or [len(shape) for shape in halves] != [2, 2]:
+            return False
+        by_timm = f"{layer}.weight" in tower
+        if by_timm != (row.layout.layer_names == "timm"):
+            return False
+        if not fits((halves[0][0], halves[1][1]), spot, tower):
+            return False
+    return True
+
+
+@lru_cache(maxsize=256)
+def _tower(row: EncoderSpec) -> Shapes:
+    try:
+        return tower_shapes(empty_tower(row))
+    except UsageError:  # a plugin's row that this timm cannot build
+        return {}
