@@ -26,7 +26,7 @@ FLOORS = [
     {"features"},
     {"run", "genes"},
     {"pooling", "train"},
-    {"evaluate"},
+    {"evaluate", "volume"},
     {"view"},
     {"demo"},
     {"bench", "doctor"},

@@ -123,8 +123,11 @@ def open_slide(
 def open_with_another_reader(slide: Slide) -> Slide | None:
     """The same slide with the same levels through another library; None if no other can open it.
 
-    Tiffslide decodes the rest of a damaged JPEG silently, so it is not used for JPEG.
+    Tiffslide decodes the rest of a damaged JPEG silently, so it is not used for JPEG. A slide that is not its
+    file alone, such as a plane of a stack, has no other reader.
     """
+    if not isinstance(slide, READERS):
+        return None
     for reader in READERS:
         if isinstance(slide, reader):
             continue

@@ -153,6 +153,7 @@ class OmeImage(NamedTuple):
         channels: of all its planes together; an RGB plane has three.
         planes: focal planes times points in time.
         mpp: µm/px in x and y; None where it gives none.
+        spacing_um: µm between focal planes; None where it gives none.
     """
 
     name: str
@@ -160,6 +161,7 @@ class OmeImage(NamedTuple):
     channels: int
     planes: int
     mpp: tuple[float, float] | None
+    spacing_um: float | None
 
 
 def ome_images(path: Path) -> list[OmeImage]:
@@ -182,13 +184,14 @@ def _name(element: ElementTree.Element) -> str:
 def _image_of(image: ElementTree.Element, number: str) -> OmeImage:
     pixels = next(e for e in image if _name(e) == "Pixels")
     width, height, channels, z, t = (int(pixels.get(f"Size{axis}", 1)) for axis in "XYCZT")
-    found = []
-    for axis in "XY":
+    found = {}
+    for axis in "XYZ":
         size, unit = pixels.get(f"PhysicalSize{axis}"), pixels.get(f"PhysicalSize{axis}Unit", "µm")
         if size is not None and unit in _UM_PER_UNIT:  # "pixel" and "reference frame" are no lengths
-            found.append(float(size) * _UM_PER_UNIT[unit])
-    mpp = (found[0], found[1]) if len(found) == 2 else None
-    return OmeImage(image.get("Name") or number, (width, height), channels, z * t, mpp)
+            found[axis] = float(size) * _UM_PER_UNIT[unit]
+    mpp = (found["X"], found["Y"]) if {"X", "Y"} <= found.keys() else None
+    name = image.get("Name") or number
+    return OmeImage(name, (width, height), channels, z * t, mpp, found.get("Z"))
 
 
 def ome_mpp(path: Path) -> list[tuple[str, float, float]]:

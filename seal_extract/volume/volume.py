@@ -1,0 +1,333 @@
+"""A volume: evenly spaced planes in one frame, each of them a `Slide`.
+
+It is opened from a stack (OME-TIFF), from a folder of numbered planes, or from a JSON file that lists
+sections with their transforms or says where sections with measured expression lie in a stack.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import numpy as np
+from msgspec import Meta
+
+from seal_extract.encoders.folder import plain_word
+from seal_extract.errors import GeometryError, ResolutionError, SlideOpenError, UsageError
+from seal_extract.slides.entry import SlideEntry, open_entry
+from seal_extract.slides.readers import check_mpp, same_mpp
+from seal_extract.slides.slide import Slide
+from seal_extract.train.config import Options, Positive, Whole, convert
+from seal_extract.volume.planes import Affine, AlignedSlide, Stack, StackPlane, open_tiff_stack
+
+MOST_SPACING_UM = 1000.0
+SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".svs", ".ndpi")
+STACKS = (".tif", ".tiff")
+ALLOWED = "allowed: a stack (OME-TIFF), a folder of numbered planes, or a JSON file (see the guide)"
+SAME_PX = 1e-6  # of two µm/px: planes lie on each other pixel by pixel
+
+Row = tuple[float, float, float]
+
+
+class PlaneEntry(Options, frozen=True):
+    """A section of a list.
+
+    Attributes:
+        slide: its file, from the folder of the JSON file.
+        name: of its results and of its expression; the file's by default.
+        z: its number in depth; the place in the list by default.
+        mpp: µm/px at level 0, where its file does not state it.
+        transform: two rows that take (x, y, 1) in its level-0 pixels to those of the first section.
+    """
+
+    slide: str
+    name: str | None = None
+    z: Whole | None = None
+    mpp: Positive | None = None
+    transform: tuple[Row, Row] | None = None
+
+
+class SectionEntry(Options, frozen=True):
+    """Where a section with measured expression lies in a stack or a folder of planes.
+
+    Attributes:
+        name: as its expression has it.
+        plane: the number of the plane, from 0.
+        transform: two rows that take (x, y, 1) in its level-0 pixels to those of the plane.
+    """
+
+    name: str
+    plane: Whole
+    transform: tuple[Row, Row] | None = None
+
+
+class VolumeFile(Options, frozen=True):
+    """The JSON file of a volume; exactly one of ``planes``, ``folder`` and ``stack``.
+
+    Attributes:
+        spacing_um: µm between neighbouring planes.
+        mpp: µm/px of the planes, where their files do not state it.
+        planes: sections, the first of which is the frame.
+        folder: of numbered planes.
+        stack: one file.
+        window: values shown as black and as white, for grey stacks of more than 8 bits.
+        sections: with measured expression, in a stack or a folder of planes.
+    """
+
+    spacing_um: Annotated[float, Meta(gt=0, le=MOST_SPACING_UM)] | None = None
+    mpp: Positive | None = None
+    planes: tuple[PlaneEntry, ...] = ()
+    folder: str | None = None
+    stack: str | None = None
+    window: tuple[float, float] | None = None
+    sections: tuple[SectionEntry, ...] = ()
+
+
+class Plane(NamedTuple):
+    """One plane: its name, its file, how it is opened, and whether its patches are those of its file."""
+
+    name: str
+    path: Path
+    open: Callable[[], Slide]
+    is_file: bool
+
+
+@dataclass(frozen=True, repr=False)
+class Volume:
+    """Planes in one frame.
+
+    Attributes:
+        path: of the stack, the folder or the JSON file.
+        size_px: (width, height) of every plane.
+        mpp: µm/px of every plane.
+        spacing_um: µm from a plane to the next.
+        planes: in depth; names are unique.
+        sections: by name, the number of the plane in which expression was measured, and the transform from
+            the section's level-0 pixels to the frame's.
+    """
+
+    path: Path
+    size_px: tuple[int, int]
+    mpp: float
+    spacing_um: float
+    planes: tuple[Plane, ...]
+    sections: Mapping[str, tuple[int, Affine]]
+
+    def __post_init__(self) -> None:
+        if len(self.planes) < 2:
+            raise UsageError(
+                f"{self.path} holds one plane, which is no volume; embed it as a slide: seal-extract SLIDE"
+            )
+        names = [plane.name for plane in self.planes]
+        for name in names:
+            try:
+                plain_word(name)
+            except ValueError as exc:
+                raise UsageError(f"{self.path}: a plane's {exc}; give it another name") from exc
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UsageError(f"{self.path}: two planes have the name {twice}; give each its own")
+        for name, (plane, _) in self.sections.items():
+            if plane >= len(names):
+                raise UsageError(
+                    f"{self.path}: section {name} lies in plane {plane}, outside the volume; "
+                    f"allowed: 0 to {len(names) - 1}"
+                )
+
+    def __len__(self) -> int:
+        return len(self.planes)
+
+    def __repr__(self) -> str:
+        (w, h), depth = self.size_px, (len(self) - 1) * self.spacing_um
+        return (
+            f"Volume({self.path.name}: {len(self)} planes of {w} x {h} px, {self.mpp:.4g} µm/px, "
+            f"{self.spacing_um:.4g} µm apart, {depth:.4g} µm deep)"
+        )
+
+    def around(self, plane: int, planes: int) -> list[int]:
+        """The numbers of a plane and its neighbours in depth; beyond the ends the outermost is repeated."""
+        half = planes // 2
+        return [min(max(i, 0), len(self) - 1) for i in range(plane - half, plane + half + 1)]
+
+
+def open_volume(
+    path: Path,
+    *,
+    spacing_um: float | None = None,
+    mpp: float | None = None,
+    window: tuple[float, float] | None = None,
+) -> Volume:
+    """Open a volume: headers only; planes are opened one by one.
+
+    Args:
+        path: a stack, a folder of numbered planes, or a JSON file of `VolumeFile`.
+        spacing_um: µm between planes, where nothing states it.
+        mpp: µm/px of the planes, where nothing states it.
+        window: see `VolumeFile`.
+
+    Raises:
+        UsageError: it is nothing of these; a plane is missing; one plane only; a section lies outside.
+        ResolutionError: no µm/px or no spacing, or two statements that contradict each other.
+        GeometryError: planes of different size or µm/px without a transform.
+        SlideError: a plane that cannot be opened.
+    """
+    if path.suffix.lower() == ".json":
+        file = _read_file(path)
+    elif path.is_dir():
+        file = VolumeFile(folder=".")
+    elif path.suffix.lower() in STACKS and path.is_file():
+        file = VolumeFile(stack=path.name)
+    else:
+        raise UsageError(f"{path} is no volume; {ALLOWED}")
+    folder = path if path.is_dir() else path.parent
+    stated = [("the volume's file", file.spacing_um), ("--spacing-um", spacing_um)]
+    mpp, window = file.mpp or mpp, file.window or window
+    if window is not None and not window[0] < window[1]:
+        raise UsageError(f"{path}: the window is {window[0]:g} to {window[1]:g}; allowed: LOW below HIGH")
+    sections = {entry.name: (entry.plane, _affine(path, entry.transform)) for entry in file.sections}
+    if file.stack is not None:
+        stack = open_tiff_stack(folder / file.stack, window)
+        planes = _planes_of_stack(stack, mpp)
+        stated.append((stack.path.name, stack.spacing_um))
+    elif file.folder is not None:
+        entries = _numbered(folder / file.folder)
+        planes = [_plane(path, entry, mpp) for entry in entries]
+    else:
+        entries = [SlideEntry(folder / e.slide, e.name or Path(e.slide).stem, e.mpp) for e in file.planes]
+        _refuse_gaps(path, [(e.z if e.z is not None else i, e.slide) for i, e in enumerate(file.planes)])
+        planes = [_plane(path, entry, mpp) for entry in entries]
+    size_px, mpp_l0 = _frame(planes[0])
+    if file.planes:
+        affines = [_affine(path, e.transform) for e in file.planes]
+        planes = [
+            plane if e.transform is None else _aligned(plane, affine, size_px, mpp_l0)
+            for plane, e, affine in zip(planes, file.planes, affines, strict=True)
+        ]
+        sections |= {plane.name: (i, affines[i]) for i, plane in enumerate(planes)}
+    if file.stack is None:
+        _refuse_unequal(path, planes)
+    return Volume(path, size_px, mpp_l0, _spacing(path, stated), tuple(planes), sections)
+
+
+def _read_file(path: Path) -> VolumeFile:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as exc:
+        raise UsageError(f"{path} cannot be read as JSON: {exc}; {ALLOWED}") from exc
+    file = convert(values, VolumeFile, str(path))
+    if (bool(file.planes), file.folder is not None, file.stack is not None).count(True) != 1:
+        raise UsageError(f"{path}: give one of planes, folder and stack")
+    if file.planes and file.sections:
+        raise UsageError(f"{path}: sections are those of a stack or a folder; planes have names of their own")
+    return file
+
+
+def _numbered(folder: Path) -> list[SlideEntry]:
+    """The planes of a folder by the last number in each name."""
+    found = []
+    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES):
+        number = re.search(r"(\d+)\D*$", path.stem)
+        if number is None:
+            raise UsageError(
+                f"{path} has no number in its name, so its depth is unknown; allowed: plane_001.tif"
+            )
+        found.append((int(number[1]), path))
+    if not found:
+        raise UsageError(f"{folder} holds no planes ({', '.join(SUFFIXES)}); {ALLOWED}")
+    found.sort()
+    _refuse_gaps(folder, [(number, path.name) for number, path in found])
+    return [SlideEntry(path, path.stem) for _, path in found]
+
+
+def _refuse_gaps(path: Path, planes: list[tuple[int, str]]) -> None:
+    for (before, first), (after, second) in pairwise(planes):
+        if after != before + 1:
+            what = f"plane {before + 1} is missing" if after > before else "planes are out of order"
+            raise UsageError(
+                f"{path}: {what} between {first} ({before}) and {second} ({after}); planes are "
+                "evenly spaced: give it, or a run of planes without a gap"
+            )
+
+
+def _plane(path: Path, entry: SlideEntry, mpp: float | None) -> Plane:
+    if not entry.path.exists():
+        raise SlideOpenError(f"{path}: plane {entry.name} is missing: {entry.path} does not exist")
+    slide_mpp = mpp if entry.mpp is None else None
+    return Plane(entry.name, entry.path, lambda: open_entry(entry, slide_mpp), is_file=True)
+
+
+def _aligned(plane: Plane, affine: Affine, size_px: tuple[int, int], mpp: float) -> Plane:
+    return plane._replace(open=lambda: AlignedSlide(plane.open(), affine, size_px, mpp), is_file=False)
+
+
+def _planes_of_stack(stack: Stack, given_mpp: float | None) -> list[Plane]:
+    x, y = stack.mpp or (given_mpp, given_mpp)
+    if x is None or y is None:
+        raise ResolutionError(
+            f"{stack.path}: the file does not say how many µm a pixel measures; type --slide-mpp VALUE"
+        )
+    if not same_mpp(x, y) or (given_mpp is not None and not same_mpp(x, given_mpp)):
+        other = f"{y:.4g} down" if given_mpp is None else f"{given_mpp:.4g} is given"
+        raise ResolutionError(
+            f"{stack.path}: {x:.4g} µm/px across, but {other}; give a file with the true one"
+        )
+    mpp, source = x, "its metadata" if stack.mpp else "given"
+    check_mpp(mpp, source, stack.path)
+    digits = len(str(stack.side(0, "z") - 1))
+
+    def plane(z: int) -> Plane:
+        return Plane(f"z{z:0{digits}}", stack.path, lambda: StackPlane(stack, z, mpp, source), is_file=False)
+
+    return [plane(z) for z in range(stack.side(0, "z"))]
+
+
+def _frame(plane: Plane) -> tuple[tuple[int, int], float]:
+    with plane.open() as slide:
+        return slide.size_l0, slide.mpp
+
+
+def _refuse_unequal(path: Path, planes: list[Plane]) -> None:
+    frame = _frame(planes[0])
+    for plane in planes[1:]:
+        (size, mpp), (w, h) = _frame(plane), frame[0]
+        if size != frame[0] or abs(mpp / frame[1] - 1) > SAME_PX:
+            raise GeometryError(
+                f"{path}: {plane.name} has {size[0]} x {size[1]} px at {mpp:.4g} µm/px, {planes[0].name} "
+                f"{w} x {h} px at {frame[1]:.4g}; planes have to be alike, or have a transform: "
+                "seal-extract volume register"
+            )
+
+
+def _affine(path: Path, rows: tuple[Row, Row] | None) -> Affine:
+    affine = np.array(((1.0, 0, 0), (0, 1.0, 0)) if rows is None else rows, np.float64)
+    scale = abs(float(np.linalg.det(affine[:, :2])))
+    if not np.isfinite(affine).all() or not 1e-4 < scale < 1e4:
+        raise UsageError(
+            f"{path}: transform {affine.tolist()} cannot be undone; give [[a, b, x], [c, d, y]] in level-0 px"
+        )
+    return affine
+
+
+def _spacing(path: Path, stated: list[tuple[str, float | None]]) -> float:
+    found = [(source, value) for source, value in stated if value is not None]
+    if not found:
+        raise ResolutionError(
+            f"{path}: nothing says how many µm lie between two planes; look it up and type --spacing-um VALUE"
+        )
+    for source, value in found:
+        if not 0 < value <= MOST_SPACING_UM:
+            raise ResolutionError(
+                f"{path}: {source} gives {value:.4g} µm between planes; "
+                f"allowed: above 0 to {MOST_SPACING_UM:g}"
+            )
+        if not same_mpp(value, found[0][1]):
+            raise ResolutionError(
+                f"{path}: {found[0][0]} gives {found[0][1]:.4g} µm between planes, {source} {value:.4g}; "
+                "give the true one alone"
+            )
+    return found[0][1]
