@@ -186,6 +186,55 @@ class MilLab(nn.Module):
         return self.classifier(embedding).softmax(0)
 
 
+class Chief(Clam):
+    """CHIEF: CLAM's names, a sum of the features themselves, and parts that need the organ."""
+
+    def __init__(self, dim=DIM):
+        super().__init__(dim, classes=2, drop=DROP)
+        self.att_head = nn.ModuleDict({"fc1": nn.Linear(512, 256), "fc2": nn.Linear(256, 1)})
+        self.text_to_vision = mlp(nn.Linear(768, 512))
+        self.register_buffer("organ_embedding", torch.zeros(19, 768))
+
+    def pooled(self, x):
+        scores = super().pooled(x)[1]
+        return (scores.softmax(1) @ x).squeeze(0), scores
+
+    def probabilities(self, embedding):
+        return None
+
+
+class Tangle(nn.Module):
+    """TANGLE: LayerNorm behind each layer, and a head sees every ``heads``-th of the last outputs."""
+
+    def __init__(self, dim=DIM, hidden=32, heads=4):
+        super().__init__()
+        layers, widths = [], [hidden, hidden, hidden * heads] if heads > 1 else [hidden, hidden]
+        for before, width in zip([dim, *widths], widths, strict=False):
+            layers += [nn.Linear(before, width), nn.LayerNorm(width), nn.GELU(), nn.Dropout(0.1)]
+        self.wsi_embedder = nn.Module()
+        self.wsi_embedder.pre_attn = mlp(*layers)
+        gates = [Gated(hidden, hidden, 1, DROP) for _ in range(heads)]
+        self.wsi_embedder.attn = nn.ModuleList(gates) if heads > 1 else gates[0]
+        if heads > 1:
+            self.wsi_embedder.proj_multihead = nn.Linear(hidden * heads, hidden)
+        self.rna_embedder = mlp(nn.Linear(5, hidden))
+        self.heads = heads
+
+    def pooled(self, x):
+        wsi = self.wsi_embedder
+        hidden = wsi.pre_attn(x)
+        if self.heads == 1:
+            scores = wsi.attn(hidden).T
+            return (scores.softmax(1) @ hidden).squeeze(0), scores
+        seen = [hidden[:, head :: self.heads] for head in range(self.heads)]
+        scores = torch.cat([gate(own) for gate, own in zip(wsi.attn, seen, strict=True)], 1).T
+        sums = [row.softmax(0) @ own for row, own in zip(scores, seen, strict=True)]
+        return wsi.proj_multihead(torch.stack(sums, 1).flatten()), scores
+
+    def probabilities(self, embedding):
+        return None
+
+
 DROP = (nn.Dropout(0.25),)
 MODELS = {
     "CLAM_SB small": (Clam, {}),
@@ -206,6 +255,9 @@ MODELS = {
     "ABMIL of TRIDENT, one head without gate": (PathoBench, {"heads": 1, "gated": False}),
     "ABMIL of MIL-Lab": (MilLab, {}),
     "ABMIL of MIL-Lab, one head without gate": (MilLab, {"heads": 1, "gate": Plain}),
+    "CHIEF": (Chief, {}),
+    "TANGLE": (Tangle, {}),
+    "TANGLE of one head": (Tangle, {"heads": 1}),
 }
 
 

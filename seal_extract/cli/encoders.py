@@ -58,7 +58,12 @@ def add_download_options(p: argparse.ArgumentParser) -> None:
     """Add the options of ``seal-extract download``."""
     p.description = "Fetch the weights of encoders into the Hub's cache; then --offline finds them."
     p.set_defaults(handler=run_download)
-    p.add_argument("names", nargs="+", metavar="NAME", help="names from `seal-extract encoders`")
+    p.add_argument(
+        "names",
+        nargs="+",
+        metavar="NAME",
+        help="names from `seal-extract encoders`, or of slide encoders such as feather-univ2",
+    )
     add(p, "--revision")
 
 
@@ -68,8 +73,14 @@ def run_download(args: argparse.Namespace) -> int:
     Everything is loaded once: what is in the cache is whole.
     """
     from seal_extract.encoders import load_encoder
+    from seal_extract.encoders.slide_encoders import SLIDE_ENCODERS
 
     for name in args.names:
+        if name in SLIDE_ENCODERS:
+            from seal_extract.pooling import open_pooling
+
+            echo(f"{name}: {open_pooling(name)}, complete")
+            continue
         encoder = load_encoder(name, revision=args.revision, device="cpu")
         files = [*encoder.weights, *_expression_half(encoder, name, args.revision)]
         for file in files:

@@ -291,9 +291,10 @@ def add_slide_options(p: argparse.ArgumentParser) -> None:
         "--slide-level",
         action="append",
         default=[],
-        metavar="mean|FILE[,...]",
-        help="also pool the patches of each slide into one embedding: mean, or a CLAM or ABMIL checkpoint "
-        "trained on features of that encoder",
+        metavar="mean|NAME|FILE[,...]",
+        help="also pool the patches of each slide into one embedding: mean; feather-univ2, feather-uni, "
+        "feather-conch15, chief=FILE or tangle=FILE; or a CLAM or ABMIL checkpoint trained on features of "
+        "that encoder",
     )
 
     cohort = p.add_argument_group("many slides")

@@ -142,7 +142,7 @@ def embed(
     """Embed slides; prints one line for each and writes a table, and for several slides a page."""
     from seal_extract.run.cohort import extract_cohort
 
-    levels = SlideLevels(args.slide_level, encoders, args.out, options)
+    levels = SlideLevels(args.slide_level, encoders, args.out, options, args.offline)
     names = [encoder.spec.name for encoder in encoders]
     with EventLog(args.log_json) as log, ProgressBars(args.quiet, len(slides)) as bars:
         log.write("start", slides=len(slides), encoders=names, out=str(args.out))
@@ -238,13 +238,19 @@ class SlideLevels:
     """The slide-level files of a run; their models are checked before any slide is read."""
 
     def __init__(
-        self, asked: Sequence[str], encoders: Sequence[EncoderRequest], out: Path, options: ExtractOptions
+        self,
+        asked: Sequence[str],
+        encoders: Sequence[EncoderRequest],
+        out: Path,
+        options: ExtractOptions,
+        offline: bool,
     ) -> None:
-        """Open every checkpoint and hold it to the encoders' widths.
+        """Open every model and hold it to the encoders' names and widths.
 
         Raises:
             UsageError: a file that is not there, a model of other features, or two of one name.
-            CheckpointError: a file that is no CLAM or ABMIL model.
+            CheckpointError: a file that is not such a model.
+            HubError: the Hub does not deliver the weights of a named one.
         """
         self._asked = self._failed = 0
         self._out, self._options = out, options
@@ -252,16 +258,16 @@ class SlideLevels:
         if asked:
             from seal_extract.pooling import open_pooling
 
-            self._poolings = [open_pooling(name) for name in dict.fromkeys(_split(asked))]
+            self._poolings = [open_pooling(name, offline) for name in dict.fromkeys(_split(asked))]
         names = [pooling.name for pooling in self._poolings]
         if len(set(names)) < len(names):
             raise UsageError(f"--slide-level has files of one name ({', '.join(names)}); rename one of them")
         if self._poolings:
-            from seal_extract.pooling.slide_level import check_width
+            from seal_extract.pooling.slide_level import check_features
 
             for pooling in self._poolings:
                 for encoder in encoders:
-                    check_width(pooling, encoder.spec.dim, encoder.spec.name)
+                    check_features(pooling, encoder.spec.dim, encoder.spec.name)
 
     def pool(self, result: SlideResult) -> Iterator[str | SealExtractError]:
         """Pool the features of each encoder in each way asked for; yields one line or error for each."""
@@ -289,6 +295,8 @@ class SlideLevels:
             return f"no patches to pool{_without(path, self._options.overwrite)}"
         made = pool_slide(features, pooling, path, overwrite=self._options.overwrite)
         line = " x ".join(map(str, made.features.shape))
+        if made.provenance.get("mismatch"):  # older versions did not record it
+            line += f" (mind that {made.provenance['mismatch']})"
         if made.probabilities is not None:
             line += f", class probabilities {' '.join(f'{p:.3g}' for p in made.probabilities)}"
         if made.finished_before:
@@ -303,7 +311,9 @@ class SlideLevels:
 
 def _split(asked: Sequence[str]) -> Iterator[str]:
     for text in asked:
-        yield from [text] if Path(text).exists() else (name.strip() for name in text.split(","))
+        file = text.partition("=")[2]  # of NAME=FILE
+        is_file = Path(text).exists() or (file and Path(file).exists())
+        yield from [text] if is_file else (name.strip() for name in text.split(","))
 
 
 def _without(path: Path, overwrite: bool) -> str:

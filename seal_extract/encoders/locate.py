@@ -20,6 +20,7 @@ from msgspec import Meta
 from seal_extract.encoders import folder
 from seal_extract.encoders.files import FoundFile
 from seal_extract.encoders.registry import ALIASES, ROWS, bundled, find_spec
+from seal_extract.encoders.slide_encoders import SlideEncoder
 from seal_extract.encoders.spec import EncoderSpec, InputRule, Lora
 from seal_extract.errors import CheckpointError, HubError, MissingOnHubError, NetworkError, UsageError
 
@@ -118,7 +119,7 @@ def _local(path: Path, row: EncoderSpec | None = None) -> FoundFile:
 
 
 def fetch_published(
-    spec: EncoderSpec, names: Sequence[str], revision: str | None, offline: bool
+    spec: EncoderSpec | SlideEncoder, names: Sequence[str], revision: str | None, offline: bool
 ) -> FoundFile:
     """A file of a row's repository, at the commit that the row is pinned to unless a revision is asked for.
 

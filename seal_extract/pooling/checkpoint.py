@@ -1,4 +1,4 @@
-"""Read the checkpoint of a CLAM or ABMIL model; every key is accounted for.
+"""Read the checkpoint of a model that pools by attention; every key is accounted for.
 
 layout   layers on features [D]              attention networks
 CLAM     attention_net.0                     attention_net.{2|3}.attention_{a.0,b.0,c}
@@ -6,12 +6,19 @@ AMLab    feature_extractor_part2.0, or none  attention_{V.0,U.0}, attention_{w|w
 TRIDENT  pre_attention_layers.0              image_pooler.{attention_heads.{i}.0,gating_layers.{i}.0,
                                              branching_layers.{i},condensing_layer}, post_attention_layers.0
 MIL-Lab  patch_embed.{0,3,...}               global_attn.attention_{a.0,b.0,c}
+CHIEF    attention_net.0                     attention_net.3.attention_{a.0,b.0,c}
+TANGLE   pre_attn.{0,4,...}                  attn.{i}.attention_{a.0,b.0,c}, proj_multihead
 
 Networks without gate are ``attention_net.{2|3}.module.{0,2|3}``, ``attention.{0,2}``, those without
 ``gating_layers``, and ``global_attn.module.{0,3}``. TRIDENT's is what Patho-Bench trains, as
-``slide_encoder.model...``; its layers around the attention are GELU, all others' ReLU. Sizes are the
-shapes' own: CLAM's small and big, and any other. CLAM's ``mil`` has ``fc.0`` on the features and no attention
-network: see `TopInstance`.
+``slide_encoder.model...``; its layers around the attention and TANGLE's are GELU, all others' ReLU. Sizes are
+the shapes' own: CLAM's small and big, and any other. CLAM's ``mil`` has ``fc.0`` on the features and no
+attention network: see `TopInstance`.
+
+CHIEF (Wang et al. 2024, doi 10.1038/s41586-024-07894-z) has CLAM's names, but sums the features themselves,
+and its classifier needs the organ: there are no probabilities. TANGLE (Jaume et al. 2024, arXiv 2405.11618),
+``wsi_embedder...``, has a LayerNorm behind each layer on the features and gives each of H heads every H-th of
+their outputs. A checkpoint does not state the activation of its attention: it is the softmax of the paper.
 
 The classifier of slides is read where its form is known: a layer ``classifier`` (MIL-Lab, AMLab),
 ``classifiers`` (CLAM), ``classification_head`` (Patho-Bench), ``classifiers.{class}`` of CLAM_MB, or AMLab's
@@ -22,17 +29,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from seal_extract.encoders.checkpoint import check_tensors, read_tensors
-from seal_extract.encoders.files import sha256_of
+from seal_extract.encoders.files import FoundFile, WeightFile, sha256_of
+from seal_extract.encoders.locate import fetch_published
+from seal_extract.encoders.slide_encoders import SlideEncoder
 from seal_extract.errors import CheckpointError
 from seal_extract.pooling.models import AttentionPooling, Gate, Linear, RowsAre, TopInstance
 
-WRAPPERS = ("slide_encoder.", "model.")  # Patho-Bench, TRIDENT, Hugging Face, Lightning
+WRAPPERS = ("slide_encoder.", "model.", "wsi_embedder.")  # Patho-Bench, TRIDENT, Hugging Face; TANGLE
 SHOWN = 3
 
 
@@ -49,6 +60,9 @@ class Names:
         activation: see `AttentionPooling`.
         condense: see `AttentionPooling`.
         after: see `AttentionPooling`.
+        norms: see `AttentionPooling`.
+        interleaved: each attention network has every H-th of the hidden features.
+        sums_input: see `AttentionPooling`.
     """
 
     layout: str
@@ -59,6 +73,9 @@ class Names:
     activation: str = "relu"
     condense: str | None = None
     after: str | None = None
+    norms: tuple[str, ...] = ()
+    interleaved: bool = False
+    sums_input: bool = False
 
 
 def read_model(path: Path) -> AttentionPooling | TopInstance:
@@ -76,7 +93,8 @@ def read_model(path: Path) -> AttentionPooling | TopInstance:
         shown = ", ".join(sorted(tensors)[:SHOWN])
         raise CheckpointError(
             f"{path} is not a known slide-level model ({len(tensors)} keys: {shown}, ...); allowed: "
-            f"CLAM_SB, CLAM_MB, CLAM's mil, and ABMIL as AMLab, TRIDENT, Patho-Bench and MIL-Lab save it"
+            f"CLAM_SB, CLAM_MB, CLAM's mil, ABMIL as AMLab, TRIDENT, Patho-Bench and MIL-Lab save it, CHIEF, "
+            f"TANGLE"
         )
     needed, classifier = _shapes(tensors, names)
     check_tensors(tensors, needed, names.beside, path, f"a model in {names.layout}'s layout")
@@ -84,6 +102,8 @@ def read_model(path: Path) -> AttentionPooling | TopInstance:
     linear = {
         name: Linear(tensors[f"{name}.weight"].clone(), tensors[f"{name}.bias"].clone()) for name in layers
     }
+    if names.interleaved:
+        _put_heads_in_order(linear, names)
     gates = tuple(
         Gate(linear[tanh], linear[sigmoid] if sigmoid else None, linear[score])
         for tanh, sigmoid, score in names.gates
@@ -104,7 +124,47 @@ def read_model(path: Path) -> AttentionPooling | TopInstance:
         linear[names.condense] if names.condense else None,
         linear[names.after] if names.after else None,
         tuple(heads),
+        tuple(linear[name] for name in names.norms),
+        names.interleaved,
+        names.sums_input,
     )
+
+
+def _put_heads_in_order(linear: dict[str, Linear], names: Names) -> None:
+    """Let each head have neighbouring outputs of the last layer on the features, in place of every H-th."""
+    last = names.embed[-1]
+    order = torch.arange(len(linear[last].bias)).reshape(-1, len(names.gates)).T.flatten()
+    for name in (last, names.norms[-1]):
+        linear[name] = Linear(linear[name].weight[order], linear[name].bias[order])
+    if names.condense is not None:
+        weight, bias = linear[names.condense]
+        linear[names.condense] = Linear(weight[:, order].contiguous(), bias)
+
+
+def read_named(row: SlideEncoder, file: str = "", offline: bool = False) -> AttentionPooling | TopInstance:
+    """Read the model of a slide encoder that has a name, from the Hub, its cache or this disk.
+
+    Args:
+        row: of `SLIDE_ENCODERS`, with a layout.
+        file: its weights on this disk; empty: from the Hub, at the row's commit and hash.
+        offline: never use the network.
+
+    Raises:
+        CheckpointError: the file holds another model.
+        HubError: the Hub does not deliver it.
+    """
+    if file:
+        path, pins = Path(file).expanduser(), tuple(row.layout.sha256.values())
+        found = FoundFile(path, str(path.absolute().parent), pins=pins)
+    else:
+        found = fetch_published(row, row.layout.files, None, offline)
+    weights, model = WeightFile.of(found), read_model(found.path)
+    if (model.layout, model.dim) != (row.network, row.encoder_dim):
+        raise CheckpointError(
+            f"{found.path} holds {model.kind} in {model.layout}'s layout on {model.dim} columns; {row.name} "
+            f"is in {row.network}'s layout on {row.encoder_dim}: give its own file"
+        )
+    return replace(model, made_for=row, weights=weights)
 
 
 def _bare(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -125,7 +185,7 @@ def _bare(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 def _recognise(keys: Collection[str]) -> Names | None:
-    found = (layout(keys) for layout in (_clam, _trident, _mil_lab, _amlab, _mil))
+    found = (layout(keys) for layout in (_chief, _clam, _trident, _mil_lab, _tangle, _amlab, _mil))
     return next((names for names in found if names is not None), None)
 
 
@@ -136,6 +196,31 @@ def _clam(keys: Collection[str]) -> Names | None:
     beside = ("classifiers.", "classifier.", "instance_classifiers.", "instance_loss_fn.")
     gate = _gate(keys, f"attention_net.{min(indices)}")
     return Names("CLAM", ("attention_net.0",), (gate,), beside, "class")
+
+
+def _chief(keys: Collection[str]) -> Names | None:
+    names = _clam(keys) if _any(keys, "text_to_vision.") else None
+    beside = ("att_head.", "text_to_vision.", "organ_embedding")
+    return names and replace(names, layout="CHIEF", beside=(*names.beside, *beside), sums_input=True)
+
+
+def _tangle(keys: Collection[str]) -> Names | None:
+    if not _any(keys, "pre_attn.") or not _any(keys, "attn."):
+        return None
+    last = max(int(m[1]) for key in keys if (m := re.match(r"pre_attn\.(\d+)\.", key)))
+    places = range(0, last, 4)  # layer, LayerNorm, GELU, dropout
+    heads = max((int(m[1]) for key in keys if (m := re.match(r"attn\.(\d+)\.", key))), default=-1) + 1
+    return Names(
+        "TANGLE",
+        tuple(f"pre_attn.{i}" for i in places),
+        tuple(_gate(keys, f"attn.{i}") for i in range(heads)) or (_gate(keys, "attn"),),
+        ("rna_embedder.", "rna_reconstruction.", "mean_projector."),
+        "head",
+        "gelu",
+        "proj_multihead" if heads else None,
+        norms=tuple(f"pre_attn.{i + 1}" for i in places),
+        interleaved=heads > 0,
+    )
 
 
 def _mil_lab(keys: Collection[str]) -> Names | None:
@@ -205,6 +290,8 @@ def _kind(tensors: Mapping[str, Tensor], names: Names, gates: tuple[Gate, ...]) 
     """CLAM_MB has an attention per class; CLAM_SB differs from ABMIL by the classifiers of its instances."""
     if names.rows_are == "instance":
         return "MIL_fc_mc" if _any(tensors, "classifiers.") else "MIL_fc"
+    if names.layout in ("CHIEF", "TANGLE"):
+        return names.layout
     if names.layout == "CLAM":
         return "CLAM_MB" if len(gates[0].score.bias) > 1 else "CLAM_SB"
     return "CLAM_SB" if _any(tensors, "instance_classifiers.") else "ABMIL"
@@ -229,8 +316,12 @@ def _shapes(
         return outputs
 
     rows, width = 0, None  # the width of the features is known from the first layer alone
-    for layer in names.embed:
+    for layer, norm in zip_longest(names.embed, names.norms):
         width = add(layer, width)
+        if norm is not None:
+            shapes[f"{norm}.weight"] = shapes[f"{norm}.bias"] = (width,)
+    if names.interleaved:
+        width = (width or 0) // len(names.gates)
     for tanh, sigmoid, score in names.gates:
         inner = add(tanh, width)
         width = width if width is not None else shapes[f"{tanh}.weight"][1]
@@ -253,6 +344,8 @@ def _shapes(
 
 def _classifier(tensors: Mapping[str, Tensor], names: Names, rows: int) -> tuple[str, ...]:
     """The layers of the classifier of slides; none where there is none, or its form is not known."""
+    if names.sums_input:  # it takes the organ too
+        return ()
     if names.rows_are == "instance":
         return ("classifiers" if _any(tensors, "classifiers.") else "classifier",)
     pattern = r"((?:classifiers?|classification_head)(?:\.\d+)?)\.(?:weight|bias)"

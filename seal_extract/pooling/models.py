@@ -10,7 +10,8 @@ Gimelshein, "Online normalizer calculation for softmax", 2018, arXiv 1805.02867.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from seal_extract.encoders.files import WeightFile
+from seal_extract.encoders.slide_encoders import SlideEncoder
 from seal_extract.errors import CheckpointError
 from seal_extract.pooling.slide_level import Pooled, Rows
 
@@ -71,6 +74,8 @@ class TrainedModel:
         sha256: of the file.
         rows_are: the meaning of a row of the attention: a class or branch, which has an embedding of its own;
             a head, several of which make one embedding; or the instance (patch) that was selected.
+        made_for: the row of a slide encoder that was asked for by its name.
+        weights: where the file of that row came from.
     """
 
     path: Path
@@ -78,11 +83,13 @@ class TrainedModel:
     layout: str
     sha256: str
     rows_are: RowsAre
+    made_for: SlideEncoder | None = field(default=None, kw_only=True)
+    weights: WeightFile | None = field(default=None, kw_only=True)
 
     @property
     def name(self) -> str:
-        """The name of the file, without suffix."""
-        return self.path.stem
+        """The name of the slide encoder, else that of the file, without suffix."""
+        return self.made_for.name if self.made_for else self.path.stem
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -92,7 +99,16 @@ class TrainedModel:
     @property
     def facts(self) -> dict[str, Any]:
         """See `Pooling.facts`."""
-        return {"checkpoint": self.path.name, "layout": self.layout, "rows_are": self.rows_are}
+        facts = {"checkpoint": self.path.name, "layout": self.layout, "rows_are": self.rows_are}
+        if self.made_for is None or self.weights is None:
+            return facts
+        row, file = self.made_for, self.weights
+        source = row.source if file.revision else None  # no folder of this machine
+        return {
+            **facts,
+            "made_for": {"encoder": row.encoder, "columns": row.encoder_dim, "patches": row.trained_at},
+            **{"source": source, "revision": file.revision, "pinned": file.pinned},
+        }
 
     def check_finite(self, found: Tensor) -> None:
         """Refuse scores that are not numbers.
@@ -116,6 +132,9 @@ class AttentionPooling(TrainedModel):
         embed: layers from features [D] to hidden features [E], an activation after each; may be none.
         activation: of those layers, and of ``after``.
         gates: attention networks; their rows of scores follow each other.
+        norms: a LayerNorm between each of the layers and its activation; may be none.
+        split: each attention network has a share of the hidden features [n, H E] of its own, in order.
+        sums_input: the features [D] are summed, and the hidden ones make the attention only.
         condense: from all heads' sums to one embedding, where there are several.
         after: one more layer on the embedding.
         classifier: one layer on the embedding, or one for each class on the class's own embedding. The class
@@ -128,6 +147,9 @@ class AttentionPooling(TrainedModel):
     condense: Linear | None = None
     after: Linear | None = None
     classifier: tuple[Linear, ...] = ()
+    norms: tuple[Linear, ...] = ()
+    split: bool = False
+    sums_input: bool = False
 
     @property
     def dim(self) -> int:
@@ -137,8 +159,8 @@ class AttentionPooling(TrainedModel):
 
     @property
     def hidden_dim(self) -> int:
-        """Width of the hidden features that are summed."""
-        return int(self.gates[0].tanh.weight.shape[1])
+        """Width of the features that are summed."""
+        return self.dim if self.sums_input else int(self.gates[0].tanh.weight.shape[1])
 
     def __repr__(self) -> str:
         rows = sum(len(gate.score.bias) for gate in self.gates)
@@ -161,15 +183,19 @@ class AttentionPooling(TrainedModel):
         start = 0
         with torch.inference_mode():
             for patches in in_small_pieces(pieces):
-                hidden = self._hidden(patches)  # float32 [n, E]
-                found = torch.cat([gate(hidden) for gate in self.gates], 1).T  # [C, n]
+                hidden = self._hidden(patches)  # float32 [n, E], or [n, H E] where each gate has its share
+                seen = hidden.chunk(len(self.gates), 1) if self.split else [hidden] * len(self.gates)
+                gated = [gate(own) for gate, own in zip(self.gates, seen, strict=True)]
+                found = torch.cat(gated, 1).T  # [C, n]
                 self.check_finite(found)
                 scores[:, start : start + len(patches)] = found
                 start += len(patches)
                 now = torch.maximum(highest, found.double().amax(1, keepdim=True))
                 before, shares = (highest - now).exp(), (found.double() - now).exp()
                 weight = weight * before + shares.sum(1, keepdim=True)
-                total = total * before + shares @ hidden.double()
+                summed = seen if self.split else [patches if self.sums_input else hidden]
+                parts = zip(shares.chunk(len(summed)), summed, strict=True)
+                total = total * before + torch.cat([share @ own.double() for share, own in parts])
                 highest = now
             attention = torch.empty_like(scores)
             for row in range(rows):  # one at a time, in float64
@@ -182,8 +208,11 @@ class AttentionPooling(TrainedModel):
 
     def _hidden(self, patches: Tensor) -> Tensor:
         """float32 [n, D] -> [n, E]."""
-        for layer in self.embed:
-            patches = ACTIVATIONS[self.activation](layer(patches))
+        for layer, norm in zip_longest(self.embed, self.norms):
+            patches = layer(patches)
+            if norm is not None:
+                patches = functional.layer_norm(patches, norm.bias.shape, norm.weight, norm.bias)
+            patches = ACTIVATIONS[self.activation](patches)
         return patches
 
     def _embedding(self, sums: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from seal_extract.encoders.slide_encoders import SlideEncoder
 from seal_extract.errors import OutputError, UsageError
 from seal_extract.features.feature_file import (
     HERE,
@@ -93,6 +94,11 @@ class Pooling(Protocol):
         """Width of the features that it accepts; None for any."""
         ...
 
+    @property
+    def made_for(self) -> SlideEncoder | None:
+        """The features that it was trained on, where they are known."""
+        ...
+
     def pool(self, pieces: Iterable[Rows], count: int) -> Pooled:
         """Pool the ``count`` patches of a slide, at least one, which arrive as pieces [B, D]."""
         ...
@@ -104,6 +110,7 @@ class MeanPooling:
 
     name = MEAN
     dim = None
+    made_for = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -121,17 +128,23 @@ class MeanPooling:
         return Pooled((total / count).astype(np.float32))
 
 
-def check_width(pooling: Pooling, dim: int, of: str) -> None:
-    """Refuse features of another width than the model accepts.
+def check_features(pooling: Pooling, dim: int, of: str) -> None:
+    """Refuse features of another width than the model accepts, or of another encoder where that is known.
 
     Args:
         pooling: from `open_pooling`.
         dim: columns of the features.
-        of: the name of the encoder, for the message.
+        of: the name of the encoder.
 
     Raises:
-        UsageError: the widths differ.
+        UsageError: width or encoder differ.
     """
+    row = pooling.made_for
+    if row is not None and (not row.is_of(of) or dim != row.encoder_dim):
+        raise UsageError(
+            f"{row.name} takes features of {row.encoder} ({row.encoder_dim} columns), these are of {of} "
+            f"({dim}); make its features with: {row.command}"
+        )
     if pooling.dim not in (None, dim):
         raise UsageError(
             f"the model {pooling.name} takes features of {pooling.dim} columns, those of {of} have {dim}; "
@@ -213,8 +226,8 @@ def pool_slide(
         OutputError: the features cannot be read, or the file exists and was made by another request.
         CheckpointError: the model's scores are not finite.
     """
-    path, encoder = Path(path), features.provenance["encoder"]["name"]
-    check_width(pooling, features.dim, encoder)
+    path, row, grid = Path(path), pooling.made_for, features.grid
+    check_features(pooling, features.dim, features.provenance["encoder"]["name"])
     request = {
         "slide_level": SLIDE_LEVEL,
         "pooling": pooling.identity,
@@ -233,6 +246,7 @@ def pool_slide(
     provenance = {
         "request": request,
         "pooling": {"name": pooling.name, **pooling.identity, **pooling.facts},
+        "mismatch": None if row is None else row.mismatch(grid.patch_px, grid.mpp),
         "left_out": unreadable,  # rows of patches that could not be read
         "patch_features": {"path": features.path.name, "provenance": shareable(features.provenance)},
         "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -204,17 +204,18 @@ def refused(state, tmp_path, message):
         open_pooling(tmp_path / "m.pt")
 
 
-WRAPPED = re.escape("slide_encoder.model.")
+WRAPPED = re.escape("slide_encoder.model."), re.escape("wsi_embedder.")
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_one_key_too_few_too_many_or_of_another_shape_is_refused(tmp_path, kind):
     state = model_of(kind).state_dict()
-    beside = ("class", "instance")
+    beside = ("class", "instance", "att_head", "text_to_vision", "organ_embedding", "rna_embedder")
     needed = [key for key in state if not key.startswith(beside)]
     for key in needed:
         left = {k: v for k, v in state.items() if k != key}
-        refused(left, tmp_path, rf"1 missing \({re.escape(key).removeprefix(WRAPPED)}\)")
+        name = re.escape(key).removeprefix(WRAPPED[0]).removeprefix(WRAPPED[1])
+        refused(left, tmp_path, rf"1 missing \({name}\)")
         if state[key].shape[0] > 1:
             refused(state | {key: state[key][:-1]}, tmp_path, "of another shape")
     refused(state | {"extra.weight": torch.zeros(2)}, tmp_path, r"1 unexpected \(extra.weight\)")
@@ -269,7 +270,9 @@ def test_scores_that_are_not_finite_are_refused(tmp_path):
 
 
 def test_what_is_neither_the_mean_nor_a_file_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="max is not a file; allowed: mean, or the checkpoint"):
+    with pytest.raises(
+        UsageError, match=r"max is not a file; allowed: mean, feather.*tangle=FILE, or the checkpoint"
+    ):
         open_pooling("max")
     with pytest.raises(UsageError, match="rename the file"):
         open_pooling(save(model_of("ABMIL"), tmp_path / "mean.pt"))
