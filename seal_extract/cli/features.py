@@ -148,7 +148,10 @@ def each_slide(slides: Sequence[SlideFeatures], damaged: Damaged, do: Callable[[
 
 def add_verify_options(p: argparse.ArgumentParser) -> None:
     """Add the options of ``seal-extract verify``."""
-    p.description = "Read every file of a folder as another tool does, and print its problems."
+    p.description = (
+        "Read every file of a folder as another tool does, or compare it with what a slide encoder takes, "
+        "and print its problems."
+    )
     p.set_defaults(handler=run_verify)
     p.add_argument("folder", type=Path, metavar="FOLDER", help="the folder that you would give to that tool")
     p.add_argument(
@@ -156,13 +159,15 @@ def add_verify_options(p: argparse.ArgumentParser) -> None:
         required=True,
         dest="consumer",
         metavar="TOOL",
-        help="clam, trident, patho-bench, stamp or mil-lab",
+        help="clam, trident, patho-bench, stamp or mil-lab; or the slide encoder titan, prism, prism2, "
+        "gigapath, gigapath-flash, moozy, feather, chief, tangle, madeleine or care",
     )
 
 
 def run_verify(args: argparse.Namespace) -> int:
     """Print one line per problem; the exit status is 1 if a file has one, 2 if there is no file."""
-    from seal_extract.features.verify import files_for, verify
+    from seal_extract.features.fit import rows_for
+    from seal_extract.features.verify import CONSUMERS, files_for, verify
 
     files, consumer = files_for(args.folder, args.consumer), args.consumer
     problems = verify(args.folder, consumer)
@@ -170,7 +175,9 @@ def run_verify(args: argparse.Namespace) -> int:
         echo(problem)
     short = {f.path for f in problems if not f.is_warning}
     if short:
-        return fail(f"{len(short)} of {len(files)} files are not as {consumer} expects", 1)
+        said = f"{len(short)} of {len(files)} files are not as {consumer} expects"
+        commands = [] if consumer in CONSUMERS else [row.command for row in rows_for(consumer)]
+        return fail(said + (f"; make features for it with: {' or: '.join(commands)}" if commands else ""), 1)
     echo(f"{len(files)} of {len(files)} files are as {consumer} expects")
     return 0
 

@@ -114,7 +114,7 @@ def trident_features(seen: CheckedFile, file: h5py.File) -> None:
 
 def patho_bench(seen: CheckedFile, file: h5py.File, *, empty_is_short: bool = True) -> None:
     """Check features with coordinates, as Patho-Bench reads them, or the embedding of a slide."""
-    if _is_pooled(seen, file):
+    if is_pooled(seen, file):
         return _patho_bench_pooled(seen, file)
     _rows(seen, file, "features", np.float32, empty_is_short=empty_is_short)
     coords = _coords(seen, file)
@@ -123,9 +123,9 @@ def patho_bench(seen: CheckedFile, file: h5py.File, *, empty_is_short: bool = Tr
         _level0(seen, coords)
 
 
-def _is_pooled(seen: CheckedFile, file: h5py.File) -> bool:
+def is_pooled(seen: CheckedFile, file: h5py.File) -> bool:
     """Whether the file holds the embedding of a whole slide: ours, or in a folder named as TRIDENT does."""
-    return "pooling" in _provenance(file) or seen.path.parent.name.startswith("slide_features_")
+    return "pooling" in read_provenance(file) or seen.path.parent.name.startswith("slide_features_")
 
 
 def _patho_bench_pooled(seen: CheckedFile, file: h5py.File) -> None:
@@ -151,7 +151,7 @@ def clam_coords(seen: CheckedFile, file: h5py.File) -> None:
     if coords is None:
         return
     _sizes(seen, coords, ("patch_size", "patch_level"), smallest=0)
-    _clam_resize(seen, coords, _provenance(file).get("grid"))
+    _clam_resize(seen, coords, read_provenance(file).get("grid"))
     if "patch_level" in coords.attrs and "patch_size_level0" not in coords.attrs:
         step = coords.attrs.get("patch_size", 0) * np.max(coords.attrs.get("downsample", 1.0))
         step *= 1 - coords.attrs.get("overlap", 0) / coords.attrs.get("target_patch_size", 1)
@@ -178,7 +178,7 @@ def _clam_resize(seen: CheckedFile, coords: h5py.Dataset, ours: dict[str, Any] |
 
 def mil_lab(seen: CheckedFile, file: h5py.File) -> None:
     """Check a bag float32 [M, D], as MIL-Lab's models read it."""
-    if _is_pooled(seen, file):
+    if is_pooled(seen, file):
         seen.short("is the embedding of a whole slide; MIL-Lab expects the embeddings of its patches")
     _rows(seen, file, "features", np.float32)
 
@@ -252,7 +252,7 @@ def _rows(
     seen.rows, seen.dim = rows.shape
     step = max(1, PIECE_BYTES // max(1, rows.shape[1] * rows.dtype.itemsize))
     pieces = (rows[start : start + step] for start in range(0, len(rows), step))
-    _count(seen, pieces, int(_provenance(file).get("read_errors", 0)))
+    _count(seen, pieces, int(read_provenance(file).get("read_errors", 0)))
     if not len(rows) and empty_is_short:
         seen.short("no patches; a bag without rows cannot be trained on: leave the slide out")
     elif not len(rows):
@@ -273,7 +273,8 @@ def _count(seen: CheckedFile, pieces: Iterable[NDArray[Any]], recorded: int) -> 
         seen.warn(f"{zeros} of {rows} rows are zeros, {why}; leave them out of training")
 
 
-def _provenance(file: h5py.File) -> dict[str, Any]:
+def read_provenance(file: h5py.File) -> dict[str, Any]:
+    """How our own file was made; empty for a file of another tool."""
     text = file.attrs.get(PROVENANCE)
     return dict(json.loads(text)) if isinstance(text, str) else {}
 

@@ -1,4 +1,4 @@
-"""Verify a folder of features for a tool: TRIDENT, Patho-Bench, CLAM, STAMP or MIL-Lab."""
+"""Verify a folder of features for a tool (TRIDENT, Patho-Bench, CLAM, STAMP, MIL-Lab) or a slide encoder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from seal_extract.encoders.registry import list_encoders
+from seal_extract.encoders.slide_encoders import SLIDE_ENCODERS, SlideEncoder
 from seal_extract.errors import UsageError
 from seal_extract.features.checks import (
     Check,
@@ -24,6 +25,7 @@ from seal_extract.features.checks import (
     trident_coords,
     trident_features,
 )
+from seal_extract.features.fit import fits, rows_for
 
 
 def verify(folder: str | os.PathLike[str], consumer: str) -> tuple[Problem, ...]:
@@ -31,7 +33,8 @@ def verify(folder: str | os.PathLike[str], consumer: str) -> tuple[Problem, ...]
 
     Args:
         folder: the folder that you would give to that tool.
-        consumer: ``"trident"``, ``"patho-bench"``, ``"clam"``, ``"stamp"`` or ``"mil-lab"``.
+        consumer: ``"trident"``, ``"patho-bench"``, ``"clam"``, ``"stamp"`` or ``"mil-lab"``; or a name or
+            family of `SLIDE_ENCODERS`, such as ``"titan"`` or ``"feather"``.
 
     Raises:
         UsageError: there is no such tool, or it would read no file of the folder.
@@ -53,15 +56,17 @@ def files_for(folder: str | os.PathLike[str], consumer: str) -> dict[Path, Check
     folder = Path(folder)
     if folder.name in ("", ".."):  # the check depends on folder names
         folder = folder.resolve()
-    if consumer not in CONSUMERS:
-        raise UsageError(f"--for is {consumer!r}; allowed: {', '.join(CONSUMERS)}")
+    slide_encoders = () if consumer in CONSUMERS else rows_for(consumer)
+    if consumer not in CONSUMERS and not slide_encoders:
+        allowed = ", ".join([*CONSUMERS, *SLIDE_ENCODERS])
+        raise UsageError(f"--for is {consumer!r}; allowed: {allowed}")
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder; give the one that {consumer} would read")
-    files = CONSUMERS[consumer](folder)
+    files = _bags(folder, slide_encoders) if slide_encoders else CONSUMERS[consumer](folder)
     if not files:
-        layout = LAYOUT_FOR.get(consumer, consumer)
+        layout = "trident" if slide_encoders else LAYOUT_FOR.get(consumer, consumer)
         raise UsageError(
-            f"{folder} holds nothing that {consumer} reads: looked for {LOOKED_FOR[consumer]}; "
+            f"{folder} holds nothing that {consumer} reads: looked for {LOOKED_FOR.get(consumer, BAGS)}; "
             f"convert a finished run with: seal-extract export {folder} --layout {layout} -o {layout}"
         )
     return files
@@ -103,6 +108,12 @@ def _mil_files(folder: Path) -> dict[Path, Check]:
     return dict.fromkeys(sorted(folder.glob("*.h5")), in_hdf5(mil_lab)) | tensors
 
 
+def _bags(folder: Path, slide_encoders: Sequence[SlideEncoder]) -> dict[Path, Check]:
+    places = ("features_", "h5_files")
+    below = (p for p in _below(folder, "*.h5") if p.parent.name.startswith(places))
+    return dict.fromkeys(sorted(folder.glob("*.h5")) or list(below), fits(slide_encoders))
+
+
 def _below(folder: Path, pattern: str) -> list[Path]:
     return sorted(folder.rglob(pattern))
 
@@ -122,6 +133,7 @@ LOOKED_FOR = {
     "stamp": "*.h5 in the folder or one below",
     "mil-lab": "*.h5 and *.pt in the folder itself",
 }
+BAGS = "*.h5 in the folder itself, or in features_NAME and h5_files below"  # for slide encoders
 
 
 # --- between files ----------------------------------------------------------------------------------
@@ -129,6 +141,8 @@ LOOKED_FOR = {
 
 def _compare(seen: Sequence[CheckedFile], consumer: str) -> Iterator[Problem]:
     """Find files that differ from most files of their folder."""
+    if consumer not in CONSUMERS:  # each file was compared with what the slide encoder takes
+        return
     for folder in dict.fromkeys(s.path.parent for s in seen):
         together = [s for s in seen if s.path.parent == folder]
         for one, usual in _unlike(together, lambda s: s.dim):
