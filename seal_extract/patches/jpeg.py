@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from seal_extract.patches.codecs import SOI, TileError
+from seal_extract.patches.codecs import EOI, SOI, JpegCodec, TileError
+from seal_extract.patches.compressed import Compressed, Numbers
 
 BASELINE = (0xC0, 0xC1)  # sequential Huffman codes, 8 bits
 OTHER_FRAMES = {*range(0xC2, 0xD0)} - {0xC4, 0xC8, 0xCC}
@@ -19,6 +20,7 @@ QUANTISATION, HUFFMAN, RESTART, SCAN = 0xDB, 0xC4, 0xDD, 0xDA
 SHORT_BITS = 9  # of codes that the first table holds
 LANES = 8  # tiles of one program that reads coefficients, on a GPU
 STEPS = 64  # codes between two looks at whether all tiles have ended
+EOI_BYTES = np.frombuffer(EOI, np.uint8)
 THREADS = 512  # rows, columns or pixels of a program of the other kernels
 INTERPRETED = 2**15  # of them on the CPU, where each step of a program costs milliseconds
 # the place of each coefficient in its block: along the diagonals, in turn upwards and downwards
@@ -67,7 +69,7 @@ def header_bytes(stream: bytes) -> int:
         TileError: there are none.
     """
     end = 0
-    for marker, _, end in _segments(stream):
+    for marker, _, end in segments(stream):
         if marker == SCAN:
             return end
     raise TileError("has no entropy-coded data")
@@ -85,8 +87,8 @@ def read_frame(header: bytes) -> Frame:
         raise TileError(f"its header is damaged ({type(exc).__name__})") from exc
 
 
-def _segments(stream: bytes) -> Iterator[tuple[int, bytes, int]]:
-    """Each segment of a header: its marker, what it holds, and where it ends."""
+def segments(stream: bytes) -> Iterator[tuple[int, bytes, int]]:
+    """Each segment of a header, of JPEG or JPEG 2000: its marker, what it holds, and where it ends."""
     at = len(SOI)
     while stream[at : at + 1] == b"\xff" and len(stream) >= at + 4:
         end = at + 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
@@ -100,7 +102,7 @@ def _read_frame(header: bytes) -> Frame:
     size_px, components, scan = (0, 0), {}, []
     transform: int | None = None  # Adobe's
     jfif = False
-    for marker, body, _ in _segments(header):
+    for marker, body, _ in segments(header):
         if marker == QUANTISATION:
             quantisation |= _quantisation_tables(body)
         elif marker == HUFFMAN:
@@ -219,6 +221,45 @@ class JpegDecoder:
                 **{"H": h, "V": v, "YCBCR": frame.ycbcr, "LANES": threads},
             )
         return pixels, odd
+
+
+class JpegTiles:
+    """Decodes the JPEG tiles of a level to libjpeg's pixels; see `DeviceDecoder`."""
+
+    tolerance = (0, 0.0)
+    takes_bytes = True
+
+    def __init__(
+        self, codec: JpegCodec, size_px: tuple[int, int], sample: bytes, device: torch.device
+    ) -> None:
+        """Take the header of a sample for that of all tiles.
+
+        Raises:
+            TileError: it is damaged, or of a kind that is not decoded here.
+        """
+        self._header = sample[: header_bytes(sample)]
+        self._decoder = JpegDecoder(read_frame(codec.complete(self._header)), device)
+        if self._decoder.frame.size_px != size_px:
+            raise TileError("JPEG of another size than the tiles")
+
+    def places(self, read: Compressed) -> Numbers:
+        """See `JpegDecoder.decode`; a tile of another header, or without an end marker, has no bytes."""
+        header = np.frombuffer(self._header, np.uint8)
+        at = np.flatnonzero(read.count > len(header) + len(EOI))
+        same = (read.data[read.first[at, None] + np.arange(len(header))] == header).all(1)
+        ends = read.first[at, None] + read.count[at, None] + np.arange(-len(EOI), 0)
+        at = at[same & (read.data[ends] == EOI_BYTES).all(1)]
+        count = np.zeros_like(read.count)
+        count[at] = read.count[at] - len(header) - len(EOI)
+        words = -(-count // 4) + 2
+        return np.stack([read.first + len(header), count, np.cumsum(words) - words], 1)
+
+    def decode(
+        self, read: Compressed, places: Numbers, there: Tensor, places_there: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `DeviceDecoder.decode`."""
+        _, bytes_of_last, first_word = places[-1].tolist()
+        return self._decoder.decode(there, places_there, first_word - (-bytes_of_last // 4) + 2)
 
 
 def _power_of_two(count: int) -> int:

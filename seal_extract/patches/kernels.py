@@ -1,4 +1,5 @@
-"""Triton kernels: cut patches out of decoded tiles and resample them in two passes, with Pillow's integers.
+"""Triton kernels: cut patches out of decoded tiles and resample them in two passes, with Pillow's integers;
+and the colours of JPEG 2000.
 
 The pixels equal those of `seal_extract.patches.taps.by_taps` bit for bit. Read at 512 px and wanted at 256, a
 patch moves 1.8 MB of memory; the same sums in torch move 71 MB.
@@ -7,15 +8,19 @@ patch moves 1.8 MB of memory; the same sums in torch move 71 MB.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from seal_extract.patches.codecs import BLUE_OF_CB, GREEN_OF_CB, GREEN_OF_CR, RED_OF_CR
 from seal_extract.patches.taps import Filter, taps
 
 BLOCK = (4, 128)  # new pixels (rows, columns) of a program, on a GPU
+LANES = 1024  # pixels of a program that converts colours, on a GPU
 BLOCK_INTERPRETED = (64, 256)  # on a CPU each step of a program costs milliseconds, whatever its size
 
 
@@ -149,3 +154,34 @@ def _down(
         sums += weight * tl.load(column + y_px * width, mask=inside, other=0).to(sums.dtype)
     sums = (sums + area // 2) // area if EXACT else _rounded(sums)
     tl.store(patches + (plane * height + y[:, None]) * width + x[None, :], sums.to(tl.uint8), mask=inside)
+
+
+def ycbcr_to_rgb(pixels: Tensor) -> None:
+    """Convert JPEG 2000 tiles in their place by the host's tables: uint8 [T, h, w, 3], contiguous."""
+    device, count = pixels.device, pixels.numel() // 3
+    lanes = LANES if device.type == "cuda" else triton.next_power_of_2(count)
+    with torch.cuda.device_of(pixels):
+        _to_rgb[triton.cdiv(count, lanes),](pixels, _colour_tables(device), count, LANES=lanes)
+
+
+@lru_cache
+def _colour_tables(device: torch.device) -> Tensor:
+    """Int32 [4, 256]: red of Cr, blue of Cb, green of Cb, green of Cr."""
+    tables = np.stack([RED_OF_CR, BLUE_OF_CB, GREEN_OF_CB, GREEN_OF_CR]).astype(np.int32)
+    return torch.from_numpy(tables).to(device)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _to_rgb(pixels, tables, count, LANES: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    mask = at < count
+    pixel = pixels + at * 3
+    y = tl.load(pixel, mask=mask, other=0).to(tl.int32)
+    cb = tl.load(pixel + 1, mask=mask, other=0).to(tl.int32)
+    cr = tl.load(pixel + 2, mask=mask, other=0).to(tl.int32)
+    red = y + tl.load(tables + cr)
+    green = y + ((tl.load(tables + 512 + cb) + tl.load(tables + 768 + cr)) >> 16)
+    blue = y + tl.load(tables + 256 + cb)
+    tl.store(pixel, tl.minimum(tl.maximum(red, 0), 255).to(tl.uint8), mask=mask)
+    tl.store(pixel + 1, tl.minimum(tl.maximum(green, 0), 255).to(tl.uint8), mask=mask)
+    tl.store(pixel + 2, tl.minimum(tl.maximum(blue, 0), 255).to(tl.uint8), mask=mask)

@@ -1,4 +1,4 @@
-"""Compile every kernel for GPUs that are not here: ``python tests/patches/compile_kernels.py``.
+"""Compile every kernel for GPUs that are not here: ``python tests/patches/compile_kernels.py 75 90``.
 
 Prints one line a kernel and generation: registers a thread, and bytes a thread that did not fit registers.
 """
@@ -6,6 +6,7 @@ Prints one line a kernel and generation: registers a thread, and bytes a thread 
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from triton.compiler import ASTSource
 
 from seal_extract.patches import jpeg, jpeg_kernels, kernels
 
-GENERATIONS = (75, 80, 90, 100)  # Turing, Ampere, Hopper, Blackwell
+GENERATIONS = tuple(map(int, sys.argv[1:]))
 U8, I16, I32, I64 = "*u8", "*i16", "*i32", "*i64"
 BLOCK = {"ROWS": kernels.BLOCK[0], "COLUMNS": kernels.BLOCK[1]}
 PILLOW, AREA = {"TAPS": 8, "EXACT": False}, {"TAPS": 3, "EXACT": True}
@@ -30,6 +31,7 @@ CASES = [
     (kernels._across, CUT | {"between": I32}, BLOCK | AREA),
     (kernels._down, CUT | {"between": U8, "patches": U8}, BLOCK | PILLOW | {"WIDE": False}),
     (kernels._down, CUT | {"between": I64, "patches": U8}, BLOCK | AREA | {"WIDE": True}),
+    (kernels._to_rgb, {"pixels": U8, "tables": I32}, {"LANES": kernels.LANES}),
     (jpeg_kernels.unstuff, JPEG, {"CHUNK": 1024}),
     (jpeg_kernels.read_coefficients, JPEG | {"packed": I32}, {"LUMA": 4, "LANES": jpeg.LANES, "STEPS": 64}),
     (jpeg_kernels.columns, JPEG, {"PER_MCU": 6} | THREADS),

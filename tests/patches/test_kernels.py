@@ -58,11 +58,16 @@ def test_patches_are_cut_out_of_shuffled_tiles(filter, tile_px, side, to):
     assert torch.equal(got, by_taps(regions, (to, to), filter))
 
 
-def test_every_kernel_compiles_for_gpus_that_are_not_here():
-    done = run_file(str(Path(__file__).with_name("compile_kernels.py")))
+@pytest.mark.parametrize(
+    "generation",
+    [90, *(pytest.param(older_or_newer, marks=pytest.mark.slow) for older_or_newer in (75, 80, 100))],
+)
+def test_every_kernel_compiles_for_gpus_that_are_not_here(generation):
+    """Hopper; and Turing, Ampere, Blackwell."""
+    done = run_file(str(Path(__file__).with_name("compile_kernels.py")), generation)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     assert lines
-    for kernel, generation, registers, spilled in lines:
-        assert int(registers) <= 128, (kernel, generation)
-        assert spilled == "0", (kernel, generation)
+    for kernel, _, registers, spilled in lines:
+        assert int(registers) <= 128, kernel
+        assert spilled == "0", kernel
