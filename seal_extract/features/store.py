@@ -23,6 +23,8 @@ from seal_extract.hdf5 import DAMAGED, Disk, open_hdf5
 from seal_extract.names import is_export, origin_of, written_twice
 from seal_extract.patches.grid import PatchGrid
 from seal_extract.publish import publish
+from seal_extract.slides.ngff import is_store
+from seal_extract.slides.remote import address
 from seal_extract.slides.slide import Slide, open_slide
 
 PIECE_BYTES = 2**24  # size of the pieces in which rows are read
@@ -330,13 +332,16 @@ def open_origin(features: SlideFeatures, slides: Path | None = None) -> Slide:
     return slide
 
 
-def _find_origin(features: SlideFeatures, slides: Path | None = None) -> Path:
+def _find_origin(features: SlideFeatures, slides: Path | None = None) -> Path | str:
     """Where the slide is; see `open_origin`.
 
     Raises:
         SlideOpenError: the slide is not found, or several files have its name.
     """
-    known = Path(features.provenance["slide"]["path"])
+    recorded = features.provenance["slide"]["path"]
+    if slides is None and is_store(url := address(recorded)) and isinstance(url, str):
+        return url
+    known = Path(recorded)
     if slides is None:
         if known.is_absolute() and known.exists():
             return known

@@ -167,6 +167,20 @@ class Jpeg2000Codec:
             out[:] = pixels
 
 
+@dataclass(frozen=True)
+class DecodedCodec:
+    """Pixels that the slide's reader has decoded already."""
+
+    name = "Zarr chunks"
+    reduces = False
+
+    def decode(self, data: bytes, out: Array, factor: int = 1, lenient: bool = False) -> None:
+        """See `Codec.decode`."""
+        if not data:
+            raise TileError("its chunks cannot be read")
+        out[:] = np.frombuffer(data, np.uint8).reshape(out.shape)
+
+
 def _ycbcr_to_rgb(pixels: Array, out: Array) -> None:
     """OpenSlide's arithmetic for JPEG 2000: libjpeg's, with each entry of the tables rounded by itself."""
     y, cb, cr = cv2.split(pixels)

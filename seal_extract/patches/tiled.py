@@ -17,9 +17,10 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from seal_extract.errors import SlideError
-from seal_extract.patches.codecs import Codec, Jpeg2000Codec, JpegCodec, TileError
+from seal_extract.errors import ReadError, SlideError
+from seal_extract.patches.codecs import Codec, DecodedCodec, Jpeg2000Codec, JpegCodec, TileError
 from seal_extract.patches.regions import read_exactly
+from seal_extract.slides.ome_zarr import OmeZarrReader
 from seal_extract.slides.readers import Array
 from seal_extract.slides.slide import Slide
 from seal_extract.slides.tiff import TIFF_HEADS
@@ -42,6 +43,8 @@ class TiledLevel:
         across: tiles in a row.
         codec: decodes a tile; `probe` chooses it from ``candidates``.
     """
+
+    close: Callable[[], None]
 
     def __init__(
         self,
@@ -165,12 +168,45 @@ class TiledLevel:
         return tiles[counts >= np.median(counts)] if len(tiles) else tiles
 
 
+class ChunkedLevel(TiledLevel):
+    """One level of an OME-Zarr store; what is read is decoded already."""
+
+    def __init__(self, slide: OmeZarrReader, level: int) -> None:
+        self.path, self.size_px, self.tile_px = slide.path, slide.levels[level].size_px, slide.tile_px(level)
+        self.codec = DecodedCodec()
+        self.candidates = (self.codec,)
+        self.across = -(-self.size_px[0] // self.tile_px[0])
+        self._slide, self._level = slide, level
+        self._tiles = self.across * -(-self.size_px[1] // self.tile_px[1])
+        self.close = lambda: None  # the slide's reader has the store
+
+    def __len__(self) -> int:
+        return self._tiles
+
+    def read(self, tiles: list[int]) -> Iterator[tuple[int, bytes]]:
+        """Yield each tile's number and pixels; no bytes if they cannot be read."""
+        places = [(self._level, tile % self.across, tile // self.across) for tile in tiles]
+        for tile, pixels in zip(tiles, self._slide.read_tiles(places), strict=True):
+            if isinstance(pixels, ReadError):
+                yield tile, b""
+                continue
+            whole = np.zeros(self.tile_shape, np.uint8)
+            whole[: pixels.shape[0], : pixels.shape[1]] = pixels
+            yield tile, whole.tobytes()
+
+    def largest(self, tiles: NDArray[np.int64]) -> NDArray[np.int64]:
+        """All of ``tiles``: their compressed sizes are unknown."""
+        return tiles
+
+
 def open_level(slide: Slide, level: int) -> TiledLevel:
-    """Find the directory of a level in the slide's file.
+    """Find the tiles of a level in the slide's file or store.
 
     Raises:
         Unsuitable: the level is not made of tiles that this package decodes.
     """
+    if isinstance(slide, OmeZarrReader):
+        return ChunkedLevel(slide, level)
     size_px = slide.levels[level].size_px
     try:
         with slide.path.open("rb") as file:

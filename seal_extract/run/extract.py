@@ -32,7 +32,7 @@ from seal_extract.run.provenance import describe, fingerprint, keep_names, witho
 from seal_extract.run.staging import Stage
 from seal_extract.run.status_table import Progress, SlideResult
 from seal_extract.run.writer import Writer
-from seal_extract.slides.entry import SlideEntry, file_stamp
+from seal_extract.slides.entry import SlideEntry, stamp_of
 
 SLIDES_AHEAD = 2  # open, with their tissue found, before their turn to be read; and one of each thread
 CORES_TO_OPEN = 4  # of which one opens slides and finds their tissue, ...
@@ -240,7 +240,7 @@ class _Run:
         unfinished = without_finished(job, self._encoders)
         if isinstance(unfinished, SlideResult):
             return unfinished
-        stamp = file_stamp(job.entry.file)
+        stamp = stamp_of(job.entry)
         slide, mask, grid, picture = slide_process.open_with_grid(unfinished)
         with ExitStack() as stack:
             stack.callback(slide.close)
@@ -273,12 +273,9 @@ class _Run:
             warnings.warn(mismatch, stacklevel=2)
         request = fingerprint(opened.slide, job.fingerprint, encoder.identity)
         description = encoder.description | {"mismatch": mismatch}
-        provenance = describe(opened.slide, opened.mask, grid, request, description, opened.reader.name)
-        if entry.url is not None:
-            state = {"mtime_ns": None, "stamp": None, "version": entry.version}
-            provenance["slide"] |= {"path": entry.source, **state}
-        else:
-            provenance["slide"]["path"] = str(entry.path.resolve())  # not that of its copy
+        provenance = describe(
+            entry, opened.slide, opened.mask, grid, request, description, opened.reader.name
+        )
         # features that exist but do not count as finished have more unreadable patches than are allowed now
         there = opened.layout.find(entry.name, encoder.spec.name) is not None
         return Output(index, provenance, overwrite=job.options.overwrite or there)

@@ -32,10 +32,12 @@ from seal_extract.run.job import SlideJob
 from seal_extract.run.options import FINGERPRINT_OPTIONS, ExtractOptions
 from seal_extract.run.slide_process import open_tried
 from seal_extract.run.status_table import SlideResult, read_status_rows
-from seal_extract.slides.entry import SlideEntry, content, sizes_and_times
+from seal_extract.slides.entry import SlideEntry, content, look, sizes_and_times
 from seal_extract.slides.listing import with_names
+from seal_extract.slides.ngff import is_store
+from seal_extract.slides.ome_zarr import OmeZarrReader
 from seal_extract.slides.readers import same_mpp
-from seal_extract.slides.remote import RemoteFile, address, look, place
+from seal_extract.slides.remote import RemoteFile, address, place
 from seal_extract.slides.slide import Slide
 
 if TYPE_CHECKING:
@@ -67,12 +69,16 @@ def fingerprint(slide: Slide, options: dict[str, Any], encoder: dict[str, Any]) 
         options: from `PatchOptions.fingerprint`.
         encoder: `Encoder.identity`.
     """
+    if isinstance(slide, OmeZarrReader):
+        size, digest = slide.bytes, slide.content
+    else:
+        size, digest = slide.path.stat().st_size, content(slide.path)
     return {
         "pipeline": PIPELINE,
         "slide": {
             "file": slide.path.name,
-            "bytes": slide.path.stat().st_size,
-            "content": content(slide.path),
+            "bytes": size,
+            "content": digest,
             "size_l0": list(slide.size_l0),
             "mpp": slide.mpp,
             "reader": slide.reader.split()[0],
@@ -112,6 +118,7 @@ def _all_options(recorded: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe(
+    entry: SlideEntry,
     slide: Slide,
     mask: TissueMask | None,
     grid: PatchGrid,
@@ -122,6 +129,7 @@ def describe(
     """The whole provenance of a features file, as JSON.
 
     Args:
+        entry: the slide; the path of its copy is not recorded.
         slide: the open slide.
         mask: its tissue, if it was found or drawn.
         grid: its patches.
@@ -139,15 +147,16 @@ def describe(
         "slide": {
             # Absolute, so that the slide is found wherever the results are moved to, and told from another of
             # its name. `names.shareable` takes the folders out of all that is made to be given away.
-            "path": str(slide.path.resolve()),
-            "mtime_ns": slide.path.stat().st_mtime_ns,
-            "stamp": sizes_and_times(slide.path),
+            "path": str(entry.path.resolve()) if entry.url is None else entry.source,
+            "mtime_ns": slide.path.stat().st_mtime_ns if entry.url is None else None,
+            "stamp": sizes_and_times(slide.path) if entry.url is None else None,
             "size_l0": list(slide.size_l0),
             "mpp": slide.mpp,
             "mpp_source": slide.mpp_source,
             "mpp_conflict": slide.mpp_conflict,
             "reader": slide.reader,
             "decoder": decoder,
+            **({} if entry.url is None else {"version": entry.version or fingerprint["slide"]["content"]}),
         },
         "tissue": tissue,
         "padding": float(grid.padding.mean()) if len(grid) else 0.0,  # share beyond the slide
@@ -255,7 +264,7 @@ def _request(job: SlideJob, encoder: EncoderRequest | Encoder, found: SlideFeatu
     is_same = _is_same_file(entry, found.provenance)
     if is_same and _has_same_mpp(entry, job.options, found.provenance):
         return {**recorded, "pipeline": PIPELINE, "options": job.fingerprint, "encoder": identity}
-    if entry.url is not None and entry.copy is None:
+    if entry.url is not None and entry.copy is None and not entry.is_streamed:
         return None
     with open_tried(job) as slide:
         request = fingerprint(slide, job.fingerprint, identity)
@@ -304,9 +313,7 @@ def _is_same_file(entry: SlideEntry, provenance: dict[str, Any]) -> bool:
     if entry.path.name != recorded.get("file"):
         return False
     if entry.url is not None:
-        copy = entry.copy
-        there = look(entry.url) if copy is None else RemoteFile(copy.stat().st_size, entry.version)
-        return there == RemoteFile(recorded["bytes"], slide.get("version"))
+        return look(entry) == RemoteFile(recorded["bytes"], slide.get("version"))
     try:
         path = entry.path.resolve()
         if slide["path"] in (str(path), path.name):  # an export names the file alone
@@ -314,7 +321,8 @@ def _is_same_file(entry: SlideEntry, provenance: dict[str, Any]) -> bool:
                 return file_state(entry.path) == (recorded["bytes"], slide["mtime_ns"])
             if sizes_and_times(entry.path) == slide["stamp"]:
                 return True
-        return "content" in recorded and entry.path.is_file() and content(entry.path) == recorded["content"]
+        is_there = entry.path.is_file() or is_store(entry.path)
+        return "content" in recorded and is_there and content(entry.path) == recorded["content"]
     except OSError:
         return False
 

@@ -118,6 +118,8 @@ class Stage:
 
     def _with_copy(self, job: SlideJob) -> SlideJob:
         entry = job.entry
+        if entry.is_streamed:
+            return job
         if entry.url is None and (entry.path.suffix.lower() in IN_PLACE or not entry.path.is_file()):
             return job
         folder = self._folder / entry.name

@@ -25,7 +25,7 @@ from seal_extract.run.embed import Embeddings, Pending
 from seal_extract.run.job import OpenSlide, Output, Stopped
 from seal_extract.run.overlay import Style, draw_overlay
 from seal_extract.run.status_table import Progress, SlideResult
-from seal_extract.slides.entry import file_stamp
+from seal_extract.slides.entry import stamp_of
 
 PICTURES_AT_ONCE = 2
 PICTURES_AHEAD = 4  # drawn, or waiting for it, while the features of their slides are written
@@ -206,7 +206,7 @@ def _refuse_changed(slide: OpenSlide) -> None:
     entry = slide.job.entry
     if entry.copy is not None:  # which nobody else has
         return
-    now = file_stamp(entry.path)
+    now = stamp_of(entry)
     if now != slide.stamp:
         what = "was changed while it was read" if any(now) else "is gone, or its disk is, while it was read"
-        raise ReadError(f"{entry.path} {what}; run again")
+        raise ReadError(f"{entry.source} {what}; run again")

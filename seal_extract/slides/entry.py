@@ -6,13 +6,16 @@ import hashlib
 import os
 import re
 import warnings
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
-from seal_extract.errors import ResolutionError, SealExtractError, UsageError, as_ours
+from seal_extract.errors import ResolutionError, SealExtractError, SlideError, UsageError, as_ours
 from seal_extract.publish import file_state
 from seal_extract.slides import remote
+from seal_extract.slides.ngff import is_store
+from seal_extract.slides.ome_zarr import OmeZarrReader
 from seal_extract.slides.readers import check_mpp, same_mpp
 from seal_extract.slides.slide import Slide, absolute, open_slide
 
@@ -21,6 +24,8 @@ WHOLE_BYTES = 2**23  # a file up to this size is read whole
 SAMPLES, SAMPLE_BYTES = 64, 2**14  # read of a larger one: its head, its tail, and as much between
 LEAST_SAMPLES = 4  # of each file of a slide that has very many
 DICOM_HEAD_BYTES = 2**14  # the number of the series stands before the pixels and the optical paths
+
+ANY_MPP = 1.0  # for opening a store whose µm/px does not matter
 
 FileStamp = tuple[int, ...]
 
@@ -36,7 +41,7 @@ class SlideEntry:
         case_id: the patient, if a table names one.
         roi: GeoJSON of its tissue, if a table names one.
         copy: a copy of the slide on faster storage, which is read in its place.
-        url: of a slide that is no file; only a copy of it can be read.
+        url: of a slide that is no file; only a copy of it can be read, or it is an OME-Zarr store.
         version: of the file at the URL, as its storage stated it when it was copied.
     """
 
@@ -53,6 +58,11 @@ class SlideEntry:
     def file(self) -> Path:
         """The file to read."""
         return self.copy or self.path
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the slide is read at its URL, without a copy."""
+        return self.url is not None and self.copy is None and is_store(self.url)
 
     @property
     def source(self) -> str:
@@ -85,18 +95,18 @@ class SlideEntry:
     def blame(self, error: Exception) -> SealExtractError:
         """Any error that stopped this slide, as one of our errors that names the slide."""
         ours = as_ours(error, self.source)
-        if self.copy is not None:
-            ours.args = (str(ours).replace(str(self.copy), self.source),)
+        if self.url is not None or self.copy is not None:
+            ours.args = (str(ours).replace(str(self.file), self.source),)
         return ours
 
 
 def refuse_uncopied(entry: SlideEntry) -> None:
-    """Refuse a slide at a URL that has no copy.
+    """Refuse a slide at a URL that has no copy and needs one.
 
     Raises:
-        UsageError: the slide is at a URL.
+        UsageError: there is such a slide.
     """
-    if entry.url is not None and entry.copy is None:
+    if entry.url is not None and entry.copy is None and not entry.is_streamed:
         raise UsageError(
             f"{entry.source} is a URL, which is copied before it is read; type --stage-dir FOLDER, "
             "and --stage-gb GB for what copies may fill"
@@ -119,16 +129,17 @@ def open_entry(entry: SlideEntry, slide_mpp: float | None = None, override_mpp: 
         UsageError: the slide is at a URL, and there is no copy.
     """
     refuse_uncopied(entry)
+    where = entry.url if entry.url is not None and entry.copy is None else entry.file
     claims = {"--override-mpp": override_mpp, "table": entry.mpp, "file": None, "--slide-mpp": slide_mpp}
     given = [(source, mpp) for source, mpp in claims.items() if mpp is not None]
     for source, mpp in given:
         check_mpp(mpp, source, entry.file)
     try:
-        slide = open_slide(entry.file, origin=entry.path)
+        slide = open_slide(where, origin=entry.path)
     except ResolutionError:  # the file does not know it
         if not given:
             raise
-        slide = open_slide(entry.file, mpp=given[0][1])
+        slide = open_slide(where, mpp=given[0][1])
         slide.mpp_source = given[0][0]
     else:
         claims["file"] = slide.mpp
@@ -148,7 +159,12 @@ def open_entry(entry: SlideEntry, slide_mpp: float | None = None, override_mpp: 
 
 
 def slide_files(path: Path) -> list[Path]:
-    """The file and those that are read with it: images of VMS and VMU, parts of MRXS and DICOM."""
+    """The file and those that are read with it: images of VMS and VMU, parts of MRXS and DICOM.
+
+    Of an OME-Zarr store in a folder these are all files in it.
+    """
+    if path.is_dir():
+        return sorted(Path(here, name) for here, _, names in os.walk(path) for name in names)
     kind = path.suffix.lower() if path.is_file() else ""  # opening a FIFO would wait for ever
     if kind == ".mrxs":
         return [path, *sorted(p for p in path.with_suffix("").rglob("*") if p.is_file())]
@@ -167,6 +183,31 @@ def file_stamp(path: Path) -> FileStamp:
     They change when a file is replaced or written to.
     """
     return file_stamp_of(slide_files(path))
+
+
+def stamp_of(entry: SlideEntry) -> FileStamp:
+    """What changes when a slide does, zeros where it is gone; `file_stamp` of one that is a file."""
+    if not entry.is_streamed:
+        return file_stamp(entry.file)
+    try:
+        return tuple(bytes.fromhex(look(entry).version))
+    except SlideError:
+        return (0,)
+
+
+def look(entry: SlideEntry) -> remote.RemoteFile:
+    """Size and version of a slide at a URL, as it is now, or as it was when it was copied.
+
+    Raises:
+        SlideError: the slide is missing.
+    """
+    assert entry.url is not None
+    if entry.copy is not None:
+        return remote.RemoteFile(entry.copy.stat().st_size, entry.version)
+    if not entry.is_streamed:
+        return remote.look(entry.url)
+    with closing(OmeZarrReader(entry.url, ANY_MPP)) as slide:
+        return remote.RemoteFile(slide.bytes, slide.content)
 
 
 def file_stamp_of(files: list[Path]) -> FileStamp:
@@ -193,9 +234,15 @@ def sizes_and_times(path: Path) -> str:
 def content(path: Path) -> str:
     """A digest of name, size, head, tail and samples of each file of a slide; equal for every copy of it.
 
+    That of an OME-Zarr store is `OmeZarrReader.content`.
+
     Raises:
         OSError: a file cannot be read.
+        SlideOpenError: a store cannot be.
     """
+    if is_store(path):
+        with closing(OmeZarrReader(path, ANY_MPP)) as slide:
+            return slide.content
     return _content(path, file_stamp(path))
 
 

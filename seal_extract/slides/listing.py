@@ -16,11 +16,12 @@ from seal_extract.errors import SlideOpenError, UsageError
 from seal_extract.names import choose_names, shown
 from seal_extract.slides import remote
 from seal_extract.slides.entry import SEVERAL_FILES, SlideEntry
+from seal_extract.slides.ngff import METADATA, ZIPPED, has_image, is_store
 from seal_extract.slides.slide import check_path
 
 SLIDE_SUFFIXES = {
     *(".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide"),
-    *(".dcm", ".png", ".jpg", ".jpeg"),
+    *(".dcm", ".png", ".jpg", ".jpeg", remote.STORE, *ZIPPED),
 }
 SLIDE_COLUMNS = ("slide", "slide_id", "wsi")  # ours, CLAM's, TRIDENT's
 OWN = "made by seal-extract"
@@ -81,11 +82,11 @@ def list_slides(
         elif source.suffix.lower() == ".csv":
             folder = None if slide_folder is None else remote.address(slide_folder)
             found, beside = _in_table(source, folder), []
-        elif source.is_dir():
+        elif source.is_dir() and not is_store(source):
             found, beside = _sort_out(files_below(source))
         elif not source.exists() and glob.has_magic(str(source)):
             matching = map(Path, sorted(glob.glob(str(source), recursive=True)))
-            found, beside = _sort_out(path for path in matching if path.is_file())
+            found, beside = _sort_out(path for path in matching if path.is_file() or is_store(path))
         elif is_own(source):
             raise UsageError(f"{source} was {OWN} and is no slide; give the slide that it was made from")
         else:
@@ -124,9 +125,14 @@ def _sort_out(files: Iterable[Path]) -> tuple[list[SlideEntry], Ignored]:
     ignored: Ignored = []
     series: dict[str, Path] = {}
     for path in files:
-        suffix = path.suffix.lower()
+        suffix = _suffix(path)
         if is_own(path):
             ignored.append((path, OWN))
+        elif (suffix == remote.STORE or suffix not in SLIDE_SUFFIXES) and path.is_dir():
+            if has_image(path):
+                found.append(SlideEntry.of(path))
+            else:
+                ignored.append((path, "a Zarr store whose metadata describe no slide"))
         elif suffix not in SLIDE_SUFFIXES:
             ignored.append((path, f"{suffix or 'no suffix'} is no slide"))
         elif suffix in (".jpg", ".jpeg") and path.parent in vms:
@@ -136,6 +142,11 @@ def _sort_out(files: Iterable[Path]) -> tuple[list[SlideEntry], Ignored]:
         else:
             found.append(SlideEntry.of(path))
     return found, ignored
+
+
+def _suffix(path: Path) -> str:
+    name = path.name.lower()
+    return next((end for end in ZIPPED if name.endswith(end)), path.suffix.lower())
 
 
 def _dicom_series(path: Path) -> str:
@@ -151,15 +162,15 @@ def _dicom_series(path: Path) -> str:
 
 
 def _at_url(url: str) -> tuple[list[SlideEntry], Ignored]:
-    suffix = remote.place(url).suffix.lower()
+    suffix = _suffix(remote.place(url))
     if suffix == ".csv":
         raise UsageError(f"{remote.public(url)}: tables are read from files; download it and give the file")
-    if suffix in SLIDE_SUFFIXES and not remote.has_magic(url):
+    if (suffix in SLIDE_SUFFIXES or is_store(url)) and not remote.has_magic(url):
         return [SlideEntry.of(url)], []
     found: list[SlideEntry] = []
     ignored: Ignored = []
     for file in remote.list_files(url):
-        suffix = remote.place(file).suffix.lower()
+        suffix = _suffix(remote.place(file))
         if suffix not in SLIDE_SUFFIXES:
             ignored.append((remote.public(file), f"{suffix or 'no suffix'} is no slide"))
         elif suffix in SEVERAL_FILES:
@@ -172,7 +183,7 @@ def _at_url(url: str) -> tuple[list[SlideEntry], Ignored]:
 def files_below(folder: Path) -> Iterator[Path]:
     """All files below, in order, through links but in no circle; not the inside of a slide of many files.
 
-    A folder that `is_own` is yielded itself, and nothing of what is in it.
+    A folder that `is_own`, and an OME-Zarr store, is yielded itself, and nothing of what is in it.
     """
     seen: set[str] = set()
     for here, folders, files in os.walk(folder, followlinks=True):
@@ -181,6 +192,12 @@ def files_below(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
+        if Path(here) != Path(folder) and (
+            here.lower().endswith(remote.STORE) or not {*METADATA}.isdisjoint(files)
+        ):
+            folders.clear()
+            yield Path(here)
+            continue
         slides = {Path(name).stem for name in files if name.lower().endswith(".mrxs")}
         wanted = [name for name in sorted(folders) if not name.startswith(".") and name not in slides]
         own = [name for name in wanted if is_own(Path(here, name))]

@@ -25,6 +25,7 @@ PACKAGES = {
     **dict.fromkeys(("sftp", "ssh"), "paramiko"),
 }
 HTTP = ("http", "https")
+STORE = ".zarr"  # ends the name of a folder that is one slide
 CONTAINERS = ("abfs", "abfss", "wasb", "wasbs")  # whose container stands before the @
 _HOST = re.compile(r"(\[[\da-fA-F:.]*\]|[^:@]*)(:\d*)?")
 CONNECT_S, SILENT_S = 30, 60  # aiohttp's own limit is 5 minutes for a file, too short for a slide
@@ -122,22 +123,28 @@ def has_magic(url: str) -> bool:
 
 
 def list_files(url: str) -> list[str]:
-    """All files below a folder, or that match a pattern.
+    """All files below a folder, or that match a pattern; a folder that is named ``.zarr`` is one of them.
 
     Raises:
         SlideOpenError: the folder cannot be listed.
     """
     with _asking(url, "listed"):
-        storage, path = _storage(url)
+        storage, path = storage_of(url)
         if has_magic(url):
-            found = [p for p, info in storage.glob(path, detail=True).items() if info["type"] == "file"]
+            found = [
+                p.rstrip("/")
+                for p, info in storage.glob(path, detail=True).items()
+                if info["type"] == "file" or p.rstrip("/").lower().endswith(STORE)
+            ]
             if not found:
                 storage.ls(
                     re.split(r"[*?[]", path)[0].rpartition("/")[0]
                 )  # raises the error that glob() hides
         else:
-            steps = storage.walk(path, detail=True, on_error="raise")  # find() hides errors too
-            found = [info["name"] for _, _, files in steps for info in files.values()]
+            found = []
+            for _, folders, files in storage.walk(path, detail=True, on_error="raise"):  # find() hides errors
+                stores = [folders.pop(name) for name in list(folders) if name.lower().endswith(STORE)]
+                found += [info["name"].rstrip("/") for info in (*files.values(), *stores)]
         front, path = url.rstrip("/"), path.rstrip("/")
         if front.endswith(path):  # keeps a host that the storage leaves out of its paths
             return sorted(front.removesuffix(path) + p for p in found)
@@ -155,7 +162,7 @@ def look(url: str, *, fresh: bool = False) -> RemoteFile:
         SlideOpenError: the file is missing, or its size is unknown.
     """
     with _asking(url):
-        storage, path = _storage(url)
+        storage, path = storage_of(url)
         if fresh:
             storage.invalidate_cache(path)
         info = storage.info(path)
@@ -188,7 +195,7 @@ def fetch(url: str, expected: RemoteFile, copy: Path, is_stopped: Callable[[], b
             raise OSError(f"more came than the {expected.size} bytes announced")
 
     with _asking(url):
-        storage, path = _storage(url)
+        storage, path = storage_of(url)
         storage.get_file(path, str(copy), callback=Callback(hooks={"watch": watch}))
         if (size := copy.stat().st_size) != expected.size:
             raise OSError(f"{size} bytes came, {expected.size} were announced")
@@ -203,7 +210,8 @@ def _protocol(url: str) -> str:
     return url.partition("://")[0].lower()
 
 
-def _storage(url: str) -> tuple[Any, str]:
+def storage_of(url: str) -> tuple[Any, str]:
+    """The file system of fsspec for a URL, and the path in it."""
     from fsspec.config import conf
     from fsspec.core import url_to_fs
 
@@ -228,13 +236,13 @@ def _asking(url: str, what: str = "fetched") -> Iterator[None]:
     except SealExtractError:
         raise
     except Exception as exc:  # each protocol raises errors of its own
-        reason = _reason(exc.__cause__ or exc, url)  # fsspec calls whatever fails "not found"
+        reason = reason_of(exc.__cause__ or exc, url)  # fsspec calls whatever fails "not found"
         is_full = isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "free some space in --stage-dir" if is_full else "check the URL and the network"
         raise SlideOpenError(f"{public(url)} cannot be {what}: {reason}; {advice}, then run again") from exc
 
 
-def _reason(exc: BaseException, url: str) -> str:
+def reason_of(exc: BaseException, url: str) -> str:
     """The reason of an error without any URL, which may be another spelling of this one or its redirect."""
     if isinstance(status := getattr(exc, "status", None), int):  # aiohttp's
         return f"HTTP {status} {getattr(exc, 'message', '')}".rstrip()

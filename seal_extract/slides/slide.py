@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 from seal_extract.errors import ResolutionError, SlideError, SlideOpenError, UsageError
 from seal_extract.slides.images import ImageReader
+from seal_extract.slides.ngff import is_store
+from seal_extract.slides.ome_zarr import OmeZarrReader
 from seal_extract.slides.patch_files import TABLES
 from seal_extract.slides.readers import STATED_MPP, Array, Level, OpenSlideReader, TiffSlideReader, check_mpp
 from seal_extract.slides.remote import address, public
@@ -22,7 +24,9 @@ from seal_extract.slides.tiff import TIFF_HEADS, refuse_impossible, refuse_trunc
 from seal_extract.slides.tiff_pixels import check_ome, has_jpeg_tiles
 
 READERS = (OpenSlideReader, TiffSlideReader, ImageReader)
-FORMATS = "SVS, NDPI, MRXS, SCN, BIF, VMS, Philips or generic tiled TIFF, OME-TIFF, DICOM, PNG, JPEG"
+FORMATS = (
+    "SVS, NDPI, MRXS, SCN, BIF, VMS, Philips or generic tiled TIFF, OME-TIFF, OME-Zarr, DICOM, PNG, JPEG"
+)
 HEST_KEYS = ("pixel_size_um_estimated", "pixel_size_um_embedded")  # HEST takes the first itself
 MOST_METADATA_BYTES = 2**24  # a file of HEST has some 2,000
 
@@ -78,7 +82,8 @@ def open_slide(
     """Open a slide with the reader that knows most about it.
 
     Args:
-        path: a slide file (or the ``.mrxs``, ``.vms`` or one ``.dcm`` file of a slide of several files).
+        path: a slide file (or the ``.mrxs``, ``.vms`` or one ``.dcm`` file of a slide of several files), or
+            an OME-Zarr store, which may be at a URL.
         mpp: µm/px at level 0 that is used in place of the file's.
         origin: the slide that ``path`` is a copy of, if it is one; the metadata of HEST lie beside that.
 
@@ -87,6 +92,11 @@ def open_slide(
         UnsupportedSlideError: the slide is not 8-bit RGB.
         ResolutionError: the slide has no plausible µm/px, and none is given.
     """
+    where = address(path)
+    if mpp is not None:
+        check_mpp(mpp, "--slide-mpp", Path(path))
+    if is_store(where):
+        return _warned(OmeZarrReader(where, mpp))
     path = Path(path)
     check_path(path)
     if path.suffix.lower() in TABLES:
@@ -96,8 +106,6 @@ def open_slide(
         )
     refuse_impossible(path)
     check_ome(path)
-    if mpp is not None:
-        check_mpp(mpp, "--slide-mpp", path)
     stated = hest_mpp(origin or path) if mpp is None else None
     refusals: list[str] = []
     without_mpp: ResolutionError | None = None
@@ -112,12 +120,16 @@ def open_slide(
         else:
             if stated is not None:
                 slide.mpp_source = slide.mpp_source.replace("given", stated[0], 1)
-            if slide.mpp_conflict:
-                warnings.warn(f"{path}: {slide.mpp_conflict}", stacklevel=2)
-            return slide
+            return _warned(slide)
     raise without_mpp or SlideOpenError(
         f"{path}: no reader opens it ({'; '.join(refusals)}); {_looks_like(path)}; allowed: {FORMATS}"
     )
+
+
+def _warned(slide: Slide) -> Slide:
+    if slide.mpp_conflict:
+        warnings.warn(f"{slide.path}: {slide.mpp_conflict}", stacklevel=3)
+    return slide
 
 
 def open_with_another_reader(slide: Slide) -> Slide | None:
@@ -253,3 +265,4 @@ def hest_mpp(slide: Path) -> tuple[str, float] | None:
 _: Callable[..., Slide] = OpenSlideReader  # mypy checks the readers against the protocol
 _ = TiffSlideReader
 _ = ImageReader
+_ = OmeZarrReader

@@ -32,7 +32,7 @@ CONVERT = "vips colourspace IN OUT.tif[tile,pyramid] srgb"
 FLATTEN = "vips flatten IN OUT.tif[tile,pyramid]"
 TURN = "vips autorot IN OUT.tif[tile,pyramid]"
 BESIDE_THE_SLIDE = re.compile("label|macro|overview|thumbnail|barcode", re.IGNORECASE)
-_UM_PER_UNIT = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
+UM_PER_UNIT = {"µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
 
 
 def refuse_other_pixels(path: Path, sizes_px: Collection[tuple[int, int]]) -> None:
@@ -187,8 +187,8 @@ def _image_of(image: ElementTree.Element, number: str) -> OmeImage:
     found = {}
     for axis in "XYZ":
         size, unit = pixels.get(f"PhysicalSize{axis}"), pixels.get(f"PhysicalSize{axis}Unit", "µm")
-        if size is not None and unit in _UM_PER_UNIT:  # "pixel" and "reference frame" are no lengths
-            found[axis] = float(size) * _UM_PER_UNIT[unit]
+        if size is not None and unit in UM_PER_UNIT:  # "pixel" and "reference frame" are no lengths
+            found[axis] = float(size) * UM_PER_UNIT[unit]
     mpp = (found["X"], found["Y"]) if {"X", "Y"} <= found.keys() else None
     name = image.get("Name") or number
     return OmeImage(name, (width, height), channels, z * t, mpp, found.get("Z"))

@@ -3,11 +3,8 @@
 import re
 import threading
 import zipfile
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import fsspec
 import pytest
 from cohort_fixtures import contents, link_cohort, run, run_here
 
@@ -20,70 +17,6 @@ from seal_extract.run.staging import Stage
 from seal_extract.run.status_table import read_status
 from seal_extract.slides.listing import list_slides
 from seal_extract.slides.remote import address, public
-
-
-@pytest.fixture
-def memory():
-    """The files of memory://, by path."""
-    storage = fsspec.filesystem("memory")
-    storage.store.clear()
-    yield storage
-    storage.store.clear()
-
-
-class Site(SimpleHTTPRequestHandler):
-    """A folder on the web that counts what is fetched and can be told to misbehave."""
-
-    def do_HEAD(self):
-        return self.lead() or super().do_HEAD()
-
-    def lead(self):
-        """Send whoever asks for one of these paths elsewhere."""
-        to = next((to for start, to in self.server.leads_to.items() if self.path.startswith(start)), None)
-        if to is not None:
-            self.send_response(302)
-            self.send_header("Location", to)
-            self.end_headers()
-        return to
-
-    def translate_path(self, path):
-        return super().translate_path(path.partition(";")[0])
-
-    def do_GET(self):
-        self.server.fetched.append(self.path)
-        if self.lead():
-            return None
-        self.server.held.set()
-        self.server.go_on.wait(10)
-        if self.server.cut_after is None:
-            return super().do_GET()
-        source = self.send_head()
-        self.wfile.write(source.read(self.server.cut_after))
-        source.close()
-        self.close_connection = True
-
-    def send_header(self, keyword, value):
-        if keyword not in self.server.without:
-            super().send_header(keyword, value)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def web(tmp_path, monkeypatch):
-    """Serve ``tmp_path / "www"``."""
-    pytest.importorskip("aiohttp")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    (tmp_path / "www").mkdir()
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Site, directory=str(tmp_path / "www"))) as server:
-        server.fetched, server.cut_after, server.without, server.leads_to = [], None, (), {}
-        server.held, server.go_on = threading.Event(), threading.Event()
-        server.go_on.set()
-        server.url = f"http://127.0.0.1:{server.server_port}"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
 
 
 def staged(tmp_path, **more):

@@ -1,0 +1,251 @@
+"""OME-Zarr (NGFF) 0.4 and 0.5: a pyramid of arrays that are stored chunk by chunk, read without a copy.
+
+A store is a folder, a zip file, or a folder at a URL. Source: https://ngff.openmicroscopy.org/0.4 and /0.5.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from seal_extract.errors import (
+    ReadError,
+    SealExtractError,
+    SlideOpenError,
+    UnsupportedSlideError,
+    UsageError,
+    first_line,
+)
+from seal_extract.slides import remote
+from seal_extract.slides.ngff import METADATA, Pyramid, image_of
+from seal_extract.slides.readers import Array, Reader
+
+IS_ZARR_2 = version("zarr").startswith("2.")
+CACHE_BYTES = 2**27  # of tiles that `read_region` may need again
+REQUESTS_AT_ONCE = 16  # to a storage, which answers slowly and many at a time
+RETRY_AFTER_S = (1.0, 5.0)  # a run makes ten thousands of requests; one of them fails now and then
+SAMPLES = 4  # along each side of a level: tiles whose pixels tell one store from another
+CONTRADICTION = 16  # grey levels between a chunk that reads as empty and another level's pixels there
+RGB_COLOURS = ["FF0000", "00FF00", "0000FF"]
+
+T = TypeVar("T")
+Place = tuple[int, int, int]  # level, column and row of a tile
+
+
+def _storage(where: Path | str) -> tuple[Any, str]:
+    """What zarr reads a store from, and the folder in it.
+
+    Raises:
+        UsageError: a URL with a signature.
+    """
+    import zarr
+
+    if isinstance(where, str):
+        if "?" in where and where.lower().startswith(remote.HTTP):
+            raise UsageError(
+                "is many files, and the signature of a URL is of one; download the folder and give that"
+            )
+        files, folder = remote.storage_of(where.rstrip("/"))
+        if IS_ZARR_2:
+            return files.get_mapper(folder), ""
+        from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
+
+        # zarr's own way opens connections that nobody closes
+        files = AsyncFileSystemWrapper(files, asynchronous=True)
+        return zarr.storage.FsspecStore(files, read_only=True, path=folder), ""
+    if where.is_dir():
+        return str(where), ""
+    with zipfile.ZipFile(where) as file:
+        tops = {name.partition("/")[0] for name in file.namelist()}
+    return zarr.storage.ZipStore(where, mode="r"), "" if tops.intersection(METADATA) else min(
+        tops, default=""
+    )
+
+
+class OmeZarrReader(Reader):
+    """An OME-Zarr store through zarr; at a URL, chunk by chunk as they are needed."""
+
+    def __init__(self, where: Path | str, mpp: float | None = None) -> None:
+        import zarr  # seconds that other slides need not wait for
+
+        self.path = remote.place(where) if isinstance(where, str) else where
+        self.reader = f"zarr {version('zarr')}"
+        self._where, self._is_failing = where, False
+        self._pool = ThreadPoolExecutor(REQUESTS_AT_ONCE, "zarr") if isinstance(where, str) else None
+        try:
+            store, folder = _storage(where)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of files that are not zarr's
+                image, group, attrs = image_of(zarr.open_group(store, mode="r", path=folder))
+                self._pyramid = Pyramid(image, group)
+        except SealExtractError as exc:
+            exc.args = (f"{self._shown} {exc}" if str(exc)[:1].islower() else str(exc),)
+            raise
+        except Exception as exc:  # zarr, its codecs and storages raise errors of every kind
+            newer = (
+                IS_ZARR_2
+                * f"; zarr {version('zarr')} reads 0.4, and zarr 3 also 0.5, on Python 3.11 or newer"
+            )
+            raise SlideOpenError(
+                f"{self._shown} is no OME-Zarr that can be read: {self._reason(exc)}{newer}"
+            ) from exc
+        colours = [
+            str(channel.get("color")).upper() for channel in attrs.get("omero", {}).get("channels", ())
+        ]
+        if sorted(colours) == sorted(RGB_COLOURS) and colours != RGB_COLOURS:
+            raise UnsupportedSlideError(
+                f"{self._shown}: its channels are {', '.join(colours)}; allowed: red, green, blue"
+            )
+        self._describe(self._pyramid.sizes_px, self._pyramid.downsamples)
+        largest = max(3 * math.prod(self.tile_px(level)) for level in range(len(self.levels)))
+        self._cached = lru_cache(max(4, CACHE_BYTES // largest))(self.read_tile)
+        scale, (um_x, um_y) = self._pyramid.scales[0], self._pyramid.um
+        stated = [("OME-Zarr scale", scale[0] * um_x, scale[1] * um_y)] if um_x and um_y else []
+        hint = "" if stated else f" (only the scale {scale[0]:g}, without a unit)"
+        self._set_mpp(mpp, stated, hint)
+
+    @property
+    def _shown(self) -> str:
+        return remote.public(self._where) if isinstance(self._where, str) else str(self.path)
+
+    def _reason(self, exc: BaseException) -> str:
+        return remote.reason_of(exc, self._where) if isinstance(self._where, str) else first_line(exc)
+
+    def tile_px(self, level: int) -> tuple[int, int]:
+        """(width, height) of the tiles of a level, each of one chunk or of several small ones."""
+        return self._pyramid.tile_px(level)
+
+    def read_tile(self, level: int, column: int, row: int) -> Array:
+        """Read a tile, or the part of it that is inside the level: uint8 [h, w, 3].
+
+        Raises:
+            ReadError: its chunks are damaged or missing, or the storage does not answer.
+        """
+        width, height = self.tile_px(level)
+        x, y = slice(column * width, (column + 1) * width), slice(row * height, (row + 1) * height)
+        try:
+            pixels = self._read_patiently(level, x, y)
+            if self._is_missing(pixels, level, x.start, y.start):
+                raise ReadError(f"it is missing, but the level beside level {level} has other pixels there")
+        except Exception as exc:
+            downsample = self.levels[level].downsample
+            xy_l0 = (round(x.start * downsample), round(y.start * downsample))
+            raise ReadError(
+                f"{self._shown}: the chunk of level {level} at level-0 {xy_l0} cannot be read: "
+                f"{self._reason(exc)}; "
+                + ("check the network and run again" if self._pool else "copy or write it again")
+            ) from exc
+        return pixels
+
+    def _read_patiently(self, level: int, x: slice, y: slice) -> Array:
+        for pause_s in RETRY_AFTER_S if self._pool and not self._is_failing else ():
+            try:
+                return self._pyramid.read(level, x, y)
+            except Exception:
+                time.sleep(pause_s)
+        try:
+            pixels = self._pyramid.read(level, x, y)
+        except Exception:
+            self._is_failing = True  # the next requests are not waited for
+            raise
+        self._is_failing = False
+        return pixels
+
+    def _is_missing(self, pixels: Array, level: int, x: int, y: int) -> bool:
+        """Whether pixels are all of the value that stands for missing chunks, unlike those of another level.
+
+        A chunk that is not stored is no damage by itself: writers leave out what the scanner did.
+        """
+        empty = int(self._pyramid.arrays[level].fill_value or 0)
+        if len(self.levels) == 1 or (pixels != empty).any():
+            return False
+        other = level + 1 if level + 1 < len(self.levels) else level - 1
+        scale = self.levels[level].downsample / self.levels[other].downsample
+        across, down = (
+            slice(math.ceil(begin * scale) + 2, math.floor((begin + length * 1.0) * scale) - 2)
+            for begin, length in ((x, pixels.shape[1]), (y, pixels.shape[0]))
+        )  # averages reach over the border by 2 px at most
+        if across.start >= across.stop or down.start >= down.stop:
+            return False
+        theirs = self._pyramid.read(other, across, down).astype(np.int16)
+        return bool((abs(theirs - empty) > CONTRADICTION).any())
+
+    def _each(self, work: Callable[[Place], T], places: list[Place]) -> Iterator[T]:
+        """The results of ``work`` in order; many at a time where each has to wait for a storage."""
+        return self._pool.map(work, places) if self._pool else map(work, places)
+
+    def read_tiles(self, places: list[Place]) -> Iterator[Array | ReadError]:
+        """Read tiles without keeping them; see `read_tile`."""
+
+        def read(place: Place) -> Array | ReadError:
+            try:
+                return self.read_tile(*place)
+            except ReadError as exc:
+                return ReadError(str(exc))  # without the frames that it was raised through
+
+        return self._each(read, places)
+
+    def read_region(self, xy_l0: tuple[int, int], level: int, size_px: tuple[int, int]) -> Array:
+        """See `Slide.read_region`."""
+        (x, y), (w, h) = (round(v / self.levels[level].downsample) for v in xy_l0), size_px
+        region = np.zeros((h, w, 3), np.uint8)
+        (width, height), (tile_w, tile_h) = self.levels[level].size_px, self.tile_px(level)
+        columns = range(max(x, 0) // tile_w, -(-min(x + w, width) // tile_w))
+        rows = range(max(y, 0) // tile_h, -(-min(y + h, height) // tile_h))
+        places = [(level, column, row) for row in rows for column in columns]
+        tiles = self._each(lambda place: self._cached(*place), places)
+        for (_, column, row), tile in zip(places, tiles, strict=True):
+            left, top = column * tile_w - x, row * tile_h - y
+            part = tile[max(0, -top) : h - top, max(0, -left) : w - left]
+            top, left = max(top, 0), max(left, 0)
+            region[top : top + part.shape[0], left : left + part.shape[1]] = part
+        return region
+
+    @cached_property
+    def content(self) -> str:
+        """A digest of the sizes, the pixels of the coarsest level, and samples of level 0.
+
+        It is the same for every copy of the store, whether that is a folder, a zip file or at a URL, and
+        however its chunks are compressed.
+        """
+        digest = hashlib.sha256(repr([(level.size_px, level.downsample) for level in self.levels]).encode())
+        for level in (len(self.levels) - 1, 0):
+            (width, height), (w, h) = self.levels[level].size_px, self.tile_px(level)
+            columns, rows = (
+                [i * -(-size // side) // SAMPLES for i in range(SAMPLES)]
+                for size, side in ((width, w), (height, h))
+            )
+            places = {(column, row) for column in columns for row in rows}
+            for tile in self._each(self._sample, [(level, *place) for place in sorted(places)]):
+                digest.update(tile)
+        return digest.hexdigest()
+
+    def _sample(self, place: tuple[int, int, int]) -> bytes:
+        try:
+            return self.read_tile(*place).tobytes()
+        except ReadError:
+            if self._pool:  # the network, as a rule
+                raise
+            return b"damaged"
+
+    @property
+    def bytes(self) -> int:
+        """The size of all pixels."""
+        return sum(3 * math.prod(level.size_px) for level in self.levels)
+
+    def close(self) -> None:
+        """Stop requests, and forget the tiles."""
+        if self._pool:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._cached.cache_clear()
