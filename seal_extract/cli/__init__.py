@@ -15,11 +15,12 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from seal_extract.cli.encoders import add_doctor_options, add_download_options, add_encoders_options
+from seal_extract.cli.evaluate import add_evaluate_options, add_hest_options
 from seal_extract.cli.features import add_export_options, add_verify_options
 from seal_extract.cli.genes import add_genes_options
 from seal_extract.cli.options import parser_of
 from seal_extract.cli.search import add_search_options
-from seal_extract.cli.sections import add_evaluate_options, add_spots_options, add_train_options
+from seal_extract.cli.sections import add_spots_options, add_train_options
 from seal_extract.cli.slides import slides_parser
 from seal_extract.cli.terminal import fail, warn
 from seal_extract.cli.trial import add_bench_options, add_demo_options
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "demo": add_demo_options,
     "bench": add_bench_options,
     "evaluate": add_evaluate_options,
+    "evaluate hest": add_hest_options,
     "verify": add_verify_options,
     "export": add_export_options,
     "genes": add_genes_options,
@@ -73,8 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    if argv and argv[0] in COMMANDS:
-        return parser_of(argv[0], COMMANDS[argv[0]]).parse_args(argv[1:])
+    for words in (2, 1):
+        command = " ".join(argv[:words])
+        if command in COMMANDS:
+            return parser_of(command, COMMANDS[command]).parse_args(argv[words:])
     _refuse_mistyped(argv[:1])  # checked first, because the options of a command are not those of slides
     args = slides_parser().parse_args(argv)
     _refuse_mistyped(args.slides[:1])

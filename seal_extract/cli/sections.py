@@ -1,4 +1,4 @@
-"""``seal-extract train``, ``spots`` and ``evaluate``, which read sections of spatial transcriptomics."""
+"""``seal-extract train`` and ``spots``, which read sections of spatial transcriptomics."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from seal_extract.cli.features import given_panel
 from seal_extract.cli.options import add, encoder_request
-from seal_extract.cli.terminal import echo, print_each, progress_line
+from seal_extract.cli.terminal import echo, print_each
 from seal_extract.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -117,59 +117,3 @@ def _omics(args: argparse.Namespace) -> OmicsEncoder:
         raise type(exc)(f"{exc}; or type --image-only for the embeddings of the patches alone") from exc
     omics.genes = given_panel(args) or omics.genes
     return omics
-
-
-def add_evaluate_options(p: argparse.ArgumentParser) -> None:
-    """Add the options of ``seal-extract evaluate``."""
-    p.description = (
-        "Predict gene expression from an encoder's embeddings by the HEST-Benchmark's protocol, "
-        "and retrieve spots by image. The tables compare permuted rows, handcrafted features and the encoder "
-        "before alignment."
-    )
-    p.set_defaults(handler=run_evaluate)
-    add(
-        p,
-        "--encoder",
-        required=True,
-        help="a name or a folder; {fold} in it stands for what is held out, with an encoder for each",
-    )
-    p.add_argument("--base", metavar="NAME|FOLDER", help="the same encoder before alignment")
-    p.add_argument(
-        "--sections",
-        required=True,
-        type=Path,
-        metavar="CONFIG.toml|FOLDER",
-        help="the configuration of a training run, or a folder of sections, as of `seal-extract spots`",
-    )
-    p.add_argument("--by", default="section", metavar="WHAT", help="section or patient (default: section)")
-    p.add_argument(
-        "--genes", type=int, default=250, metavar="N", help="number of most variable genes (default: 250)"
-    )
-    p.add_argument("-o", "--out", type=Path, required=True, help="folder for evaluation.md, .csv and .json")
-    p.add_argument("--overwrite", action="store_true", help="replace the files of another evaluation")
-    add(p, "--mpp", default=0.5)
-    add(p, "--patch-px", default=224)
-    add(p, "--batch-size", default=64, help="patches per forward pass (default: 64)")
-    p.add_argument("--seeds", type=int, default=10, metavar="N", help="permutations of rows (default: 10)")
-    add(p, "--precision", "--device", "--offline")
-
-
-def run_evaluate(args: argparse.Namespace) -> int:
-    """Print the tables, and where they were written."""
-    from seal_extract.evaluate.run import EvaluateOptions, evaluate, output_files
-    from seal_extract.train.formats import sections_of
-
-    options = EvaluateOptions(args.by, args.genes, args.patch_px, args.mpp, args.batch_size, args.seeds)
-    output_files(args.out, args.overwrite)
-    encoder = encoder_request(args.encoder, args)
-    base = None if args.base is None else encoder_request(args.base, args)
-    sections = sections_of(args.sections)
-    show = progress_line(args.quiet)
-    try:
-        found = evaluate(sections, encoder, base, options=options, log=show)
-    finally:
-        show("")
-    echo(*found.to_markdown().split("\n"))
-    for file in found.write(args.out, overwrite=args.overwrite):
-        echo(f"-> {file}")
-    return 0

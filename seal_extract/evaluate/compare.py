@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.errors import UsageError
-from seal_extract.evaluate.expression import HEST, TUNED, Fold, FoldScore, Probe, score_fold
+from seal_extract.evaluate.expression import FIXED, TUNED, Fold, FoldScore, Probe, score_fold
+from seal_extract.evaluate.table import Row, Table
 
 KS = (1, 5, 10)  # numbers of first results for the recall
 SEEDS = 10  # one permutation reaches ±0.07: genes vary together, and r with them
@@ -53,7 +54,7 @@ class Comparison:
     predicted_retrieval: dict[str, list[list[Retrieval]]] = field(default_factory=dict)
     joint_retrieval: dict[str, list[list[Retrieval]]] = field(default_factory=dict)
 
-    def mean(self, name: str, probe: Probe = HEST) -> float:
+    def mean(self, name: str, probe: Probe = FIXED) -> float:
         """Mean over the folds of the mean over genes."""
         return float(np.mean([score.mean for score in self.scores[name, probe.name]]))
 
@@ -62,7 +63,7 @@ def compare(
     contenders: Mapping[str, Mapping[str, Embeddings]],
     folds: Sequence[Fold],
     *,
-    probes: Sequence[Probe] = (HEST, TUNED),
+    probes: Sequence[Probe] = (FIXED, TUNED),
     seeds: int = SEEDS,
 ) -> Comparison:
     """Score every contender on every fold by every probe; permute the rows of the first one.
@@ -199,3 +200,60 @@ def _ranks(similarity: NDArray[np.float64], ks: Sequence[int]) -> Ranks:
     equal = (np.abs(similarity - own) <= 1e-12).sum(1) - 1
     ranks = 1 + above + equal / 2  # [N]
     return Ranks({k: float((ranks <= k).mean()) for k in ks}, float(np.median(ranks)))
+
+
+# --- tables -------------------------------------------------------------------------------------------
+
+
+def tables(found: Comparison) -> list[Table]:
+    """Expression by each probe, then retrieval: through the predicted expression, and in the joint space."""
+    made = [_expression(found, probe) for probe in found.permuted]
+    for where, retrieval in (
+        ("through predicted expression", found.predicted_retrieval),
+        ("in the space of the alignment", found.joint_retrieval),
+    ):
+        if not retrieval:
+            continue
+        for k in KS:
+            made.append(_retrieval(found, retrieval, f"Recall at {k}, {where}", lambda r, k=k: r.recall[k]))  # type: ignore[misc]
+        made.append(_retrieval(found, retrieval, f"Median rank, {where}", lambda r: r.median_rank))
+    return made
+
+
+def _expression(found: Comparison, probe: str) -> Table:
+    scores = {name: folds for (name, by), folds in found.scores.items() if by == probe}
+    rows = [Row(name, tuple(score.mean for score in folds)) for name, folds in scores.items()]
+    permuted = found.permuted[probe]
+    spread = tuple(permuted.std(0, ddof=1)) if len(permuted) > 1 else None
+    rows.insert(1, Row(f"{found.permuted_name}, rows permuted", tuple(permuted.mean(0)), spread))
+    folds = next(iter(scores.values()))
+    constant = [f"{score.fold} {score.constant}" for score in folds if score.constant]
+    note = (
+        f"Mean over {len(folds[0].panel)} genes, without those that are constant in the held-out rows and "
+        f"have no r ({', '.join(constant) or 'none'}). Rows permuted: mean ± sd of {len(permuted)} orders."
+    )
+    return Table(f"Pearson r of predicted expression, {probe}", found.folds, tuple(rows), note)
+
+
+def _retrieval(
+    found: Comparison,
+    retrievals: dict[str, list[list[Retrieval]]],
+    title: str,
+    number: Callable[[Ranks], float],
+) -> Table:
+    """Both directions of each contender, and chance; a fold of several sections has their mean."""
+    rows = []
+    for name, folds in retrievals.items():
+        rows += [
+            Row(f"{name}, image to expression", _means(folds, number, "to_expression")),
+            Row(f"{name}, expression to image", _means(folds, number, "to_image")),
+        ]
+    rows.append(Row("chance", _means(folds, number, "chance")))
+    return Table(title, found.folds, tuple(rows), "Within a section.")
+
+
+def _means(
+    folds: list[list[Retrieval]], number: Callable[[Ranks], float], direction: str
+) -> tuple[float, ...]:
+    """Of each fold, over its sections."""
+    return tuple(float(np.mean([number(getattr(r, direction)) for r in sections])) for sections in folds)

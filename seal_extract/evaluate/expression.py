@@ -1,6 +1,8 @@
-"""Gene expression predicted from embeddings by the HEST-Benchmark's ridge on principal components.
+"""The held-out ridge: gene expression predicted from embeddings, on sections or patients left out in turn.
 
-Source: Jaume et al., HEST-1k (arXiv 2406.16192), and the benchmark's published settings.
+Expression is log1p of counts per 10,000, the genes are the most variable ones of the training sections, and
+the ridge is on principal components with the alpha of the HEST-Benchmark (Jaume et al., arXiv 2406.16192), or
+with one that is chosen. Its figures cannot be compared with those of the HEST-Benchmark: see `hest`.
 """
 
 from __future__ import annotations
@@ -17,12 +19,14 @@ from seal_extract.errors import UsageError, how_to_install
 try:
     from sklearn.decomposition import PCA
     from sklearn.linear_model import Ridge
+    from sklearn.model_selection import train_test_split
     from sklearn.pipeline import Pipeline, make_pipeline
     from sklearn.preprocessing import StandardScaler
 except ImportError as exc:
     raise UsageError(f"scikit-learn is not installed; {how_to_install('train')}") from exc
 
 Floats = NDArray[np.float64]
+HELD_OUT = 0.2  # of the rows, in random splits
 BLOCKS = 5  # of consecutive rows: the inner folds where all rows are of one group
 
 
@@ -33,8 +37,7 @@ class Probe:
     Attributes:
         name: in tables.
         components: principal components at most.
-        alphas: of the ridge, to choose from within the training rows; empty for the benchmark's own, which
-            is 100 / (components x genes).
+        alphas: of the ridge, to choose from within the training rows; empty for 100 / (components x genes).
     """
 
     name: str
@@ -42,22 +45,23 @@ class Probe:
     alphas: tuple[float, ...] = ()
 
 
-HEST = Probe("HEST-Benchmark")
-# the benchmark's alpha hardly regularises: with a few hundred spots, 256 components are fitted to their noise
-TUNED = Probe("alpha chosen within the training rows", alphas=(1.0, 10.0, 100.0, 1e3, 1e4, 1e5))
+FIXED = Probe("held-out ridge, fixed alpha")
+# the fixed alpha hardly regularises: with a few hundred spots, 256 components are fitted to their noise
+TUNED = Probe(
+    "held-out ridge, alpha chosen within the training rows", alphas=(1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
+)
 
 
 def fit_probe(
     embeddings: NDArray[Any],
     expression: NDArray[Any],
-    probe: Probe = HEST,
+    probe: Probe = FIXED,
     groups: NDArray[Any] | None = None,
 ) -> Pipeline:
     """Standardise the features, keep the first principal components, fit a ridge.
 
-    The benchmark fits without an intercept to expression that is not centred. Its components have mean 0 over
-    the training rows, so an intercept changes neither weights nor Pearson's r; here predictions include the
-    training mean.
+    The components have mean 0 over the training rows, so that the intercept changes neither the weights nor
+    Pearson's r: predictions include the training mean.
 
     Args:
         embeddings: [N, D].
@@ -216,6 +220,17 @@ def leave_one_out(groups: Sequence[Any] | NDArray[Any]) -> Iterator[tuple[str, N
         yield str(name), np.flatnonzero(of != name), np.flatnonzero(of == name)
 
 
+def random_splits(names: Sequence[str], rows: int) -> Iterator[tuple[str, NDArray[Any], NDArray[Any]]]:
+    """A random fifth of all rows held out, for each name anew, as `leave_one_out` gives it.
+
+    The split of SEAL's in-domain probe (arXiv 2602.14177, its published code), whose seed is the number of
+    the repeat.
+    """
+    for seed, name in enumerate(names):
+        train, held_out = train_test_split(np.arange(rows), test_size=HELD_OUT, random_state=seed)
+        yield name, np.sort(train), np.sort(held_out)
+
+
 @dataclass(frozen=True, eq=False)
 class FoldScore:
     """How well one fold's held-out rows were predicted.
@@ -242,8 +257,13 @@ class FoldScore:
         """Number of genes without an r."""
         return int(np.isnan(self.per_gene).sum())
 
+    def to_json(self) -> dict[str, float | None]:
+        """Pearson's r by gene; None where it has none."""
+        r = (None if np.isnan(value) else round(float(value), 6) for value in self.per_gene)
+        return dict(zip(self.panel, r, strict=True))
 
-def score_fold(embeddings: NDArray[Any], fold: Fold, probe: Probe = HEST) -> FoldScore:
+
+def score_fold(embeddings: NDArray[Any], fold: Fold, probe: Probe = FIXED) -> FoldScore:
     """Fit to the embeddings [N, D] of the fold's training rows, predict the held-out ones.
 
     Raises:

@@ -15,20 +15,27 @@ from numpy.typing import NDArray
 
 from seal_extract.encoders import Encoder
 from seal_extract.encoders.folder import CONFIG, OMICS
+from seal_extract.encoders.registry import bundled
 from seal_extract.encoders.request import EncoderRequest
-from seal_extract.errors import OutputError, UsageError
-from seal_extract.evaluate.compare import SEEDS, Comparison, Embeddings, compare
-from seal_extract.evaluate.expression import Fold, leave_one_out
+from seal_extract.errors import UsageError
+from seal_extract.evaluate.compare import SEEDS, Embeddings, compare, tables
+from seal_extract.evaluate.expression import Fold, leave_one_out, random_splits
 from seal_extract.evaluate.handcrafted import handcrafted_features
-from seal_extract.evaluate.table import Table, tables, to_csv
+from seal_extract.evaluate.table import Report
 from seal_extract.genes.omics import compared_behind_heads, load_omics
-from seal_extract.publish import publish
 from seal_extract.train.pairs import Pairs, make_pairs
 from seal_extract.train.sections import Section, choose_panel
 
 FOLD = "{fold}"  # in an encoder's path: one encoder for each fold
 HANDCRAFTED = "handcrafted features"  # as the tables call them
-BY = ("section", "patient")
+REPORT = "evaluation"  # name of its files
+RANDOM = "random-spots"
+BY = ("section", "patient", RANDOM)
+REPEATS = 5  # SEAL's
+IN_DOMAIN = (
+    "Random splits over spots, as in SEAL's in-domain probe: neighbouring spots are on both sides of them. "
+    "The numbers do not show how an encoder does on a new section."
+)
 Log = Callable[[str], None]
 
 
@@ -37,7 +44,8 @@ class EvaluateOptions:
     """What is compared, and how.
 
     Attributes:
-        by: ``"section"`` or ``"patient"``: what is held out in turn.
+        by: ``"section"`` or ``"patient"``: what is held out in turn; or ``"random-spots"`` for random splits
+            over all spots, as in SEAL's in-domain probe.
         genes: of each fold's panel, the most variable of its training sections.
         patch_px: side of the patches that are cut.
         mpp: µm/px of those patches.
@@ -61,68 +69,6 @@ class EvaluateOptions:
                 raise UsageError(f"--{option} is {getattr(self, name)}; allowed: {least} or more")
 
 
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """The result of `evaluate`.
-
-    Attributes:
-        found: every score.
-        tables: for reading.
-        about: options, sections and encoders, as JSON.
-        warnings: what weakens the numbers: an encoder that saw held-out sections in training.
-    """
-
-    found: Comparison
-    tables: list[Table]
-    about: dict[str, Any]
-    warnings: list[str]
-
-    def to_markdown(self) -> str:
-        """Warnings, then all tables."""
-        return "\n".join([*(f"**{w}**\n" for w in self.warnings), *(t.to_markdown() for t in self.tables)])
-
-    def to_json(self) -> dict[str, Any]:
-        """All numbers, including those of single genes."""
-        per_gene = {
-            f"{name}, {probe}": {
-                score.fold: {
-                    gene: None if np.isnan(r) else round(float(r), 6)
-                    for gene, r in zip(score.panel, score.per_gene, strict=True)
-                }
-                for score in scores
-            }
-            for (name, probe), scores in self.found.scores.items()
-        }
-        made = [table.to_json() for table in self.tables]
-        return {**self.about, "warnings": self.warnings, "tables": made, "pearson_r_per_gene": per_gene}
-
-    def write(self, folder: Path, *, overwrite: bool = False) -> list[Path]:
-        """Write ``evaluation.md``, ``.csv`` and ``.json``.
-
-        Raises:
-            OutputError: as `output_files`; or they cannot be written.
-        """
-        files = output_files(folder, overwrite)
-        texts = (self.to_markdown(), to_csv(self.tables), json.dumps(self.to_json(), indent=1) + "\n")
-        for file, text in zip(files, texts, strict=True):
-            with publish(file) as part:
-                part.write_text(text, encoding="utf-8")
-        return files
-
-
-def output_files(folder: Path, overwrite: bool) -> list[Path]:
-    """The files of an evaluation.
-
-    Raises:
-        OutputError: one of them exists and must not be replaced.
-    """
-    files = [folder / f"evaluation{suffix}" for suffix in (".md", ".csv", ".json")]
-    existing = [file for file in files if file.exists()]
-    if existing and not overwrite:
-        raise OutputError(f"{existing[0]} exists already; give --overwrite or another -o")
-    return files
-
-
 def evaluate(
     sections: Sequence[Section],
     encoder: EncoderRequest,
@@ -130,8 +76,8 @@ def evaluate(
     *,
     options: EvaluateOptions = EvaluateOptions(),
     log: Log = lambda what: None,
-) -> Evaluation:
-    """Compare an encoder with its base, handcrafted features and permuted rows, on held-out sections.
+) -> Report:
+    """Compare an encoder with its base, handcrafted features and permuted rows, by the held-out ridge.
 
     Args:
         sections: with expression and slides; each, or each patient, is held out in turn.
@@ -145,30 +91,22 @@ def evaluate(
         EncoderError: encoders that cannot be loaded.
         SlideError: slides that cannot be read.
     """
-    groups = {s.name: s.name if options.by == "section" else s.patient for s in sections}
-    if len(set(groups.values())) < 2:
+    groups = {s.name: s.patient if options.by == "patient" else s.name for s in sections}
+    if len(set(groups.values())) < 2 and options.by != RANDOM:
         raise UsageError(
             f"all {len(sections)} sections are of one {options.by}, {next(iter(groups.values()), 'none')}; "
             f"allowed: two {options.by}s or more to leave one out"
         )
     log("cutting patches")
-    panels = {
-        held_out: choose_panel([s for s in sections if groups[s.name] != held_out], options.genes)
-        for held_out in dict.fromkeys(groups.values())
-    }
-    pairs = make_pairs(sections, next(iter(panels.values())), patch_px=options.patch_px, mpp=options.mpp)
+    pairs, folds = _folds(sections, groups, options)
     names = np.array(pairs.names)[pairs.section]  # [N]
-    held_out_by = np.array([groups[name] for name in pairs.names])[pairs.section]
-    folds = [
-        Fold(name, train, held_out, expression_of(sections, pairs, panel), panel, held_out_by, names)
-        for name, train, held_out in leave_one_out(held_out_by)
-        for panel in [panels[name]]
-    ]
     requests = [request for request in (encoder, base) if request is not None]
     warnings = [warning for request in requests for warning in _seen(request, folds)]
+    if options.by == RANDOM:
+        warnings.insert(0, IN_DOMAIN)
     contenders = {}
     for request in requests:
-        name = _name_of(request) + (", before alignment" if request is base else "")
+        name = name_of(request) + (", before alignment" if request is base else "")
         contenders[name] = _embedded(request, sections, pairs, folds, options.batch_size, log)
     log("handcrafted features")
     handcrafted = Embeddings(handcrafted_features(pairs.patches))
@@ -184,7 +122,41 @@ def evaluate(
         "encoder": os.fspath(encoder.name_or_path),
         "base": None if base is None else os.fspath(base.name_or_path),
     }
-    return Evaluation(found, tables(found), about, warnings)
+    per_gene = {
+        f"{name}, {probe}": {score.fold: score.to_json() for score in scores}
+        for (name, probe), scores in found.scores.items()
+    }
+    return Report(REPORT, tables(found), about, warnings, {"pearson_r_per_gene": per_gene})
+
+
+def _folds(
+    sections: Sequence[Section], groups: dict[str, str], options: EvaluateOptions
+) -> tuple[Pairs, list[Fold]]:
+    """The pairs of all sections, and folds of their rows, each with the panel of its training sections."""
+    if options.by == RANDOM:
+        panels = {f"random spots {i + 1}": choose_panel(sections, options.genes) for i in range(REPEATS)}
+    else:
+        panels = {
+            held_out: choose_panel([s for s in sections if groups[s.name] != held_out], options.genes)
+            for held_out in dict.fromkeys(groups.values())
+        }
+    pairs = make_pairs(sections, next(iter(panels.values())), patch_px=options.patch_px, mpp=options.mpp)
+    held_out_by = np.array([groups[name] for name in pairs.names])[pairs.section]
+    splits = leave_one_out(held_out_by) if options.by != RANDOM else random_splits(list(panels), len(pairs))
+    names = np.array(pairs.names)[pairs.section]
+    folds = [
+        Fold(
+            name,
+            train,
+            held_out,
+            expression_of(sections, pairs, panels[name]),
+            panels[name],
+            held_out_by,
+            names,
+        )
+        for name, train, held_out in splits
+    ]
+    return pairs, folds
 
 
 def expression_of(
@@ -230,7 +202,7 @@ def _embedded(
     return by_fold
 
 
-def _name_of(request: EncoderRequest) -> str:
+def name_of(request: EncoderRequest) -> str:
     """As the tables call an encoder: the last folder that is the same for all folds."""
     name = os.fspath(request.name_or_path)
     parts = [part for part in Path(name).parts if FOLD not in part]
@@ -264,23 +236,27 @@ def _embed_expression(
     return made
 
 
-def training_of(folder: Path) -> dict[str, Any]:
-    """What an encoder's folder states about its training; empty where it states nothing, or is no folder."""
-    file = folder / CONFIG
+def training_of(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the folder of an encoder states about its training; empty where there is none, or no statement."""
+    file = Path(bundled().get(os.fspath(name_or_path), name_or_path)) / CONFIG
     if not file.is_file():
         return {}
     training: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")).get("training") or {}
     return training
 
 
+def sections_seen(name_or_path: str | os.PathLike[str]) -> set[str]:
+    """Names of the sections that an encoder was trained on, or by which its best epoch was chosen."""
+    training = training_of(name_or_path)
+    return {*training.get("sections", ()), *training.get("config", {}).get("data", {}).get("validation", ())}
+
+
 def _seen(request: EncoderRequest, folds: Sequence[Fold]) -> list[str]:
-    """A warning for each encoder that was trained, or whose best epoch was chosen, on what is held out."""
+    """A warning for each encoder that saw what is held out."""
     warnings = []
     for fold in folds:
-        folder = Path(_for_fold(request, fold.name).name_or_path)
-        training = training_of(folder)
-        validation = training.get("config", {}).get("data", {}).get("validation", ())
-        seen = {*training.get("sections", ()), *validation} & set(fold.sections[fold.held_out].tolist())
+        folder = _for_fold(request, fold.name).name_or_path
+        seen = sections_seen(folder) & set(fold.sections[fold.held_out].tolist())
         if seen:
             warnings.append(
                 f"{folder} saw {', '.join(sorted(seen))} in training, held out in fold {fold.name}: that "

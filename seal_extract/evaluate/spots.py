@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.encoders import Encoder
-from seal_extract.encoders.registry import bundled
 from seal_extract.errors import OutputError, UsageError
 from seal_extract.evaluate.run import embed, training_of
 from seal_extract.genes.omics import OmicsEncoder, compared_behind_heads
@@ -97,8 +96,7 @@ def embed_spots(
 
 def was_smoothed(name_or_path: str | os.PathLike[str]) -> bool:
     """Whether an encoder was trained on smoothed expression, as the official ones were."""
-    folder = Path(bundled().get(os.fspath(name_or_path), name_or_path))
-    data = training_of(folder).get("config", {}).get("data", {})
+    data = training_of(name_or_path).get("config", {}).get("data", {})
     return bool(data.get("smooth", True))
 
 

@@ -1,18 +1,21 @@
-"""A comparison as tables: contenders by folds, the mean and its spread; as Markdown, CSV and JSON."""
+"""The result of an evaluation: tables of contenders by folds, written as Markdown, CSV and JSON."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from seal_extract.evaluate.compare import KS, Comparison, Ranks, Retrieval
+from seal_extract.errors import OutputError
 from seal_extract.names import cell
+from seal_extract.publish import publish
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,11 @@ class Row:
         """Sample standard deviation over the folds; NaN for a single fold."""
         return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else math.nan
 
-    def cells(self) -> list[str]:
+    def cells(self, *, with_sd: bool = True) -> list[str]:
         """As printed."""
         spread = self.spread or (math.nan,) * len(self.values)
-        return [self.name, *map(_number, self.values, spread), _number(self.mean, self.sd)]
+        sd = self.sd if with_sd else math.nan
+        return [self.name, *map(_number, self.values, spread), _number(self.mean, sd)]
 
 
 def _number(value: float, sd: float = math.nan) -> str:
@@ -61,18 +65,21 @@ class Table:
         columns: names of the folds.
         rows: lines.
         note: what a reader has to know.
+        with_sd: whether the last column has the spread over the columns, which tasks do not share.
     """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
     note: str = ""
+    with_sd: bool = True
 
     def to_markdown(self) -> str:
         """Title, table and note."""
-        head = ["", *self.columns, "mean ± sd"]
+        head = ["", *self.columns, "mean ± sd" if self.with_sd else "average"]
         rule = ["---", *["---:"] * (len(head) - 1)]
-        body = [f"| {' | '.join(cells)} |" for cells in (head, rule, *(row.cells() for row in self.rows))]
+        rows = (row.cells(with_sd=self.with_sd) for row in self.rows)
+        body = [f"| {' | '.join(cells)} |" for cells in (head, rule, *rows)]
         return "\n".join([f"**{self.title}**", "", *body, *(["", self.note] if self.note else []), ""])
 
     def to_json(self) -> dict[str, Any]:
@@ -109,55 +116,55 @@ def to_csv(tables: Sequence[Table]) -> str:
     return text.getvalue()
 
 
-def tables(found: Comparison) -> list[Table]:
-    """Expression by each probe, then retrieval: through the predicted expression, and in the joint space."""
-    made = [_expression(found, probe) for probe in found.permuted]
-    for where, retrieval in (
-        ("through predicted expression", found.predicted_retrieval),
-        ("in the space of the alignment", found.joint_retrieval),
-    ):
-        if not retrieval:
-            continue
-        for k in KS:
-            made.append(_retrieval(found, retrieval, f"Recall at {k}, {where}", lambda r, k=k: r.recall[k]))  # type: ignore[misc]
-        made.append(_retrieval(found, retrieval, f"Median rank, {where}", lambda r: r.median_rank))
-    return made
+@dataclass(frozen=True, eq=False)
+class Report:
+    """An evaluation that is ready to be written.
+
+    Attributes:
+        name: of its files, without suffix.
+        tables: for reading.
+        about: what was evaluated, and how, as JSON.
+        warnings: what weakens the numbers, such as an encoder that saw held-out sections in training.
+        details: further numbers, for JSON only.
+    """
+
+    name: str
+    tables: list[Table]
+    about: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def to_markdown(self) -> str:
+        """Warnings, then all tables."""
+        return "\n".join([*(f"**{w}**\n" for w in self.warnings), *(t.to_markdown() for t in self.tables)])
+
+    def to_json(self) -> dict[str, Any]:
+        """All numbers, including the details."""
+        tables = [table.to_json() for table in self.tables]
+        return {**self.about, "warnings": self.warnings, "tables": tables, **self.details}
+
+    def write(self, folder: Path, *, overwrite: bool = False) -> list[Path]:
+        """Write ``NAME.md``, ``.csv`` and ``.json``.
+
+        Raises:
+            OutputError: as `output_files`; or they cannot be written.
+        """
+        files = output_files(folder, overwrite, self.name)
+        texts = (self.to_markdown(), to_csv(self.tables), json.dumps(self.to_json(), indent=1) + "\n")
+        for file, text in zip(files, texts, strict=True):
+            with publish(file) as part:
+                part.write_text(text, encoding="utf-8")
+        return files
 
 
-def _expression(found: Comparison, probe: str) -> Table:
-    scores = {name: folds for (name, by), folds in found.scores.items() if by == probe}
-    rows = [Row(name, tuple(score.mean for score in folds)) for name, folds in scores.items()]
-    permuted = found.permuted[probe]
-    spread = tuple(permuted.std(0, ddof=1)) if len(permuted) > 1 else None
-    rows.insert(1, Row(f"{found.permuted_name}, rows permuted", tuple(permuted.mean(0)), spread))
-    folds = next(iter(scores.values()))
-    constant = [f"{score.fold} {score.constant}" for score in folds if score.constant]
-    note = (
-        f"Mean over {len(folds[0].panel)} genes, without those that are constant in the held-out rows and "
-        f"have no r ({', '.join(constant) or 'none'}). Rows permuted: mean ± sd of {len(permuted)} orders."
-    )
-    return Table(f"Pearson r of predicted expression, ridge: {probe}", found.folds, tuple(rows), note)
+def output_files(folder: Path, overwrite: bool, name: str) -> list[Path]:
+    """The files of a report.
 
-
-def _retrieval(
-    found: Comparison,
-    retrievals: dict[str, list[list[Retrieval]]],
-    title: str,
-    number: Callable[[Ranks], float],
-) -> Table:
-    """Both directions of each contender, and chance; a fold of several sections has their mean."""
-    rows = []
-    for name, folds in retrievals.items():
-        rows += [
-            Row(f"{name}, image to expression", _means(folds, number, "to_expression")),
-            Row(f"{name}, expression to image", _means(folds, number, "to_image")),
-        ]
-    rows.append(Row("chance", _means(folds, number, "chance")))
-    return Table(title, found.folds, tuple(rows), "Within a section.")
-
-
-def _means(
-    folds: list[list[Retrieval]], number: Callable[[Ranks], float], direction: str
-) -> tuple[float, ...]:
-    """Of each fold, over its sections."""
-    return tuple(float(np.mean([number(getattr(r, direction)) for r in sections])) for sections in folds)
+    Raises:
+        OutputError: one of them exists and must not be replaced.
+    """
+    files = [folder / f"{name}{suffix}" for suffix in (".md", ".csv", ".json")]
+    existing = [file for file in files if file.exists()]
+    if existing and not overwrite:
+        raise OutputError(f"{existing[0]} exists already; give --overwrite or another -o")
+    return files

@@ -17,19 +17,21 @@ from seal_extract.encoders.folder import write as write_folder
 from seal_extract.encoders.heads import ExpressionDecoder
 from seal_extract.encoders.spec import Decoder
 from seal_extract.errors import UsageError
-from seal_extract.evaluate.compare import Embeddings, compare, permuted_rows, retrieve
+from seal_extract.evaluate.compare import Embeddings, compare, permuted_rows, retrieve, tables
 from seal_extract.evaluate.expression import (
-    HEST,
+    FIXED,
     TUNED,
     Fold,
     Probe,
     fit_probe,
     leave_one_out,
     pearson,
+    random_splits,
     score_fold,
 )
 from seal_extract.evaluate.handcrafted import FEATURES, handcrafted_features
-from seal_extract.evaluate.table import Row, Table, tables, to_csv
+from seal_extract.evaluate.run import sections_seen
+from seal_extract.evaluate.table import Row, Table, to_csv
 from seal_extract.train.formats import load_sections
 from seal_extract.train.pairs import make_pairs
 from seal_extract.train.seal import new_omics
@@ -158,7 +160,7 @@ def test_linear_expression_is_predicted_and_permuted_rows_are_not():
     noise = RNG(3).normal(size=x.shape)
     found = compare({"linear": in_folds(x), "noise": in_folds(noise)}, folds_of(y, sections))
     assert found.mean("linear") > 0.9
-    for probe in (HEST, TUNED):
+    for probe in (FIXED, TUNED):
         assert found.permuted[probe.name].shape == (10, 3)
         assert abs(found.permuted[probe.name].mean()) < 0.1
         assert abs(found.mean("noise", probe)) < 0.1
@@ -180,8 +182,8 @@ def test_folds_may_have_their_own_encoder_and_panel():
     folds = folds_of(y, sections)
     short = replace(folds[2], expression=y[:, :2], panel=("g0", "g1"))
     own = {fold: Embeddings(images) for fold, images in {"a": x, "b": x[:, :3], "c": x}.items()}
-    found = compare({"own": own}, [folds[0], folds[1], short], probes=[HEST], seeds=2)
-    assert [len(score.per_gene) for score in found.scores["own", HEST.name]] == [4, 4, 2]
+    found = compare({"own": own}, [folds[0], folds[1], short], probes=[FIXED], seeds=2)
+    assert [len(score.per_gene) for score in found.scores["own", FIXED.name]] == [4, 4, 2]
 
 
 def test_leave_one_out_holds_out_every_group_once():
@@ -339,9 +341,9 @@ def test_handcrafted_features_reach_the_yardstick_on_her2st_and_permuted_rows_do
     name, train, held_out = next(leave_one_out(of))
     fold = Fold(name, train, held_out, pairs.expression, panel, of, of)
     found = compare({"handcrafted": {name: Embeddings(handcrafted_features(pairs.patches))}}, [fold])
-    assert found.mean("handcrafted", HEST) > 0.24
+    assert found.mean("handcrafted", FIXED) > 0.24
     assert found.mean("handcrafted", TUNED) > 0.26
-    assert abs(found.permuted[HEST.name].mean()) < 0.04
+    assert abs(found.permuted[FIXED.name].mean()) < 0.04
     (retrieval,) = found.predicted_retrieval["handcrafted"][0]
     assert retrieval.to_expression.recall[10] > 2.5 * retrieval.chance.recall[10]
 
@@ -399,7 +401,7 @@ def test_the_command_prints_the_tables_and_writes_three_files(run, place, tmp_pa
     both = ["encoder, image to expression", "encoder, expression to image", "chance"]
     assert [row["line"] for row in joint["rows"]] == both
     assert report["tables"][0]["rows"][2]["folds"]["A"] != 0  # its embeddings are not all alike
-    assert report["pearson_r_per_gene"]["handcrafted features, HEST-Benchmark"]["B"]["g1"] > 0.8
+    assert report["pearson_r_per_gene"]["handcrafted features, held-out ridge, fixed alpha"]["B"]["g1"] > 0.8
     assert (tmp_path / "evaluation.md").read_text().strip() in "\n".join(out)
     assert (tmp_path / "evaluation.csv").read_text().startswith("table,line,fold,value,spread\n")
 
@@ -453,10 +455,24 @@ def test_an_encoder_for_each_fold_and_one_that_saw_what_is_held_out(run, place, 
     assert f"**{warning}**" in out
 
 
+def test_a_random_split_over_spots_is_called_one(run, place, tmp_path):
+    words = ("--encoder", place / "base", "--sections", place / "st", "-o", tmp_path, *SMALL)
+    status, out, _ = run("evaluate", *words, "--by", "random-spots")
+    assert status == 0
+    assert out[0].startswith("**Random splits over spots, as in SEAL's in-domain probe: neighbouring spots")
+    assert out[4].startswith("|  | random spots 1 | random spots 2 | random spots 3 |")
+    name, train, held_out = next(random_splits(["one"], 10))
+    assert (name, len(train), sorted([*train, *held_out])) == ("one", 8, list(range(10)))
+
+
+def test_the_bundled_encoder_saw_its_sections():
+    assert sections_seen("seal-tiny") == {"C2", "C3", "C4", "C5"}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--by", "slide"), "--by is 'slide'; allowed: section, patient"),
+        (("--by", "slide"), "--by is 'slide'; allowed: section, patient, random-spots"),
         (("--genes", 0), "--genes is 0; allowed: 1 or more"),
         (("--genes", 9), "9 are asked for"),
         (("--sections", "nowhere"), "nowhere holds no section; allowed: the configuration of a training"),

@@ -55,7 +55,7 @@ class AnnData(Source, frozen=True):
 
     def read(self, name: str) -> Section:
         """See `Source.read`."""
-        data = _open(existing(self.path, f"{name}.h5ad"), name)
+        data = open_h5ad(existing(self.path, f"{name}.h5ad"), name)
         array_rc = _array_rc(name, data)
         lattice = lattice_of(name, self.lattice, array_rc)
         if self.pitch_um is not None and lattice == "none":
@@ -98,7 +98,7 @@ class Hest(Source, frozen=True):
         """See `Source.read`."""
         slide = existing(self.path, f"wsis/{name}.tif", f"patches/{name}.h5")
         meta = read_metadata(self.path / "metadata" / f"{name}.json")
-        data = _open(existing(self.path, f"st/{name}.h5ad"), name)
+        data = open_h5ad(existing(self.path, f"st/{name}.h5ad"), name)
         array_rc = _array_rc(name, data)
         lattice = lattice_of(name, self.lattice, array_rc)
         visium = lattice == "hexagonal" and meta.get("st_technology") in ("Visium", None)
@@ -124,14 +124,23 @@ class Hest(Source, frozen=True):
         )
 
 
-def _open(path: Path, name: str) -> Any:
-    """The AnnData of a file, in memory, without the spots beside the tissue."""
+def open_h5ad(path: Path, name: str, *, on_tissue: bool = True) -> Any:
+    """The AnnData of a file, in memory.
+
+    Args:
+        path: the file.
+        name: of the sample, for messages.
+        on_tissue: whether spots whose ``in_tissue`` is 0 are left out.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
     anndata = needed("anndata")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old files, and about names that occur twice
             data = anndata.read_h5ad(path)
-            if "in_tissue" in data.obs:
+            if on_tissue and "in_tissue" in data.obs:
                 data = data[np.asarray(data.obs["in_tissue"]).astype(float) != 0].copy()
     except Exception as exc:  # of h5py, of anndata, of its registry of encodings: many kinds
         reason = (str(exc).splitlines() or [type(exc).__name__])[0]

@@ -1,0 +1,150 @@
+"""``seal-extract evaluate`` and its kinds: ``evaluate hest``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from seal_extract.cli.options import add, comma_separated, encoder_request
+from seal_extract.cli.terminal import echo, progress_line
+
+if TYPE_CHECKING:
+    from seal_extract.encoders.request import EncoderRequest
+    from seal_extract.evaluate.table import Report
+
+OTHERS = """\
+other evaluations, each with its own --help:
+  seal-extract evaluate hest FOLDER     the HEST-Benchmark, by its own protocol and with its own files
+"""
+
+
+def add_evaluate_options(p: argparse.ArgumentParser) -> None:
+    """Add the options of ``seal-extract evaluate``."""
+    p.description = (
+        "Predict gene expression from an encoder's embeddings by the held-out ridge, and retrieve spots by "
+        "image. The tables compare permuted rows, handcrafted features and the encoder before alignment. The "
+        "figures are not those of the HEST-Benchmark, which `evaluate hest` runs."
+    )
+    p.epilog, p.formatter_class = OTHERS, argparse.RawDescriptionHelpFormatter
+    p.set_defaults(handler=run_evaluate)
+    add(
+        p,
+        "--encoder",
+        required=True,
+        help="a name or a folder; {fold} in it stands for what is held out, with an encoder for each",
+    )
+    _add_base(p)
+    p.add_argument(
+        "--sections",
+        required=True,
+        type=Path,
+        metavar="CONFIG.toml|FOLDER",
+        help="the configuration of a training run, or a folder of sections, as of `seal-extract spots`",
+    )
+    p.add_argument(
+        "--by",
+        default="section",
+        metavar="WHAT",
+        help="what is held out in turn: section or patient; or random-spots for random splits over spots, as "
+        "in SEAL's in-domain probe, which say nothing about a new section (default: section)",
+    )
+    p.add_argument(
+        "--genes", type=int, default=250, metavar="N", help="number of most variable genes (default: 250)"
+    )
+    _add_out(p, "evaluation")
+    add(p, "--mpp", default=0.5)
+    add(p, "--patch-px", default=224)
+    add(p, "--batch-size", default=64, help="patches per forward pass (default: 64)")
+    p.add_argument("--seeds", type=int, default=10, metavar="N", help="permutations of rows (default: 10)")
+    add(p, "--precision", "--device", "--offline")
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    """Print the tables, and where they were written."""
+    from seal_extract.evaluate.run import REPORT, EvaluateOptions, evaluate
+    from seal_extract.evaluate.table import output_files
+    from seal_extract.train.formats import sections_of
+
+    options = EvaluateOptions(args.by, args.genes, args.patch_px, args.mpp, args.batch_size, args.seeds)
+    output_files(args.out, args.overwrite, REPORT)
+    encoder, base = _encoders(args)
+    sections = sections_of(args.sections)
+    return _print(args, lambda show: evaluate(sections, encoder, base, options=options, log=show))
+
+
+def add_hest_options(p: argparse.ArgumentParser) -> None:
+    """Add the options of ``seal-extract evaluate hest``."""
+    p.description = (
+        "Run the HEST-Benchmark by its own protocol: log1p of raw counts of the 50 genes of each task, 256 "
+        "principal components, its ridge and its splits. Handcrafted features and permuted rows are compared."
+    )
+    p.set_defaults(handler=run_hest)
+    p.add_argument(
+        "folder",
+        type=Path,
+        metavar="FOLDER",
+        help="the files of MahmoodLab/hest-bench as they lie on the Hub: TASK/patches, adata, splits and "
+        "var_50genes.json; or the folder of one task",
+    )
+    add(p, "--encoder", required=True)
+    _add_base(p)
+    p.add_argument("--tasks", type=comma_separated, metavar="TASK[,TASK]", help="tasks to run (default: all)")
+    _add_out(p, "hest", "; embeddings are kept beside them, so that the same command continues")
+    add(p, "--batch-size", "--precision", "--device", "--offline")
+
+
+def run_hest(args: argparse.Namespace) -> int:
+    """Print HEST's table and those of the splits, and where they were written."""
+    from seal_extract.evaluate.hest import REPORT, evaluate_hest
+    from seal_extract.evaluate.table import output_files
+
+    output_files(args.out, args.overwrite, REPORT)
+    encoder, base = _encoders(args)
+    return _print(
+        args,
+        lambda show: evaluate_hest(
+            args.folder,
+            encoder,
+            base,
+            args.out,
+            tasks=args.tasks,
+            batch_size=args.batch_size,
+            overwrite=args.overwrite,
+            log=show,
+        ),
+    )
+
+
+# --- what the kinds of evaluation share ---------------------------------------------------------------
+
+
+def _add_base(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--base", metavar="NAME|FOLDER", help="the same encoder before alignment")
+
+
+def _add_out(p: argparse.ArgumentParser, name: str, more: str = "") -> None:
+    p.add_argument(
+        "-o", "--out", type=Path, required=True, help=f"folder for {name}.md, .csv and .json{more}"
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace the files of another evaluation")
+
+
+def _encoders(args: argparse.Namespace) -> tuple[EncoderRequest, EncoderRequest | None]:
+    """The encoder, and the one that it is compared with."""
+    base = None if args.base is None else encoder_request(args.base, args)
+    return encoder_request(args.encoder, args), base
+
+
+def _print(args: argparse.Namespace, evaluate: Callable[[Callable[[str], None]], Report]) -> int:
+    """Evaluate, print the tables, and write them."""
+    show = progress_line(args.quiet)
+    try:
+        report = evaluate(show)
+    finally:
+        show("")
+    echo(*report.to_markdown().split("\n"))
+    for file in report.write(args.out, overwrite=args.overwrite):
+        echo(f"-> {file}")
+    return 0
