@@ -12,7 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from seal_extract.encoders.hub import cache_folder, endpoint, translate
+from seal_extract.encoders.cache import cache_folder
+from seal_extract.encoders.hub import endpoint, translate
 from seal_extract.encoders.registry import list_encoders
 from seal_extract.encoders.request import EncoderRequest
 from seal_extract.errors import SealExtractError, first_line
@@ -60,7 +61,7 @@ def examine(
         yield network
         if network.state == "ok":
             yield _checked("token", _token)
-            for source in dict.fromkeys(spec.source for spec in list_encoders() if spec.source):
+            for source in dict.fromkeys(spec.source for spec in list_encoders() if spec.layout.gated):
                 yield _checked("gate", partial(_gate, source))
     if encoder is not None:
         yield from _encoder(encoder)

@@ -118,9 +118,17 @@ def _is_transformers(spec: EncoderSpec) -> bool:
 
 
 def as_published(spec: EncoderSpec, tensors: dict[str, Tensor], version: int = 4) -> dict[str, Tensor]:
-    """The tensors of a ViT under the names of the row's files: for Phikon-v2 those of Dinov2Model."""
-    if not _is_transformers(spec):
+    """The tensors of a ViT under the names of the row's files: transformers' own, or Meta's."""
+    names = spec.published.layer_names
+    if names == "timm":
         return tensors
+    if "reg_token" in tensors:  # here the class token's position is 0
+        tensors = {**tensors, "pos_embed": torch.cat([0 * tensors["cls_token"], tensors["pos_embed"]], 1)}
+    if names == "dinov2":
+        return {
+            key.replace("reg_token", "register_tokens").replace("fc1", "w12").replace("fc2", "w3"): value
+            for key, value in tensors.items()
+        }
     named = {}
     old = {"q": "attention.query", "k": "attention.key", "v": "attention.value", "o": "output.dense"}
     attention = old if version == 4 else {part: f"{part}_proj" for part in "qkvo"}
@@ -129,6 +137,7 @@ def as_published(spec: EncoderSpec, tensors: dict[str, Tensor], version: int = 4
         key = key.replace(".gamma", ".lambda1").replace(".attn.proj.", f".attention.{attention['o']}.")
         key = key.replace("patch_embed.proj.", "embeddings.patch_embeddings.projection.")
         key = key.replace("cls_token", "embeddings.cls_token")
+        key = key.replace("reg_token", "embeddings.register_tokens")
         key = key.replace("pos_embed", "embeddings.position_embeddings")
         key = "layernorm." + key.removeprefix("norm.") if key.startswith("norm.") else key
         if ".attn.qkv." in key:

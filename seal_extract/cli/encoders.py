@@ -24,13 +24,13 @@ def add_encoders_options(p: argparse.ArgumentParser) -> None:
 def run_table(args: argparse.Namespace) -> int:
     """The encoders to choose from, and which of them lie in the cache; no network is asked."""
     from seal_extract.encoders import list_encoders
-    from seal_extract.encoders.hub import is_cached
+    from seal_extract.encoders.cache import is_cached
 
     head = ("name", "D", "trained at", "µm/px is", "precision", "cached", "gated", "pinned to commit, sha256")
     rows = [(*head, "weights", "licence of the weights")]
     for s in list_encoders():
         layout = s.published
-        here = layout is not None and bool(s.source) and is_cached(s.source, layout.files, layout.commit)
+        here = layout is not None and s.on_hub and is_cached(s.source, layout.files, layout.commit)
         facts = (s.name, str(s.dim), s.trained_at, BASES.get(s.mpp_basis, ""), s.precision, _yes(here))
         rows.append((*facts, _yes(layout is not None and layout.gated), _pin(layout), s.page, s.licence))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -131,7 +131,7 @@ def _load(
         if spec.published is None and config.is_file():
             own = folder.read_contents(config)
             parts = _own_parts(spec, shapes, own, file, reader)
-        elif spec.pooling == "own":
+        elif spec.pooling in ("map", "own"):
             parts = _timm_parts(spec, tower, file, reader)
         else:
             parts = _official_parts(spec, shapes, file, reader, fetch_base)
@@ -157,11 +157,11 @@ class _Reader:
         self._pool = pool
         self._hashes: list[Future[WeightFile]] = []
 
-    def __call__(self, file: FoundFile) -> Tensors:
+    def __call__(self, file: FoundFile, inside: str = "") -> Tensors:
         hashed = self.hash(file)
         if file.held and file.pins:  # nothing of an unexpected file is read
             hashed.result()
-        tensors = read_tensors(file.path)
+        tensors = read_tensors(file.path, inside)
         if hasattr(os, "posix_fadvise"):  # read the file in large pieces; mapped pages come in small ones
             with file.path.open("rb") as opened:
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
@@ -197,7 +197,8 @@ def _own_parts(
 
 def _timm_parts(spec: EncoderSpec, tower: nn.Module, file: FoundFile, read: _Reader) -> _Parts:
     """A published file of a timm model; its classifier is left out."""
-    shapes, ignored, tensors = tower_shapes(tower), spec.layout.ignored, read(file)
+    shapes, layout = tower_shapes(tower), spec.layout
+    ignored, tensors = layout.ignored, read(file, layout.inside)
     if shapes.keys() != {key for key in tensors if not is_ignored(key, ignored)}:
         tensors = as_timm_reads(tensors, tower)
     check_tensors(tensors, shapes, ignored, file.path, spec.name)
@@ -213,8 +214,8 @@ def _official_parts(
 ) -> _Parts:
     """The authors' file with its adapters merged; the base is fetched if the file lacks it."""
     layout = spec.layout
-    published = read(file)
-    tensors = as_row_spells(published, layout, partial(read_tensors, file.path))
+    published = read(file, layout.inside)
+    tensors = as_row_spells(published, layout, partial(read_tensors, file.path, layout.inside))
     tower = {layout.prefix + key: shape for key, shape in shapes.items()}
     if layout.lora is None:
         check_tensors(tensors, tower, layout.ignored, file.path, spec.name, published)

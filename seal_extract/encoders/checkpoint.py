@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
+from argparse import Namespace
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,15 @@ from seal_extract.errors import CheckpointError
 SHOWN = 3  # keys named per kind of complaint
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, inside: str = "") -> dict[str, Tensor]:
     """Read a ``.pth``, ``.bin`` or ``.safetensors`` file; its first bytes tell the format, not its name.
 
     Tensors are mapped from the file, not copied; only the format of torch before 1.6 is read as a whole.
     ``{'state_dict': ...}`` is unwrapped, and ``module.`` is removed if all keys begin with it.
+
+    Args:
+        path: the file.
+        inside: name of a dict in it that holds the tensors, in place of ``state_dict``.
 
     Raises:
         CheckpointError: missing, cut short, no weight file, or with objects that only code could rebuild.
@@ -63,19 +68,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path} is damaged, cut short or no state dict ({size}): "
             f"{lines[0][:160] if lines else type(exc).__name__}; fetch it again"
         ) from exc
-    return _state_dict(content, path)
+    return _state_dict(content, path, inside or "state_dict")
 
 
 def _load_torch(path: Path, mapped: bool) -> Any:
-    if path.suffix == ".safetensors":  # newer torch would decide by this name
-        with path.open("rb") as file:
-            return torch.load(file, map_location="cpu", weights_only=True)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    with torch.serialization.safe_globals(
+        [Namespace]
+    ):  # in checkpoints of DINO; it holds options and no code
+        if path.suffix == ".safetensors":  # newer torch would decide by this name
+            with path.open("rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 
 
-def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+def _state_dict(content: Any, path: Path, inside: str) -> dict[str, Tensor]:
+    if isinstance(content, dict) and isinstance(content.get(inside), dict):
+        content = content[inside]
     if not isinstance(content, dict) or not content:
         kind = "an empty dict" if content == {} else f"a {type(content).__name__}"
         raise CheckpointError(f"{path} holds {kind}; allowed: a dict of tensors, or {{'state_dict': ...}}")

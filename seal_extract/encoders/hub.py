@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
     XetDownloadError,
 )
 
+from seal_extract.encoders.cache import cache_folder
 from seal_extract.encoders.files import FoundFile
 from seal_extract.errors import (
     GateError,
@@ -125,22 +126,6 @@ def _cache_only(offline: bool) -> bool:
 def endpoint() -> str:
     """URL of the Hub, by the present environment."""
     return os.environ.get("HF_ENDPOINT", "").rstrip("/") or constants.ENDPOINT
-
-
-def cache_folder() -> Path:
-    """Folder of downloads, by the present environment."""
-    if cache := os.environ.get("HF_HUB_CACHE"):
-        return Path(cache).expanduser()
-    if home := os.environ.get("HF_HOME"):
-        return Path(home).expanduser() / "hub"
-    return Path(constants.HF_HUB_CACHE)
-
-
-def is_cached(repo_id: str, filenames: Sequence[str], commit: str | None = None) -> bool:
-    """Whether the cache holds a file under any of its names, of a commit or of main; no network is used."""
-    asked = [(name, revision) for name in filenames for revision in dict.fromkeys([commit, None])]
-    found = (try_to_load_from_cache(repo_id, n, cache_dir=cache_folder(), revision=r) for n, r in asked)
-    return any(isinstance(path, str) for path in found)
 
 
 def _commit(path: Path) -> str | None:

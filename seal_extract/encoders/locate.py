@@ -98,6 +98,11 @@ def _official_file(
     if checkpoint is None:
         if not spec.source:
             raise UsageError(f"nobody says where the weights of {spec.name} are; give them as checkpoint=")
+        if not spec.on_hub:
+            raise UsageError(
+                f"the weights of {spec.name} are not on the Hub; fetch {names[0]} from {spec.page} and give "
+                "it as checkpoint="
+            )
         return fetch_published(spec, names, revision, offline)
     if revision is not None:
         raise UsageError("revision= names a revision on the Hub, checkpoint= a file here; leave one out")

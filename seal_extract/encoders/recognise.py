@@ -32,29 +32,30 @@ def looks_like(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
         return (OMICS,)
     shapes = {key: torch.empty(value.shape, device="meta") for key, value in tensors.items()}
     spelled: dict[tuple[str, tuple[str, ...], str], Shapes] = {}
-    found: dict[str, float] = {}
+    found: dict[str, tuple[float, int]] = {}
     for row in list_encoders():
         layout = row.layout
         names = (layout.prefix, layout.other_prefixes, layout.layer_names)
         if names not in spelled:
             spelled[names] = _shapes(as_row_spells(shapes, layout))
-        share = _share(row, spelled[names])
+        share, count = _share(row, spelled[names])
         if share >= ENOUGH:
-            found[row.name] = share
-    return tuple(name for name, share in found.items() if share == max(found.values()))
+            found[row.name] = share, count
+    return tuple(name for name, held in found.items() if held == max(found.values()))
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:
     return {key: tuple(value.shape) for key, value in tensors.items()}
 
 
-def _share(row: EncoderSpec, held: Shapes) -> float:
-    """The share of a row's tensors that a file holds; of its adapters, where the file has no tower."""
+def _share(row: EncoderSpec, held: Shapes) -> tuple[float, int]:
+    """Share and number of a row's tensors that a file holds; of its adapters, where the file has no tower."""
     prefix = row.layout.prefix
     if row.layout.lora is not None and not any(k.startswith(prefix) and ".lora_" not in k for k in held):
-        return float(_adapters_fit(row, held))
+        return float(_adapters_fit(row, held)), 0
     needed = {prefix + key: shape for key, shape in _tower(row).items() if FUSED not in key}
-    return sum(held.get(key) == shape for key, shape in needed.items()) / max(1, len(needed))
+    count = sum(held.get(key) == shape for key, shape in needed.items())
+    return count / max(1, len(needed)), count
 
 
 def _adapters_fit(row: EncoderSpec, held: Shapes) -> bool:

@@ -57,8 +57,8 @@ _SEAL_COMMIT = "c20762e7a04551e21e62c083a9c443bdbc48cb89"
 
 def _seal(
     base: EncoderSpec,
-    names: Sequence[str],
     *,
+    also_called: Sequence[str] = (),
     wrapped: bool = False,
     ignored: Sequence[str] = (),
     sha256: str | None = None,
@@ -68,7 +68,7 @@ def _seal(
 
     Args:
         base: the encoder that was finetuned.
-        names: of the base in the names of files, its own first.
+        also_called: further names of the base in the names of files.
         wrapped: the authors' code keeps the tower under one more name.
         ignored: keys of the base's file that the embedding does not need.
         sha256: of the vision file at `_SEAL_COMMIT`; None for a file that was not there yet.
@@ -88,7 +88,11 @@ def _seal(
         source="MahmoodLab/SEAL",
         paper="arXiv 2602.14177",
         published=Published(
-            files=tuple(f for n in names for f in (f"seal_{n}_vision.pth", f"{n}-seal-vision.pth")),
+            files=tuple(
+                file
+                for word in (base.name, *also_called)
+                for file in (f"seal_{word}_vision.pth", f"{word}-seal-vision.pth")
+            ),
             prefix=prefix,
             other_prefixes=(_PEFT + "encoder.",) if wrapped else (),
             layer_names=base.layout.layer_names,
@@ -111,17 +115,31 @@ def _read_table() -> tuple[dict[str, EncoderSpec], dict[str, str]]:
     seals: dict[str, EncoderSpec] = {}
     aliases: dict[str, str] = {}
     for name, table in tables.items():
+        if "like" in table:
+            table = tables[name] = _merged(_inherited(tables[table["like"]]), table)
         if "statistics" in table:
-            table |= STATISTICS[table["statistics"]]
-        table.setdefault("precision", recommended_precision(table.get("errors", {})))
-        bases[name] = msgspec.convert({"name": name, **table}, EncoderSpec)
-        others = table.get("also_called", [])
-        aliases |= dict.fromkeys(others, name)
+            table |= STATISTICS[table.pop("statistics")]
+        defaults = {"mpp": None, "precision": recommended_precision(table.get("errors", {}))}
+        bases[name] = msgspec.convert({"name": name, **defaults, **table}, EncoderSpec)
+        aliases |= dict.fromkeys(table.get("also_called", []), name)
         if "seal" in table:
-            seal = _seal(bases[name], [name, *others], **table["seal"])
+            seal = _seal(bases[name], **table["seal"])
             seals[seal.name] = seal
-            aliases |= {f"seal-{other}": seal.name for other in others}
+            aliases |= {f"seal-{other}": seal.name for other in table["seal"].get("also_called", [])}
     return seals | bases, aliases
+
+
+def _inherited(table: dict[str, Any]) -> dict[str, Any]:
+    """What a row that is ``like`` this one takes from it: nothing that belongs to these very weights."""
+    own = {"also_called", "seal", "errors", "errors_basis"}
+    published = {k: v for k, v in table["published"].items() if k not in ("commit", "sha256")}
+    return {k: v for k, v in table.items() if k not in own} | {"published": published}
+
+
+def _merged(table: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """``table`` with the values of ``other``, table by table."""
+    both = {k: _merged(v, other[k]) for k, v in table.items() if isinstance(v, dict) and k in other}
+    return {**table, **other, **both}
 
 
 ROWS, ALIASES = _read_table()

@@ -22,10 +22,10 @@ FASTEST = (
 )  # on a GPU; the first two are equally fast, and so the more exact first
 MOST_ERROR = 1e-3  # of an embedding in a precision that is chosen without being asked for
 PRECISION_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-POOLINGS = ("cls", "cls+mean", "conch", "own")
+POOLINGS = ("cls", "cls+mean", "conch", "map", "own")
 FILTERS = ("bilinear", "bicubic")
 MPP_BASES = ("", "stated", "magnification", "convention")
-LAYER_NAMES = ("timm", "transformers")
+LAYER_NAMES = ("timm", "transformers", "dinov2")
 HEAD = "projection_head."  # in front of the projection head's tensors in weight files
 HEAD_KINDS = ("none", "linear", "mlp")
 MOST_MODULES = 64  # of a projection head, activations included
@@ -59,16 +59,20 @@ class InputRule:
         resize_px: the shorter side is resized to this, and the central square is kept; None: no resize.
         filter: of that resize, antialiased.
         crop_px: side of the central square; by default the whole shorter side.
+        squash: both sides are resized to ``resize_px``, so that an oblong patch loses its shape and no edge.
     """
 
     multiple_of: int
     resize_px: int | None = None
     filter: str = "bicubic"
     crop_px: int | None = None
+    squash: bool = False
 
     def __str__(self) -> str:  # part of the identity in every features file: keep the words
         if self.resize_px is None:
             return f"own size, sides a multiple of {self.multiple_of} px"
+        if self.squash:
+            return f"both sides resized to {self.resize_px} px, {self.filter}"
         square = f"middle square of {self.crop_px} px" if self.crop_px else "middle square"
         return f"resized to {self.resize_px} px, {self.filter}, {square}"
 
@@ -110,7 +114,9 @@ class Published:
         prefix: in front of the keys of the image tower.
         other_prefixes: in front of those keys in other files of the same authors.
         layer_names: the library whose layer names the file uses; "transformers" means those of version 4 or
-            5, where q, k and v are separate.
+            5, where q, k and v are separate; "dinov2" means Meta's own code.
+        inside: name of the dict in the file that holds the weights, for example of a teacher; by default the
+            file itself, or ``state_dict`` in it.
         ignored: keys that the embedding does not need; one that ends in a dot stands for all below it.
         base: the encoder that a file with only adapters and decoder was trained on.
         lora: the adapters in the file.
@@ -129,6 +135,7 @@ class Published:
     prefix: str = ""
     other_prefixes: tuple[str, ...] = ()
     layer_names: str = "timm"
+    inside: str = ""
     ignored: tuple[str, ...] = ()
     base: str | None = None
     lora: Lora | None = None
@@ -158,10 +165,11 @@ class EncoderSpec:
         std: per channel, of RGB in 0..1.
         precision: recommended for computing on a GPU; see `recommended_precision`.
         licence: of the weights, as their page states it.
-        source: repository on the Hub.
+        source: repository on the Hub; or the URL of a page, for files that are not on the Hub.
         architecture: of the image tower.
         pooling: ``cls``; ``cls+mean`` (CLS, then the mean of the patch tokens without registers); ``conch``
-            (attentional pooler with one query, then LayerNorm); ``own`` (the pooling of timm's model).
+            (attentional pooler with one query, then LayerNorm); ``map`` (the mean of the one feature map that
+            a convolutional network is cut off at); ``own`` (the pooling of timm's model).
         input: resize and crop.
         paper: where it is described.
         published: the authors' weight file; None for an encoder in this package's own format.
@@ -275,7 +283,12 @@ class EncoderSpec:
     @property
     def page(self) -> str:
         """The page with licence and terms; empty without a source."""
-        return f"https://huggingface.co/{self.source}" if self.source else ""
+        return f"https://huggingface.co/{self.source}" if self.on_hub else self.source
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether its weight file can be fetched; else its user has to fetch it from `page`."""
+        return bool(self.source) and not self.source.startswith("https://")
 
 
 def check_precision(asked: str | None, allowed: tuple[str, ...] = PRECISIONS) -> str | None:

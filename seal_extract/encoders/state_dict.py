@@ -21,19 +21,37 @@ _LINEAR = (
     (r"attention\.(?:attention\.key|k_proj)", "attn.qkv", 1, 3),
     (r"attention\.(?:attention\.value|v_proj)", "attn.qkv", 2, 3),
     (r"attention\.(?:output\.dense|o_proj)", "attn.proj", 0, 1),
+    (r"mlp\.gate_proj", "mlp.fc1", 0, 2),
+    (r"mlp\.up_proj", "mlp.fc1", 1, 2),
     (r"mlp\.(?:fc1|weights_in)|intermediate\.dense", "mlp.fc1", 0, 1),
-    (r"mlp\.(?:fc2|weights_out)|output\.dense", "mlp.fc2", 0, 1),
+    (r"mlp\.(?:fc2|weights_out|down_proj)|output\.dense", "mlp.fc2", 0, 1),
 )
-# everything else in transformers' Dinov2Model that timm's vision transformer has under another name
-_RENAMED = (
-    (r"embeddings\.cls_token", "cls_token"),
-    (r"embeddings\.position_embeddings", "pos_embed"),
-    (r"embeddings\.patch_embeddings\.projection\.(.+)", r"patch_embed.proj.\1"),
-    (r"layernorm\.(.+)", r"norm.\1"),
-    (r"encoder\.layer\.(\d+)\.layer_scale([12])\.lambda1", r"blocks.\1.ls\2.gamma"),
-    (r"encoder\.layer\.(\d+)\.(norm[12]\..+)", r"blocks.\1.\2"),
-)
-_TIMM_NAMES = re.compile(r"(cls_token|pos_embed|(patch_embed|blocks|norm)\..+)")
+# everything else that timm's vision transformer has under another name, by library: in transformers those of
+# ViTModel, Dinov2Model and Dinov2WithRegistersModel; in Meta's DINOv2 with blocks in chunks or not
+_RENAMED = {
+    "transformers": (
+        (r"embeddings\.cls_token", "cls_token"),
+        (r"embeddings\.register_tokens", "reg_token"),
+        (r"embeddings\.position_embeddings", "pos_embed"),
+        (r"embeddings\.patch_embeddings\.projection\.(.+)", r"patch_embed.proj.\1"),
+        (r"layernorm\.(.+)", r"norm.\1"),
+        (r"encoder\.layer\.(\d+)\.layer_scale([12])\.lambda1", r"blocks.\1.ls\2.gamma"),
+        (r"encoder\.layer\.(\d+)\.(norm[12]\..+)", r"blocks.\1.\2"),
+        (r"(?:encoder\.)?layers?\.(\d+)\.layernorm_before\.(.+)", r"blocks.\1.norm1.\2"),
+        (r"(?:encoder\.)?layers?\.(\d+)\.layernorm_after\.(.+)", r"blocks.\1.norm2.\2"),
+    ),
+    "dinov2": (
+        (r"register_tokens", "reg_token"),
+        (r"blocks\.(?:\d+\.)?(\d+)\.mlp\.w12\.(.+)", r"blocks.\1.mlp.fc1.\2"),
+        (r"blocks\.(?:\d+\.)?(\d+)\.mlp\.w3\.(.+)", r"blocks.\1.mlp.fc2.\2"),
+        (r"blocks\.\d+\.(\d+)\.(.+)", r"blocks.\1.\2"),
+    ),
+}
+# names of timm that the library lacks: the file of an encoder of equal shapes must not pass for this one's
+_TIMM_ONLY = {
+    "transformers": re.compile(r"(cls_token|pos_embed|(patch_embed|blocks|norm)\..+)"),
+    "dinov2": re.compile(r"reg_token"),
+}
 _BLOCK = re.compile(r"(?:(?<=\.)|^)(?:encoder\.)?(?:blocks|layers?)\.(\d+)\.(.+)$")
 _ADAPTER = re.compile(r"(?P<layer>.+)\.lora_(?P<half>[AB])(?:\.default)?\.weight")
 
@@ -53,15 +71,16 @@ def as_row_spells(
 
     Returns:
         The tensors under the row's keys. Separate q, k and v are fused where all three are there and alike.
+        Where a file has registers, its position of the class token is added to that token, as timm has it.
         A layer that PEFT has wrapped, ``X.base_layer.weight``, is ``X.weight`` if X has adapters.
     """
     spelled = _unwrapped(_with_row_prefix(tensors, layout), layout.prefix)
-    if layout.layer_names != "transformers":
+    if layout.layer_names == "timm":
         return spelled
     again = (
         spelled if read_again is None else _unwrapped(_with_row_prefix(read_again(), layout), layout.prefix)
     )
-    return _with_timm_names(spelled, again, layout.prefix)
+    return _with_timm_names(spelled, again, layout)
 
 
 def adapter_keys(keys: Iterable[str], prefix: str = "") -> dict[str, dict[str, str]]:
@@ -103,43 +122,55 @@ def _unwrapped(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _with_timm_names(
-    tensors: Mapping[str, Tensor], again: Mapping[str, Tensor], prefix: str
+    tensors: Mapping[str, Tensor], again: Mapping[str, Tensor], layout: Published
 ) -> dict[str, Tensor]:
     """``tensors`` under timm's names; fused tensors are copied from ``again``, which holds the same ones."""
     named: dict[str, Tensor] = {}
-    separate: dict[str, dict[int, str]] = {}  # key of the fused tensor -> part -> key in the file
+    separate: dict[tuple[str, int], dict[int, str]] = {}  # fused key, number of parts -> part -> key in file
+    prefix = layout.prefix
     for key, value in tensors.items():
         if not key.startswith(prefix) or ".lora_" in key:
             named[key] = value
             continue
-        inner, part = _timm_key(key.removeprefix(prefix))
-        if part is not None and separate.setdefault(prefix + inner, {}).setdefault(part, key) == key:
+        inner, part, parts = _timm_key(key.removeprefix(prefix), layout.layer_names)
+        if parts > 1 and separate.setdefault((prefix + inner, parts), {}).setdefault(part, key) == key:
             continue
-        spelled = key if part is not None else prefix + inner
+        spelled = key if parts > 1 else prefix + inner
         named[key if spelled in named else spelled] = value  # the second of two spellings is unexpected
-    for fused, keys in separate.items():
-        parts = [again[keys[part]] for part in range(3) if part in keys]
-        if len(parts) == 3 and _alike(parts) and fused not in named:
-            named[fused] = torch.cat(parts)
+    for (fused, count), keys in separate.items():
+        held = [again[keys[part]] for part in range(count) if part in keys]
+        if len(held) == count and _alike(held) and fused not in named:
+            named[fused] = torch.cat(held)
         else:
             named |= {key: tensors[key] for key in keys.values()}
+    if prefix + "reg_token" in named:
+        _fold_position(named, prefix)
     return named
 
 
-def _timm_key(key: str) -> tuple[str, int | None]:
-    """The timm name of a tensor of transformers, and which part of q, k and v it is, if any."""
-    # UNI has the shapes of Phikon-v2, tensor by tensor: its names must not pass for transformers'
-    if _TIMM_NAMES.fullmatch(key):
-        return f"{key} (as timm names it)", None
-    for pattern, new in _RENAMED:
+def _fold_position(named: dict[str, Tensor], prefix: str) -> None:
+    """Add the class token's position to it: registers have none, and timm keeps those of patches alone."""
+    cls, positions = (named.get(prefix + key) for key in ("cls_token", "pos_embed"))
+    if cls is None or positions is None or cls.layout != torch.strided or positions.layout != torch.strided:
+        return
+    if cls.ndim == positions.ndim == 3 and cls.shape[:2] == (1, 1) and cls.shape[2] == positions.shape[2]:
+        named[prefix + "cls_token"] = cls + positions[:, :1]
+        named[prefix + "pos_embed"] = positions[:, 1:]
+
+
+def _timm_key(key: str, layer_names: str) -> tuple[str, int, int]:
+    """The timm name of a tensor of another library, and that it is part ``[1]`` of ``[2]`` of that tensor."""
+    if _TIMM_ONLY[layer_names].fullmatch(key):
+        return f"{key} (as timm names it)", 0, 1
+    for pattern, new in _RENAMED[layer_names]:
         if match := re.fullmatch(pattern, key):
-            return match.expand(new), None
+            return match.expand(new), 0, 1
     module, _, leaf = key.rpartition(".")
-    layer = _timm_layer(module)
+    layer = _timm_layer(module) if layer_names == "transformers" else None
     if layer is None or leaf not in ("weight", "bias"):
-        return key, None
+        return key, 0, 1
     name, part, parts = layer
-    return f"{name}.{leaf}", part if parts > 1 else None
+    return f"{name}.{leaf}", part, parts
 
 
 def _timm_layer(name: str) -> tuple[str, int, int] | None:

@@ -15,7 +15,7 @@ import timm
 import timm.layers
 import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
-from timm.models import get_pretrained_cfg
+from timm.models import FeatureListNet, get_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -36,7 +36,7 @@ from seal_extract.errors import UsageError, first_line
 KWARGS = (
     *("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "qk_norm"),
     *("init_values", "class_token", "no_embed_class", "reg_tokens", "pre_norm", "dynamic_img_size"),
-    *("mlp_layer", "act_layer", "norm_layer"),
+    *("mlp_layer", "act_layer", "norm_layer", "features_only", "out_indices"),
 )
 # above those of every vision transformer: building such a model would take all memory, or hours
 MOST = {
@@ -151,20 +151,24 @@ def empty_tower(spec: EncoderSpec) -> nn.Module:
     Raises:
         UsageError: timm cannot build it, or its embedding is not ``spec.dim`` long.
     """
-    trunk, own = _timm_model(spec), spec.pooling == "own"
+    trunk, whole = _timm_model(spec), spec.pooling in ("map", "own")
     with _building(spec), _NoMemory():
-        width, prefix = int(trunk.num_features), 1 if own else int(trunk.num_prefix_tokens)
+        width = _own_dim(trunk) if whole else int(trunk.num_features)
+        prefix = 1 if whole else int(trunk.num_prefix_tokens)
         tower: nn.Module = ConchTower(trunk, width, spec.dim) if spec.pooling == "conch" else trunk
-    dims = {"cls": width, "cls+mean": 2 * width, "own": _own_dim(trunk), "conch": spec.dim}
-    if dims[spec.pooling] != spec.dim or not prefix:
+    dim = {"cls+mean": 2 * width, "conch": spec.dim}.get(spec.pooling, width)
+    if dim != spec.dim or not prefix:
         raise UsageError(
-            f"encoder {spec.name}: its {spec.pooling} pooling gives {dims[spec.pooling]} numbers of {prefix} "
+            f"encoder {spec.name}: its {spec.pooling} pooling gives {dim} numbers of {prefix} "
             f"prefix tokens; allowed: dim {spec.dim}, at least one prefix token"
         )
     return tower.eval().requires_grad_(False)
 
 
 def _own_dim(model: Any) -> int:
+    if isinstance(model, FeatureListNet):
+        (width,) = model.feature_info.channels()  # of one map
+        return int(width)
     return int(getattr(model, "head_hidden_size", None) or model.num_features)
 
 
@@ -198,7 +202,7 @@ def _building(spec: EncoderSpec) -> Iterator[None]:
         RuntimeError,
         ArithmeticError,
     ) as exc:
-        kind = "models of timm" if spec.pooling == "own" else "vision transformers of timm"
+        kind = "models of timm" if spec.pooling in ("map", "own") else "vision transformers of timm"
         raise UsageError(
             f"encoder {spec.name} cannot be built as {spec.architecture!s:.300}: {first_line(exc)}; "
             f"allowed: {kind}"
@@ -264,6 +268,9 @@ def embed(tower: nn.Module, pooling: str, images: Tensor) -> Tensor:
     if pooling in ("conch", "own"):
         embedding: Tensor = trunk(images)
         return embedding
+    if pooling == "map":
+        (features,) = trunk(images)  # [B, D, h, w]
+        return features.mean((2, 3))  # type: ignore[no-any-return]
     tokens: Tensor = trunk.forward_features(images)  # [B, prefix + N, D]
     cls = tokens[:, 0]
     if pooling == "cls":

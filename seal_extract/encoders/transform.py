@@ -69,7 +69,7 @@ class PatchTransform:
         short, side = self.input.resize_px, self.input.side_px
         if short is None or side is None:
             return image
-        height, width = scaled_size(image.height, image.width, short)
+        height, width = scaled_size(image.height, image.width, short, self.input.squash)
         top, left = middle(height, side), middle(width, side)
         resized = image.resize((width, height), Image.Resampling[self.input.filter.upper()])
         return resized.crop((left, top, left + side, top + side))
@@ -83,7 +83,7 @@ def fit(patches: Tensor, rule: InputRule) -> Tensor:
     short, side = rule.resize_px, rule.side_px
     if short is None or side is None:
         return patches
-    height, width = scaled_size(patches.shape[-2], patches.shape[-1], short)
+    height, width = scaled_size(patches.shape[-2], patches.shape[-1], short, rule.squash)
     top, left = middle(height, side), middle(width, side)
     resized = _resized(patches, (height, width), rule.filter)
     return resized[..., top : top + side, left : left + side]
@@ -97,8 +97,10 @@ def _resized(patches: Tensor, size_px: tuple[int, int], filter: str) -> Tensor:
     return torch.from_numpy(by_pillow).permute(0, 3, 1, 2)
 
 
-def scaled_size(height: int, width: int, side: int) -> tuple[int, int]:
+def scaled_size(height: int, width: int, side: int, squash: bool = False) -> tuple[int, int]:
     """Height and width once the shorter of them is ``side``, rounded down as torchvision's Resize does."""
+    if squash:
+        return side, side
     short = min(height, width)
     return side * height // short, side * width // short
 

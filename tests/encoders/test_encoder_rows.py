@@ -36,12 +36,12 @@ H0 = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
 def test_the_table_has_no_key_that_nobody_reads():
     """A mistyped one would be ignored, and its default taken."""
     table = tomllib.loads(Path(registry.__file__).with_name("encoders.toml").read_text("utf-8"))
-    also = {"statistics", "also_called", "seal"}
+    also = {"like", "statistics", "also_called", "seal"}
     for name, row in table.items():
         for values, kind in (
             ({k: v for k, v in row.items() if k not in also}, EncoderSpec),
-            (row["architecture"], Architecture),
-            (row["input"], InputRule),
+            (row.get("architecture", {}), Architecture),
+            (row.get("input", {}), InputRule),
             (row["published"], Published),
         ):
             assert values.keys() <= {field.name for field in fields(kind)}, name
@@ -152,14 +152,15 @@ def test_a_row_is_data_that_json_can_hold(name, tmp_path):
 @pytest.mark.parametrize("name", ALL)
 def test_a_row_introduces_itself_in_one_line(name):
     assert repr(ALL[name]).startswith(f"EncoderSpec({name}: {ALL[name].dim} numbers per patch of ")
-    source = ALL[name].source
-    assert ALL[name].page == (f"https://huggingface.co/{source}" if source else "")  # one is bundled
+    source = ALL[name].source  # empty if bundled
+    assert ALL[name].page == (f"https://huggingface.co/{source}" if ALL[name].on_hub else source)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_tower_takes_no_memory_until_it_is_filled(name):
     tower = empty_tower(ALL[name])
-    assert {p.device.type for p in tower.parameters()} == {"meta"}
+    if name != "dinov3-vitb16":  # its rotary frequencies are in no file, so that timm has to compute them
+        assert {p.device.type for p in tower.parameters()} == {"meta"}
     assert not tower.training
 
 
