@@ -298,6 +298,14 @@ def add_slide_options(p: argparse.ArgumentParser) -> None:
         "feather-conch15, chief=FILE or tangle=FILE; or a CLAM or ABMIL checkpoint trained on features of "
         "that encoder",
     )
+    run.add_argument(
+        "--patient-level",
+        action="append",
+        default=[],
+        metavar="early|late[,...]",
+        help="also pool the slides of each case_id of the table into one embedding by --slide-level: early "
+        "takes all their patches as one bag, late the mean of their embeddings",
+    )
 
     cohort = p.add_argument_group("many slides")
     cohort.add_argument("--slide-folder", metavar="FOLDER", help="the folder of the slides of a table")

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from seal_extract.cli.options import add_slide_options, comma_separated, parser_of, requested_encoders
+from seal_extract.cli.slide_levels import SlideLevels
 from seal_extract.cli.terminal import (
     EventLog,
     ProgressBars,
@@ -23,14 +24,12 @@ from seal_extract.cli.terminal import (
     print_each,
     result_lines,
 )
-from seal_extract.errors import OutputError, SealExtractError, UnexpectedError, UsageError
+from seal_extract.errors import SealExtractError, UnexpectedError, UsageError
 
 if TYPE_CHECKING:
     from seal_extract.encoders import Encoder
     from seal_extract.encoders.request import EncoderRequest
-    from seal_extract.features.store import SlideFeatures
     from seal_extract.patches.grid import PatchGrid
-    from seal_extract.pooling import Pooling
     from seal_extract.run.cohort import CohortReport
     from seal_extract.run.options import ExtractOptions
     from seal_extract.run.status_table import SlideResult
@@ -142,7 +141,7 @@ def embed(
     """Embed slides; prints one line for each and writes a table, and for several slides a page."""
     from seal_extract.run.cohort import extract_cohort
 
-    levels = SlideLevels(args.slide_level, encoders, args.out, options, args.offline)
+    levels = SlideLevels(args, encoders, options, slides)
     names = [encoder.spec.name for encoder in encoders]
     with EventLog(args.log_json) as log, ProgressBars(args.quiet, len(slides)) as bars:
         log.write("start", slides=len(slides), encoders=names, out=str(args.out))
@@ -175,6 +174,12 @@ def embed(
         except KeyboardInterrupt:
             log.write("interrupted")
             raise
+        for patient, outcome in levels.pool_patients():
+            log.write_patient_level(patient, outcome)
+            if isinstance(outcome, SealExtractError):
+                fail(f"FAILED {outcome}", 1)
+            else:
+                echo(outcome)
         seconds = round(report.seconds, 1)
         log.write("end", done=len(report.done), failed=len(report.failed), seconds=seconds)
     processed = len(report.done) + len(report.failed)  # fewer than were listed, with --retry-failed
@@ -229,103 +234,6 @@ def _write_page(
     write_report(report.rows, args.out, page, title=title, seconds=report.seconds)
     slides = len(report.done) + len(report.failed)
     echo(f"{len(report.done)} of {slides} slides done, {report.seconds:.0f} s: {report.status}, {page}")
-
-
-# --- a slide-level embedding --------------------------------------------------------------------------
-
-
-class SlideLevels:
-    """The slide-level files of a run; their models are checked before any slide is read."""
-
-    def __init__(
-        self,
-        asked: Sequence[str],
-        encoders: Sequence[EncoderRequest],
-        out: Path,
-        options: ExtractOptions,
-        offline: bool,
-    ) -> None:
-        """Open every model and hold it to the encoders' names and widths.
-
-        Raises:
-            UsageError: a file that is not there, a model of other features, or two of one name.
-            CheckpointError: a file that is not such a model.
-            HubError: the Hub does not deliver the weights of a named one.
-        """
-        self._asked = self._failed = 0
-        self._out, self._options = out, options
-        self._poolings: list[Pooling] = []
-        if asked:
-            from seal_extract.pooling import open_pooling
-
-            self._poolings = [open_pooling(name, offline) for name in dict.fromkeys(_split(asked))]
-        names = [pooling.name for pooling in self._poolings]
-        if len(set(names)) < len(names):
-            raise UsageError(f"--slide-level has files of one name ({', '.join(names)}); rename one of them")
-        if self._poolings:
-            from seal_extract.pooling.slide_level import check_features
-
-            for pooling in self._poolings:
-                for encoder in encoders:
-                    check_features(pooling, encoder.spec.dim, encoder.spec.name)
-
-    def pool(self, result: SlideResult) -> Iterator[str | SealExtractError]:
-        """Pool the features of each encoder in each way asked for; yields one line or error for each."""
-        for features in result.features:
-            for pooling in self._poolings:
-                what = f"{result.path.name}: slide level by {pooling.name}"
-                try:
-                    self._asked += 1
-                    yield f"{what}, {self._write(features, result.name, pooling)}"
-                except SealExtractError as exc:
-                    self._failed += 1
-                    yield type(exc)(f"{what}: {exc}")
-
-    def exit_status(self) -> int:
-        """0, or 1 if a file failed, with a line that says how many."""
-        return exit_status(self._failed, self._asked, "slide-level files")
-
-    def _write(self, features: SlideFeatures, name: str, pooling: Pooling) -> str:
-        from seal_extract.features.layouts import layout_of_grid
-        from seal_extract.pooling import pool_slide
-
-        layout = layout_of_grid(self._options.layout, self._out, features.grid)
-        path = layout.slide_level(name, f"{pooling.name}-{features.provenance['encoder']['name']}")
-        if not len(features.grid):
-            return f"no patches to pool{_without(path, self._options.overwrite)}"
-        made = pool_slide(features, pooling, path, overwrite=self._options.overwrite)
-        line = " x ".join(map(str, made.features.shape))
-        if made.provenance.get("mismatch"):  # older versions did not record it
-            line += f" (mind that {made.provenance['mismatch']})"
-        if made.probabilities is not None:
-            line += f", class probabilities {' '.join(f'{p:.3g}' for p in made.probabilities)}"
-        if made.finished_before:
-            line += ", finished before"
-            if made.is_older:
-                line += (
-                    " by an older version (without class probabilities, and unreadable for Patho-Bench): "
-                    "delete the file and run the same command again to write it anew without encoding"
-                )
-        return f"{line} -> {path}"
-
-
-def _split(asked: Sequence[str]) -> Iterator[str]:
-    for text in asked:
-        file = text.partition("=")[2]  # of NAME=FILE
-        is_file = Path(text).exists() or (file and Path(file).exists())
-        yield from [text] if is_file else (name.strip() for name in text.split(","))
-
-
-def _without(path: Path, overwrite: bool) -> str:
-    """Delete a file made from patches that the slide no longer has, if --overwrite permits it."""
-    if not path.exists():
-        return ""
-    if not overwrite:
-        raise OutputError(
-            f"{path} was made from patches that the slide no longer has; type --overwrite to delete it"
-        )
-    path.unlink()
-    return f", deleted {path}"
 
 
 # --- patches that are cut already ---------------------------------------------------------------------

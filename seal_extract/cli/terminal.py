@@ -133,6 +133,13 @@ class EventLog:
             files=[str(features.path) for features in result.features],
         )
 
+    def write_patient_level(self, patient: str, outcome: str | SealExtractError) -> None:
+        """Write the outcome of one patient-level file."""
+        if isinstance(outcome, SealExtractError):
+            self.write("patient level failed", patient=patient, **_failure(outcome))
+        else:
+            self.write("patient level", patient=patient, result=outcome)
+
     def write_slide_level(self, result: SlideResult, outcome: str | SealExtractError) -> None:
         """Write the outcome of one slide-level file."""
         slide = {"slide": result.entry.source, "name": result.name}

@@ -25,6 +25,7 @@ TRIDENT_COORDS = (
     *("patch_size", "patch_size_level0", "level0_magnification", "target_magnification", "overlap"),
     *("name", "savetodir", "level0_width", "level0_height"),
 )
+POOLED = ("slide_features_", "patient_features_")  # folders of embeddings of whole slides and patients
 TRIDENT_FEATURES = ("name", "savetodir", "encoder")
 MIN_GAPS = 8  # least number of neighbours in a row whose median distance is meaningful
 
@@ -124,8 +125,8 @@ def patho_bench(seen: CheckedFile, file: h5py.File, *, empty_is_short: bool = Tr
 
 
 def is_pooled(seen: CheckedFile, file: h5py.File) -> bool:
-    """Whether the file holds the embedding of a whole slide: ours, or in a folder named as TRIDENT does."""
-    return "pooling" in read_provenance(file) or seen.path.parent.name.startswith("slide_features_")
+    """Whether the file holds the embedding of a slide or patient: ours, or by its folder's name."""
+    return "pooling" in read_provenance(file) or seen.path.parent.name.startswith(POOLED)
 
 
 def _patho_bench_pooled(seen: CheckedFile, file: h5py.File) -> None:

@@ -111,6 +111,10 @@ class Layout(ABC):
         """The slide-level embedding, by the name of the pooling."""
         return self.out / f"slide_features_{name}" / f"{slide}.h5"
 
+    def patient_level(self, patient: str, name: str) -> Path:
+        """The embedding of a patient, beside those of the slides."""
+        return self.slide_level(patient, name).parent.with_name(f"patient_features_{name}") / f"{patient}.h5"
+
     def place(self, slide: str, encoder: str, grid: PatchGrid) -> Path:
         """The feature file of a slide with these patches."""
         return self.features(slide, encoder) if len(grid) else self.empty(slide, encoder)

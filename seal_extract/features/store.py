@@ -29,7 +29,12 @@ from seal_extract.slides.slide import Slide, open_slide
 
 PIECE_BYTES = 2**24  # size of the pieces in which rows are read
 
-NO_FEATURES = ("patches", "expression_", "slide_features_")  # folders of other kinds of files
+NO_FEATURES = (
+    "patches",
+    "expression_",
+    "slide_features_",
+    "patient_features_",
+)  # folders of other kinds of files
 Found = TypeVar("Found")
 
 

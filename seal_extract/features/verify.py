@@ -11,6 +11,7 @@ from seal_extract.encoders.registry import list_encoders
 from seal_extract.encoders.slide_encoders import SLIDE_ENCODERS, SlideEncoder
 from seal_extract.errors import UsageError
 from seal_extract.features.checks import (
+    POOLED,
     Check,
     CheckedFile,
     Problem,
@@ -93,12 +94,12 @@ def _clam_files(folder: Path) -> dict[Path, Check]:
 
 
 def _stamp_files(folder: Path) -> dict[Path, Check]:
-    below = (p for p in folder.glob("*/*.h5") if not p.parent.name.startswith("slide_features_"))
+    below = (p for p in folder.glob("*/*.h5") if not p.parent.name.startswith(POOLED))
     return dict.fromkeys(sorted(folder.glob("*.h5")) or sorted(below), in_hdf5(stamp))
 
 
 def _bench_files(folder: Path) -> dict[Path, Check]:
-    below = (p for p in _below(folder, "*.h5") if p.parent.name.startswith(("features_", "slide_features_")))
+    below = (p for p in _below(folder, "*.h5") if p.parent.name.startswith(("features_", *POOLED)))
     files = sorted(folder.glob("*.h5")) or list(below)
     return dict.fromkeys(files, in_hdf5(patho_bench))
 
@@ -129,7 +130,8 @@ LAYOUT_FOR = {"patho-bench": "trident", "mil-lab": "flat"}  # the other tools ha
 LOOKED_FOR = {
     "clam": "h5_files/*.h5, pt_files/*.pt and patches/*.h5",
     "trident": "patches/*_patches.h5 and features_*/*.h5",
-    "patho-bench": "*.h5 in the folder itself, or in features_NAME and slide_features_NAME below",
+    "patho-bench": "*.h5 in the folder itself, or in features_NAME, slide_features_NAME and "
+    "patient_features_NAME below",
     "stamp": "*.h5 in the folder or one below",
     "mil-lab": "*.h5 and *.pt in the folder itself",
 }

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -233,7 +234,7 @@ def pool_slide(
         "pooling": pooling.identity,
         "features": features.provenance["request"],
     }
-    unreadable = [patch["row"] for patch in features.provenance["unreadable"]]
+    unreadable = unreadable_rows(features).tolist()
     if len(features.grid) == len(unreadable):
         raise UsageError(
             f"{features.path} has no patches{' that could be read' if unreadable else ''}, so that there is "
@@ -242,7 +243,7 @@ def pool_slide(
     found = None if overwrite else _find(path, request)
     if found is not None and found.provenance["left_out"] == unreadable:
         return found
-    pooled = _pool(features, pooling, np.asarray(unreadable, np.int64))
+    pooled = pool_rows([features], pooling)
     provenance = {
         "request": request,
         "pooling": {"name": pooling.name, **pooling.identity, **pooling.facts},
@@ -281,34 +282,69 @@ def _open(path: Path) -> SlideLevel | None:
 
 def _find(path: Path, request: dict[str, Any]) -> SlideLevel | None:
     """The file of the same request; None if there is no file."""
+    undo = (
+        f"move {path.parent.name} away, give the checkpoint another name, or type --overwrite, which encodes "
+        f"the slide again"
+    )
+    if finished_by(path, request, undo) is None:
+        return None
+    found = read_slide_level(path)
+    return replace(found, finished_before=True)
+
+
+def finished_by(path: Path, request: dict[str, Any], undo: str) -> dict[str, Any] | None:
+    """The provenance of a pooled file that the same request wrote; None if there is no file.
+
+    Args:
+        path: the file.
+        request: what is asked for now.
+        undo: what to type if something else made the file.
+
+    Raises:
+        OutputError: another request or another tool made it.
+    """
     if not path.exists():
         return None
-    found = _open(path)
-    if found is None:
-        raise OutputError(
-            f"{path} exists and is not ours; move it away, or type --overwrite, which encodes the slide again"
-        )
-    difference = first_difference(found.provenance["request"], request)
+    try:
+        with open_hdf5(path) as file:
+            provenance: dict[str, Any] = json.loads(file.attrs[PROVENANCE])
+            before = provenance["request"]
+    except (*DAMAGED, TypeError) as exc:
+        raise OutputError(f"{path} exists and is not ours; move it away, or type --overwrite") from exc
+    difference = first_difference(before, json.loads(json.dumps(request)))
     if difference is not None:
-        raise OutputError(
-            f"{path} exists, made with another request ({difference}); move {path.parent.name} away, give "
-            f"the checkpoint another name, or type --overwrite, which encodes the slide again"
-        )
-    return SlideLevel(found.path, found.grid, found.provenance, finished_before=True)
+        raise OutputError(f"{path} exists, made with another request ({difference}); {undo}")
+    return provenance
 
 
 # --- rows in, file out ------------------------------------------------------------------------------
 
 
-def _pool(features: SlideFeatures, pooling: Pooling, left_out: NDArray[np.int64]) -> Pooled:
+def unreadable_rows(features: SlideFeatures) -> NDArray[np.int64]:
+    """The rows of patches that could not be read, whose features are zeros: int64 [M]."""
+    return np.asarray([patch["row"] for patch in features.provenance["unreadable"]], np.int64)
+
+
+def pool_rows(slides: Sequence[SlideFeatures], pooling: Pooling) -> Pooled:
+    """Pool the patches of slides as one bag, without those that could not be read.
+
+    Raises:
+        OutputError: features cannot be read.
+        CheckpointError: the model's scores are not finite.
+    """
+    starts = np.cumsum([0, *(len(slide.grid) for slide in slides)])
+    left_out = [unreadable_rows(slide) for slide in slides]
+    pieces = chain.from_iterable(map(_pieces, slides, left_out))
+    lost = np.concatenate([rows + start for rows, start in zip(left_out, starts, strict=False)])
     try:
-        pooled = pooling.pool(_pieces(features, left_out), len(features.grid) - len(left_out))
+        pooled = pooling.pool(pieces, int(starts[-1]) - len(lost))
     except (*DAMAGED, EOFError) as exc:
-        raise OutputError(f"{features.path} cannot be read ({exc}); encode that slide again") from exc
-    if pooled.scores is None or pooled.attention is None or not len(left_out):
+        paths = " or ".join(str(slide.path) for slide in slides)
+        raise OutputError(f"{paths} cannot be read ({exc}); encode that slide again") from exc
+    if pooled.scores is None or pooled.attention is None or not len(lost):
         return pooled
-    read = np.setdiff1d(np.arange(len(features.grid)), left_out)
-    scores = np.full((len(pooled.scores), len(features.grid)), np.nan, np.float32)
+    read = np.setdiff1d(np.arange(starts[-1]), lost)
+    scores = np.full((len(pooled.scores), starts[-1]), np.nan, np.float32)
     attention = np.zeros_like(scores)
     scores[:, read], attention[:, read] = pooled.scores, pooled.attention
     return replace(pooled, scores=scores, attention=attention)
@@ -332,16 +368,19 @@ def _write(path: Path, features: SlideFeatures, pooled: Pooled, provenance: dict
     label = SlideLabel(features.path.stem, tuple(slide["size_l0"]), slide["mpp"])
 
     def describe(file: h5py.File) -> None:
-        row, rows = pooled.features.reshape(1, -1), pooled.features.size // pooled.features.shape[-1]
-        file.create_dataset(PIXELS, data=row, **checked(row)).attrs.update(
-            name=label.name, savetodir=HERE, rows=rows
-        )
+        write_pooled(file, label.name, pooled)
         create_coords(file, label, features.grid)
-        beside = {ATTENTION: pooled.attention, SCORES: pooled.scores, PROBABILITIES: pooled.probabilities}
-        for name, values in beside.items():
-            if values is not None:
-                file.create_dataset(name, data=values, fletcher32=True)
-        for name in file.keys() & pooled.descriptions:
-            file[name].attrs["description"] = pooled.descriptions[name]
 
     write_described(path, provenance, describe)
+
+
+def write_pooled(file: h5py.File, name: str, pooled: Pooled) -> None:
+    """Write what a pooling gave into an open file: one row, and what lies beside it."""
+    row, rows = pooled.features.reshape(1, -1), pooled.features.size // pooled.features.shape[-1]
+    file.create_dataset(PIXELS, data=row, **checked(row)).attrs.update(name=name, savetodir=HERE, rows=rows)
+    beside = {ATTENTION: pooled.attention, SCORES: pooled.scores, PROBABILITIES: pooled.probabilities}
+    for dataset, values in beside.items():
+        if values is not None:
+            file.create_dataset(dataset, data=values, fletcher32=True)
+    for dataset in file.keys() & pooled.descriptions:
+        file[dataset].attrs["description"] = pooled.descriptions[dataset]

@@ -25,7 +25,9 @@ SLIDE_SUFFIXES = {
 }
 SLIDE_COLUMNS = ("slide", "slide_id", "wsi")  # ours, CLAM's, TRIDENT's
 OWN = "made by seal-extract"
-RUN_FOLDERS = re.compile(r"overlays|contours.*|thumbnails|(slide_)?features_.*|expression_.*|.*px_overlap")
+RUN_FOLDERS = re.compile(
+    r"overlays|contours.*|thumbnails|((slide|patient)_)?features_.*|expression_.*|.*px_overlap"
+)
 PICTURES = {"contact_sheet.png": "found.csv", "curves.png": "metrics.csv"}  # each with what lies beside it
 
 Ignored = list[tuple[Path | str, str]]  # files, each with the reason
