@@ -108,13 +108,16 @@ def _seal(
     )
 
 
-def _read_table() -> tuple[dict[str, EncoderSpec], dict[str, str]]:
-    """The rows of ``encoders.toml``, SEAL's first, and the name that each alias stands for."""
+def _read_table() -> tuple[dict[str, EncoderSpec], dict[str, str], dict[str, str]]:
+    """The rows of ``encoders.toml``, SEAL's first; the name of each alias; and the group of each base."""
     tables: dict[str, Any] = tomllib.loads(Path(__file__).with_name("encoders.toml").read_text("utf-8"))
     bases: dict[str, EncoderSpec] = {}
     seals: dict[str, EncoderSpec] = {}
     aliases: dict[str, str] = {}
+    groups: dict[str, str] = {}
+    group = ""
     for name, table in tables.items():
+        groups[name] = group = table.get("group", group)
         if "like" in table:
             table = tables[name] = _merged(_inherited(tables[table["like"]]), table)
         if "statistics" in table:
@@ -126,12 +129,12 @@ def _read_table() -> tuple[dict[str, EncoderSpec], dict[str, str]]:
             seal = _seal(bases[name], **table["seal"])
             seals[seal.name] = seal
             aliases |= {f"seal-{other}": seal.name for other in table["seal"].get("also_called", [])}
-    return seals | bases, aliases
+    return seals | bases, aliases, groups
 
 
 def _inherited(table: dict[str, Any]) -> dict[str, Any]:
     """What a row that is ``like`` this one takes from it: nothing that belongs to these very weights."""
-    own = {"also_called", "seal", "errors", "errors_basis"}
+    own = {"also_called", "group", "seal", "errors", "errors_basis"}
     published = {k: v for k, v in table["published"].items() if k not in ("commit", "sha256")}
     return {k: v for k, v in table.items() if k not in own} | {"published": published}
 
@@ -142,7 +145,7 @@ def _merged(table: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     return {**table, **other, **both}
 
 
-ROWS, ALIASES = _read_table()
+ROWS, ALIASES, _GROUPS = _read_table()
 
 
 # --- all of them --------------------------------------------------------------------------------------------
@@ -151,6 +154,13 @@ ROWS, ALIASES = _read_table()
 def list_encoders() -> tuple[EncoderSpec, ...]:
     """All encoders that have a name: SEAL's first, then the bundled ones, and those of plugins last."""
     return tuple(_all_rows().values())
+
+
+def group_of(name: str) -> str:
+    """The heading that an encoder stands under in a list of all."""
+    if name in ROWS and ROWS[name].layout.lora is not None:
+        return "finetuned with spatial transcriptomics"
+    return _GROUPS.get(name, "bundled" if name in bundled() else "of installed packages")
 
 
 def find_spec(name: str) -> EncoderSpec:

@@ -15,7 +15,6 @@ from PIL import Image
 
 from seal_extract import read_features
 from seal_extract.demo import demo_slide
-from seal_extract.encoders import list_encoders
 from seal_extract.run.status_table import read_status
 
 # --- what works -------------------------------------------------------------------------------
@@ -59,15 +58,6 @@ def test_the_dry_run_touches_no_encoder_and_writes_nothing(place, run, tmp_path)
         out[1],
     )
     assert not (tmp_path / "out").exists()
-
-
-def test_encoders_are_listed(run):
-    status, out, _ = run("encoders")
-    assert status == 0
-    names = [line.split()[0] for line in out]
-    assert names[0] == "name"
-    assert {"seal-conch", "seal-univ2", "conch", "univ2"} <= set(names)
-    assert {spec.name for spec in list_encoders()} == set(names[1:])
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["bundled", "own"])

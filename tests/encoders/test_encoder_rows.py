@@ -15,12 +15,11 @@ from encoder_fixtures import TINY_CONCH, as_batch, noise_patches
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-from seal_extract.cli import main
 from seal_extract.demo import UNTRAINED, untrained_encoder
 from seal_extract.encoders import EncoderSpec, find_spec, list_encoders, load_encoder, registry
 from seal_extract.encoders.folder import read_config, to_config
 from seal_extract.encoders.registry import ROWS, tomllib
-from seal_extract.encoders.spec import PRECISIONS, Architecture, InputRule, Published, recommended_precision
+from seal_extract.encoders.spec import Architecture, InputRule, Published, recommended_precision
 from seal_extract.encoders.tower import HEADS, empty_tower, tower_shapes
 from seal_extract.encoders.transform import PatchTransform, fit
 from seal_extract.errors import UsageError
@@ -36,7 +35,7 @@ H0 = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
 def test_the_table_has_no_key_that_nobody_reads():
     """A mistyped one would be ignored, and its default taken."""
     table = tomllib.loads(Path(registry.__file__).with_name("encoders.toml").read_text("utf-8"))
-    also = {"like", "statistics", "also_called", "seal"}
+    also = {"like", "group", "statistics", "also_called", "seal"}
     for name, row in table.items():
         for values, kind in (
             ({k: v for k, v in row.items() if k not in also}, EncoderSpec),
@@ -105,18 +104,57 @@ def test_a_row_states_licence_and_paper(name):
     assert re.match(r"(doi 10\.|arXiv \d{4}\.)", row.paper)
 
 
-def test_the_table_shows_every_resolution_and_gate_in_columns(capsys):
-    assert main(["encoders"]) == 0
-    head, *lines = capsys.readouterr().out.splitlines()
-    rows = {line.split()[0]: line for line in lines}
-    assert "224 px at 0.5, 0.25, 1, 2 µm/px  " in rows["virchow2"]
-    for column, words in {"precision": PRECISIONS, "gated": ("yes", "no"), "weights": ("https://",)}.items():
-        at = head.index(column)
-        for name in SEAL + BASES:
-            assert rows[name][at - 2 : at] == "  "
-            assert rows[name][at:].startswith(words), (name, column)
-    gated = {name for name in SEAL + BASES if rows[name][head.index("gated") :].startswith("yes")}
-    assert gated == {*SEAL, *BASES} - {"phikon2"}
+def test_the_list_is_grouped_and_fits_a_terminal(run):
+    status, out, _ = run("encoders")
+    assert status == 0
+    assert max(map(len, out)) <= 80
+    assert re.search(r"virchow2 +2560 +224 +0.5, 0.25, 1, 2 +gated +CC-BY-NC-ND-4.0$", "\n".join(out), re.M)
+    groups = [line for line in out[1:-3] if line and not line.startswith(" ")]
+    assert groups[:: len(groups) - 1] == ["finetuned with spatial transcriptomics", "bundled"]
+    assert [line.split()[0] for line in out if line.startswith("  ")] == ["name", *_by_group(groups)]
+
+
+def _by_group(groups):
+    return [row.name for group in groups for row in list_encoders() if registry.group_of(row.name) == group]
+
+
+@pytest.mark.parametrize(
+    ("typed", "names"),
+    [
+        (["virchow"], ["seal-virchow2", "virchow2", "virchow"]),
+        (["hoptimus0"], ["h-optimus-0"]),
+        (["histai/"], ["hibou-b", "hibou-l"]),
+        (["h-optimus", "--licence", "open"], ["h-optimus-0"]),
+        (["lunit-vit", "--licence", "LUNIT"], ["lunit-vits8", "lunit-vits16"]),
+        (["hibou", "midnight", "--ungated"], ["midnight-12k"]),
+        (["--cached"], ["seal-tiny"]),
+    ],
+)
+def test_the_list_is_filtered(typed, names, run, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    status, out, _ = run("encoders", *typed, "--json")
+    assert status == 0
+    assert [row["name"] for row in json.loads("\n".join(out))] == names
+
+
+def test_nothing_to_list_names_the_nearest(run):
+    status, _, err = run("encoders", "hibou-x")
+    assert status == 2
+    assert re.search("none of .* did you mean hibou-[bl].*; for all type: seal-extract encoders", err[-1])
+
+
+def test_a_download_is_listed_as_cached(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    row = find_spec("phikon2")
+    place = tmp_path / "models--owkin--phikon-v2" / "snapshots" / row.published.commit
+    place.mkdir(parents=True)
+    (place / "model.safetensors").touch()
+    assert [f["cached"] for f in json.loads("\n".join(run("encoders", "phikon-v2", "--json")[1]))] == [True]
+    _, out, _ = run("encoders", "owkin/phikon-v2")
+    assert out[0] == "phikon2"
+    assert "  pinned to    commit 2ae989a9c40c, sha256 261ae680fa69 of model.safetensors" in out
+    assert "  on a GPU     float16: at most 3.7e-04 from float32" in out
+    assert "  other names  phikonv2, phikon_v2" in out
 
 
 @pytest.mark.parametrize("name", SEAL)
