@@ -38,6 +38,7 @@ class SlideEncoder:
         source: repository on the Hub; empty if the weights are elsewhere.
         paper: where it is described.
         input: how that encoder resizes and crops a patch, in the words of `InputRule`; empty if not stated.
+        known_as: names of that encoder in the files of other tools, beside its aliases.
         positions: whether it reads ``coords`` in level-0 pixels and their ``patch_size_level0``.
         network: whose names the layers of its weight file have; empty if it does not run here.
         published: its weight file; None if it does not run here.
@@ -52,6 +53,7 @@ class SlideEncoder:
     source: str = ""
     paper: str = ""
     input: str = ""
+    known_as: tuple[str, ...] = ()
     positions: bool = False
     network: str = ""
     published: Published | None = None
@@ -76,7 +78,7 @@ class SlideEncoder:
 
     def is_of(self, encoder: str) -> bool:
         """Whether it takes features of this encoder, whose name may be an alias."""
-        return ALIASES.get(encoder, encoder) == self.encoder
+        return ALIASES.get(encoder, encoder) == self.encoder or encoder in self.known_as
 
     def mismatch(self, patch_px: int, mpp: float) -> str | None:
         """A one-line warning if patches differ from those it was trained on, else None.

@@ -58,6 +58,11 @@ def test_what_its_command_makes_fits(tmp_path, name, layout):
         ("titan", {"patch_px": 256}, "trained on patches of 512 px at 0.5 µm/px; these are 256 px at 0.5"),
         ("prism", {"mpp": 0.25}, "trained on patches of 224 px at 0.5 µm/px; these are 224 px at 0.25"),
         ("gigapath", {"recipe": "resized to 224 px, bicubic, middle square"}, "takes them resized to 256 px"),
+        (
+            "moozy",
+            {"encoder": "lunit-vits8", "recipe": "own"},
+            "got patches own; moozy takes them resized to 248",
+        ),
         ("feather", {"encoder": "virchow"}, "takes conch-v1.5 (768 columns) or univ2 (1536 columns) or uni"),
     ],
 )
