@@ -1,4 +1,4 @@
-"""``seal-extract evaluate`` and its kinds: ``evaluate hest``."""
+"""``seal-extract evaluate`` and its kinds: ``evaluate hest``, ``evaluate spots``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 OTHERS = """\
 other evaluations, each with its own --help:
   seal-extract evaluate hest FOLDER     the HEST-Benchmark, by its own protocol and with its own files
+  seal-extract evaluate spots FOLDER    classes of spots, such as cortical layers, by a linear probe
 """
 
 
@@ -115,6 +116,52 @@ def run_hest(args: argparse.Namespace) -> int:
             log=show,
         ),
     )
+
+
+def add_spot_classes_options(p: argparse.ArgumentParser) -> None:
+    """Add the options of ``seal-extract evaluate spots``."""
+    p.description = (
+        "Predict classes of spots from an encoder's embeddings by a linear probe, with "
+        "donors left out in turn. Further tables are of random splits over spots, and of clusters of each "
+        "section. Permuted labels, handcrafted features and the encoder before alignment are compared."
+    )
+    p.set_defaults(handler=run_spot_classes)
+    p.add_argument(
+        "source",
+        type=Path,
+        metavar="FOLDER|CONFIG.toml",
+        help="a folder with NAME.h5ad and NAME.tif, or of HEST; or the configuration of a training run, with "
+        "label_column in its [[data.sections]]",
+    )
+    p.add_argument("--label", metavar="COLUMN", help="of the AnnData's obs: the class of each spot")
+    p.add_argument(
+        "--donor", metavar="COLUMN", help="of the AnnData's obs (default: patient, or each section)"
+    )
+    p.add_argument(
+        "--by", default="donor", metavar="WHAT", help="leave out donor or section (default: donor)"
+    )
+    add(p, "--encoder", required=True)
+    _add_base(p)
+    _add_out(p, "spot_classes")
+    add(p, "--slide-mpp", help="µm/px of the images, if no file states it")
+    add(p, "--mpp", default=0.5)
+    add(p, "--patch-px", default=224)
+    add(p, "--batch-size", default=64, help="patches per forward pass (default: 64)")
+    add(p, "--precision", "--device", "--offline")
+
+
+def run_spot_classes(args: argparse.Namespace) -> int:
+    """Print the tables, and where they were written."""
+    from seal_extract.evaluate.spot_classes import REPORT, evaluate_spots
+    from seal_extract.evaluate.table import output_files
+    from seal_extract.train.formats import sections_of
+
+    output_files(args.out, args.overwrite, REPORT)
+    encoder, base = _encoders(args)
+    columns = {"label_column": args.label, "patient_column": args.donor}
+    sections = sections_of(args.source, mpp=args.slide_mpp, **columns)
+    options = {k: getattr(args, k) for k in ("by", "patch_px", "mpp", "batch_size")}
+    return _print(args, lambda show: evaluate_spots(sections, encoder, base, **options, log=show))
 
 
 # --- what the kinds of evaluation share ---------------------------------------------------------------

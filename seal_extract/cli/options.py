@@ -179,8 +179,8 @@ commands:
   seal-extract train CONFIG.toml  align an encoder with spatial transcriptomics
   seal-extract spots FOLDER ...   embed image and expression of the spots of Visium or HEST, as AnnData
   seal-extract evaluate ...       measure how well an encoder's embeddings predict gene expression
-  seal-extract evaluate hest FOLDER
-                                  run the HEST-Benchmark on an encoder
+  seal-extract evaluate hest ...  run the HEST-Benchmark on an encoder
+  seal-extract evaluate spots ... measure how well classes of spots are told apart
   seal-extract verify FOLDER      read results as CLAM, TRIDENT, Patho-Bench, STAMP or MIL-Lab reads them
   seal-extract export FOLDER      convert a finished run to another layout, AnnData or SpatialData
   seal-extract genes OUT ...      predict gene expression of a finished run: tables and heat maps

@@ -331,8 +331,8 @@ def _expression(task: Task, warnings: list[str], log: Log) -> dict[str, Array]:
     uneven = [name for name, (_, whole) in read.items() if not whole]
     if uneven:
         warnings.append(
-            f"{task.name}: the counts of {', '.join(uneven)} are not whole numbers, and so not the raw counts "
-            "of which the benchmark takes log1p"
+            f"{task.name}: the counts of {', '.join(uneven)} are not whole numbers, and so not the raw "
+            "counts of which the benchmark takes log1p"
         )
     return {name: values for name, (values, _) in read.items()}
 

@@ -41,6 +41,7 @@ class Section:
         array_rc: int64 [N, 2], row and column on the array; None where there are none.
         lattice: ``"hexagonal"`` (Visium), ``"square"`` or ``"none"``.
         embeddings: float32 [N, E] of another model, if the file has some.
+        labels: class of each spot, empty where it has none; None without labels.
 
     Raises:
         UsageError: lengths that differ, a gene or barcode twice, values that contradict ``scale``.
@@ -59,6 +60,7 @@ class Section:
     array_rc: NDArray[np.int64] | None = None
     lattice: str = "none"
     embeddings: Expression | None = None
+    labels: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         n, g = self.counts.shape
@@ -144,6 +146,7 @@ class Section:
             barcodes=tuple(self.barcodes[i] for i in rows),
             array_rc=None if self.array_rc is None else self.array_rc[rows],
             embeddings=None if self.embeddings is None else self.embeddings[rows],
+            labels=None if self.labels is None else tuple(self.labels[i] for i in rows),
         )
 
     def _columns(self, genes: Sequence[str]) -> list[int]:

@@ -77,7 +77,12 @@ def read_sources(sources: Sequence[Mapping[str, Any]]) -> list[Source]:
 
 
 def sections_of(
-    source: Path, names: Sequence[str] | None = None, *, slide: str | None = None, mpp: float | None = None
+    source: Path,
+    names: Sequence[str] | None = None,
+    *,
+    slide: str | None = None,
+    mpp: float | None = None,
+    **columns: str | None,
 ) -> list[Section]:
     """The sections that the configuration of a training run names, or those of a folder, as `find_sections`.
 
@@ -85,14 +90,22 @@ def sections_of(
         UsageError: options that only a folder takes; and the errors of the readers.
     """
     if source.suffix != ".toml":
-        return find_sections(source, names, slide=slide, mpp=mpp)
+        return find_sections(source, names, slide=slide, mpp=mpp, **columns)
+    given = [column for column, value in columns.items() if value]
+    if given:
+        raise UsageError(f'with a configuration, type {given[0]} = "..." in its [[data.sections]]')
     if slide or mpp or names:
         raise UsageError("--slide, --slide-mpp and --names are for folders; the configuration has its own")
     return load_sections(read_config(source).data.sections)
 
 
 def find_sections(
-    folder: Path, names: Sequence[str] | None = None, *, slide: str | None = None, mpp: float | None = None
+    folder: Path,
+    names: Sequence[str] | None = None,
+    *,
+    slide: str | None = None,
+    mpp: float | None = None,
+    **columns: str | None,
 ) -> list[Section]:
     """Sections of a folder, whose kind is recognised by its files.
 
@@ -102,13 +115,14 @@ def find_sections(
         names: of the sections; all by default.
         slide: the full-resolution image that Space Ranger was given.
         mpp: µm/px of the slides, where no file states it.
+        columns: ``label_column`` and ``patient_column``, for AnnData.
 
     Raises:
         UsageError: it is no such folder; and what `Source.read` raises.
     """
     for kind, found in _kinds(folder):
         if found:
-            options = {"slide": slide and str(Path(slide).absolute()), "mpp": mpp}
+            options = {"slide": slide and str(Path(slide).absolute()), "mpp": mpp, **columns}
             given = {option: value for option, value in options.items() if value is not None}
             return load_sections(
                 [{"kind": kind, "folder": str(folder), "names": list(names or found), **given}]

@@ -41,6 +41,7 @@ class AnnData(Source, frozen=True):
         lattice: ``"auto"`` recognises the lattice by rows and columns.
         obsm: key of another model's embeddings.
         patient_column: of ``obs``; default: ``patient`` where there is one.
+        label_column: of ``obs``, with the class of each spot.
     """
 
     slide_states_mpp: ClassVar[bool] = True
@@ -52,6 +53,7 @@ class AnnData(Source, frozen=True):
     lattice: Lattice = "auto"
     obsm: str | None = None
     patient_column: str | None = None
+    label_column: str | None = None
 
     def read(self, name: str) -> Section:
         """See `Source.read`."""
@@ -76,6 +78,7 @@ class AnnData(Source, frozen=True):
             patient=None if self.patient else _patient(name, data, self.patient_column),
             advice=advice,
             embeddings=None if self.obsm is None else _embeddings(name, data, self.obsm),
+            labels=None if self.label_column is None else _labels(name, data, self.label_column),
         )
 
 
@@ -89,10 +92,12 @@ class Hest(Source, frozen=True):
     Attributes:
         lattice: ``"auto"`` recognises the lattice by rows and columns.
         obsm: key of another model's embeddings.
+        label_column: of ``obs``, with the class of each spot.
     """
 
     lattice: Lattice = "auto"
     obsm: str | None = None
+    label_column: str | None = None
 
     def read(self, name: str) -> Section:
         """See `Source.read`."""
@@ -121,6 +126,7 @@ class Hest(Source, frozen=True):
             patient=patient and str(patient),
             stated=None if self.mpp or stated is None else (stated, f"{key} of its metadata"),
             embeddings=None if self.obsm is None else _embeddings(name, data, self.obsm),
+            labels=None if self.label_column is None else _labels(name, data, self.label_column),
         )
 
 
@@ -193,6 +199,12 @@ def _embeddings(name: str, data: Any, key: str) -> Expression:
             f"{name}: obsm[{key!r}] is {list(table.shape)} or holds NaN; it has to be N x E finite numbers"
         )
     return table
+
+
+def _labels(name: str, data: Any, column: str) -> tuple[str, ...]:
+    """The class of each spot; empty where it has none."""
+    found = _entry(name, data.obs, "obs", column)
+    return tuple("" if missing else str(label) for label, missing in zip(found, found.isna(), strict=True))
 
 
 def _patient(name: str, data: Any, column: str | None) -> str | None:

@@ -76,6 +76,7 @@ class Source(Options, frozen=True):
         stated: tuple[float | None, str] | None = None,
         advice: str = "",
         embeddings: Expression | None = None,
+        labels: tuple[str, ...] | None = None,
     ) -> Section:
         """The section of a file's counts [N, G] and positions [N, 2].
 
@@ -111,6 +112,7 @@ class Source(Options, frozen=True):
             array_rc=None if lattice == "none" else array_rc,
             lattice=lattice,
             embeddings=embeddings,
+            labels=labels,
         )
 
     def _unique_genes(
