@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from seal_extract import find_tissue, open_slide
 from seal_extract.encoders import Encoder, EncoderSpec
+from seal_extract.encoders.parts import ConchTower
 from seal_extract.encoders.spec import Architecture, InputRule
-from seal_extract.encoders.tower import ConchTower, empty_tower, fill, tower_shapes
+from seal_extract.encoders.tower import empty_tower, fill, tower_shapes
 from seal_extract.train.config import (
     DataOptions,
     LoopOptions,

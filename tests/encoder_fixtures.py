@@ -120,8 +120,10 @@ def _is_transformers(spec: EncoderSpec) -> bool:
 def as_published(spec: EncoderSpec, tensors: dict[str, Tensor], version: int = 4) -> dict[str, Tensor]:
     """The tensors of a ViT under the names of the row's files: transformers' own, or Meta's."""
     names = spec.published.layer_names
-    if names == "timm":
+    if names in ("timm", "titan"):
         return tensors
+    if names == "open_clip":
+        return {_open_clip_key(key): _as_open_clip(key, value) for key, value in tensors.items()}
     if "reg_token" in tensors:  # here the class token's position is 0
         tensors = {**tensors, "pos_embed": torch.cat([0 * tensors["cls_token"], tensors["pos_embed"]], 1)}
     if names == "dinov2":
@@ -146,6 +148,37 @@ def as_published(spec: EncoderSpec, tensors: dict[str, Tensor], version: int = 4
         else:
             named[key] = value
     return named
+
+
+OPEN_CLIP = {
+    "trunk.": "",
+    "patch_embed.proj": "conv1",
+    "norm_pre": "ln_pre",
+    "cls_token": "class_embedding",
+    "pos_embed": "positional_embedding",
+    "blocks.": "transformer.resblocks.",
+    ".norm": ".ln_",
+    "attn.qkv.": "attn.in_proj_",
+    "attn.proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "attn_pool_contrast": "attn_pool",
+    "ln_contrast": "ln_post",
+    "head.0.weight": "proj",
+}
+
+
+def _open_clip_key(key: str) -> str:
+    key = "ln_post." + key.removeprefix("norm.") if key.startswith("norm.") else key
+    for timm, theirs in OPEN_CLIP.items():
+        key = key.replace(timm, theirs)
+    return key
+
+
+def _as_open_clip(key: str, value: Tensor) -> Tensor:
+    if key.endswith(("cls_token", "pos_embed")):
+        return value.squeeze()
+    return value.T if key == "head.0.weight" else value
 
 
 # --- files --------------------------------------------------------------------------------------------------

@@ -31,11 +31,11 @@ def looks_like(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
     if "fc_mu.weight" in tensors and "flows.0.u" in tensors:
         return (OMICS,)
     shapes = {key: torch.empty(value.shape, device="meta") for key, value in tensors.items()}
-    spelled: dict[tuple[str, tuple[str, ...], str], Shapes] = {}
+    spelled: dict[tuple[object, ...], Shapes] = {}
     found: dict[str, tuple[float, int]] = {}
     for row in list_encoders():
         layout = row.layout
-        names = (layout.prefix, layout.other_prefixes, layout.layer_names)
+        names = (layout.prefix, layout.other_prefixes, layout.layer_names, *layout.renamed.items())
         if names not in spelled:
             spelled[names] = _shapes(as_row_spells(shapes, layout))
         share, count = _share(row, spelled[names])

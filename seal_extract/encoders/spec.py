@@ -25,7 +25,7 @@ PRECISION_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 POOLINGS = ("cls", "cls+mean", "conch", "map", "own")
 FILTERS = ("bilinear", "bicubic")
 MPP_BASES = ("", "stated", "magnification", "convention")
-LAYER_NAMES = ("timm", "transformers", "dinov2")
+LAYER_NAMES = ("timm", "transformers", "dinov2", "open_clip", "titan")
 HEAD = "projection_head."  # in front of the projection head's tensors in weight files
 HEAD_KINDS = ("none", "linear", "mlp")
 MOST_MODULES = 64  # of a projection head, activations included
@@ -35,19 +35,58 @@ SAME_MPP = 0.02  # relative difference between a slide's exact µm/px and the ro
 
 
 @dataclass(frozen=True)
+class Pooler:
+    """An attentional pooler behind the trunk (Yu et al., CoCa, arXiv 2205.01917, section 3.2).
+
+    Attributes:
+        heads: of its attention.
+        queries: that the weight file holds; the embedding is made from what the first of them gathers.
+        bias: whether its projections have biases.
+        after_norm: whether it gets the tokens behind the trunk's last LayerNorm, or those before it.
+    """
+
+    heads: int = 8
+    queries: int = 1
+    bias: bool = True
+    after_norm: bool = True
+
+
+@dataclass(frozen=True)
+class Head:
+    """Linear layers that project what was pooled, with GELU between them.
+
+    Attributes:
+        widths: the outputs of each layer.
+        bias: whether they have biases.
+        unit_length: divide the result by its Euclidean norm.
+    """
+
+    widths: tuple[int, ...]
+    bias: bool = True
+    unit_length: bool = False
+
+
+@dataclass(frozen=True)
 class Architecture:
-    """A model of timm, in values that JSON can hold.
+    """A model of timm, in values that JSON can hold, and what its authors have put behind it.
 
     Attributes:
         timm: name of the model function in timm, without weights.
         kwargs: its arguments; layers are given by their names in timm.
         antialias: whether position embeddings are resampled with antialiasing, as timm does, when the patch
             has another size than they were trained for.
+        position_offset: added to the new number of patches a side when positions are resampled without
+            antialiasing; DINO's code and what was made from it adds 0.1, which moves every position a little.
+        pooler: used with ``conch`` pooling.
+        head: of the embedding; None for encoders whose embedding is what was pooled.
     """
 
     timm: str
     kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
     antialias: bool = True
+    position_offset: float = 0.0
+    pooler: Pooler = Pooler()
+    head: Head | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +153,10 @@ class Published:
         prefix: in front of the keys of the image tower.
         other_prefixes: in front of those keys in other files of the same authors.
         layer_names: the library whose layer names the file uses; "transformers" means those of version 4 or
-            5, where q, k and v are separate; "dinov2" means Meta's own code.
+            5, where q, k and v are separate; "dinov2" means Meta's own code, and "titan" that of TITAN, whose
+            pooler has other names.
+        renamed: keys that are renamed before all else: patterns of whole keys, and their replacements as
+            `re.sub` takes them; the first pattern that fits counts.
         inside: name of the dict in the file that holds the weights, for example of a teacher; by default the
             file itself, or ``state_dict`` in it.
         ignored: keys that the embedding does not need; one that ends in a dot stands for all below it.
@@ -135,6 +177,7 @@ class Published:
     prefix: str = ""
     other_prefixes: tuple[str, ...] = ()
     layer_names: str = "timm"
+    renamed: Mapping[str, str] = field(default_factory=dict, hash=False)
     inside: str = ""
     ignored: tuple[str, ...] = ()
     base: str | None = None

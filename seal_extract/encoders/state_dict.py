@@ -7,7 +7,7 @@ follows reports it. Adapters keep the names of their layers; `find_places` and `
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,19 +15,21 @@ from torch import Tensor
 
 from seal_extract.encoders.spec import Published, Shapes
 
-# Linear layers of a block: name in transformers (version 4 or 5), name in timm, and which part of its rows
+# Linear layers of a block: name in transformers (version 4 or 5) or open_clip, name in timm, and which part
+# of its rows
 _LINEAR = (
-    (r"attention\.(?:attention\.query|q_proj)", "attn.qkv", 0, 3),
-    (r"attention\.(?:attention\.key|k_proj)", "attn.qkv", 1, 3),
-    (r"attention\.(?:attention\.value|v_proj)", "attn.qkv", 2, 3),
-    (r"attention\.(?:output\.dense|o_proj)", "attn.proj", 0, 1),
+    (r"attention\.(?:attention\.query|q_proj)|self_attn\.q_proj", "attn.qkv", 0, 3),
+    (r"attention\.(?:attention\.key|k_proj)|self_attn\.k_proj", "attn.qkv", 1, 3),
+    (r"attention\.(?:attention\.value|v_proj)|self_attn\.v_proj", "attn.qkv", 2, 3),
+    (r"attention\.(?:output\.dense|o_proj)|(?:self_)?attn\.out_proj", "attn.proj", 0, 1),
     (r"mlp\.gate_proj", "mlp.fc1", 0, 2),
     (r"mlp\.up_proj", "mlp.fc1", 1, 2),
-    (r"mlp\.(?:fc1|weights_in)|intermediate\.dense", "mlp.fc1", 0, 1),
-    (r"mlp\.(?:fc2|weights_out|down_proj)|output\.dense", "mlp.fc2", 0, 1),
+    (r"mlp\.(?:fc1|weights_in|c_fc)|intermediate\.dense", "mlp.fc1", 0, 1),
+    (r"mlp\.(?:fc2|weights_out|down_proj|c_proj)|output\.dense", "mlp.fc2", 0, 1),
 )
 # everything else that timm's vision transformer has under another name, by library: in transformers those of
-# ViTModel, Dinov2Model and Dinov2WithRegistersModel; in Meta's DINOv2 with blocks in chunks or not
+# ViTModel, Dinov2Model, Dinov2WithRegistersModel and CLIPVisionModel; in Meta's DINOv2 with blocks in chunks
+# or not; in open_clip those of its VisionTransformer, which may be the trunk of a tower with a pooler
 _RENAMED = {
     "transformers": (
         (r"embeddings\.cls_token", "cls_token"),
@@ -39,6 +41,12 @@ _RENAMED = {
         (r"encoder\.layer\.(\d+)\.(norm[12]\..+)", r"blocks.\1.\2"),
         (r"(?:encoder\.)?layers?\.(\d+)\.layernorm_before\.(.+)", r"blocks.\1.norm1.\2"),
         (r"(?:encoder\.)?layers?\.(\d+)\.layernorm_after\.(.+)", r"blocks.\1.norm2.\2"),
+        (r"embeddings\.class_embedding", "cls_token"),
+        (r"embeddings\.position_embedding\.weight", "pos_embed"),
+        (r"embeddings\.patch_embedding\.(.+)", r"patch_embed.proj.\1"),
+        (r"pre_layrnorm\.(.+)", r"norm_pre.\1"),
+        (r"post_layernorm\.(.+)", r"norm.\1"),
+        (r"encoder\.layers\.(\d+)\.layer_norm([12])\.(.+)", r"blocks.\1.norm\2.\3"),
     ),
     "dinov2": (
         (r"register_tokens", "reg_token"),
@@ -46,13 +54,29 @@ _RENAMED = {
         (r"blocks\.(?:\d+\.)?(\d+)\.mlp\.w3\.(.+)", r"blocks.\1.mlp.fc2.\2"),
         (r"blocks\.\d+\.(\d+)\.(.+)", r"blocks.\1.\2"),
     ),
+    "open_clip": (
+        (r"(trunk\.)?class_embedding", r"\1cls_token"),
+        (r"(trunk\.)?positional_embedding", r"\1pos_embed"),
+        (r"(trunk\.)?conv1\.(.+)", r"\1patch_embed.proj.\2"),
+        (r"(trunk\.)?ln_pre\.(.+)", r"\1norm_pre.\2"),
+        (r"ln_post\.(.+)", r"norm.\1"),
+        (r"proj", "head.0.weight"),
+        (r"(trunk\.)?transformer\.resblocks\.(\d+)\.ln_([12])\.(.+)", r"\1blocks.\2.norm\3.\4"),
+        (r"(trunk\.)?transformer\.resblocks\.(\d+)\.attn\.in_proj_(.+)", r"\1blocks.\2.attn.qkv.\3"),
+    ),
+    "titan": (
+        (r"attn_pool_contrast\.to_(q|k|v)\.weight", r"attn_pool_contrast.attn.\1_proj_weight"),
+        (r"attn_pool_contrast\.to_out\.weight", r"attn_pool_contrast.attn.out_proj.weight"),
+    ),
 }
 # names of timm that the library lacks: the file of an encoder of equal shapes must not pass for this one's
 _TIMM_ONLY = {
     "transformers": re.compile(r"(cls_token|pos_embed|(patch_embed|blocks|norm)\..+)"),
     "dinov2": re.compile(r"reg_token"),
+    "open_clip": re.compile(r"(trunk\.)?(cls_token|pos_embed|(patch_embed|blocks|norm|norm_pre)\..+)"),
+    "titan": re.compile(r"attn_pool_contrast\.attn\..+"),
 }
-_BLOCK = re.compile(r"(?:(?<=\.)|^)(?:encoder\.)?(?:blocks|layers?)\.(\d+)\.(.+)$")
+_BLOCK = re.compile(r"(?:(?<=\.)|^)(?:encoder\.|transformer\.)?(?:blocks|layers?|resblocks)\.(\d+)\.(.+)$")
 _ADAPTER = re.compile(r"(?P<layer>.+)\.lora_(?P<half>[AB])(?:\.default)?\.weight")
 
 
@@ -74,12 +98,10 @@ def as_row_spells(
         Where a file has registers, its position of the class token is added to that token, as timm has it.
         A layer that PEFT has wrapped, ``X.base_layer.weight``, is ``X.weight`` if X has adapters.
     """
-    spelled = _unwrapped(_with_row_prefix(tensors, layout), layout.prefix)
+    spelled = _spelled(tensors, layout)
     if layout.layer_names == "timm":
         return spelled
-    again = (
-        spelled if read_again is None else _unwrapped(_with_row_prefix(read_again(), layout), layout.prefix)
-    )
+    again = spelled if read_again is None else _spelled(read_again(), layout)
     return _with_timm_names(spelled, again, layout)
 
 
@@ -96,6 +118,16 @@ def adapter_keys(keys: Iterable[str], prefix: str = "") -> dict[str, dict[str, s
         if match is not None:
             pairs.setdefault(match["layer"], {})[match["half"]] = key
     return pairs
+
+
+def _spelled(tensors: Mapping[str, Tensor], layout: Published) -> dict[str, Tensor]:
+    """Everything but the names of another library."""
+    renamed: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        found = (match.expand(new) for p, new in layout.renamed.items() if (match := re.fullmatch(p, key)))
+        new_key = next(found, key)
+        renamed[key if new_key in renamed else new_key] = value  # the second of two is unexpected
+    return _unwrapped(_with_row_prefix(renamed, layout), layout.prefix)
 
 
 def _with_row_prefix(tensors: Mapping[str, Tensor], layout: Published) -> dict[str, Tensor]:
@@ -128,10 +160,11 @@ def _with_timm_names(
     named: dict[str, Tensor] = {}
     separate: dict[tuple[str, int], dict[int, str]] = {}  # fused key, number of parts -> part -> key in file
     prefix = layout.prefix
-    for key, value in tensors.items():
+    for key, value in _halved(tensors):
         if not key.startswith(prefix) or ".lora_" in key:
             named[key] = value
             continue
+        value = _shaped(value, key.removeprefix(prefix))
         inner, part, parts = _timm_key(key.removeprefix(prefix), layout.layer_names)
         if parts > 1 and separate.setdefault((prefix + inner, parts), {}).setdefault(part, key) == key:
             continue
@@ -146,6 +179,25 @@ def _with_timm_names(
     if prefix + "reg_token" in named:
         _fold_position(named, prefix)
     return named
+
+
+def _halved(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors, with the fused k and v of TITAN's pooler apart."""
+    for key, value in tensors.items():
+        if key.endswith("attn_pool_contrast.to_kv.weight") and value.ndim and len(value) % 2 == 0:
+            front = key.removesuffix("kv.weight")
+            yield from zip((f"{front}k.weight", f"{front}v.weight"), value.chunk(2), strict=True)
+        else:
+            yield key, value
+
+
+def _shaped(value: Tensor, key: str) -> Tensor:
+    """The tensor with the dimensions that timm gives it, if another library has fewer or swaps them."""
+    if value.ndim == 1 and key.endswith("class_embedding"):
+        return value[None, None]
+    if value.ndim == 2 and key.endswith(("positional_embedding", "position_embedding.weight")):
+        return value[None]
+    return value.T.contiguous() if value.ndim == 2 and key == "proj" else value
 
 
 def _fold_position(named: dict[str, Tensor], prefix: str) -> None:
@@ -166,7 +218,7 @@ def _timm_key(key: str, layer_names: str) -> tuple[str, int, int]:
         if match := re.fullmatch(pattern, key):
             return match.expand(new), 0, 1
     module, _, leaf = key.rpartition(".")
-    layer = _timm_layer(module) if layer_names == "transformers" else None
+    layer = _timm_layer(module) if layer_names in ("transformers", "open_clip") else None
     if layer is None or leaf not in ("weight", "bias"):
         return key, 0, 1
     name, part, parts = layer
@@ -174,7 +226,7 @@ def _timm_key(key: str, layer_names: str) -> tuple[str, int, int]:
 
 
 def _timm_layer(name: str) -> tuple[str, int, int] | None:
-    """The timm name of a Linear layer of transformers: part number ``[1]`` of ``[2]`` parts of its rows."""
+    """The timm name of a Linear layer of a library: part number ``[1]`` of ``[2]`` parts of its rows."""
     block = _BLOCK.search(name)
     for pattern, ending, part, parts in _LINEAR if block else ():
         if block and re.fullmatch(pattern, block[2]):

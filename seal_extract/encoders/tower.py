@@ -14,13 +14,12 @@ from typing import Any
 import timm
 import timm.layers
 import torch
-from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import FeatureListNet, get_pretrained_cfg
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.overrides import TorchFunctionMode
 
+from seal_extract.encoders.parts import ConchTower, ConvStem, new_head, with_plain_positions
 from seal_extract.encoders.spec import (
     COUNTER,
     FILTERS,
@@ -36,7 +35,7 @@ from seal_extract.errors import UsageError, first_line
 KWARGS = (
     *("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "qk_norm"),
     *("init_values", "class_token", "no_embed_class", "reg_tokens", "pre_norm", "dynamic_img_size"),
-    *("mlp_layer", "act_layer", "norm_layer", "features_only", "out_indices"),
+    *("mlp_layer", "act_layer", "norm_layer", "embed_layer", "features_only", "out_indices"),
 )
 # above those of every vision transformer: building such a model would take all memory, or hours
 MOST = {
@@ -44,7 +43,6 @@ MOST = {
     **{"mlp_ratio": 64, "reg_tokens": 256},
 }
 MLP_LAYERS = ("Mlp", "SwiGLU", "SwiGLUPacked")
-HEADS = 8  # of CONCH's pooler; the weights do not tell
 TIMM_PREFIX = "timm:"
 _TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
 _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.randn)
@@ -52,76 +50,6 @@ _IN_PLACE = {
     *(Tensor.normal_, Tensor.uniform_, Tensor.erfinv_, Tensor.clamp_),
     *(Tensor.mul_, Tensor.add_, Tensor.fill_, Tensor.zero_),
 }
-
-
-# --- parts that timm lacks ----------------------------------------------------------------------------------
-
-
-class AttentionalPooler(nn.Module):
-    """One learned query attends to all tokens (Yu et al., CoCa, arXiv 2205.01917, section 3.2)."""
-
-    def __init__(self, dim: int, token_dim: int) -> None:
-        super().__init__()
-        self.query = nn.Parameter(torch.empty(1, dim))
-        self.attn = nn.MultiheadAttention(dim, HEADS, kdim=token_dim, vdim=token_dim, batch_first=True)
-        self.ln_q = nn.LayerNorm(dim)
-        self.ln_k = nn.LayerNorm(token_dim)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens [B, N, token_dim] to [B, dim]."""
-        keys = self.ln_k(tokens)
-        query = self.ln_q(self.query).expand(len(tokens), -1, -1)  # [B, 1, dim]
-        pooled: Tensor = self.attn(query, keys, keys, need_weights=False)[0]  # [B, 1, dim]
-        return pooled[:, 0]
-
-
-class ConchTower(nn.Module):
-    """CONCH's image tower (Lu et al., doi 10.1038/s41591-024-02856-4), with the names of its weight file.
-
-    The tokens of a timm trunk are pooled by attention and normalised.
-    """
-
-    def __init__(self, trunk: Any, token_dim: int, dim: int) -> None:
-        super().__init__()
-        self.trunk = trunk
-        self.attn_pool_contrast = AttentionalPooler(dim, token_dim)
-        self.ln_contrast = nn.LayerNorm(dim)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Normalised images [B, 3, H, W], sides multiples of the trunk's patch, to [B, dim]."""
-        tokens = self.trunk.forward_features(images)  # [B, 1 + N, token_dim]
-        pooled: Tensor = self.ln_contrast(self.attn_pool_contrast(tokens))
-        return pooled
-
-
-class PlainPositions(VisionTransformer):
-    """A vision transformer of timm that resamples its positions as transformers' Dinov2Model does.
-
-    That is bicubic without antialiasing. The two filters differ in enlarging too: the cubic's coefficient is
-    -0.75 without antialiasing and -0.5 with it.
-    """
-
-    def _pos_embed(self, x: Tensor) -> Tensor:
-        """Patch tokens [B, H, W, D] to all tokens [B, prefix + H W, D]."""
-        positions = resample_abs_pos_embed(
-            self.pos_embed,
-            new_size=list(x.shape[1:3]),
-            old_size=list(self.patch_embed.grid_size),
-            num_prefix_tokens=self.num_prefix_tokens,
-            antialias=False,
-        )
-        prefix = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
-        dropped: Tensor = self.pos_drop(torch.cat([*prefix, x.flatten(1, 2)], 1) + positions)
-        return dropped
-
-
-def _with_plain_positions(trunk: Any) -> Any:
-    if type(trunk) is not VisionTransformer or not trunk.dynamic_img_size or trunk.no_embed_class:
-        raise UsageError(
-            "antialias is False; allowed: with a VisionTransformer, dynamic_img_size and no no_embed_class"
-        )
-    trunk.__class__ = PlainPositions  # timm's factory takes no class
-    return trunk
 
 
 # --- building -----------------------------------------------------------------------------------------------
@@ -151,18 +79,23 @@ def empty_tower(spec: EncoderSpec) -> nn.Module:
     Raises:
         UsageError: timm cannot build it, or its embedding is not ``spec.dim`` long.
     """
-    trunk, whole = _timm_model(spec), spec.pooling in ("map", "own")
+    trunk, whole, head = _timm_model(spec), spec.pooling in ("map", "own"), spec.architecture.head
     with _building(spec), _NoMemory():
         width = _own_dim(trunk) if whole else int(trunk.num_features)
         prefix = 1 if whole else int(trunk.num_prefix_tokens)
-        tower: nn.Module = ConchTower(trunk, width, spec.dim) if spec.pooling == "conch" else trunk
-    dim = {"cls+mean": 2 * width, "conch": spec.dim}.get(spec.pooling, width)
+        dim = {"cls+mean": 2 * width, "conch": spec.dim}.get(spec.pooling, width)
+        tower: Any = trunk
+        if spec.pooling == "conch":
+            tower = ConchTower(trunk, width, spec.dim, spec.architecture.pooler)
+        if head is not None and not whole:
+            tower.head, dim = new_head(head, dim), head.widths[-1]
     if dim != spec.dim or not prefix:
         raise UsageError(
             f"encoder {spec.name}: its {spec.pooling} pooling gives {dim} numbers of {prefix} "
             f"prefix tokens; allowed: dim {spec.dim}, at least one prefix token"
         )
-    return tower.eval().requires_grad_(False)
+    built: nn.Module = tower.eval().requires_grad_(False)
+    return built
 
 
 def _own_dim(model: Any) -> int:
@@ -182,8 +115,13 @@ def _timm_model(spec: EncoderSpec) -> Any:
             model = build()
         held = model.state_dict()
         if any(value.is_meta for key, value in model.named_buffers() if key not in held):
-            model = build()  # window tables, rotary frequencies and the like are in no file
-        return model if spec.architecture.antialias else _with_plain_positions(model)
+            for key, value in build().named_buffers():  # window tables, rotary frequencies: in no file
+                module, _, name = key.rpartition(".")
+                if key not in held:
+                    model.get_submodule(module).register_buffer(name, value, persistent=False)
+        if spec.architecture.antialias:
+            return model
+        return with_plain_positions(model, spec.architecture.position_offset)
 
 
 @contextmanager
@@ -226,6 +164,10 @@ def _checked_kwargs(spec: EncoderSpec) -> dict[str, Any]:
         if kwargs["mlp_layer"] not in MLP_LAYERS:
             raise UsageError(f"mlp_layer is {kwargs['mlp_layer']!r}; allowed: {', '.join(MLP_LAYERS)}")
         kwargs["mlp_layer"] = getattr(timm.layers, kwargs["mlp_layer"])
+    if "embed_layer" in kwargs:
+        if kwargs["embed_layer"] != ConvStem.__name__:
+            raise UsageError(f"embed_layer is {kwargs['embed_layer']!r}; allowed: {ConvStem.__name__}")
+        kwargs["embed_layer"] = ConvStem
     return kwargs
 
 
@@ -272,10 +214,11 @@ def embed(tower: nn.Module, pooling: str, images: Tensor) -> Tensor:
         (features,) = trunk(images)  # [B, D, h, w]
         return features.mean((2, 3))  # type: ignore[no-any-return]
     tokens: Tensor = trunk.forward_features(images)  # [B, prefix + N, D]
-    cls = tokens[:, 0]
-    if pooling == "cls":
-        return cls
-    return torch.cat([cls, tokens[:, trunk.num_prefix_tokens :].mean(1)], dim=1)
+    pooled = tokens[:, 0]
+    if pooling == "cls+mean":
+        pooled = torch.cat([pooled, tokens[:, trunk.num_prefix_tokens :].mean(1)], dim=1)
+    embedding = trunk.head(pooled)  # of most rows it does nothing
+    return embedding
 
 
 # --- any model of timm --------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from seal_extract.demo import UNTRAINED, untrained_encoder
 from seal_extract.encoders import EncoderSpec, find_spec, list_encoders, load_encoder, registry
 from seal_extract.encoders.folder import read_config, to_config
 from seal_extract.encoders.registry import ROWS, tomllib
-from seal_extract.encoders.spec import Architecture, InputRule, Published, recommended_precision
-from seal_extract.encoders.tower import HEADS, empty_tower, tower_shapes
+from seal_extract.encoders.spec import Architecture, InputRule, Pooler, Published, recommended_precision
+from seal_extract.encoders.tower import empty_tower, tower_shapes
 from seal_extract.encoders.transform import PatchTransform, fit
 from seal_extract.errors import UsageError
 
@@ -246,7 +246,7 @@ def test_a_row_checks_itself(change, complaint):
             "mlp_layer is 'os'; allowed: Mlp",
         ),
         ({"dim": 100, "pooling": "cls"}, r"cls pooling gives 32 numbers.*allowed: dim 100"),
-        ({"dim": HEADS + 1}, "cannot be built"),
+        ({"dim": Pooler().heads + 1}, "cannot be built"),
     ],
 )
 def test_an_architecture_that_cannot_be_built(change, complaint):

@@ -30,8 +30,10 @@ from PIL import Image
 from torch import nn
 
 from seal_extract.encoders import Encoder, EncoderSpec, load_encoder
+from seal_extract.encoders.parts import AttentionalPooler
 from seal_extract.encoders.registry import CLIP_MEAN, CLIP_STD
-from seal_extract.encoders.tower import HEADS, AttentionalPooler, empty_tower, in_precision
+from seal_extract.encoders.spec import Pooler
+from seal_extract.encoders.tower import empty_tower, in_precision
 from seal_extract.encoders.transform import middle, scaled_size
 from seal_extract.errors import EncoderError, UsageError
 
@@ -77,7 +79,7 @@ def test_weight_files_are_recorded(tmp_path):
 
 def test_conch_pooler_is_textbook_attention_with_one_query():
     generator = torch.Generator().manual_seed(0)
-    pooler = AttentionalPooler(16, 32).eval()
+    pooler = AttentionalPooler(16, 32, Pooler()).eval()
     for p in pooler.parameters():
         p.data = torch.randn(p.shape, generator=generator) / p.shape[-1] ** 0.5
     tokens = torch.randn(2, 7, 32, generator=generator)
@@ -89,9 +91,9 @@ def test_conch_pooler_is_textbook_attention_with_one_query():
 
     bias_q, bias_k, bias_v = np.split(w["attn.in_proj_bias"], 3)
     keys = norm(tokens.double().numpy(), "ln_k")
-    q = (norm(w["query"], "ln_q") @ w["attn.q_proj_weight"].T + bias_q).reshape(HEADS, 2)
-    k = (keys @ w["attn.k_proj_weight"].T + bias_k).reshape(2, 7, HEADS, 2)
-    v = (keys @ w["attn.v_proj_weight"].T + bias_v).reshape(2, 7, HEADS, 2)
+    q = (norm(w["query"], "ln_q") @ w["attn.q_proj_weight"].T + bias_q).reshape(8, 2)
+    k = (keys @ w["attn.k_proj_weight"].T + bias_k).reshape(2, 7, 8, 2)
+    v = (keys @ w["attn.v_proj_weight"].T + bias_v).reshape(2, 7, 8, 2)
     score = np.exp(np.einsum("hd,bnhd->bhn", q, k) / np.sqrt(2))
     mixed = np.einsum("bhn,bnhd->bhd", score / score.sum(-1, keepdims=True), v).reshape(2, 16)
     expected = mixed @ w["attn.out_proj.weight"].T + w["attn.out_proj.bias"]
