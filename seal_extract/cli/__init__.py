@@ -25,6 +25,7 @@ from seal_extract.cli.slides import slides_parser
 from seal_extract.cli.terminal import fail, warn
 from seal_extract.cli.trial import add_bench_options, add_demo_options
 from seal_extract.cli.view import add_report_options, add_view_options
+from seal_extract.cli.volume import add_volume_options, add_volume_predict_options, add_volume_train_options
 from seal_extract.errors import SealExtractError, UsageError, first_line
 
 COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
@@ -44,6 +45,9 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "spots": add_spots_options,
     "train": add_train_options,
     "view": add_view_options,
+    "volume": add_volume_options,
+    "volume predict": add_volume_predict_options,
+    "volume train": add_volume_train_options,
 }
 
 

@@ -88,17 +88,21 @@ class SealModel(nn.Module):
 
     def forward(self, batch: TrainBatch, seed: int | None = None) -> Losses:
         """The weighted terms of the loss; patches are augmented if ``seed`` is given."""
+        images = embed_patches(self.encoder, batch.patches, self.options.stain, seed)  # [B, D]
+        return self.terms(images, images, batch)
+
+    def terms(self, contrasted: Tensor, decoded: Tensor, batch: TrainBatch) -> Losses:
+        """The weighted terms of the loss of two embeddings [B, D] of each image."""
         o = self.options
-        images = embed_patches(self.encoder, batch.patches, o.stain, seed)  # [B, D]
         terms: Losses = {}
         if self.omics is not None:
             expression, own = self.omics.losses(batch.expression)
             terms = {name: o.reconstruction * loss for name, loss in own.items()}
             if o.alignment:
-                both = project(self.encoder, self.omics.omics, images, expression)
+                both = project(self.encoder, self.omics.omics, contrasted, expression)
                 terms["alignment"] = o.alignment * info_nce(*both, o.temperature)
         if o.prediction:
-            predicted = self.decoder(images.float())
+            predicted = self.decoder(decoded.float())
             terms["prediction"] = o.prediction * expression_loss(predicted, batch.expression, self.sd)
         return terms
 

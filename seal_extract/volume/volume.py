@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from msgspec import Meta
@@ -89,12 +89,21 @@ class VolumeFile(Options, frozen=True):
 
 
 class Plane(NamedTuple):
-    """One plane: its name, its file, how it is opened, and whether its patches are those of its file."""
+    """One plane.
+
+    Attributes:
+        name: of its results.
+        path: its file.
+        open: opens it.
+        is_file: whether its patches are those of its file.
+        place: what else decides its pixels, as JSON: its transform, or the window of its stack.
+    """
 
     name: str
     path: Path
     open: Callable[[], Slide]
-    is_file: bool
+    is_file: bool = False
+    place: Any = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -262,7 +271,10 @@ def _plane(path: Path, entry: SlideEntry, mpp: float | None) -> Plane:
 
 
 def _aligned(plane: Plane, affine: Affine, size_px: tuple[int, int], mpp: float) -> Plane:
-    return plane._replace(open=lambda: AlignedSlide(plane.open(), affine, size_px, mpp), is_file=False)
+    def opened() -> Slide:
+        return AlignedSlide(plane.open(), affine, size_px, mpp)
+
+    return Plane(plane.name, plane.path, opened, place=affine.tolist())
 
 
 def _planes_of_stack(stack: Stack, given_mpp: float | None) -> list[Plane]:
@@ -281,7 +293,9 @@ def _planes_of_stack(stack: Stack, given_mpp: float | None) -> list[Plane]:
     digits = len(str(stack.side(0, "z") - 1))
 
     def plane(z: int) -> Plane:
-        return Plane(f"z{z:0{digits}}", stack.path, lambda: StackPlane(stack, z, mpp, source), is_file=False)
+        return Plane(
+            f"z{z:0{digits}}", stack.path, lambda: StackPlane(stack, z, mpp, source), place=stack.window
+        )
 
     return [plane(z) for z in range(stack.side(0, "z"))]
 

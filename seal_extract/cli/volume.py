@@ -1,0 +1,103 @@
+"""``seal-extract volume train``, ``predict`` and more: expression through a volume."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from seal_extract.cli.options import add, comma_separated
+from seal_extract.cli.terminal import echo
+from seal_extract.errors import UsageError
+
+VOLUME = (
+    "a stack with z (OME-TIFF), a folder of numbered planes, or a JSON file that lists sections with "
+    "their transforms; see the guide"
+)
+
+
+def add_volume_options(p: argparse.ArgumentParser) -> None:
+    """Add what ``seal-extract volume`` by itself shows: its commands."""
+    p.description = "Gene expression through a volume, from its planes and one or two measured sections."
+    p.add_argument("what", choices=["train", "predict"], help="each has a --help of its own")
+
+
+def add_volume_train_options(p: argparse.ArgumentParser) -> None:
+    """Add the options of ``seal-extract volume train``."""
+    p.description = (
+        "Train on 2D pairs, then on pairs of other volumes, then on the measured sections of the volume of "
+        "interest. The same command resumes a run that was stopped."
+    )
+    p.set_defaults(handler=run_volume_train)
+    p.add_argument("config", type=Path, metavar="CONFIG.toml", help="all options; the guide has an example")
+
+
+def run_volume_train(args: argparse.Namespace) -> int:
+    """Train and write the encoder's folder."""
+    from seal_extract.volume.config import read_volume_config
+    from seal_extract.volume.train import train_volume
+
+    config = read_volume_config(args.config)
+    trained = train_volume(config, log=lambda line: None if args.quiet else echo(line))
+    echo(f"use it with  seal-extract volume predict {config.voi.volume} --model {trained.path} -o OUT")
+    return 0
+
+
+def add_volume_predict_options(p: argparse.ArgumentParser) -> None:
+    """Add the options of ``seal-extract volume predict``."""
+    p.description = (
+        "Predict the expression of every plane: features and genes per plane as for slides, and one "
+        "OME-Zarr of axes gene, z, y, x. The same command continues a run that was stopped."
+    )
+    p.set_defaults(handler=run_volume_predict)
+    p.add_argument("volume", type=Path, metavar="VOLUME", help=VOLUME)
+    p.add_argument("--model", type=Path, required=True, help="the folder that `volume train` wrote")
+    p.add_argument(
+        "-o", "--out", type=Path, default=Path("out"), help="folder for the results (default: out)"
+    )
+    p.add_argument("--genes", metavar="A,B", help="write these genes (default: the whole panel)")
+    p.add_argument("--spacing-um", type=float, metavar="UM", help="µm between planes, if nothing states it")
+    add(p, "--slide-mpp", help="µm/px of the planes, if nothing states it")
+    p.add_argument(
+        "--window", metavar="LOW,HIGH", help="values for black and white of a grey stack of more than 8 bits"
+    )
+    p.add_argument(
+        "--min-tissue",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="least tissue in a patch (default: 0.5)",
+    )
+    p.add_argument("--all-tissue", action="store_true", help="take every patch; for volumes that are not H&E")
+    add(p, "--device")
+    p.add_argument("--overwrite", action="store_true", help="replace files that another request made")
+
+
+def run_volume_predict(args: argparse.Namespace) -> int:
+    """Print a line for each plane, and where the volume was written."""
+    from seal_extract.volume.model import load_volume_encoder
+    from seal_extract.volume.predict import PredictOptions, predict_volume
+    from seal_extract.volume.volume import open_volume
+
+    window = None if args.window is None else _window(args.window)
+    volume = open_volume(args.volume, spacing_um=args.spacing_um, mpp=args.slide_mpp, window=window)
+    options = PredictOptions(args.min_tissue, args.all_tissue, args.overwrite)
+    model = load_volume_encoder(args.model, device=args.device)
+    echo(volume)
+    path = predict_volume(
+        volume,
+        model,
+        args.out,
+        genes=None if args.genes is None else comma_separated(args.genes),
+        options=options,
+        log=lambda line: None if args.quiet else echo(line),
+    )
+    echo(f"-> {path}")
+    return 0
+
+
+def _window(text: str) -> tuple[float, float]:
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError as exc:
+        raise UsageError(f"--window is {text!r}; allowed: LOW,HIGH, for example 1000,4000") from exc
+    return low, high

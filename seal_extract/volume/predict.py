@@ -1,0 +1,332 @@
+"""Expression of every plane of a volume: features and genes per plane as for slides, and one OME-Zarr.
+
+Each plane is embedded once where it or a neighbour has tissue; embeddings of as many planes as a patch has
+lie in temporary files, so that memory depends neither on the volume's depth nor on its width.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from seal_extract.errors import OutputError, UsageError
+from seal_extract.features.feature_file import PROVENANCE, SlideLabel
+from seal_extract.features.layouts import open_layout
+from seal_extract.features.scverse import read_store_provenance
+from seal_extract.features.store import SlideFeatures, find_features
+from seal_extract.genes.expression_file import EXPRESSION, Expression, expression_path, write_expression
+from seal_extract.hdf5 import open_hdf5
+from seal_extract.names import shareable
+from seal_extract.patches.grid import PatchGrid, make_grid
+from seal_extract.publish import claimed, writing
+from seal_extract.run.embed import Embedder, open_embedder
+from seal_extract.run.provenance import PIPELINE, describe, first_difference
+from seal_extract.slides.entry import content
+from seal_extract.slides.slide import Slide
+from seal_extract.tissue.mask import TissueMask
+from seal_extract.volume.model import ROWS, VolumeEncoder
+from seal_extract.volume.patches import embed_plane, grid_at, opened
+from seal_extract.volume.volume import Volume
+
+GENES_AT_ONCE = 16  # of a chunk of the OME-Zarr
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """What decides the numbers of a prediction, and what does not.
+
+    Attributes:
+        min_tissue: smallest share of tissue in a patch.
+        all_tissue: take every patch of every plane, where tissue cannot be found as in H&E.
+        overwrite: replace files that another request made.
+    """
+
+    min_tissue: float = 0.5
+    all_tissue: bool = False
+    overwrite: bool = False
+
+
+def predict_volume(
+    volume: Volume,
+    model: VolumeEncoder,
+    out: Path,
+    *,
+    genes: Sequence[str] | None = None,
+    options: PredictOptions = PredictOptions(),
+    log: Log = lambda line: None,
+) -> Path:
+    """Predict every plane and write ``NAME.ome.zarr``; finished planes of the same request are kept.
+
+    Args:
+        volume: from `open_volume`.
+        model: from `load_volume_encoder`.
+        out: folder for the results, in the layout ``trident``.
+        genes: to write; all of the panel by default.
+        options: all choices.
+        log: called with a line for each plane.
+
+    Returns:
+        The OME-Zarr: float32 (c, z, y, x), a channel for each gene, a pixel for each patch, NaN off tissue.
+
+    Raises:
+        UsageError: an unknown gene; no tissue anywhere.
+        OutputError: a file is in the way, or cannot be written.
+        SlideError: a plane that cannot be opened or read.
+    """
+    names = tuple(model.decoder.named() if genes is None else dict.fromkeys(genes))
+    columns, store = model.decoder.columns(names), out / f"{model.name}.ome.zarr"
+    _refuse_foreign(store)
+    run = _Run(volume, model, out, options)
+    made: list[Expression] = []
+    with closing(run):
+        for plane in range(len(volume)):
+            kept = None if options.overwrite else run.finished(plane)
+            features = kept or run.write(plane)
+            path, replaced = expression_path(features), kept is None
+            made.append(write_expression(features, model.decoder, path, columns, overwrite=replaced))
+            log(f"{volume.planes[plane].name}: {len(features.grid)} patches -> {path}")
+    write_ome_zarr(store, volume, made, names)
+    return store
+
+
+class _Run:
+    """The planes whose embeddings are at hand, and the patches of each."""
+
+    def __init__(self, volume: Volume, model: VolumeEncoder, out: Path, options: PredictOptions) -> None:
+        spec = model.encoder.spec
+        if spec.mpp is None:
+            raise UsageError(f"{spec.name} does not state its µm/px; train it with patch_mpp")
+        self.patch, self.planes = (spec.patch_px, spec.mpp), model.depth.options.planes
+        self.volume, self.model, self.options = volume, model, options
+        self.layout = open_layout("trident", out, *self.patch, 0)
+        self.embedder: Embedder = open_embedder(model.encoder, spec.patch_px)
+        self.at_hand: dict[int, _Embedded] = {}
+
+    def close(self) -> None:
+        """Give back threads and temporary files."""
+        self.embedder.close()
+        self.at_hand.clear()
+
+    def finished(self, plane: int) -> SlideFeatures | None:
+        """The features that the same request wrote before.
+
+        Raises:
+            OutputError: another request wrote them.
+        """
+        path = self.layout.find(self.volume.planes[plane].name, self.model.name)
+        if path is None:
+            return None
+        features = find_features(path)
+        difference = "not ours"
+        if features is not None:
+            request = json.loads(json.dumps(self.request(plane)))
+            difference = first_difference(features.provenance["request"], request) or ""
+        if difference:
+            raise OutputError(
+                f"{path} exists, made with another request ({difference}); "
+                "type --overwrite to replace it, or another -o"
+            )
+        return features
+
+    def request(self, plane: int) -> dict[str, Any]:
+        """All that decides the features of a plane."""
+        volume, here = self.volume, self.volume.planes[plane]
+        return {
+            "pipeline": PIPELINE,
+            "slide": {
+                "file": here.path.name,
+                "plane": here.name,
+                "size_l0": list(volume.size_px),
+                "mpp": volume.mpp,
+            },
+            "options": {
+                "patch_px": self.patch[0],
+                "mpp": self.patch[1],
+                "min_tissue": self.options.min_tissue,
+                "all_tissue": self.options.all_tissue,
+            },
+            "volume": {
+                "spacing_um": volume.spacing_um,
+                "planes": [
+                    [volume.planes[i].name, content(volume.planes[i].path), volume.planes[i].place]
+                    for i in volume.around(plane, self.planes)
+                ],
+            },
+            "encoder": self.model.identity,
+        }
+
+    def write(self, plane: int) -> SlideFeatures:
+        """Embed the patches of a plane through depth, and write its files."""
+        volume, name = self.volume, self.volume.planes[plane].name
+        with opened(volume, plane) as slide:
+            mask, grid = self._grid(slide)
+            way = f"through {self.planes} planes"
+            provenance = describe(slide, mask, grid, self.request(plane), self.model.description, way)
+        if not volume.planes[plane].is_file:  # nobody shall look at that file in its place
+            provenance["slide"]["path"] += f"#{name}"
+        window = [self._embedded(i, grid) for i in volume.around(plane, self.planes)]
+        label = SlideLabel(name, volume.size_px, volume.mpp)
+        overwrite = self.options.overwrite
+        self.layout.write_coords(label, grid, provenance, overwrite=overwrite)
+        with self.layout.write_features(
+            label, grid, self.model.name, self.model.encoder.spec.dim, provenance, overwrite=overwrite
+        ) as writer:
+            cells = self._cells(grid)
+            for start in range(0, len(grid), ROWS):
+                part = cells[start : start + ROWS]
+                deep = np.stack([one.rows[part] for one in window], axis=1)  # float32 [B, k, D]
+                planes = torch.from_numpy(deep).to(self.model.encoder.device)
+                writer.append(self.model.depth.decoded_embedding(planes).cpu().numpy())
+        for i in [i for i in self.at_hand if i < plane + 1 - self.planes // 2]:
+            del self.at_hand[i]
+        return SlideFeatures(self.layout.place(name, self.model.name, grid), grid, provenance)
+
+    def _grid(self, slide: Slide) -> tuple[TissueMask | None, PatchGrid]:
+        from seal_extract.tissue.segmentation import find_tissue
+
+        downsample = max(slide.size_l0)
+        everywhere = TissueMask(np.ones((1, 1), np.bool_), slide.mpp * downsample, downsample, slide.size_l0)
+        mask = everywhere if self.options.all_tissue else find_tissue(slide)
+        grid = make_grid(slide, mask, *self.patch, min_tissue=self.options.min_tissue)
+        return None if mask is everywhere else mask, grid
+
+    def _cells(self, grid: PatchGrid) -> NDArray[np.int64]:
+        """The number of each patch among all that the frame has room for, row by row."""
+        across = self.volume.size_px[0] // grid.patch_size_l0
+        return np.asarray(grid.xy_l0 // grid.patch_size_l0 @ [1, across])
+
+    def _embedded(self, plane: int, grid: PatchGrid) -> _Embedded:
+        """The embeddings of a plane, at the least those at the places of ``grid``."""
+        size_l0, cells = grid.patch_size_l0, self._cells(grid)
+        if plane not in self.at_hand:
+            across, down = (side // size_l0 for side in self.volume.size_px)
+            self.at_hand[plane] = _Embedded.empty(across * down, self.model.encoder.spec.dim)
+        held = self.at_hand[plane]
+        missing = np.flatnonzero(~held.known[cells])
+        if len(missing):
+            device = self.model.encoder.device
+            with opened(self.volume, plane) as slide:
+                there = grid_at(slide, grid.xy_l0[missing], size_l0, *self.patch)
+                done = 0
+                for rows in embed_plane(self.volume, plane, slide, there, self.embedder, device):
+                    held.rows[cells[missing[done : done + len(rows)]]] = rows
+                    done += len(rows)
+            held.known[cells[missing]] = True
+        return held
+
+
+@dataclass(frozen=True)
+class _Embedded:
+    """Embeddings of a plane: rows float32 [cells, D] in a file without a name, and which are known."""
+
+    rows: NDArray[np.float32]
+    known: NDArray[np.bool_]
+
+    @classmethod
+    def empty(cls, cells: int, dim: int) -> _Embedded:
+        with TemporaryFile() as file:  # which lives as long as the map of it
+            rows = np.memmap(file, np.float32, "w+", shape=(max(1, cells), dim))
+        return cls(rows, np.zeros(cells, np.bool_))
+
+
+# --- OME-Zarr ---------------------------------------------------------------------------------------------
+
+
+def write_ome_zarr(path: Path, volume: Volume, planes: Sequence[Expression], genes: Sequence[str]) -> None:
+    """Write the expression of all planes as one OME-Zarr of version 0.4, plane by plane.
+
+    Zarr's format 2 is JSON and compressed chunks, which are written here, as versions of the library differ.
+
+    Args:
+        path: the folder; one that this package wrote is replaced.
+        volume: for the places of its planes.
+        planes: expression of each plane.
+        genes: which of it.
+
+    Raises:
+        UsageError: no plane has a patch.
+        OutputError: the folder is another tool's, or cannot be written.
+    """
+    _refuse_foreign(path)
+    step: int = planes[0].provenance["grid"]["patch_size_l0"]
+    nx, ny = (side // step for side in volume.size_px)
+    step_um = step * volume.mpp
+    array = {
+        "zarr_format": 2, "shape": [len(genes), len(planes), ny, nx], "dtype": "<f4",
+        "chunks": [GENES_AT_ONCE, 1, ny, nx],
+        "order": "C", "fill_value": "NaN", "filters": None, "dimension_separator": "/",
+        "compressor": {"id": "zlib", "level": 1},
+    }  # fmt: skip
+    axes = [{"name": "c", "type": "channel"}]
+    axes += [{"name": axis, "type": "space", "unit": "micrometer"} for axis in "zyx"]
+    scale = {"type": "scale", "scale": [1.0, volume.spacing_um, step_um, step_um]}
+    centre = {"type": "translation", "translation": [0.0, 0.0, step_um / 2, step_um / 2]}
+    highest = np.zeros(len(genes))
+    with writing(path), claimed(path.parent, as_folder=True) as claim:
+        part, written = claim / path.name, 0
+        for z, plane in enumerate(planes):
+            with open_hdf5(plane.path) as file:
+                values, coords = file[EXPRESSION][()], file["coords"][()]
+            values = values[:, [plane.genes.index(gene) for gene in genes]]
+            written += len(values)
+            highest = np.maximum(highest, values.max(0, initial=0))
+            dense = np.full((-(-len(genes) // GENES_AT_ONCE) * GENES_AT_ONCE, ny, nx), np.nan, "<f4")
+            dense[: len(genes), coords[:, 1] // step, coords[:, 0] // step] = values.T
+            for c in range(len(dense) // GENES_AT_ONCE):
+                chunk = part / "0" / f"{c}" / f"{z}" / "0" / "0"
+                chunk.parent.mkdir(parents=True)
+                piece = dense[c * GENES_AT_ONCE : (c + 1) * GENES_AT_ONCE]
+                chunk.write_bytes(zlib.compress(piece.tobytes(), 1))
+        if not written:
+            raise UsageError(
+                f"{volume.path}: no plane has tissue in any patch; type --all-tissue to take all"
+            )
+        channels = [
+            {"label": gene, "color": "FFFFFF", "active": i == 0, "window": _window(high)}
+            for i, (gene, high) in enumerate(zip(genes, highest.tolist(), strict=True))
+        ]
+        attributes = {
+            "multiscales": [
+                {
+                    "version": "0.4",
+                    "name": path.name,
+                    "axes": axes,
+                    "datasets": [{"path": "0", "coordinateTransformations": [scale, centre]}],
+                }
+            ],
+            "omero": {"channels": channels},
+            PROVENANCE: json.dumps(
+                {
+                    "unit": planes[0].provenance["unit"],
+                    "genes": list(genes),
+                    "planes": [plane.name for plane in volume.planes],
+                    "made_of": [shareable(plane.provenance["features"]) for plane in planes],
+                }
+            ),
+        }
+        for name, value in {".zgroup": {"zarr_format": 2}, ".zattrs": attributes, "0/.zarray": array}.items():
+            (part / name).write_text(json.dumps(value), encoding="utf-8")
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(part, path)
+
+
+def _window(high: float) -> dict[str, float]:
+    return {"start": 0.0, "end": high or 1.0, "min": 0.0, "max": high or 1.0}
+
+
+def _refuse_foreign(path: Path) -> None:
+    if path.exists() and read_store_provenance(path) is None:
+        raise OutputError(f"{path} exists and is not ours; choose another -o")

@@ -1,0 +1,141 @@
+"""Every plane predicted: features and genes as of slides, one OME-Zarr, and files that are continued."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+import torch
+import zarr
+from synthetic_volume import GENES, PANEL, SIDE, SPACING_UM, TILES, section, write_encoder, write_volume
+
+from seal_extract import ExtractOptions, extract
+from seal_extract.cli import main
+from seal_extract.errors import SealExtractError
+from seal_extract.features.store import list_features
+from seal_extract.train.config import LoopOptions, OmicsOptions
+from seal_extract.volume.config import DepthOptions, VolumeConfig, VolumeData
+from seal_extract.volume.model import load_volume_encoder
+from seal_extract.volume.patches import depth_pairs
+from seal_extract.volume.predict import PredictOptions, predict_volume
+from seal_extract.volume.train import train_volume
+from seal_extract.volume.volume import open_volume
+
+ALL = PredictOptions(all_tissue=True)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A volume of six planes, its expression, and models of one and of three planes, hardly trained."""
+    folder = tmp_path_factory.mktemp("world")
+    path, expression = write_volume(folder / "volume")
+    encoder, models = write_encoder(folder / "encoder"), {}
+    for planes in (1, 3):
+        config = VolumeConfig(
+            name="deep",
+            encoder=str(encoder),
+            out=str(folder / f"model{planes}"),
+            voi=VolumeData(str(path), sections=()),
+            genes=GENES,
+            patch_px=SIDE,
+            batch_size=64,
+            epochs=(0, 0, 1),
+            depth=DepthOptions(planes=planes, width=16),
+            omics=OmicsOptions(hidden=(16, 8), epochs=0),
+            loop=LoopOptions(lr=1e-2),
+        )
+        measured = [section(path, 2, expression)]
+        models[planes] = train_volume(config, sections={str(path): measured}).path
+    return path, expression, models
+
+
+def test_every_plane_is_predicted_through_depth(world, tmp_path):
+    path, expression, models = world
+    volume, model = open_volume(path), load_volume_encoder(models[3])
+    lines = []
+    store = predict_volume(volume, model, tmp_path, options=ALL, log=lines.append)
+    assert len(lines) == len(volume)
+    array = zarr.open(str(store), mode="r")["0"]
+    dense = array[:]  # float32 (gene, z, y, x)
+    assert dense.shape == (GENES, len(volume), TILES, TILES)
+    genes = model.decoder.genes
+    for plane in (0, 3):  # spots lie in the middle of each tile, so that patches are tiles
+        pairs = depth_pairs(
+            [(volume, section(path, plane, expression))], PANEL, 3, SIDE, 0.5, encoder=model.encoder
+        )
+        decoded = model.depth.decoded_embedding(torch.from_numpy(pairs.embeddings)).numpy()
+        np.testing.assert_allclose(
+            dense[:, plane].reshape(GENES, -1).T, model.decoder.predict(decoded), atol=1e-5
+        )
+    attributes = json.loads((store / ".zattrs").read_text())
+    (scale,) = attributes["multiscales"]
+    assert [axis["name"] for axis in scale["axes"]] == ["c", "z", "y", "x"]
+    assert scale["datasets"][0]["coordinateTransformations"] == [
+        {"type": "scale", "scale": [1.0, SPACING_UM, 16.0, 16.0]},
+        {"type": "translation", "translation": [0.0, 0.0, 8.0, 8.0]},
+    ]
+    assert [channel["label"] for channel in attributes["omero"]["channels"]] == list(genes)
+    origin = json.loads(attributes["seal_extract"])
+    assert origin["planes"] == [f"P{i}" for i in range(6)]
+    assert origin["made_of"][0]["request"]["encoder"]["name"] == "deep-depth3"
+    assert str(tmp_path) not in json.dumps(attributes)
+
+
+def test_one_plane_gives_the_features_of_a_slide_bit_for_bit(world, tmp_path):
+    path, _, models = world
+    model = load_volume_encoder(models[1])
+    predict_volume(open_volume(path), model, tmp_path / "volume", options=ALL)
+    roi = tmp_path / "all.geojson"
+    side = TILES * SIDE
+    ring = [[0, 0], [side, 0], [side, side], [0, side], [0, 0]]
+    roi.write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}))
+    options = ExtractOptions(patch_px=SIDE, mpp=0.5, slide_mpp=0.5, roi=roi, plan_timeout_s=0)
+    for one in list_features(tmp_path / "volume")[0]:
+        two_d = extract(path.with_name(one.path.stem.replace("P", "plane_") + ".png"), model.encoder,
+                        tmp_path / "slides", options=options)  # fmt: skip
+        np.testing.assert_array_equal(one.grid.xy_l0, two_d.grid.xy_l0)
+        np.testing.assert_array_equal(one.features, two_d.features)
+
+
+def test_finished_planes_are_kept_and_other_requests_refused(world, tmp_path):
+    path, _, models = world
+    volume, model = open_volume(path), load_volume_encoder(models[3])
+    store = predict_volume(volume, model, tmp_path, genes=["GENE1"], options=ALL)
+    files = [one.path for one in list_features(tmp_path)[0]]
+    times = {file: file.stat().st_mtime_ns for file in files}
+    files[2].unlink()
+    predict_volume(volume, model, tmp_path, genes=["GENE3", "GENE1"], options=ALL)
+    assert [f.stat().st_mtime_ns == times[f] for f in files] == [True, True, False, True, True, True]
+    assert zarr.open(str(store), mode="r")["0"].shape[0] == 2
+    with pytest.raises(SealExtractError, match=r"options min_tissue 0.5, now 0.4.*--overwrite"):
+        predict_volume(volume, model, tmp_path, options=PredictOptions(0.4, True))
+    with pytest.raises(SealExtractError, match="GENE9 is not among the genes"):
+        predict_volume(volume, model, tmp_path, genes=["GENE9"], options=ALL)
+    (store / ".zattrs").write_text("{}")
+    with pytest.raises(SealExtractError, match="exists and is not ours"):
+        predict_volume(volume, model, tmp_path, options=ALL)
+
+
+def test_the_commands_from_training_to_search(world, tmp_path, capsys):
+    """A stack of tissue on glass; the genes of its planes are found by the commands for slides."""
+    _, _, models = world
+    rng = np.random.default_rng(0)
+    tissue = cv2.GaussianBlur(rng.normal(0, 90, (3, 400, 400, 3)).astype(np.float32)[0], (0, 0), 3) * 4
+    planes = np.full((3, 1000, 1000, 3), 240, np.uint8)
+    planes[:, 300:700, 200:600] = (np.array([170, 110, 160]) + tissue).clip(0, 255)
+    sizes = {"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5, "PhysicalSizeZ": 5.0}
+    tifffile.imwrite(tmp_path / "v.ome.tif", planes, metadata={"axes": "ZYXS", **sizes}, photometric="rgb")
+    out = tmp_path / "out"
+    command = ["volume", "predict", str(tmp_path / "v.ome.tif"), "--model", str(models[3]), "-o", str(out)]
+    assert main([*command, "--genes", "GENE1,GENE2"]) == 0
+    assert "3 planes of 1000 x 1000 px" in capsys.readouterr().out
+    dense = zarr.open(str(out / "deep-depth3.ome.zarr"), mode="r")["0"][:]
+    there = np.isfinite(dense[0])
+    assert there[:, 11:20, 8:17].all()
+    assert not there[:, :7].any()
+    # there is no slide to cut a contact sheet from, but the patches are found
+    assert main(["search", str(out), "--gene", "GENE2", "-o", str(tmp_path / "found")]) == 1
+    assert "  z1  (" in capsys.readouterr().out
+    assert main([*command[:-1], str(tmp_path / "none"), "--min-tissue", "0.9", "--window", "x"]) == 2
+    assert main(["volume", "predict", str(tmp_path / "gone"), "--model", str(models[3])]) == 2
