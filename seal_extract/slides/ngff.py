@@ -23,7 +23,7 @@ METADATA = ("zarr.json", ".zattrs", ".zgroup", ".zarray")
 IMAGES = {"multiscales", "bioformats2raw.layout", "plate", "well"}  # attributes, one of which a slide has
 ZIPPED = (".ozx", ".zarr.zip")
 LEAST_TILE_PX = 256  # smaller chunks are read several at a time
-_UM_PER_UNIT = UM_PER_UNIT | {
+UM_PER_NAMED_UNIT = UM_PER_UNIT | {
     "angstrom": 1e-4, "nanometer": 1e-3, "micrometer": 1.0, "millimeter": 1e3, "centimeter": 1e4, "meter": 1e6
 }  # fmt: skip
 
@@ -76,7 +76,7 @@ class Pyramid:
         per_level = [self._transform(level) for level in image["datasets"]]
         self.scales = [[a * b for a, b in zip(scale, whole, strict=True)] for scale, _ in per_level]
         units = {axis["name"]: axis.get("unit") for axis in axes}
-        self.um = [_UM_PER_UNIT.get(units[axis]) for axis in "xy"]
+        self.um = [UM_PER_NAMED_UNIT.get(units[axis]) for axis in "xy"]
         self.sizes_px = [(a.shape[self.axes.index("x")], a.shape[self.axes.index("y")]) for a in self.arrays]
         self.downsamples = [self._downsample(level, shift) for level, (_, shift) in enumerate(per_level)]
 

@@ -122,7 +122,7 @@ def depth_pairs(
         parts.append((section, deep, expression[rows], xy[rows] * volume.mpp, rows))
     patches = np.concatenate([part[1] for part in parts])
     return Pairs(
-        patches=patches if encoder is None else np.empty((len(patches), 0), np.uint8),
+        patches=patches if encoder is None else np.empty((len(patches), 0, patch_px), np.uint8),
         expression=np.concatenate([part[2] for part in parts]),
         section=np.repeat(np.arange(len(parts)), [len(part[1]) for part in parts]),
         names=tuple(s.name for _, s in places),
@@ -151,7 +151,7 @@ def flat_pairs(
         parts = torch.split(torch.from_numpy(pairs.patches), READ)
         embeddings = np.concatenate([embedder.submit(part.to(encoder.device))() for part in parts])[:, None]
         embedder.close()
-        patches = np.empty((len(pairs), 0), np.uint8)
+        patches = np.empty((len(pairs), 0, patch_px), np.uint8)
     return Pairs(**(vars(pairs) | {"patches": patches, "embeddings": embeddings}))
 
 

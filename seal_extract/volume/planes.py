@@ -6,12 +6,15 @@ are those of the section before the transform, or those of another plane.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from seal_extract.errors import SlideOpenError, UnsupportedSlideError, first_line
+from seal_extract.slides.ngff import UM_PER_NAMED_UNIT, image_of, is_store
 from seal_extract.slides.readers import Array, Reader
 from seal_extract.slides.slide import Slide, coarsest_level
 from seal_extract.slides.tiff_pixels import ome_images
@@ -28,6 +32,7 @@ from seal_extract.slides.tiff_pixels import ome_images
 Affine = NDArray[np.float64]  # [2, 3], takes (x, y, 1) in level-0 px of a section to px of the volume's frame
 WHITE = (255, 255, 255)  # of the frame beyond a section
 MARGIN_PX = 3  # around what cubic interpolation needs
+SAMPLES, SAMPLE_PX = 4, 64  # of the planes and places that tell one stack from another
 _AXES = {"Z": "z", "Y": "y", "X": "x", "C": "c", "S": "c", "T": "t", "I": "z", "Q": "z"}
 
 
@@ -129,6 +134,18 @@ class Stack:
                 "the values for black and white: type --window LOW,HIGH"
             )
 
+    @cached_property
+    def content(self) -> str:
+        """A digest of its shape and of pixels of some planes, spread over their middle; equal for a copy."""
+        digest = hashlib.sha256(repr([(array.shape, str(array.dtype)) for array in self.levels]).encode())
+        x, y = (self.side(0, axis) for axis in "xy")
+        for z in sorted({i * (self.side(0, "z") - 1) // (SAMPLES - 1) for i in range(SAMPLES)}):
+            for i in range(SAMPLES):
+                x0, y0 = x * (i + 1) // (SAMPLES + 2), y * (i + 1) // (SAMPLES + 2)
+                box = (x0, y0, min(x, x0 + SAMPLE_PX), min(y, y0 + SAMPLE_PX))
+                digest.update(self.read(z, 0, box).tobytes())
+        return digest.hexdigest()
+
     def side(self, level: int, axis: str) -> int:
         """Length of an axis; 1 for an axis that it does not have."""
         return int(self.levels[level].shape[self.axes.index(axis)]) if axis in self.axes else 1
@@ -174,14 +191,17 @@ class StackPlane(Reader):
         """Nothing: the stack is shared with the other planes."""
 
 
-def open_tiff_stack(path: Path, window: tuple[float, float] | None = None) -> Stack:
-    """Open a TIFF with z, an OME-TIFF or one of plain pages.
+def open_stack(path: Path, window: tuple[float, float] | None = None) -> Stack:
+    """Open an OME-Zarr, or a TIFF with z: an OME-TIFF or one of plain pages.
 
     Raises:
-        SlideOpenError: it is no TIFF, or damaged.
+        SlideOpenError: it is neither, or damaged.
         UnsupportedSlideError: channels, points in time or values that are not taken.
     """
-    import zarr
+    import zarr  # seconds that other sources need not wait for
+
+    if is_store(path):
+        return _open_zarr(path, window)
 
     with ExitStack() as closing:
         try:
@@ -197,6 +217,28 @@ def open_tiff_stack(path: Path, window: tuple[float, float] | None = None) -> St
         stack = Stack(path, f"tifffile {tifffile.__version__}", axes, arrays, mpp, spacing_um, window)
         weakref.finalize(stack, closing.pop_all().close)
     return stack
+
+
+def _open_zarr(path: Path, window: tuple[float, float] | None) -> Stack:
+    import zarr
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of files that are not zarr's
+            image, group, _ = image_of(zarr.open_group(str(path), mode="r"))
+        arrays = [group[level["path"]] for level in image["datasets"]]
+        axes = [str(axis["name"]) for axis in image["axes"]]
+        units = {str(axis["name"]): UM_PER_NAMED_UNIT.get(axis.get("unit")) for axis in image["axes"]}
+        um = dict.fromkeys(axes, 1.0)
+        for of in (image, image["datasets"][0]):
+            for one in of.get("coordinateTransformations") or ():
+                if one["type"] == "scale":
+                    um = {axis: um[axis] * float(by) for axis, by in zip(axes, one["scale"], strict=True)}
+        x, y, z = (um[axis] * unit if (unit := units.get(axis)) else None for axis in "xyz")
+    except Exception as exc:  # zarr, its codecs and strange metadata raise errors of every kind
+        raise SlideOpenError(f"{path} is no OME-Zarr that can be read ({first_line(exc)})") from exc
+    mpp = (x, y) if x and y else None
+    return Stack(path, f"zarr {version('zarr')}", "".join(axes), arrays, mpp, z, window)
 
 
 def _reduced(size_px: tuple[int, int], downsample: float) -> tuple[int, int]:

@@ -33,7 +33,7 @@ from seal_extract.patches.grid import PatchGrid, make_grid
 from seal_extract.publish import claimed, writing
 from seal_extract.run.embed import Embedder, open_embedder
 from seal_extract.run.provenance import PIPELINE, describe, first_difference
-from seal_extract.slides.entry import content
+from seal_extract.slides.entry import SlideEntry
 from seal_extract.slides.slide import Slide
 from seal_extract.tissue.mask import TissueMask
 from seal_extract.volume.model import ROWS, VolumeEncoder
@@ -161,7 +161,7 @@ class _Run:
             "volume": {
                 "spacing_um": volume.spacing_um,
                 "planes": [
-                    [volume.planes[i].name, content(volume.planes[i].path), volume.planes[i].place]
+                    [volume.planes[i].name, volume.planes[i].content(), volume.planes[i].place]
                     for i in volume.around(plane, self.planes)
                 ],
             },
@@ -174,7 +174,8 @@ class _Run:
         with opened(volume, plane) as slide:
             mask, grid = self._grid(slide)
             way = f"through {self.planes} planes"
-            provenance = describe(slide, mask, grid, self.request(plane), self.model.description, way)
+            entry = SlideEntry(volume.planes[plane].path, name)
+            provenance = describe(entry, slide, mask, grid, self.request(plane), self.model.description, way)
         if not volume.planes[plane].is_file:  # nobody shall look at that file in its place
             provenance["slide"]["path"] += f"#{name}"
         window = [self._embedded(i, grid) for i in volume.around(plane, self.planes)]

@@ -1,7 +1,7 @@
 """A volume: evenly spaced planes in one frame, each of them a `Slide`.
 
-It is opened from a stack (OME-TIFF), from a folder of numbered planes, or from a JSON file that lists
-sections with their transforms or says where sections with measured expression lie in a stack.
+It is opened from a stack (OME-TIFF or OME-Zarr), from a folder of numbered planes, or from a JSON file that
+lists sections with their transforms or says where sections with measured expression lie in a stack.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -19,16 +20,19 @@ from msgspec import Meta
 
 from seal_extract.encoders.folder import plain_word
 from seal_extract.errors import GeometryError, ResolutionError, SlideOpenError, UsageError
-from seal_extract.slides.entry import SlideEntry, open_entry
+from seal_extract.slides.entry import SlideEntry, content, open_entry
+from seal_extract.slides.ngff import is_store
 from seal_extract.slides.readers import check_mpp, same_mpp
 from seal_extract.slides.slide import Slide
 from seal_extract.train.config import Options, Positive, Whole, convert
-from seal_extract.volume.planes import Affine, AlignedSlide, Stack, StackPlane, open_tiff_stack
+from seal_extract.volume.planes import Affine, AlignedSlide, Stack, StackPlane, open_stack
 
 MOST_SPACING_UM = 1000.0
 SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".svs", ".ndpi")
 STACKS = (".tif", ".tiff")
-ALLOWED = "allowed: a stack (OME-TIFF), a folder of numbered planes, or a JSON file (see the guide)"
+ALLOWED = (
+    "allowed: a stack (OME-TIFF or OME-Zarr), a folder of numbered planes, or a JSON file (see the guide)"
+)
 SAME_PX = 1e-6  # of two µm/px: planes lie on each other pixel by pixel
 
 Row = tuple[float, float, float]
@@ -95,6 +99,7 @@ class Plane(NamedTuple):
         name: of its results.
         path: its file.
         open: opens it.
+        content: a digest of its file.
         is_file: whether its patches are those of its file.
         place: what else decides its pixels, as JSON: its transform, or the window of its stack.
     """
@@ -102,6 +107,7 @@ class Plane(NamedTuple):
     name: str
     path: Path
     open: Callable[[], Slide]
+    content: Callable[[], str]
     is_file: bool = False
     place: Any = None
 
@@ -187,20 +193,20 @@ def open_volume(
     """
     if path.suffix.lower() == ".json":
         file = _read_file(path)
+    elif (path.is_dir() and is_store(path)) or (path.suffix.lower() in STACKS and path.is_file()):
+        file = VolumeFile(stack=path.name)
     elif path.is_dir():
         file = VolumeFile(folder=".")
-    elif path.suffix.lower() in STACKS and path.is_file():
-        file = VolumeFile(stack=path.name)
     else:
         raise UsageError(f"{path} is no volume; {ALLOWED}")
-    folder = path if path.is_dir() else path.parent
+    folder = path if file.folder == "." and path.is_dir() else path.parent
     stated = [("the volume's file", file.spacing_um), ("--spacing-um", spacing_um)]
     mpp, window = file.mpp or mpp, file.window or window
     if window is not None and not window[0] < window[1]:
         raise UsageError(f"{path}: the window is {window[0]:g} to {window[1]:g}; allowed: LOW below HIGH")
     sections = {entry.name: (entry.plane, _affine(path, entry.transform)) for entry in file.sections}
     if file.stack is not None:
-        stack = open_tiff_stack(folder / file.stack, window)
+        stack = open_stack(folder / file.stack, window)
         planes = _planes_of_stack(stack, mpp)
         stated.append((stack.path.name, stack.spacing_um))
     elif file.folder is not None:
@@ -267,14 +273,16 @@ def _plane(path: Path, entry: SlideEntry, mpp: float | None) -> Plane:
     if not entry.path.exists():
         raise SlideOpenError(f"{path}: plane {entry.name} is missing: {entry.path} does not exist")
     slide_mpp = mpp if entry.mpp is None else None
-    return Plane(entry.name, entry.path, lambda: open_entry(entry, slide_mpp), is_file=True)
+    return Plane(
+        entry.name, entry.path, lambda: open_entry(entry, slide_mpp), partial(content, entry.path), True
+    )
 
 
 def _aligned(plane: Plane, affine: Affine, size_px: tuple[int, int], mpp: float) -> Plane:
     def opened() -> Slide:
         return AlignedSlide(plane.open(), affine, size_px, mpp)
 
-    return Plane(plane.name, plane.path, opened, place=affine.tolist())
+    return Plane(plane.name, plane.path, opened, plane.content, place=affine.tolist())
 
 
 def _planes_of_stack(stack: Stack, given_mpp: float | None) -> list[Plane]:
@@ -293,9 +301,8 @@ def _planes_of_stack(stack: Stack, given_mpp: float | None) -> list[Plane]:
     digits = len(str(stack.side(0, "z") - 1))
 
     def plane(z: int) -> Plane:
-        return Plane(
-            f"z{z:0{digits}}", stack.path, lambda: StackPlane(stack, z, mpp, source), place=stack.window
-        )
+        opened = partial(StackPlane, stack, z, mpp, source)
+        return Plane(f"z{z:0{digits}}", stack.path, opened, lambda: stack.content, place=stack.window)
 
     return [plane(z) for z in range(stack.side(0, "z"))]
 

@@ -42,6 +42,26 @@ def write_stack(path, planes, axes="ZYXS", **metadata):
     return path
 
 
+def write_zarr(path, planes, unit="micrometer", shape=(1, 3, 2, 32, 32)):
+    """Two levels (t, c, z, y, x) of OME-Zarr 0.4; the coarse one is the corner of every other pixel."""
+    import zarr
+
+    written = {"zarr_format": 2} if zarr.__version__ >= "3" else {}
+    group = zarr.open_group(str(path), mode="w", **written)
+    create = group.create_array if written else group.create_dataset
+    axes = [{"name": "t", "type": "time"}, {"name": "c", "type": "channel"}]
+    axes += [{"name": axis, "type": "space", "unit": unit} for axis in "zyx"]
+    datasets = []
+    for level, step in enumerate((1, 2)):
+        values = planes[:, ::step, ::step].transpose(3, 0, 1, 2)[None]
+        array = create(str(level), shape=values.shape, chunks=shape, dtype="u1")
+        array[:] = values
+        scale = {"type": "scale", "scale": [1.0, 1.0, SPACING_UM, MPP * step, MPP * step]}
+        datasets.append({"path": str(level), "coordinateTransformations": [scale]})
+    group.attrs["multiscales"] = [{"version": "0.4", "axes": axes, "datasets": datasets}]
+    return path
+
+
 def write_list(place, pictures, transforms=(), **values):
     write_folder(place, pictures)
     entries = [{"slide": f"plane_{i + 1:03}.png", "name": f"S{i}"} for i in range(len(pictures))]
@@ -59,7 +79,9 @@ def whole(volume, plane):
         return slide.read_region((0, 0), 0, slide.size_l0)
 
 
-@pytest.mark.parametrize("kind", ["folder", "list", "ome-tiff", "grey", "16-bit", "channels first", "pages"])
+@pytest.mark.parametrize(
+    "kind", ["folder", "list", "ome-tiff", "ome-zarr", "grey", "16-bit", "channels first", "pages"]
+)
 def test_every_source_gives_the_planes_that_were_written(tmp_path, kind):
     planes = drawn()
     grey = np.repeat(planes[..., :1], 3, 3)
@@ -72,6 +94,8 @@ def test_every_source_gives_the_planes_that_were_written(tmp_path, kind):
         volume = open_volume(write_stack(ome, planes))
     elif kind == "channels first":
         volume = open_volume(write_stack(ome, planes.transpose(0, 3, 1, 2), "ZCYX"))
+    elif kind == "ome-zarr":
+        volume = open_volume(write_zarr(tmp_path / "v.zarr", planes))
     elif kind == "grey":
         planes, volume = grey, open_volume(write_stack(ome, planes[..., 0], "ZYX"))
     elif kind == "16-bit":
@@ -86,6 +110,17 @@ def test_every_source_gives_the_planes_that_were_written(tmp_path, kind):
         np.testing.assert_array_equal(whole(volume, i), plane)
     assert volume.around(0, 3) == [0, 0, 1]
     assert volume.around(2, 5) == [0, 1, 2, 2, 2]
+
+
+def test_coarser_levels_and_the_digest_of_a_stack(tmp_path):
+    planes = drawn()
+    volume = open_volume(write_zarr(tmp_path / "v.zarr", planes))
+    with volume.planes[1].open() as slide:
+        assert [level.downsample for level in slide.levels] == [1, 2]
+        np.testing.assert_array_equal(slide.read_region((8, 4), 1, (10, 6)), planes[1, 4:16:2, 8:28:2])
+    same = open_volume(write_zarr(tmp_path / "w.zarr", planes, shape=(1, 1, 1, 64, 64)))
+    other = open_volume(write_zarr(tmp_path / "x.zarr", planes[::-1]))
+    assert volume.planes[0].content() == same.planes[0].content() != other.planes[0].content()
 
 
 def test_a_region_beyond_a_plane_of_a_stack_is_black(tmp_path):
@@ -180,6 +215,11 @@ REFUSED = {
         lambda p: open_volume(write_stack(p / "v.ome.tif", drawn()[..., 0].astype(np.uint16), "ZYX")),
         "type --window LOW,HIGH",
     ),
+    "no unit in OME-Zarr": (
+        lambda p: open_volume(write_zarr(p / "v.zarr", drawn(), unit="parsec")),
+        "type --slide-mpp VALUE",
+    ),
+    "no OME-Zarr": (lambda p: _damaged_zarr(p), "is no OME-Zarr that can be read"),
     "window": (lambda p: open_volume(write_list(p, drawn(), window=[9, 9])), "allowed: LOW below HIGH"),
     "no depth": (lambda p: open_volume(write_stack(p / "v.ome.tif", drawn()[0], "YXS")), "allowed: z, y, x"),
     "no volume": (lambda p: open_volume(p / "v.txt"), "is no volume; allowed"),
@@ -219,6 +259,11 @@ def _without(folder, name, listed=False):
 def _renamed(folder):
     (write_folder(folder, drawn()) / "plane_002.png").rename(folder / "other.png")
     return open_volume(folder, mpp=MPP, spacing_um=SPACING_UM)
+
+
+def _damaged_zarr(folder):
+    (write_zarr(folder / "v.zarr", drawn()) / ".zattrs").write_text("{}")
+    return open_volume(folder / "v.zarr")
 
 
 def _with(folder, name, text):
