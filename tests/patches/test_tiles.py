@@ -49,7 +49,7 @@ def test_patches_that_are_tiles_are_openslides(slide_of, kind, side):
         grid = grid_of_level(slide, 0, [*places, (6 * side - side // 2, 0)], side)
         decoder = open_patch_reader(slide, grid, CPU)
         np.testing.assert_array_equal(read(decoder), openslides_regions(path, grid))
-        assert decoder.read(range(4)).pixels.data_ptr() % 32 == 16
+        assert decoder.read(range(4)).pixels.data_ptr() % 2
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
