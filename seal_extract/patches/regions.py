@@ -85,7 +85,9 @@ class RegionReader:
 
     def read(self, rows: range, out: Array | None = None) -> HostPixels:
         """See `PatchReader.read`; what the slide's reader cannot read is tried with another reader."""
-        regions = self._resampling.empty(len(rows), self.grid.read_px)
+        regions = out
+        if regions is None or self.side_px != self.grid.read_px:
+            regions = self._resampling.empty(len(rows), self.grid.read_px)
         unreadable: dict[int, str] = {}
         for i, row in enumerate(rows):
             try:
@@ -94,7 +96,7 @@ class RegionReader:
             except ReadError as exc:
                 regions[i] = 0
                 unreadable[row] = str(exc)
-        return HostPixels(self._resampling.in_thread(regions), unreadable)
+        return HostPixels(self._resampling.in_thread(regions, out), unreadable)
 
     def _region(self, row: int) -> Array:
         x, y = self.grid.xy_l0[row].tolist()

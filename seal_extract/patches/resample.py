@@ -20,12 +20,16 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from seal_extract.errors import UsageError
 from seal_extract.patches.codecs import memory_for_pixels
 from seal_extract.patches.taps import Filter, by_taps
 
+# what torch.nn.functional.interpolate calls with antialias=True; it takes no memory for the result
+BY_TORCH = {
+    "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
+    "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
+}
 PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -52,23 +56,32 @@ class Resampling:
         memory = torch.empty(rows, side_px, side_px, 3, dtype=torch.uint8, pin_memory=True)
         return np.asarray(memory.numpy())
 
-    def in_thread(self, regions: NDArray[np.uint8]) -> Tensor:
-        """What a reading thread hands over: patches if ``early``, else the regions; [B, 3, side, side]."""
+    def in_thread(self, regions: NDArray[np.uint8], out: NDArray[np.uint8] | None = None) -> Tensor:
+        """What a reading thread hands over: patches if ``early``, else the regions; [B, 3, side, side].
+
+        Patches that are not regions already go to ``out``, uint8 [B, side, side, 3], if it is given.
+        """
         pixels = torch.from_numpy(regions).permute(0, 3, 1, 2)
-        return self.on_device(pixels) if self.early else pixels
+        if not self.early:
+            return pixels
+        patches = None if out is None else torch.from_numpy(out).permute(0, 3, 1, 2)
+        return resample(pixels, (self.patch_px, self.patch_px), self.filter, patches)
 
     def on_device(self, pixels: Tensor) -> Tensor:
         """Resample regions to patches on their device."""
         return resample(pixels, (self.patch_px, self.patch_px), self.filter)
 
 
-def resample(patches: Tensor, size_px: tuple[int, int], filter: Filter = "bicubic") -> Tensor:
+def resample(
+    patches: Tensor, size_px: tuple[int, int], filter: Filter = "bicubic", out: Tensor | None = None
+) -> Tensor:
     """Resize with antialiasing, within 1 grey level of ``PIL.Image.resize`` with the same filter.
 
     Args:
         patches: uint8 [B, 3, H, W] on any device.
         size_px: (height, width) wanted.
         filter: ``"bicubic"``, ``"bilinear"``, or ``"area"``, the mean over a new pixel, which only shrinks.
+        out: on the CPU, channels-last memory for the result, uint8 [B, 3, height, width].
 
     Returns:
         uint8 [B, 3, height, width] on the same device; the input itself if it has that size already.
@@ -93,15 +106,21 @@ def resample(patches: Tensor, size_px: tuple[int, int], filter: Filter = "bicubi
         return resample_cut(Cut.regions(patches), size_px, filter)
     if patches.device.type != "cpu":
         return by_taps(patches, size_px, filter)
-    if filter == "area":
-        return area_means(patches, size_px)
-    if all(b % a == 0 for b, a in zip(before, size_px, strict=True)):
-        # channels-last memory takes torch's vectorised kernel: three times faster than NCHW
-        packed = patches.contiguous(memory_format=torch.channels_last)
-        return interpolate(packed, size=size_px, mode=filter, antialias=True)
-    images = patches.permute(0, 2, 3, 1).contiguous().numpy()
-    resized = np.stack([resize_region(image, size_px, filter) for image in images])
-    return torch.from_numpy(resized).permute(0, 3, 1, 2)
+    if out is None:
+        shape = (*patches.shape[:2], *size_px)
+        out = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+    # channels-last memory takes torch's vectorised kernel: three times faster than NCHW
+    packed = patches.contiguous(memory_format=torch.channels_last)
+    if filter != "area" and all(b % a == 0 for b, a in zip(before, size_px, strict=True)):
+        BY_TORCH[filter](packed, size_px, False, None, None, out=out)
+        return out
+    images, resized = (pixels.permute(0, 2, 3, 1).numpy() for pixels in (packed, out))
+    for image, to in zip(images, resized, strict=True):
+        if filter == "area":  # rounded once
+            cv2.resize(image, (size_px[1], size_px[0]), dst=to, interpolation=cv2.INTER_AREA)
+        else:
+            to[:] = resize_region(image, size_px, filter)
+    return out
 
 
 @lru_cache
@@ -130,15 +149,6 @@ def resize_region(
 ) -> NDArray[np.uint8]:
     """Pillow's resize of one uint8 [H, W, 3] to (height, width); other threads run meanwhile."""
     return np.asarray(Image.fromarray(region).resize((size_px[1], size_px[0]), PILLOW[filter]))
-
-
-def area_means(patches: Tensor, size_px: tuple[int, int]) -> Tensor:
-    """`resample` on the CPU by the mean over the area of each new pixel, rounded once."""
-    images = patches.permute(0, 2, 3, 1).contiguous().numpy()
-    resized = np.empty((len(images), *size_px, 3), np.uint8)
-    for image, out in zip(images, resized, strict=True):
-        cv2.resize(image, (size_px[1], size_px[0]), dst=out, interpolation=cv2.INTER_AREA)
-    return torch.from_numpy(resized).permute(0, 3, 1, 2)
 
 
 def _check_shrinks(before: tuple[int, int], after: tuple[int, int]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -44,6 +44,19 @@ class PatchBatch:
     def __repr__(self) -> str:
         slides = sorted(set(self.slide.tolist()))
         return f"PatchBatch({list(self.patches.shape)} on {self.patches.device}, slides {slides})"
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Patches of consecutive rows of one slide, uint8 [B, 3, S, S]; ``unreadable`` by row of the grid."""
+
+    patches: Tensor
+    slide: int
+    rows: range
+    unreadable: Mapping[int, str]
+
+    def __getitem__(self, some: slice) -> _Part:
+        return replace(self, patches=self.patches[some], rows=self.rows[some])
 
 
 @dataclass(frozen=True)
@@ -196,7 +209,7 @@ class _Stream:
         self._filled += len(place)
         return place
 
-    def _next_part(self) -> PatchBatch | None:
+    def _next_part(self) -> _Part | None:
         """The patches of the job whose turn it is, on the device; None if its slide has failed."""
         job = self._waiting.popleft()
         part = self._result(job)
@@ -218,7 +231,7 @@ class _Stream:
             return False
         return len(waiting) < 16 * self._workers and sum(job.bytes for job in waiting) < READ_AHEAD_BYTES
 
-    def _result(self, job: _Job) -> PatchBatch | None:
+    def _result(self, job: _Job) -> _Part | None:
         try:
             return self._part(job)
         except torch.OutOfMemoryError as exc:
@@ -234,7 +247,7 @@ class _Stream:
             self._on_failure(job.slide, failed)
         return None
 
-    def _part(self, job: _Job) -> PatchBatch | None:
+    def _part(self, job: _Job) -> _Part | None:
         read = job.pixels.result()
         if job.slide in self._failed:
             return None
@@ -243,9 +256,7 @@ class _Stream:
         else:
             patches = self._upload(job.reader, read.pixels)
         self._count(job, read)
-        rows = torch.arange(job.rows.start, job.rows.stop)
-        unreadable = {row - job.rows.start: why for row, why in read.unreadable.items()}
-        return PatchBatch(patches, torch.full_like(rows, job.slide), rows, unreadable)
+        return _Part(patches, job.slide, job.rows, read.unreadable)
 
     def _count(self, job: _Job, decoded: HostPixels) -> None:
         errors = self._errors[job.slide] = self._errors.get(job.slide, 0) + len(decoded.unreadable)
@@ -280,16 +291,18 @@ class _Joined:
     """Parts of a batch to come; all have one patch size."""
 
     def __init__(self, batch_size: int) -> None:
-        self.parts: list[PatchBatch] = []
+        self.parts: list[_Part] = []
         self._batch_size = batch_size
 
-    def add(self, part: PatchBatch) -> Iterator[PatchBatch]:
+    def add(self, part: _Part) -> Iterator[PatchBatch]:
         if self.parts and self.parts[0].patches.shape[-1] != part.patches.shape[-1]:
             yield from self.rest()
         self.parts.append(part)
-        while sum(map(len, self.parts)) >= self._batch_size:
-            batch, rest = _split(_join(self.parts), self._batch_size)
-            self.parts = [rest] if len(rest) else []
+        while (surplus := sum(len(p.rows) for p in self.parts) - self._batch_size) >= 0:
+            last = self.parts[-1]
+            ends = len(last.rows) - surplus
+            batch = _join([*self.parts[:-1], last[:ends] if surplus else last])
+            self.parts = [last[ends:]] if surplus else []
             yield batch
 
     def rest(self) -> Iterator[PatchBatch]:
@@ -298,24 +311,22 @@ class _Joined:
             yield batch
 
 
-def _join(parts: list[PatchBatch]) -> PatchBatch:
-    unreadable: dict[int, str] = {}
-    start = 0
-    for part in parts:
-        unreadable |= {start + i: why for i, why in part.unreadable.items()}
-        start += len(part)
-    if len(parts) == 1:
-        return parts[0]
+def _join(parts: list[_Part]) -> PatchBatch:
+    rows = np.concatenate([np.arange(p.rows.start, p.rows.stop, dtype=np.int64) for p in parts])
+    slides = np.repeat(np.array([p.slide for p in parts], np.int64), [len(p.rows) for p in parts])
+    reasons = [p.unreadable.get(row) for p in parts for row in p.rows]
     return PatchBatch(
         _concatenate([p.patches for p in parts]),
-        torch.cat([p.slide for p in parts]),
-        torch.cat([p.row for p in parts]),
-        unreadable,
+        torch.from_numpy(slides),
+        torch.from_numpy(rows),
+        {i: why for i, why in enumerate(reasons) if why is not None},
     )
 
 
 def _concatenate(patches: list[Tensor]) -> Tensor:
     """Batches as one, in channels-last memory; on the host without torch, whose idle threads would spin."""
+    if len(patches) == 1:
+        return patches[0]
     if patches[0].device.type != "cpu":
         return torch.cat(patches)
     first, rows = patches[0], sum(map(len, patches))
@@ -326,12 +337,3 @@ def _concatenate(patches: list[Tensor]) -> Tensor:
         return first.as_strided((rows, *first.shape[1:]), first.stride())
     joined = np.concatenate([p.permute(0, 2, 3, 1).numpy() for p in patches])
     return torch.from_numpy(joined).permute(0, 3, 1, 2)
-
-
-def _split(batch: PatchBatch, at: int) -> tuple[PatchBatch, PatchBatch]:
-    before = {i: why for i, why in batch.unreadable.items() if i < at}
-    after = {i - at: why for i, why in batch.unreadable.items() if i >= at}
-    return (
-        PatchBatch(batch.patches[:at], batch.slide[:at], batch.row[:at], before),
-        PatchBatch(batch.patches[at:], batch.slide[at:], batch.row[at:], after),
-    )

@@ -10,6 +10,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,9 @@ class TiledLevel:
         The bytes are empty if the file does not hold the whole tile.
         """
         for run in self._runs(tiles):
-            start, end = self._span(run[0])[0], self._span(run[-1])[1]
+            start, end = run[0][1], run[-1][2]
             piece = self._read_at(start, end - start) if end > start else b""
-            for tile in run:
-                first, last = self._span(tile)
+            for tile, first, last in run:
                 data = piece[first - start : last - start]
                 yield tile, data if len(data) == last - first else b""
 
@@ -103,14 +103,13 @@ class TiledLevel:
             first: where each tile begins in it, int64 [T].
             count: its bytes, int64 [T]; 0 if the file does not hold the whole tile.
         """
-        runs = [(run, self._span(run[0])[0], self._span(run[-1])[1]) for run in self._runs(tiles.tolist())]
+        runs = [(run, run[0][1], run[-1][2]) for run in self._runs(tiles.tolist())]
         data = allocate(sum(max(0, end - start) for _, start, end in runs))
         places, at = {}, 0
         for run, start, end in runs:
             piece = data[at : at + max(0, end - start)]
             held = self._fill(piece, start)
-            for tile in run:
-                first, last = self._span(tile)
+            for tile, first, last in run:
                 places[tile] = (at + first - start, last - first if last - start <= held else 0)
             at += len(piece)
         first_and_count = np.array([places[tile] for tile in tiles.tolist()], np.int64).reshape(-1, 2)
@@ -120,26 +119,24 @@ class TiledLevel:
         """Whether the file states by a zero offset that the tile is empty, as some scanners do for glass."""
         return not (self._offsets[tile] or self._counts[tile])
 
-    def _runs(self, tiles: list[int]) -> list[list[int]]:
-        """Tiles in the order of the file, in runs that are each read as one piece."""
-        runs: list[list[int]] = []
-        end = start = 0
-        for tile in sorted(tiles, key=self._offsets.__getitem__):
-            first, last = self._span(tile)
-            if not runs or not end <= first <= end + MERGE_GAP or last - start > MERGE_BYTES:
-                runs.append([])
-                start = first
-            runs[-1].append(tile)
-            end = last
-        return runs
+    def _runs(self, tiles: list[int]) -> list[list[tuple[int, int, int]]]:
+        """Tiles in the order of the file, in runs that are each read as one piece.
 
-    def _span(self, tile: int) -> tuple[int, int]:
-        """First byte of a tile and the one after its last; an empty span if the table cannot be right."""
-        first, count = int(self._offsets[tile]), int(self._counts[tile])
+        With each tile stand its first byte and the one after its last; if the table cannot be right, no byte.
+        """
+        first, count = self._offsets[tiles], self._counts[tiles]
         largest = 4 * 3 * self.tile_px[0] * self.tile_px[1] + 2**16
-        if first <= 0 or not 0 < count <= largest or first + count > self._bytes:
-            return first, first
-        return first, first + count
+        sane = (first > 0) & (count > 0) & (count <= largest) & (count <= self._bytes - first)
+        spans = zip(tiles, first.tolist(), (first + count * sane).tolist(), strict=True)
+        runs: list[list[tuple[int, int, int]]] = []
+        end = start = 0
+        for span in sorted(spans, key=itemgetter(1)):
+            if not runs or not end <= span[1] <= end + MERGE_GAP or span[2] - start > MERGE_BYTES:
+                runs.append([])
+                start = span[1]
+            runs[-1].append(span)
+            end = span[2]
+        return runs
 
     def _read_at(self, offset: int, count: int) -> bytes:
         try:

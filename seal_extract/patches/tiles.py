@@ -82,7 +82,7 @@ class TileReader:
                 self.grid.whiten(region, row, self._slide)
         for row in unreadable:
             regions[row - rows.start] = 0
-        return HostPixels(self._resampling.in_thread(regions), unreadable)
+        return HostPixels(self._resampling.in_thread(regions, out), unreadable)
 
     # --- which tiles ----------------------------------------------------------------------------------
 

@@ -63,7 +63,7 @@ def test_patches_read_in_place_are_those_read_alone(slide_of, batch_size):
         readers = [open_patch_reader(slide, grid, CPU) for grid in grids]
         got = list(stream_batches(readers, batch_size, workers=3))
     np.testing.assert_array_equal(torch.cat([b.patches for b in got]).permute(0, 2, 3, 1), want)
-    assert all(b.patches.data_ptr() % 32 == 16 for b in got)
+    assert all(b.patches.data_ptr() % 2 for b in got)
 
 
 def test_another_patch_size_begins_a_new_batch(drawn):
@@ -123,8 +123,9 @@ def test_a_region_of_another_size_is_an_error_not_a_patch(drawn):
 
 
 def failing_upload(reader, error, times):
-    """A reader that raises ``error`` so many times when its pixels become patches."""
-    whole, left = reader.to_patches, [error] * times
+    """A reader that fills no memory of a batch, and raises ``error`` so many times at the upload."""
+    read, whole, left = reader.read, reader.to_patches, [error] * times
+    reader.read = lambda rows, out=None: read(rows)
     reader.to_patches = lambda pixels: whole(pixels) if not left else raised(left.pop())
     return reader
 
