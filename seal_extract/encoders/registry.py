@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import re
 import sys
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import lru_cache
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ import msgspec
 from seal_extract.encoders.folder import CONFIG, read_config, read_contents
 from seal_extract.encoders.spec import Decoder, EncoderSpec, Lora, Published, recommended_precision
 from seal_extract.errors import UsageError
+from seal_extract.plugins import load_plugins
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -209,35 +208,24 @@ def plugin_rows() -> dict[str, EncoderSpec]:
     rows stay usable.
     """
     rows: dict[str, EncoderSpec] = {}
-    for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name):
-        for row in _loaded(entry):
-            if not isinstance(row, EncoderSpec):
-                _warn(entry, f"a {type(row).__name__} in it is left out: allowed: EncoderSpec")
-            elif not re.fullmatch(r"\w[\w.+-]*", row.name):
-                _warn(entry, f"its encoder {row.name!r} is left out: allowed: letters, digits, . _ + -")
-            elif row.name in ROWS or row.name in ALIASES or row.name in rows:
-                _warn(entry, f"its encoder {row.name} is left out: the name is taken")
-            else:
-                rows[row.name] = row
+    for row, warn in load_plugins(GROUP, _rows_in):
+        if not isinstance(row, EncoderSpec):
+            warn(f"a {type(row).__name__} in it is left out: allowed: EncoderSpec")
+        elif not re.fullmatch(r"\w[\w.+-]*", row.name):
+            warn(f"its encoder {row.name!r} is left out: allowed: letters, digits, . _ + -")
+        elif row.name in ROWS or row.name in ALIASES or row.name in rows:
+            warn(f"its encoder {row.name} is left out: the name is taken")
+        else:
+            rows[row.name] = row
     return rows
 
 
-def _loaded(entry: EntryPoint) -> list[object]:
-    try:
-        loaded = entry.load()
-        loaded = loaded() if callable(loaded) else loaded
-        if isinstance(loaded, EncoderSpec):
-            return [loaded]
-        if isinstance(loaded, (str, bytes)) or not isinstance(loaded, Iterable):
-            raise UsageError(
-                f"{loaded!r} is neither an EncoderSpec, an iterable of them, nor a function for either"
-            )
-        return list(loaded)
-    except (Exception, SystemExit) as exc:  # third-party code may raise anything, even its own exit
-        _warn(entry, f"it is left out: {type(exc).__name__}: {' '.join(str(exc).split())[:160]}")
-        return []
-
-
-def _warn(entry: EntryPoint, what: str) -> None:
-    package = entry.dist.name if entry.dist is not None else "unknown package"
-    warnings.warn(f"plugin {entry.name} of {package} ({entry.value}): {what}", RuntimeWarning, stacklevel=2)
+def _rows_in(loaded: object) -> Iterable[object]:
+    loaded = loaded() if callable(loaded) else loaded
+    if isinstance(loaded, EncoderSpec):
+        return [loaded]
+    if isinstance(loaded, (str, bytes)) or not isinstance(loaded, Iterable):
+        raise UsageError(
+            f"{loaded!r} is neither an EncoderSpec, an iterable of them, nor a function for either"
+        )
+    return loaded

@@ -44,8 +44,8 @@ class ImageReader(Reader):
                 f"{path}: a plain image of {size[0]} x {size[1]} px has to be decoded whole "
                 f"(allowed: {MAX_IMAGE_PX // 10**6} Mpx); convert it to a tiled TIFF: {PYRAMID}"
             )
-        self._describe([size], [1.0])
-        self._set_mpp(mpp, [], " (a dpi in a plain image is the printer's, not the scanner's)")
+        self.set_levels([size], [1.0])
+        self.set_mpp(mpp, [], " (a dpi in a plain image is the printer's, not the scanner's)")
 
     @cached_property
     def _pixels(self) -> Array | str:
@@ -73,9 +73,9 @@ class ImageReader(Reader):
             with self._lock:
                 pixels = self._pixels
         except OSError as exc:
-            raise self._read_error(xy_l0, level, size_px, exc) from exc
+            raise self.read_error(xy_l0, level, size_px, exc) from exc
         if isinstance(pixels, str):
-            raise self._read_error(xy_l0, level, size_px, pixels)
+            raise self.read_error(xy_l0, level, size_px, pixels)
         region = np.zeros((h, w, 3), np.uint8)
         inside = pixels[max(y, 0) : max(y + h, 0), max(x, 0) : max(x + w, 0)]
         top, left = max(-y, 0), max(-x, 0)

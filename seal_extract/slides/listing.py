@@ -16,12 +16,14 @@ from seal_extract.errors import SlideOpenError, UsageError
 from seal_extract.names import choose_names, shown
 from seal_extract.slides import remote
 from seal_extract.slides.entry import SEVERAL_FILES, SlideEntry
+from seal_extract.slides.extras import EXTRAS, plugin_readers
 from seal_extract.slides.ngff import METADATA, ZIPPED, has_image, is_store
 from seal_extract.slides.slide import check_path
 
 SLIDE_SUFFIXES = {
     *(".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide"),
-    *(".dcm", ".png", ".jpg", ".jpeg", remote.STORE, *ZIPPED),
+    *(".dcm", ".png", ".jpg", ".jpeg", ".avs", remote.STORE, *ZIPPED),
+    *(suffix for reader in EXTRAS for suffix in reader.suffixes),
 }
 SLIDE_COLUMNS = ("slide", "slide_id", "wsi")  # ours, CLAM's, TRIDENT's
 OWN = "made by seal-extract"
@@ -126,16 +128,17 @@ def _sort_out(files: Iterable[Path]) -> tuple[list[SlideEntry], Ignored]:
     found: list[SlideEntry] = []
     ignored: Ignored = []
     series: dict[str, Path] = {}
+    known = SLIDE_SUFFIXES.union(plugin_readers())
     for path in files:
         suffix = _suffix(path)
         if is_own(path):
             ignored.append((path, OWN))
-        elif (suffix == remote.STORE or suffix not in SLIDE_SUFFIXES) and path.is_dir():
+        elif (suffix == remote.STORE or suffix not in known) and path.is_dir():
             if has_image(path):
                 found.append(SlideEntry.of(path))
             else:
                 ignored.append((path, "a Zarr store whose metadata describe no slide"))
-        elif suffix not in SLIDE_SUFFIXES:
+        elif suffix not in known:
             ignored.append((path, f"{suffix or 'no suffix'} is no slide"))
         elif suffix in (".jpg", ".jpeg") and path.parent in vms:
             ignored.append((path, "part of the VMS slide beside it"))
@@ -167,13 +170,14 @@ def _at_url(url: str) -> tuple[list[SlideEntry], Ignored]:
     suffix = _suffix(remote.place(url))
     if suffix == ".csv":
         raise UsageError(f"{remote.public(url)}: tables are read from files; download it and give the file")
-    if (suffix in SLIDE_SUFFIXES or is_store(url)) and not remote.has_magic(url):
+    known = SLIDE_SUFFIXES.union(plugin_readers())
+    if (suffix in known or is_store(url)) and not remote.has_magic(url):
         return [SlideEntry.of(url)], []
     found: list[SlideEntry] = []
     ignored: Ignored = []
     for file in remote.list_files(url):
         suffix = _suffix(remote.place(file))
-        if suffix not in SLIDE_SUFFIXES:
+        if suffix not in known:
             ignored.append((remote.public(file), f"{suffix or 'no suffix'} is no slide"))
         elif suffix in SEVERAL_FILES:
             ignored.append((remote.public(file), "slides of several files are not read from URLs"))

@@ -107,13 +107,13 @@ class OmeZarrReader(Reader):
             raise UnsupportedSlideError(
                 f"{self._shown}: its channels are {', '.join(colours)}; allowed: red, green, blue"
             )
-        self._describe(self._pyramid.sizes_px, self._pyramid.downsamples)
+        self.set_levels(self._pyramid.sizes_px, self._pyramid.downsamples)
         largest = max(3 * math.prod(self.tile_px(level)) for level in range(len(self.levels)))
         self._cached = lru_cache(max(4, CACHE_BYTES // largest))(self.read_tile)
         scale, (um_x, um_y) = self._pyramid.scales[0], self._pyramid.um
         stated = [("OME-Zarr scale", scale[0] * um_x, scale[1] * um_y)] if um_x and um_y else []
         hint = "" if stated else f" (only the scale {scale[0]:g}, without a unit)"
-        self._set_mpp(mpp, stated, hint)
+        self.set_mpp(mpp, stated, hint)
 
     @property
     def _shown(self) -> str:

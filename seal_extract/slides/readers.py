@@ -79,7 +79,7 @@ def same_mpp(one: float, other: float) -> bool:
 
 
 class Reader:
-    """What the readers share: attributes, representation, closing."""
+    """What the readers share: attributes, their checks, representation, closing; see `Slide`."""
 
     path: Path
     reader: str
@@ -90,7 +90,8 @@ class Reader:
     mpp_conflict: str = ""
     levels: tuple[Level, ...]
 
-    def _describe(self, sizes: list[tuple[int, int]], downsamples: list[float]) -> None:
+    def set_levels(self, sizes: list[tuple[int, int]], downsamples: list[float]) -> None:
+        """Set the levels, finest first, by their (width, height) and the level-0 px per px of each."""
         self.size_l0 = sizes[0]
         self.bounds_l0 = (0, 0, *sizes[0])
         self.levels = tuple(
@@ -109,7 +110,7 @@ class Reader:
         """(width, height) of each level."""
         return [level.size_px for level in self.levels]
 
-    def _set_mpp(self, given: float | None, found: list[tuple[str, float, float]], hint: str = "") -> None:
+    def set_mpp(self, given: float | None, found: list[tuple[str, float, float]], hint: str = "") -> None:
         """Take the first plausible of ``found`` (source, µm/px in x, in y), or ``given`` in its place."""
         refusal: ResolutionError | None = None
         for source, x, y in found:
@@ -154,9 +155,10 @@ class Reader:
         """Release the file."""
         raise NotImplementedError
 
-    def _read_error(
+    def read_error(
         self, xy_l0: tuple[int, int], level: int, size_px: tuple[int, int], why: object
     ) -> ReadError:
+        """The error of a region, which names its place and the reason."""
         return ReadError(
             f"{self.path}: {self.reader.split()[0]} cannot read {size_px[0]} x {size_px[1]} px of level "
             f"{level} at level-0 ({xy_l0[0]}, {xy_l0[1]}): {first_line(why)}; the file is damaged there: "
@@ -194,7 +196,7 @@ class OpenSlideReader(Reader):
         except OpenSlideError as exc:
             raise SlideOpenError(f"OpenSlide: {first_line(exc)}") from exc
         with _closing_on_error(self._handle, "OpenSlide"):
-            self._describe(list(self._handle.level_dimensions), list(self._handle.level_downsamples))
+            self.set_levels(list(self._handle.level_dimensions), list(self._handle.level_downsamples))
             properties = self._handle.properties
             self.bounds_l0 = self._bounds()
             refuse_other_pixels(path, self.sizes_px)
@@ -203,7 +205,7 @@ class OpenSlideReader(Reader):
             power = properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER)
             hint = f" (only that its objective was {power}x, which is no measure)" if power else ""
             stated = _mpp_of(properties, openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)
-            self._set_mpp(mpp, stated, hint)
+            self.set_mpp(mpp, stated, hint)
 
     def _bounds(self) -> tuple[int, int, int, int]:
         names = ("BOUNDS_X", "BOUNDS_Y", "BOUNDS_WIDTH", "BOUNDS_HEIGHT")
@@ -226,14 +228,14 @@ class OpenSlideReader(Reader):
             rgba = self._read_afresh(handle, xy_l0, level, size_px)
         del handle  # an error keeps its frames, and they a handle with all its memory
         if isinstance(rgba, Exception):
-            raise self._read_error(xy_l0, level, size_px, rgba) from rgba.with_traceback(None)
+            raise self.read_error(xy_l0, level, size_px, rgba) from rgba.with_traceback(None)
         return np.asarray(rgba.convert("RGB"))  # transparent becomes black, as in the field's other tools
 
     def _refuse_too_long(self, xy_l0: tuple[int, int], level: int, size_px: tuple[int, int]) -> None:
         begin = np.array(xy_l0) / self.levels[level].downsample
         tiles = self._too_long.get(self.levels[level].size_px, np.empty((0, 4), np.int64))
         if ((tiles[:, :2] < begin + size_px) & (tiles[:, 2:] > begin)).all(1).any():
-            raise self._read_error(xy_l0, level, size_px, "a tile claims more bytes than the file has")
+            raise self.read_error(xy_l0, level, size_px, "a tile claims more bytes than the file has")
 
     def _read_afresh(
         self, failed: Any, xy_l0: tuple[int, int], level: int, size_px: tuple[int, int]
@@ -289,18 +291,18 @@ class TiffSlideReader(Reader):
         except Exception as exc:  # tifffile, zarr and codecs raise errors of every kind
             raise SlideOpenError(f"tiffslide: {first_line(exc)}") from exc
         with _closing_on_error(self._handle, "tiffslide"):
-            self._describe(list(self._handle.level_dimensions), list(self._handle.level_downsamples))
+            self.set_levels(list(self._handle.level_dimensions), list(self._handle.level_downsamples))
             refuse_other_pixels(path, self.sizes_px)
             refuse_what_tiffslide_gets_wrong(path, self.sizes_px)
             stated = _mpp_of(self._handle.properties, "tiffslide.mpp-x", "tiffslide.mpp-y")
-            self._set_mpp(mpp, ome_mpp(path) + stated)
+            self.set_mpp(mpp, ome_mpp(path) + stated)
 
     def read_region(self, xy_l0: tuple[int, int], level: int, size_px: tuple[int, int]) -> Array:
         """See `Slide.read_region`."""
         try:
             region = self._handle.read_region(xy_l0, level, size_px, as_array=True)
         except Exception as exc:
-            raise self._read_error(xy_l0, level, size_px, exc) from exc
+            raise self.read_error(xy_l0, level, size_px, exc) from exc
         if region.shape[2] == 3:
             return np.ascontiguousarray(region)
         return np.where(region[..., 3:] > 0, region[..., :3], np.uint8(0))

@@ -9,11 +9,20 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from seal_extract.errors import ResolutionError, SlideError, SlideOpenError, UsageError
+from seal_extract.errors import (
+    ResolutionError,
+    SealExtractError,
+    SlideError,
+    SlideOpenError,
+    UsageError,
+    first_line,
+)
+from seal_extract.slides.extras import EXTRAS, ExtraReader, MissingExtra, plugin_readers
 from seal_extract.slides.images import ImageReader
 from seal_extract.slides.ngff import is_store
 from seal_extract.slides.ome_zarr import OmeZarrReader
@@ -25,7 +34,8 @@ from seal_extract.slides.tiff_pixels import check_ome, has_jpeg_tiles
 
 READERS = (OpenSlideReader, TiffSlideReader, ImageReader)
 FORMATS = (
-    "SVS, NDPI, MRXS, SCN, BIF, VMS, Philips or generic tiled TIFF, OME-TIFF, OME-Zarr, DICOM, PNG, JPEG"
+    "SVS, NDPI, MRXS, SCN, BIF, VMS, AVS, CZI, Philips or generic tiled TIFF, OME-TIFF, OME-Zarr, DICOM, "
+    "iSyntax, KFB, PNG, JPEG"
 )
 HEST_KEYS = ("pixel_size_um_estimated", "pixel_size_um_embedded")  # HEST takes the first itself
 MOST_METADATA_BYTES = 2**24  # a file of HEST has some 2,000
@@ -109,11 +119,13 @@ def open_slide(
     stated = hest_mpp(origin or path) if mpp is None else None
     refusals: list[str] = []
     without_mpp: ResolutionError | None = None
-    for reader in READERS:
+    for reader in _readers_for(path):
         try:
-            slide: Slide = reader(path, mpp if stated is None else stated[1])
+            slide = reader(path, mpp if stated is None else stated[1])
         except ResolutionError as exc:  # another reader may know more
             without_mpp = without_mpp or exc
+        except MissingExtra as exc:
+            raise SlideOpenError(f"{path}: {'; '.join([*refusals, str(exc)])}") from exc
         except SlideOpenError as exc:
             refuse_truncated(path)
             refusals.append(str(exc))
@@ -124,6 +136,30 @@ def open_slide(
     raise without_mpp or SlideOpenError(
         f"{path}: no reader opens it ({'; '.join(refusals)}); {_looks_like(path)}; allowed: {FORMATS}"
     )
+
+
+def _readers_for(path: Path) -> Iterator[Callable[..., Slide]]:
+    """What may open a file, in the order in which it is tried; the readers of plugins by their suffixes."""
+    suffix = path.suffix.lower()
+    extra = next((reader for reader in EXTRAS if suffix in reader.suffixes), None)
+    yield from READERS if extra is None else READERS[:1]
+    if (plugin := plugin_readers().get(suffix)) is not None:
+        yield partial(_open_by_plugin, plugin)
+    if extra is not None:
+        yield extra
+
+
+def _open_by_plugin(plugin: Callable[..., Slide], path: Path, mpp: float | None) -> Slide:
+    try:
+        slide = plugin(path, mpp)
+        check_mpp(slide.mpp, slide.mpp_source, path)
+    except SealExtractError:
+        raise
+    except Exception as exc:  # third-party code may raise anything
+        raise SlideOpenError(
+            f"the plugin for {path.suffix}: {type(exc).__name__}: {first_line(exc)}"
+        ) from exc
+    return slide
 
 
 def _warned(slide: Slide) -> Slide:
@@ -266,3 +302,4 @@ _: Callable[..., Slide] = OpenSlideReader  # mypy checks the readers against the
 _ = TiffSlideReader
 _ = ImageReader
 _ = OmeZarrReader
+_ = ExtraReader

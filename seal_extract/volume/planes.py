@@ -63,7 +63,7 @@ class AlignedSlide(Reader):
         self._scale = math.sqrt(abs(np.linalg.det(self._from_frame[:, :2])))  # level-0 px per px of the frame
         downsamples = [level.downsample / self._scale for level in slide.levels if level.faithful]
         downsamples = [1.0, *(d for d in downsamples if d > 1.5 and min(size_px) / d >= 1)]
-        self._describe([_reduced(size_px, d) for d in downsamples], downsamples)
+        self.set_levels([_reduced(size_px, d) for d in downsamples], downsamples)
         self.mpp, self.mpp_source = mpp, "the frame of the volume"
 
     def read_region(self, xy_l0: tuple[int, int], level: int, size_px: tuple[int, int]) -> Array:
@@ -170,7 +170,7 @@ class StackPlane(Reader):
     def __init__(self, stack: Stack, z: int, mpp: float, mpp_source: str) -> None:
         self.path, self.reader, self._stack, self._z = stack.path, stack.reader, stack, z
         sizes = [(stack.side(i, "x"), stack.side(i, "y")) for i in range(len(stack.levels))]
-        self._describe(sizes, [sizes[0][0] / width for width, _ in sizes])
+        self.set_levels(sizes, [sizes[0][0] / width for width, _ in sizes])
         self.mpp, self.mpp_source = mpp, mpp_source
 
     def read_region(self, xy_l0: tuple[int, int], level: int, size_px: tuple[int, int]) -> Array:
@@ -183,7 +183,7 @@ class StackPlane(Reader):
             try:
                 pixels = self._stack.read(self._z, level, (x0, y0, x1, y1))
             except Exception as exc:  # tifffile, zarr and codecs raise errors of every kind
-                raise self._read_error(xy_l0, level, size_px, exc) from exc
+                raise self.read_error(xy_l0, level, size_px, exc) from exc
             region[y0 - y : y1 - y, x0 - x : x1 - x] = pixels
         return region
 

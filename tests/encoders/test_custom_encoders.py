@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config
 
+from seal_extract import plugins
 from seal_extract.encoders import find_spec, list_encoders, load_encoder, registry
 from seal_extract.encoders.request import EncoderRequest
 from seal_extract.encoders.tower import timm_spec
@@ -238,7 +239,7 @@ def install(monkeypatch):
 
     def entries(**values):
         found = [EntryPoint(n, f"{__name__}:{v}", registry.GROUP) for n, v in values.items()]
-        monkeypatch.setattr(registry, "entry_points", lambda group: found)
+        monkeypatch.setattr(plugins, "entry_points", lambda group: found)
         registry.plugin_rows.cache_clear()
 
     yield entries

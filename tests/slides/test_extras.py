@@ -1,0 +1,285 @@
+"""Readers of optional libraries and of plugins.
+
+No free file of iSyntax or KFB exists, and nobody writes them: imitations of their libraries stand in. CZI
+files are written by pylibCZIrw.
+"""
+
+import re
+import struct
+import subprocess
+import sys
+import types
+import warnings
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import imagecodecs
+import numpy as np
+import pytest
+from cohort_fixtures import draw_slides, run_here
+from PIL import Image
+from pylibCZIrw import czi
+from zarr_stores import halved
+
+from seal_extract import open_slide, plugins
+from seal_extract.errors import ReadError, ResolutionError, SlideOpenError, UnsupportedSlideError
+from seal_extract.slides import extras
+from seal_extract.slides.listing import list_slides
+
+GUIDE = Path(__file__).parents[2] / "examples" / "README.md"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a.czi", r'pylibCZIrw reads it; .*pip install "\.\[czi\]"'),
+        ("a.isyntax", r'pyisyntax reads it; .*pip install "\.\[isyntax\]"'),
+        ("a.kfb", r'kfbslide reads it; .*pip install "\.\[kfb\]"'),
+    ],
+)
+def test_a_file_that_needs_an_extra_says_which(tmp_path, monkeypatch, name, words):
+    for reader in extras.EXTRAS:
+        monkeypatch.setitem(sys.modules, reader.library[0], None)
+    (tmp_path / name).write_bytes(b"some header")
+    assert [entry.path.name for entry in list_slides([tmp_path]).entries] == [name]
+    done = run_here(tmp_path / name, "--dry-run", "--plan-timeout", 0)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert re.search(f"{name}: OpenSlide .*; {words}", line), line
+
+
+class Imitation:
+    """What the libraries of iSyntax and KFB have in common: three levels of noise."""
+
+    mpp_x = mpp_y = 0.25
+    properties = types.MappingProxyType({"openslide.mpp-x": "0.25"})
+    level_downsamples = (1, 2, 4)
+
+    def __init__(self, path):
+        if Path(path).read_bytes() == b"damaged":
+            raise RuntimeError("no such\nheader")
+        self.levels = halved(np.random.default_rng(0).integers(0, 256, (300, 400, 4), np.uint8)[..., :3])
+        self.level_dimensions = [pixels.shape[1::-1] for pixels in self.levels]
+        self.is_closed = False
+
+    def region(self, x, y, width, height, level):
+        pixels = self.levels[level][y : y + height, x : x + width]
+        assert pixels.shape[:2] == (height, width), "asked for pixels outside"
+        if level == 2:
+            raise RuntimeError("lost\nsector")
+        alpha = np.full(pixels.shape[:2], 255, np.uint8)
+        alpha[pixels[..., 0] == 0] = 0  # never scanned
+        return np.dstack([pixels, alpha])
+
+    def close(self):
+        self.is_closed = True
+
+
+class ISyntax(Imitation):
+    open = classmethod(lambda cls, path: cls(path))
+    read_region = Imitation.region
+
+
+class OpenSlide(Imitation):
+    def read_region(self, xy_l0, level, size_px):
+        x, y = (v // self.level_downsamples[level] for v in xy_l0)
+        return Image.fromarray(self.region(x, y, *size_px, level))
+
+
+@pytest.mark.parametrize("name", ["a.isyntax", "a.kfb"])
+def test_a_library_of_an_extra_is_asked_for_what_it_has(tmp_path, monkeypatch, name):
+    library = types.SimpleNamespace(ISyntax=ISyntax, OpenSlide=OpenSlide)
+    monkeypatch.setitem(sys.modules, "isyntax", library)
+    monkeypatch.setitem(sys.modules, "kfbslide", library)
+    monkeypatch.setattr(extras, "version", lambda package: "1.0")
+    (tmp_path / name).write_bytes(b"fine")
+    with open_slide(tmp_path / name) as slide:
+        assert (slide.mpp, slide.size_l0) == (0.25, (400, 300))
+        assert [level.downsample for level in slide.levels] == [1, 2, 4]
+        pixels = slide._handle.levels
+        seen = np.where(pixels[0][..., :1] == 0, 0, pixels[0])
+        assert np.array_equal(slide.read_region((0, 0), 0, (400, 300)), seen)
+        region = slide.read_region((-20, 100), 1, (230, 150))
+        assert np.array_equal(region[:100, 10:210], np.where(pixels[1][50:, :, :1] == 0, 0, pixels[1][50:]))
+        assert not region[:, :10].any()
+        assert not region[100:].any()
+        assert not region[:, 210:].any()
+        with pytest.raises(ReadError, match=r"cannot read 5 x 5 px of level 2 .*lost sector"):
+            slide.read_region((0, 0), 2, (5, 5))
+    assert slide._handle.is_closed
+    (tmp_path / name).write_bytes(b"damaged")
+    with pytest.raises(SlideOpenError, match="no such header"):
+        open_slide(tmp_path / name)
+    (tmp_path / name).write_bytes(b"fine")
+    monkeypatch.setattr(Imitation, "mpp_x", 0.0)
+    monkeypatch.setattr(Imitation, "properties", {"openslide.mpp-x": "0"})
+    with pytest.raises(ResolutionError, match="gives 0 µm/px, which cannot be true"):
+        open_slide(tmp_path / name)
+
+
+# --- CZI --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pixels(tmp_path_factory):
+    with open_slide(draw_slides(tmp_path_factory.mktemp("drawn"), 1)[0]) as slide:
+        return slide.read_region((0, 0), 0, (900, 700))
+
+
+def write_czi(path, scenes, mpp=0.5, compression="zstd0:ExplicitLevel=1"):
+    """Write (x, y, pixels) of each scene in blocks of 256 px."""
+    with czi.create_czi(str(path), compression_options=compression) as file:
+        for scene, (x0, y0, pixels) in enumerate(scenes):
+            for y, x in np.ndindex(*(-(-side // 256) for side in pixels.shape[:2])):
+                block = pixels[256 * y : 256 * y + 256, 256 * x : 256 * x + 256, ::-1]
+                file.write(np.ascontiguousarray(block), location=(x0 + 256 * x, y0 + 256 * y), scene=scene)
+        file.write_metadata("slide", scale_x=mpp * 1e-6, scale_y=mpp * 1e-6)
+    return path
+
+
+def test_a_czi_that_openslide_refuses_is_read(pixels, tmp_path):
+    with open_slide(write_czi(tmp_path / "a.czi", [(-50, 30, pixels)])) as slide:
+        assert slide.reader.startswith("pylibCZIrw ")
+        assert (slide.size_l0, slide.mpp, slide.mpp_source) == ((900, 700), 0.5, "CZI Scaling")
+        assert np.array_equal(slide.read_region((0, 0), 0, (900, 700)), pixels)
+        region = slide.read_region((-10, 690), 0, (50, 50))
+        assert np.array_equal(region[:10, 10:], pixels[690:, :40])
+        assert not region[10:].any()
+
+
+BGR_24 = bytes.fromhex("24c3dd6f034efe4bb1853d77768dc90c")  # the pixel format in the header of a JPEG XR
+
+
+def to_jpeg_xr(path):
+    """Compress the blocks of an uncompressed CZI in their places; pylibCZIrw does not write JPEG XR."""
+    data = bytearray(path.read_bytes())
+
+    def entry(at):  # of a block, beside it and once more in the directory
+        struct.pack_into("<i", data, at + 18, 4)  # its compression
+        return 32 + 20 * struct.unpack_from("<i", data, at + 28)[0]
+
+    at = 0
+    while at < len(data):
+        kind, (allocated,), here = (
+            data[at : at + 16].rstrip(b"\0"),
+            struct.unpack_from("<q", data, at + 16),
+            at + 32,
+        )
+        if kind == b"ZISRAWSUBBLOCK":
+            metadata_bytes, _, count = struct.unpack_from("<iiq", data, here)
+            width, height = (struct.unpack_from("<i", data, here + 48 + 20 * i + 8)[0] for i in (0, 1))
+            first = here + max(256, 16 + entry(here + 16)) + metadata_bytes
+            block = np.frombuffer(data, np.uint8, count, first).reshape(height, width, 3)
+            coded = imagecodecs.jpegxr_encode(np.ascontiguousarray(block[..., ::-1]), level=1.0)
+            coded = coded.replace(BGR_24[:15] + b"\x0d", BGR_24, 1)
+            data[first : first + len(coded)] = coded
+            struct.pack_into("<q", data, here + 8, len(coded))
+        elif kind == b"ZISRAWDIRECTORY":
+            place = here + 128
+            for _ in range(struct.unpack_from("<i", data, here)[0]):
+                place += entry(place)
+        at += 32 + allocated
+    path.write_bytes(data)
+
+
+def test_jpeg_xr_is_read_and_patches_are_cut(pixels, tmp_path):
+    path = write_czi(tmp_path / "a.czi", [(0, 0, pixels)], compression="uncompressed:")
+    before = path.read_bytes()
+    to_jpeg_xr(path)
+    assert path.read_bytes() != before
+    with open_slide(path) as slide:  # without losses at level 1.0
+        assert np.array_equal(slide.read_region((0, 0), 0, (900, 700)), pixels)
+    done = run_here(path, "-o", tmp_path / "out", "--encoder", "seal-tiny")
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "out").rglob("features_*/a.h5"))) == 1
+
+
+def test_scenes_are_one_slide_unless_they_overlap(pixels, tmp_path):
+    path = write_czi(tmp_path / "a.czi", [(0, 0, pixels), (1000, 0, pixels)])
+    with pytest.warns(UserWarning, match="its 2 scenes are read as one slide"):
+        slide = open_slide(path)
+    with slide:
+        assert slide.size_l0 == (1900, 700)
+        assert np.array_equal(slide.read_region((1000, 0), 0, (900, 700)), pixels)
+        assert not slide.read_region((900, 0), 0, (100, 700)).any()
+    path = write_czi(tmp_path / "b.czi", [(0, 0, pixels), (600, 0, pixels)])
+    with pytest.raises(UnsupportedSlideError, match="of its 2 scenes some overlap"):
+        open_slide(path)
+
+
+def test_a_czi_that_is_no_brightfield_or_has_no_scale_is_refused(pixels, tmp_path):
+    grey = write_czi(tmp_path / "a.czi", [(0, 0, pixels[..., :1].astype(np.uint16))])
+    with pytest.raises(UnsupportedSlideError, match=r"1 channels of Gray16, not one of Bgr24"):
+        open_slide(grey)
+    with pytest.raises(ResolutionError, match=r"CZI Scaling gives 500 µm/px"):
+        open_slide(write_czi(tmp_path / "b.czi", [(0, 0, pixels)], mpp=500))
+    (tmp_path / "b.czi").write_bytes((tmp_path / "b.czi").read_bytes()[:3000])
+    with pytest.raises(SlideOpenError, match=r"b\.czi: .*pylibCZIrw"):
+        open_slide(tmp_path / "b.czi")
+
+
+# --- plugins ----------------------------------------------------------------------------------------------
+
+
+def test_the_reader_of_the_guide_works_when_it_is_installed(pixels, tmp_path):
+    """As pip would leave it, in a process of its own: the slide is listed, opened and cut."""
+    (code,) = re.findall(r"```python\n(.*?class NpyReader.*?)```", GUIDE.read_text(encoding="utf-8"), re.S)
+    (toml,) = re.findall(r'readers"\]\n(ours = .*?)```', GUIDE.read_text(encoding="utf-8"), re.S)
+    info = tmp_path / "our_package-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: our-package\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[seal_extract.readers]\n" + toml.replace('"', ""))
+    (tmp_path / "our_package.py").write_text(code)
+    (tmp_path / "slides").mkdir()
+    np.save(tmp_path / "slides" / "a.npy", pixels)
+    start = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); "
+    command = (
+        f"from seal_extract.cli import main; sys.exit(main([{str(tmp_path / 'slides')!r}, '--dry-run']))"
+    )
+    done = subprocess.run([sys.executable, "-c", start + command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"a\.npy +900 x 700 +0\.5 +our header", done.stdout), done.stdout
+
+
+class Raising:
+    suffixes = (".Abc",)
+
+    def __init__(self, path, mpp):
+        raise KeyError("no\nheader")
+
+
+class Other(Raising):
+    pass
+
+
+def without_suffixes(path, mpp):
+    pass
+
+
+@pytest.fixture
+def install(monkeypatch):
+    def entries(**values):
+        found = [EntryPoint(n, f"{__name__}:{v}", extras.GROUP) for n, v in values.items()]
+        monkeypatch.setattr(plugins, "entry_points", lambda group: found)
+        extras.plugin_readers.cache_clear()
+
+    yield entries
+    monkeypatch.undo()
+    extras.plugin_readers.cache_clear()
+
+
+def test_a_plugin_that_fails_is_named_and_costs_no_other(install, tmp_path):
+    install(a="without_suffixes", b="nothing", c="Raising", d="Other")
+    (tmp_path / "a.abc").write_bytes(b"x")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert len(list_slides([tmp_path])) == len(list_slides([tmp_path])) == 1
+    messages = [re.sub(r" of unknown package \(.*?\)", "", str(w.message)) for w in caught]
+    assert messages == [
+        "plugin a: it is left out: AttributeError: 'function' object has no attribute 'suffixes'",
+        f"plugin b: it is left out: AttributeError: module '{__name__}' has no attribute 'nothing'",
+        "plugin d: another plugin reads .abc",
+    ]
+    with pytest.raises(SlideOpenError, match=r"the plugin for \.abc: KeyError: 'no\\nheader'") as refused:
+        open_slide(tmp_path / "a.abc")
+    assert "\n" not in str(refused.value)
