@@ -14,17 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from seal_extract.encoders import folder
+from seal_extract.encoders.dense import attention_of, embed_densely, pack
 from seal_extract.encoders.files import WeightFile
 from seal_extract.encoders.heads import ExpressionDecoder, as_rows
+from seal_extract.encoders.precision import arithmetic, in_precision
 from seal_extract.encoders.registry import names_with_decoder
 from seal_extract.encoders.spec import EncoderSpec
-from seal_extract.encoders.tower import embed, in_precision
+from seal_extract.encoders.tower import embed
 from seal_extract.encoders.transform import PatchTransform, check_patches, check_sides, fit
 from seal_extract.errors import EncoderError, UsageError
-
-# the arithmetic of float32 on NVIDIA GPUs: by default cuDNN's convolutions round their factors to TF32
-_cudnn: Any = torch.backends.cudnn
-FLOAT32_OF: tuple[Any, ...] = (torch.backends.cuda.matmul, _cudnn.conv, _cudnn.rnn)
 
 
 class Encoder(nn.Module):
@@ -127,6 +125,8 @@ class Encoder(nn.Module):
     @property
     def description(self) -> dict[str, Any]:
         """What is recorded beside the embeddings, as JSON."""
+        error = self.spec.errors.get(self._precision_name)  # nothing is stated of float32
+        stated = {"precision_error": error, "errors_basis": self.spec.errors_basis}
         return {
             **self.identity,
             "dim": self.spec.dim,
@@ -134,7 +134,7 @@ class Encoder(nn.Module):
             "trained_mpp": self.spec.mpp,
             "input": str(self.spec.input),
             "licence": self.spec.licence,
-            **self._precision_error,
+            **({} if error is None else stated),
             "source": self.spec.source,
             "weights": [asdict(w) for w in self.weights],
             "merged": list(self.merged),
@@ -211,10 +211,57 @@ class Encoder(nn.Module):
         Returns:
             float32 [B, D].
         """
+        with self._normalised(images) as normalised:
+            return embed(self._computing_tower(), self.spec.pooling, normalised).float()
+
+    def compute_packed(self, images: Tensor) -> Tensor:
+        """As `compute`, with the tokens of `encode_tokens` behind each embedding; see `pack`."""
+        with self._normalised(images) as normalised:
+            embeddings, tokens = embed_densely(self._computing_tower(), self.spec, normalised)
+            return pack(embeddings.float(), tokens)
+
+    @contextmanager
+    def _normalised(self, images: Tensor) -> Iterator[Tensor]:
+        """Images as float32 [B, 3, S, S], while the arithmetic is that of `precision`."""
         check_sides(images.shape[-2], images.shape[-1], self.spec.input.multiple_of, self.spec.name)
-        with torch.inference_mode(), self._arithmetic():
-            images = images.float().div(255).sub(self.mean).div(self.std)  # float32 [B, 3, S, S]
-            return embed(self._computing_tower(), self.spec.pooling, images).float()
+        with torch.inference_mode(), arithmetic(self.device.type, self.precision, self.tf32):
+            yield images.float().div(255).sub(self.mean).div(self.std)
+
+    def encode_tokens(self, patches: Tensor) -> Tensor:
+        """Dense features of patches uint8 [B, 3, H, W], for example for segmentation or registration.
+
+        Returns:
+            float32 [B, h, w, C] on the encoder's device: the tokens of the trunk, behind its last norm where
+            it has one, in reading order, without class and register tokens; of a CNN or a Swin transformer
+            the last feature map. C is the width of the trunk, which may differ from the embedding's.
+
+        Raises:
+            UsageError: the encoder has no grid of tokens, or the patches are none that `encode` takes.
+            EncoderError: a token holds NaN or infinity.
+        """
+        return self._dense(patches, lambda *given: embed_densely(*given)[1])
+
+    def attention_maps(self, patches: Tensor) -> Tensor:
+        """How much the embedding of patches uint8 [B, 3, H, W] attends to each of their parts.
+
+        Returns:
+            float32 [B, heads, h, w] on the encoder's device, with the grid of `encode_tokens`: the attention
+            of the class token in the last block, or that of the attentional pooler. With the prefix tokens,
+            which are left out, a head sums to 1.
+
+        Raises:
+            UsageError: the encoder has neither, or the patches are none that `encode` takes.
+            EncoderError: a map holds NaN or infinity.
+        """
+        return self._dense(patches, attention_of)
+
+    def _dense(self, patches: Tensor, compute: Callable[[nn.Module, EncoderSpec, Tensor], Tensor]) -> Tensor:
+        check_patches(patches, self.spec.name)
+        with self._normalised(fit(patches.to(self.device), self.spec.input)) as images:
+            found = compute(self._computing_tower(), self.spec, images).float()
+        if not found.isfinite().all():
+            raise EncoderError(f"{self.not_finite}; try precision='float32'")
+        return found.clone()
 
     def _computing_tower(self) -> nn.Module:
         """The tower, or on a GPU a copy whose matrices are in `precision`; made once."""
@@ -225,29 +272,6 @@ class Encoder(nn.Module):
             self._low = None  # frees its memory first
             self._low = (made_for, in_precision(self.tower, self.precision))
         return self._low[1]
-
-    @contextmanager
-    def _arithmetic(self) -> Iterator[None]:
-        """Lower precision where autocast has it; and float32 as `tf32` says, whatever the process has set."""
-        lower = self.precision != torch.float32
-        with torch.autocast(self.device.type, dtype=self.precision if lower else None, enabled=lower):
-            if self.device.type != "cuda":
-                yield
-                return
-            before = [backend.fp32_precision for backend in FLOAT32_OF]
-            try:
-                for backend in FLOAT32_OF:
-                    backend.fp32_precision = "tf32" if self.tf32 else "ieee"
-                yield
-            finally:
-                for backend, value in zip(FLOAT32_OF, before, strict=True):
-                    backend.fp32_precision = value
-
-    @property
-    def _precision_error(self) -> dict[str, Any]:
-        """The error that the row states, for the record; nothing is stated of float32."""
-        error = self.spec.errors.get(self._precision_name)
-        return {} if error is None else {"precision_error": error, "errors_basis": self.spec.errors_basis}
 
     @property
     def not_finite(self) -> str:
@@ -332,16 +356,8 @@ class Encoder(nn.Module):
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path} is a file; give a folder")
         origin = [asdict(w) for w in self.weights]
-        folder.write(
-            path,
-            self.spec,
-            self.tower,
-            origin,
-            self.decoder,
-            self.genes,
-            head=self.projection,
-            merged=self.merged,
-        )
+        parts = (self.decoder, self.genes)
+        folder.write(path, self.spec, self.tower, origin, *parts, head=self.projection, merged=self.merged)
 
     def push_to_hub(
         self,

@@ -32,10 +32,18 @@ class AttentionalPooler(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens [B, N, token_dim] to [B, dim]."""
+        pooled: Tensor = self.attn(*self._query_and_keys(tokens), need_weights=False)[0]  # [B, 1, dim]
+        return pooled[:, 0]
+
+    def attention(self, tokens: Tensor) -> Tensor:
+        """The weights by which `forward` mixes the tokens, [B, heads, N]."""
+        weights: Tensor = self.attn(*self._query_and_keys(tokens), average_attn_weights=False)[1]
+        return weights[:, :, 0]
+
+    def _query_and_keys(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         keys = self.ln_k(tokens)
         query = self.ln_q(self.query[:1]).expand(len(tokens), -1, -1)  # [B, 1, dim]
-        pooled: Tensor = self.attn(query, keys, keys, need_weights=False)[0]  # [B, 1, dim]
-        return pooled[:, 0]
+        return query, keys, keys
 
 
 class ConchTower(nn.Module):
@@ -55,9 +63,11 @@ class ConchTower(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images [B, 3, H, W], sides multiples of the trunk's patch, to [B, dim]."""
-        tokens = self.trunk.forward_features(images)  # [B, 1 + N, token_dim]
-        pooled: Tensor = self.ln_contrast(self.attn_pool_contrast(tokens))
-        embedding: Tensor = self.head(pooled)
+        return self.pool(self.trunk.forward_features(images))
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """All tokens of the trunk [B, 1 + N, token_dim] to [B, dim]."""
+        embedding: Tensor = self.head(self.ln_contrast(self.attn_pool_contrast(tokens)))
         return embedding
 
 

@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,7 +15,6 @@ import timm.layers
 import torch
 from timm.models import FeatureListNet, get_pretrained_cfg
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.overrides import TorchFunctionMode
 
 from seal_extract.encoders.parts import ConchTower, ConvStem, new_head, with_plain_positions
@@ -186,38 +184,27 @@ def fill(tower: nn.Module, tensors: dict[str, Tensor]) -> None:
     tower.requires_grad_(False)
 
 
-# of other classes the weights are computed with before they are multiplied, so they stay as they are
-_MATRICES = (nn.Linear, nn.Conv2d, nn.MultiheadAttention, NonDynamicallyQuantizableLinear)
-
-
-def in_precision(tower: nn.Module, precision: torch.dtype) -> nn.Module:
-    """A copy of a tower whose layers hold the matrices that they multiply by in a lower precision.
-
-    All else (class token, positions, LayerNorm, LayerScale) is shared with ``tower``. Under autocast the copy
-    gives the same bits as ``tower``, which would convert its matrices in every forward pass.
-    """
-    held: dict[int, Any] = {id(tensor): tensor for tensor in (*tower.parameters(), *tower.buffers())}
-    for module in tower.modules():
-        if type(module) in _MATRICES:
-            for parameter in module.parameters(recurse=False):
-                held[id(parameter)] = nn.Parameter(parameter.to(precision), requires_grad=False)
-    return deepcopy(tower, held)
-
-
 def embed(tower: nn.Module, pooling: str, images: Tensor) -> Tensor:
     """Normalised images [B, 3, H, W] to embeddings [B, D]."""
     trunk: Any = tower
     if pooling in ("conch", "own"):
         embedding: Tensor = trunk(images)
         return embedding
+    return pooled(tower, pooling, trunk(images)[0] if pooling == "map" else trunk.forward_features(images))
+
+
+def pooled(tower: nn.Module, pooling: str, features: Tensor) -> Tensor:
+    """What the trunk of a tower gives, tokens [B, prefix + N, C] or a map, to embeddings [B, D]."""
+    trunk: Any = tower
     if pooling == "map":
-        (features,) = trunk(images)  # [B, D, h, w]
-        return features.mean((2, 3))  # type: ignore[no-any-return]
-    tokens: Tensor = trunk.forward_features(images)  # [B, prefix + N, D]
-    pooled = tokens[:, 0]
+        return features.mean((2, 3))
+    if pooling in ("conch", "own"):
+        embedding: Tensor = (trunk.pool if pooling == "conch" else trunk.forward_head)(features)
+        return embedding
+    tokens = features[:, 0]
     if pooling == "cls+mean":
-        pooled = torch.cat([pooled, tokens[:, trunk.num_prefix_tokens :].mean(1)], dim=1)
-    embedding = trunk.head(pooled)  # of most rows it does nothing
+        tokens = torch.cat([tokens, features[:, trunk.num_prefix_tokens :].mean(1)], dim=1)
+    embedding = trunk.head(tokens)  # of most rows it does nothing
     return embedding
 
 

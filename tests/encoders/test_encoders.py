@@ -31,9 +31,10 @@ from torch import nn
 
 from seal_extract.encoders import Encoder, EncoderSpec, load_encoder
 from seal_extract.encoders.parts import AttentionalPooler
+from seal_extract.encoders.precision import in_precision
 from seal_extract.encoders.registry import CLIP_MEAN, CLIP_STD
 from seal_extract.encoders.spec import Pooler
-from seal_extract.encoders.tower import empty_tower, in_precision
+from seal_extract.encoders.tower import empty_tower
 from seal_extract.encoders.transform import middle, scaled_size
 from seal_extract.errors import EncoderError, UsageError
 
