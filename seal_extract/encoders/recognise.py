@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from seal_extract.encoders.registry import list_encoders
-from seal_extract.encoders.spec import EncoderSpec, Shapes
+from seal_extract.encoders.spec import Architecture, EncoderSpec, Shapes
 from seal_extract.encoders.state_dict import adapter_keys, as_row_spells, fits, place
 from seal_extract.encoders.tower import empty_tower, tower_shapes
 from seal_extract.errors import UsageError
 
 OMICS = "SEAL omics"
 ENOUGH = 0.9  # of a tower's tensors: a file may be cut short, or of a finetune that changed some
+_TOWERS: dict[tuple[Architecture, str, int], Shapes] = {}  # those built so far
 FUSED = ".attn.qkv."  # files in which q, k and v are separate are compared without them
 
 
@@ -75,9 +76,10 @@ def _adapters_fit(row: EncoderSpec, held: Shapes) -> bool:
     return True
 
 
-@lru_cache(maxsize=256)
 def _tower(row: EncoderSpec) -> Shapes:
-    try:
-        return tower_shapes(empty_tower(row))
-    except UsageError:  # a plugin's row that this timm cannot build
-        return {}
+    kind = (row.architecture, row.pooling, row.dim)  # several rows have the same tower
+    if kind not in _TOWERS:
+        _TOWERS[kind] = {}
+        with suppress(UsageError):  # a plugin's row, or one for a newer timm
+            _TOWERS[kind] = tower_shapes(empty_tower(row))
+    return _TOWERS[kind]

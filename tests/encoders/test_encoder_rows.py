@@ -125,7 +125,7 @@ def _by_group(groups):
         (["hoptimus0"], ["h-optimus-0"]),
         (["histai/"], ["hibou-b", "hibou-l"]),
         (["h-optimus", "--licence", "open"], ["h-optimus-0"]),
-        (["lunit-vit", "--licence", "LUNIT"], ["lunit-vits8", "lunit-vits16"]),
+        (["kaiko-vitb", "--licence", "KAIKO"], ["kaiko-vitb8", "kaiko-vitb16"]),
         (["hibou", "midnight", "--ungated"], ["midnight-12k"]),
         (["--cached"], ["seal-tiny"]),
     ],
@@ -196,6 +196,8 @@ def test_a_row_introduces_itself_in_one_line(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_tower_takes_no_memory_until_it_is_filled(name):
+    if not timm.is_model(ALL[name].architecture.timm):
+        pytest.skip("this timm has no such architecture")
     tower = empty_tower(ALL[name])
     if name != "dinov3-vitb16":  # its rotary frequencies are in no file, so that timm has to compute them
         assert {p.device.type for p in tower.parameters()} == {"meta"}
