@@ -99,7 +99,7 @@ def _print_table(asked: list[dict[str, Any]]) -> None:
     """One line each, below 80 columns, by group."""
     rows = [("name", "D", "px", "µm/px", "access", "licence of the weights")]
     for f in asked:
-        mpp = ", ".join(f"{m:g}" for m in f["mpp"]) or "-"
+        mpp = " ".join(f"{m:g}" for m in f["mpp"]) or "-"
         access = "cached" if f["cached"] else "gated" if f["gated"] else "-"
         licence = f["licence"].removesuffix(" licence")
         rows.append((f["name"], str(f["dim"]), str(f["patch_px"]), mpp, access, licence))

@@ -108,7 +108,7 @@ def test_the_list_is_grouped_and_fits_a_terminal(run):
     status, out, _ = run("encoders")
     assert status == 0
     assert max(map(len, out)) <= 80
-    assert re.search(r"virchow2 +2560 +224 +0.5, 0.25, 1, 2 +gated +CC-BY-NC-ND-4.0$", "\n".join(out), re.M)
+    assert re.search(r"virchow2 +2560 +224 +0.5 0.25 1 2 +gated +CC-BY-NC-ND-4.0$", "\n".join(out), re.M)
     groups = [line for line in out[1:-3] if line and not line.startswith(" ")]
     assert groups[:: len(groups) - 1] == ["finetuned with spatial transcriptomics", "bundled"]
     assert [line.split()[0] for line in out if line.startswith("  ")] == ["name", *_by_group(groups)]
