@@ -95,8 +95,7 @@ class Sample:
         return self._open(early=True, patch_px=reader.side_px)
 
     def _open(self, early: bool, patch_px: int | None = None) -> PatchReader:
-        on_gpu = self.device.type == "cuda"
-        resampling = Resampling(patch_px or self.grid.patch_px, self.options.resample, early, pinned=on_gpu)
+        resampling = Resampling(patch_px or self.grid.patch_px, self.options.resample, early)
         try:
             return TileReader(self.slide, self.grid, resampling, self.options.fast_decode)
         except Unsuitable as exc:
@@ -319,7 +318,9 @@ def _resample_alone(sample: Sample, workers: int, repeats: int, progress: Progre
         held = max(1, HELD_BYTES // (3 * reader.side_px**2 * len(rows[0])))
         regions = [reader.read(some).pixels for some in rows[:held]]
     before = regions[0].shape[-1]
-    if before == after and not on_gpu:
+    if on_gpu:  # as a run does: at once, from memory from which the GPU copies by itself
+        regions = [torch.cat(regions).pin_memory()]
+    elif before == after:
         return Stage("nothing left to do: decode gives patches", patches, workers)
 
     def resample(pixels: Tensor) -> None:

@@ -39,6 +39,8 @@ AT_ONCE = threading.BoundedSemaphore(2)  # such decodings at a time: each may ta
 class GpuTileReader(TileReader):
     """Reads patches of whole batches; `read` gives them on the device."""
 
+    on_device = True
+
     def __init__(self, slide: Slide, grid: PatchGrid, resampling: Resampling, device: torch.device) -> None:
         """Open the tiles of the grid's level, and compare a sample that the device decodes with the host's.
 

@@ -39,7 +39,7 @@ def open_patch_reader(
     Raises:
         UsageError: ``"on"``, and the GPU cannot decode this slide's tiles to the same pixels.
     """
-    resampling = Resampling(grid.patch_px, filter, early=device.type == "cpu", pinned=device.type == "cuda")
+    resampling = Resampling(grid.patch_px, filter, early=device.type == "cpu")
     why_not = "--gpu-decode off"
     if gpu_decode != "off" and len(grid):
         try:

@@ -39,12 +39,14 @@ class PatchReader(Protocol):
         name: of the way to read, as recorded in the results.
         side_px: of what `read` gives.
         rows_at_once: that a thread reads best.
+        on_device: whether `read` gives patches on a GPU; else it gives what `to_patches` takes, on the host.
     """
 
     grid: PatchGrid
     name: str
     side_px: int
     rows_at_once: int
+    on_device: bool
 
     def read(self, rows: range, out: Array | None = None) -> HostPixels:
         """Read grid rows; safe to call from several threads.
@@ -68,6 +70,7 @@ class RegionReader:
     """Reads each patch with `Slide.read_region`; see `PatchReader`."""
 
     rows_at_once = ROWS_AT_ONCE
+    on_device = False
 
     def __init__(self, slide: Slide, grid: PatchGrid, resampling: Resampling, reason: str = "") -> None:
         self.grid, self._slide, self._resampling = grid, slide, resampling
@@ -85,9 +88,7 @@ class RegionReader:
 
     def read(self, rows: range, out: Array | None = None) -> HostPixels:
         """See `PatchReader.read`; what the slide's reader cannot read is tried with another reader."""
-        regions = out
-        if regions is None or self.side_px != self.grid.read_px:
-            regions = self._resampling.empty(len(rows), self.grid.read_px)
+        regions = self._resampling.regions(len(rows), self.grid.read_px, out)
         unreadable: dict[int, str] = {}
         for i, row in enumerate(rows):
             try:

@@ -41,20 +41,17 @@ class Resampling:
         patch_px: side of a patch.
         filter: of the resampling.
         early: resample in the reading threads, for patches that stay on the host.
-        pinned: read into memory from which a GPU can copy by itself.
     """
 
     patch_px: int
     filter: Filter = "bicubic"
     early: bool = True
-    pinned: bool = False
 
-    def empty(self, rows: int, side_px: int) -> NDArray[np.uint8]:
-        """Allocate regions, uint8 [rows, side, side, 3]."""
-        if not self.pinned:
-            return memory_for_pixels(rows, side_px, side_px, 3)
-        memory = torch.empty(rows, side_px, side_px, 3, dtype=torch.uint8, pin_memory=True)
-        return np.asarray(memory.numpy())
+    def regions(self, rows: int, side_px: int, out: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
+        """Memory for regions, uint8 [rows, side, side, 3]: ``out`` unless that is for smaller patches."""
+        if out is not None and out.shape[1] == side_px:
+            return out
+        return memory_for_pixels(rows, side_px, side_px, 3)
 
     def in_thread(self, regions: NDArray[np.uint8], out: NDArray[np.uint8] | None = None) -> Tensor:
         """What a reading thread hands over: patches if ``early``, else the regions; [B, 3, side, side].

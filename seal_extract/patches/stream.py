@@ -19,6 +19,7 @@ from seal_extract.patches.regions import ROWS_AT_ONCE, HostPixels, PatchReader
 
 JOB_BYTES = 32 * 2**20  # fewer where patches are huge
 SLIDES_READ_AHEAD = 4  # beyond the jobs that threads need: each open slide has caches of its own
+UPLOAD_BYTES = 256 * 2**20  # of regions that are copied to a GPU at once
 READ_AHEAD_BYTES = 256 * 2**20  # host memory that decoded regions may fill
 
 
@@ -77,6 +78,13 @@ class _Job:
     def is_last(self) -> bool:
         return self.rows.stop == len(self.reader.grid)
 
+    def continues(self, before: _Job) -> bool:
+        """Whether both go to the device together: the pixels are neighbours, and make patches of one size."""
+        if self.place is None or before.place is None:
+            return False
+        same_size = self.reader.grid.patch_px == before.reader.grid.patch_px
+        return same_size and _are_neighbours(before.place, self.place)
+
 
 def stream_batches(
     readers: Iterable[PatchReader],
@@ -100,7 +108,7 @@ def stream_batches(
     Args:
         readers: one per slide.
         batch_size: patches per batch.
-        device: where patches are resampled and handed out.
+        device: where patches are handed out; on a GPU also resampled, but for those read there.
         workers: reading threads; all cores by default.
         max_read_errors: patches of a slide that may be unreadable before it fails.
         is_next_ready: whether ``readers`` gives the next one, or ends, without waiting.
@@ -153,9 +161,10 @@ class _Stream:
         self._max_read_errors, self._on_failure, self._on_read = max_read_errors, on_failure, on_read
         self._make_room = make_room
         self._waiting: deque[_Job] = deque()
-        self._on_host = device.type == "cpu"
-        self._batch: Tensor | None = None  # memory of the batch that jobs fill at present
+        self._memory: Tensor | None = None  # of the batch that jobs fill at present
         self._filled = 0  # rows of it
+        self._read: list[_Part] = []  # neighbours in one memory, still on the host
+        self._to_patches: Callable[[Tensor], Tensor]  # of their readers
         self._errors: dict[int, int] = {}  # unreadable patches of each slide
         self._failed: set[int] = set()
 
@@ -179,11 +188,11 @@ class _Stream:
                 slide += 1
                 jobs = self._jobs(slide, reader, batch_size)
             if self._waiting:
-                if (part := self._next_part()) is not None:
+                for part in self._next_parts():
                     yield from joined.add(part)
                 continue
             yield from joined.rest()  # it does not wait for the next slide
-            self._batch = None
+            self._memory = None
             if ended:
                 return
 
@@ -192,7 +201,7 @@ class _Stream:
         step = max(1, min(reader.rows_at_once, JOB_BYTES // (3 * reader.side_px**2)))
         while start < rows and slide not in self._failed:
             part, place, out = range(start, min(start + step, rows)), None, None
-            if self._on_host:
+            if not reader.on_device:
                 place = self._place(reader.side_px, len(part), batch_size)
                 part, out = part[: len(place)], place.permute(0, 2, 3, 1).numpy()
             yield _Job(slide, reader, part, self._pool.submit(reader.read, part, out), place)
@@ -202,20 +211,46 @@ class _Stream:
 
     def _place(self, side_px: int, rows: int, batch_size: int) -> Tensor:
         """Memory for as many of ``rows`` as the batch that is being filled still takes."""
-        if self._batch is None or self._filled == batch_size or self._batch.shape[-1] != side_px:
-            memory = memory_for_pixels(batch_size, side_px, side_px, 3)
-            self._batch, self._filled = torch.from_numpy(memory).permute(0, 3, 1, 2), 0
-        place = self._batch[self._filled : self._filled + rows]
+        memory = self._memory
+        if memory is None or self._filled == len(memory) or memory.shape[-1] != side_px:
+            memory = self._memory = self._upload.memory(batch_size, side_px)
+            self._filled = 0
+        place = memory[self._filled : self._filled + rows]
         self._filled += len(place)
         return place
 
-    def _next_part(self) -> _Part | None:
-        """The patches of the job whose turn it is, on the device; None if its slide has failed."""
+    def _next_parts(self) -> list[_Part]:
+        """Take the job whose turn it is; what is then complete on the device, in order."""
         job = self._waiting.popleft()
         part = self._result(job)
         if job.is_last or (job.slide in self._failed and all(w.slide != job.slide for w in self._waiting)):
             self._close(job.slide, job.reader)
-        return part
+        if part is None or job.reader.on_device:
+            return [*self._uploaded(), *([] if part is None else [part])]
+        self._read.append(part)
+        self._to_patches = job.reader.to_patches
+        return [] if self._waiting and self._waiting[0].continues(job) else self._uploaded()
+
+    def _uploaded(self) -> list[_Part]:
+        """What was read since the last time, brought to the device at once."""
+        read, self._read = self._read, []
+        if not read:
+            return []
+        try:
+            patches = self._upload(self._to_patches, _concatenate([part.patches for part in read]))
+        except torch.OutOfMemoryError as exc:
+            failed: Exception = exc.with_traceback(None)  # whose frames hold memory
+        except Exception as exc:
+            failed = exc
+        else:
+            places = torch.split(patches, [len(part.rows) for part in read])
+            return [replace(part, patches=place) for part, place in zip(read, places, strict=True)]
+        if isinstance(failed, torch.OutOfMemoryError) and self._make_room():
+            self._read = read
+            return self._uploaded()
+        for part in read:
+            self._fail(part.slide, failed)
+        return []
 
     def _close(self, slide: int, reader: PatchReader) -> None:
         reader.close()
@@ -240,23 +275,25 @@ class _Stream:
             failed = exc
         if isinstance(failed, torch.OutOfMemoryError) and self._make_room():
             return self._result(replace(job, pixels=self._pool.submit(job.reader.read, job.rows)))
-        if self._on_failure is None or is_of_lost_device(failed):
-            raise failed
-        if job.slide not in self._failed:
-            self._failed.add(job.slide)
-            self._on_failure(job.slide, failed)
+        self._fail(job.slide, failed)
         return None
 
+    def _fail(self, slide: int, error: Exception) -> None:
+        if self._on_failure is None or is_of_lost_device(error):
+            raise error
+        if slide not in self._failed:
+            self._failed.add(slide)
+            self._on_failure(slide, error)
+
     def _part(self, job: _Job) -> _Part | None:
+        """What a job has read, on the host unless its reader gives it on the device."""
         read = job.pixels.result()
         if job.slide in self._failed:
             return None
-        if job.place is not None and read.pixels.data_ptr() == job.place.data_ptr():
-            patches = job.place
-        else:
-            patches = self._upload(job.reader, read.pixels)
         self._count(job, read)
-        return _Part(patches, job.slide, job.rows, read.unreadable)
+        is_in_place = job.place is not None and read.pixels.data_ptr() == job.place.data_ptr()
+        pixels = job.place if job.place is not None and is_in_place else read.pixels
+        return _Part(pixels, job.slide, job.rows, read.unreadable)
 
     def _count(self, job: _Job, decoded: HostPixels) -> None:
         errors = self._errors[job.slide] = self._errors.get(job.slide, 0) + len(decoded.unreadable)
@@ -276,11 +313,20 @@ class _Upload:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
-    def __call__(self, reader: PatchReader, pixels: Tensor) -> Tensor:
+    def memory(self, rows: int, side_px: int) -> Tensor:
+        """Memory of the host, uint8 [rows or fewer, 3, side, side], to be brought to the device at once."""
         if self._stream is None:
-            return reader.to_patches(pixels.to(self._device))
+            memory = torch.from_numpy(memory_for_pixels(rows, side_px, side_px, 3))
+        else:  # from which a GPU copies by itself
+            rows = min(rows, max(1, UPLOAD_BYTES // (3 * side_px**2)))
+            memory = torch.empty(rows, side_px, side_px, 3, dtype=torch.uint8, pin_memory=True)
+        return memory.permute(0, 3, 1, 2)
+
+    def __call__(self, to_patches: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
+        if self._stream is None:
+            return to_patches(pixels.to(self._device))
         with torch.cuda.stream(self._stream):
-            patches = reader.to_patches(pixels.to(self._device, non_blocking=True))
+            patches = to_patches(pixels.to(self._device, non_blocking=True))
         computing = torch.cuda.current_stream(self._device)
         computing.wait_stream(self._stream)
         patches.record_stream(computing)
@@ -324,16 +370,21 @@ def _join(parts: list[_Part]) -> PatchBatch:
 
 
 def _concatenate(patches: list[Tensor]) -> Tensor:
-    """Batches as one, in channels-last memory; on the host without torch, whose idle threads would spin."""
+    """Batches as one, copied unless they are neighbours; on the host without torch, whose idle threads spin."""
     if len(patches) == 1:
         return patches[0]
-    if patches[0].device.type != "cpu":
-        return torch.cat(patches)
     first, rows = patches[0], sum(map(len, patches))
-    memory = first.untyped_storage().data_ptr()
-    if all(p.untyped_storage().data_ptr() == memory for p in patches) and all(
-        after.data_ptr() == before.data_ptr() + before.nbytes for before, after in pairwise(patches)
-    ):  # read into the memory of one batch
+    if all(_are_neighbours(before, after) for before, after in pairwise(patches)):
         return first.as_strided((rows, *first.shape[1:]), first.stride())
+    if first.device.type != "cpu":
+        return torch.cat(patches)
     joined = np.concatenate([p.permute(0, 2, 3, 1).numpy() for p in patches])
     return torch.from_numpy(joined).permute(0, 3, 1, 2)
+
+
+def _are_neighbours(before: Tensor, after: Tensor) -> bool:
+    """Whether both lie in one memory, one behind the other."""
+    memory = before.untyped_storage().data_ptr()
+    if after.untyped_storage().data_ptr() != memory:
+        return False
+    return after.data_ptr() == before.data_ptr() + before.nbytes

@@ -32,6 +32,7 @@ class TileReader:
     """Reads patches out of compressed tiles; see `PatchReader`."""
 
     rows_at_once = ROWS_AT_ONCE
+    on_device = False
 
     def __init__(self, slide: Slide, grid: PatchGrid, resampling: Resampling, fast: bool = False) -> None:
         """Open the tiles of the grid's level and compare a sample with the reader's pixels.
@@ -214,7 +215,7 @@ class TileReader:
         if self._resampling.early and self._region_px != self.grid.patch_px:
             regions = self._own_buffer("regions", (rows, self._region_px, self._region_px, 3))
         else:
-            regions = self._resampling.empty(rows, self._region_px) if out is None else out
+            regions = self._resampling.regions(rows, self._region_px, out)
         if self._partly_outside:
             regions[:] = 0
         return regions

@@ -42,7 +42,7 @@ def plane_reader(
     """The way to read patches of an open plane."""
     if volume.planes[plane].is_file:
         return open_patch_reader(slide, grid, device)
-    resampling = Resampling(grid.patch_px, early=device.type == "cpu", pinned=device.type == "cuda")
+    resampling = Resampling(grid.patch_px, early=device.type == "cpu")
     return RegionReader(slide, grid, resampling, "a plane of a volume")
 
 

@@ -1,8 +1,9 @@
-"""What an encoder asks of a GPU, counted on tensors that claim to lie on one and hold nothing."""
+"""What upload and encoder ask of a GPU, counted on tensors that claim to lie on one and hold nothing."""
 
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from torch.utils._pytree import tree_iter
 from seal_extract.encoders import find_spec, list_encoders
 from seal_extract.encoders.encoder import Encoder
 from seal_extract.encoders.tower import embed, empty_tower
+from seal_extract.patches import resample
+from seal_extract.patches.stream import _Upload
+from seal_extract.patches.taps import taps
 from seal_extract.run.embed import GpuEmbedder
 
 ROWS = [row.name for row in list_encoders() if not row.name.startswith("seal-")]
@@ -36,7 +40,7 @@ class Commands(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.names, self.moved, self.bytes = Counter(), Counter(), 0
+        self.names, self.moved, self.blocking, self.bytes = Counter(), Counter(), 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -45,6 +49,9 @@ class Commands(TorchDispatchMode):
             pair = args[0], args[1] if name == "copy_" else result
             if len({one.device for one in pair}) > 1:
                 self.moved[func.name()] += 1
+                self.blocking += not (kwargs or {}).get(
+                    "non_blocking", name == "copy_" and args[2:] == (True,)
+                )
             elif pair[0].dtype == pair[1].dtype:
                 return result
         if name not in FREE:
@@ -124,6 +131,33 @@ def told_for_a_batch(encoder):
     return told
 
 
+def test_regions_of_a_batch_are_brought_by_one_copy_that_nobody_waits_for(monkeypatch):
+    """And resampled there together; in torch, because Triton's kernels, two a batch, cannot be faked."""
+    waits = []
+    stream = SimpleNamespace(wait_stream=waits.append)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda patches, of: waits.append(of))
+    monkeypatch.setattr(resample, "kernels_run_on", lambda device: False)
+    upload = _Upload(torch.device("cuda"))
+    taps.cache_clear()
+    with FakeTensorMode():
+        regions = torch.empty(256, 512, 512, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        to_patches = resample.Resampling(224, early=False).on_device
+        upload(to_patches, regions)  # which makes the filter's tables
+        with Commands() as told:
+            patches = upload(to_patches, regions)
+    taps.cache_clear()
+    assert (patches.device.type, list(patches.shape)) == ("cuda", [256, 3, 224, 224])
+    assert waits == [stream] * 4
+    assert told.moved == {"aten::_to_copy": 1}
+    assert told.blocking == 0
+    assert not told.names.keys() & WAITS
+    assert told.names.total() <= 50
+    assert told.bytes / 256e6 < 80
+
+
 MB_A_PATCH = {"conch": 205, "univ2": 1300, "virchow2": 1420, "h0mini": 330, "phikon2": 600, "uni": 600}
 MB_A_PATCH |= {"conch-v1.5": 2500, "omiclip": 700, "plip": 80}
 
@@ -137,6 +171,7 @@ def test_a_batch_never_waits_its_attention_is_fused_and_its_commands_are_few(nam
     pooler = encoder.spec.pooling == "conch"
     assert not told.names.keys() & WAITS
     assert told.moved == {"aten::copy_": 1}  # the embeddings, to the host
+    assert not told.blocking
     assert told.names["scaled_dot_product_attention"] == depth + pooler
     assert not told.names.keys() & {"softmax", "_softmax", "matmul", "bmm"}
     assert told.names.total() <= 15 * depth + 15

@@ -11,7 +11,8 @@ from slide_helpers import grid_at, grid_of_level, read
 from seal_extract.errors import ReadError
 from seal_extract.patches import stream as stream_module
 from seal_extract.patches.reader import open_patch_reader
-from seal_extract.patches.regions import ROWS_AT_ONCE, HostPixels
+from seal_extract.patches.regions import ROWS_AT_ONCE, HostPixels, RegionReader
+from seal_extract.patches.resample import Resampling
 from seal_extract.patches.stream import stream_batches
 from seal_extract.slides.slide import open_slide
 
@@ -120,6 +121,35 @@ def test_a_region_of_another_size_is_an_error_not_a_patch(drawn):
     slide.read_region = lambda xy_l0, level, size_px: np.zeros((10, 10, 3), np.uint8)
     with pytest.raises(ReadError, match=r"gave 10 x 10 px instead of 32 x 32 at level-0 \(0, 0\)"):
         list(stream_batches([reader_of(slide, side=32)], 8))
+
+
+def test_what_is_resampled_on_a_gpu_goes_there_once_a_batch(drawn, monkeypatch):
+    """Jobs of two slides fill the memory of a batch; a slide that fails in it does not spoil the others."""
+    uploads, whole = [], stream_module._Upload.__call__
+
+    def upload(self, to_patches, pixels):
+        uploads.append((len(pixels), pixels.shape[-1]))
+        return whole(self, to_patches, pixels)
+
+    monkeypatch.setattr(stream_module._Upload, "__call__", upload)
+    slides, late = [drawn(700, 500), drawn(320, 256), drawn(500, 700)], Resampling(32, early=False)
+    grids = [every_patch(slide, 32, 64) for slide in slides]
+    want = [read(open_patch_reader(*pair, CPU)) for pair in zip(slides, grids, strict=True)]
+    pairs = list(zip(slides, grids, strict=True))
+    got = list(stream_batches([RegionReader(*pair, late) for pair in pairs], 40, workers=3))
+    np.testing.assert_array_equal(
+        torch.cat([b.patches for b in got]).permute(0, 2, 3, 1), np.concatenate(want)
+    )
+    assert uploads == [(len(batch), 64) for batch in got]
+
+    readers = [RegionReader(*pair, late) for pair in pairs]
+    readers[1].read = lambda rows, out: raised(ReadError("gone"))
+    failed = []
+    got = list(stream_batches(readers, 40, on_failure=lambda slide, _: failed.append(slide)))
+    assert failed == [1]
+    np.testing.assert_array_equal(
+        torch.cat([b.patches for b in got]).permute(0, 2, 3, 1), np.concatenate([want[0], want[2]])
+    )
 
 
 def failing_upload(reader, error, times):
