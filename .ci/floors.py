@@ -10,7 +10,7 @@ except ImportError:
 
 project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
 wanted = [*project["dependencies"]]
-for extra in ("dev", "czi", "search", "train", "view"):  # what the tests install
+for extra in ("dev", "czi", "robustness", "search", "train", "view"):  # what the tests install
     wanted += project["optional-dependencies"][extra]
 floors = {re.sub(r">=([\d.]+)", r"==\1.*", line) for line in wanted if ">=" in line}
 print("\n".join(sorted(floors)))

@@ -29,10 +29,11 @@ def provenance_of(grid, mpp=0.25, encoder="tiny"):
     }
 
 
-def write(out, layout, n=50, name="a", mpp=0.25, encoder="tiny", seed=1):
+def write(out, layout, n=50, name="a", mpp=0.25, encoder="tiny", seed=1, features=None):
     """A finished slide in a layout: (the layout, its rows, its grid)."""
     grid = grid_of(n)
-    features = np.random.default_rng(seed).standard_normal((n, DIM)).astype(np.float32)
+    if features is None:
+        features = np.random.default_rng(seed).standard_normal((n, DIM)).astype(np.float32)
     place, label = layout_of_grid(layout, out, grid), SlideLabel(name, SIZE, mpp)
     provenance = provenance_of(grid, mpp, encoder)
     provenance["slide"]["path"] = f"{name}.svs"

@@ -15,7 +15,12 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from seal_extract.cli.encoders import add_doctor_options, add_download_options, add_encoders_options
-from seal_extract.cli.evaluate import add_evaluate_options, add_hest_options, add_spot_classes_options
+from seal_extract.cli.evaluate import (
+    add_evaluate_options,
+    add_hest_options,
+    add_robustness_options,
+    add_spot_classes_options,
+)
 from seal_extract.cli.features import add_export_options, add_verify_options
 from seal_extract.cli.genes import add_genes_options
 from seal_extract.cli.options import parser_of
@@ -36,6 +41,7 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "bench": add_bench_options,
     "evaluate": add_evaluate_options,
     "evaluate hest": add_hest_options,
+    "evaluate robustness": add_robustness_options,
     "evaluate spots": add_spot_classes_options,
     "verify": add_verify_options,
     "export": add_export_options,

@@ -1,4 +1,4 @@
-"""``seal-extract evaluate`` and its kinds: ``evaluate hest``, ``evaluate spots``."""
+"""``seal-extract evaluate`` and its kinds: ``evaluate hest``, ``spots`` and ``robustness``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ OTHERS = """\
 other evaluations, each with its own --help:
   seal-extract evaluate hest FOLDER     the HEST-Benchmark, by its own protocol and with its own files
   seal-extract evaluate spots FOLDER    classes of spots, such as cortical layers, by a linear probe
+  seal-extract evaluate robustness OUT  features of the same tissue by several scanners or stains
 """
 
 
@@ -162,6 +163,52 @@ def run_spot_classes(args: argparse.Namespace) -> int:
     sections = sections_of(args.source, mpp=args.slide_mpp, **columns)
     options = {k: getattr(args, k) for k in ("by", "patch_px", "mpp", "batch_size")}
     return _print(args, lambda show: evaluate_spots(sections, encoder, base, **options, log=show))
+
+
+def add_robustness_options(p: argparse.ArgumentParser) -> None:
+    """Add the options of ``seal-extract evaluate robustness``."""
+    p.description = (
+        "Measure how far scanner and stain show in features of the same tissue: PLISM's cosine similarity "
+        "and retrieval, RI, MaRI and CRoMa (extra robustness), and clusters of slides. All encoders of the "
+        "run are compared."
+    )
+    p.set_defaults(handler=run_robustness)
+    p.add_argument("folder", type=Path, metavar="OUT", help="the -o of a finished run, of all slides")
+    p.add_argument(
+        "--slides",
+        type=Path,
+        required=True,
+        metavar="TABLE.csv",
+        help="columns slide, specimen, scanner; optionally stain, and label: the biology that neighbours "
+        "should share (default: the specimen)",
+    )
+    p.add_argument(
+        "--patches", type=int, default=2000, metavar="N", help="of each slide at most (default: 2000)"
+    )
+    _add_out(p, "robustness", ", and robustness.png")
+
+
+def run_robustness(args: argparse.Namespace) -> int:
+    """Print the tables, and where they and the picture were written."""
+    from seal_extract.evaluate.robustness import REPORT, draw, evaluate_robustness, read_scans
+    from seal_extract.evaluate.table import output_files
+    from seal_extract.publish import publish
+
+    output_files(args.out, args.overwrite, REPORT)
+    scans = read_scans(args.slides)
+    found = {}
+
+    def evaluate(show: Callable[[str], None]) -> Report:
+        report, pooled = evaluate_robustness(args.folder, scans, patches=args.patches, log=show)
+        found.update(pooled)
+        return report
+
+    status = _print(args, evaluate)
+    picture = args.out / f"{REPORT}.png"
+    with publish(picture) as part:
+        draw(found, scans).savefig(part, dpi=120, format="png")
+    echo(f"-> {picture}")
+    return status
 
 
 # --- what the kinds of evaluation share ---------------------------------------------------------------

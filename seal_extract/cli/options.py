@@ -181,6 +181,8 @@ commands:
   seal-extract evaluate ...       measure how well an encoder's embeddings predict gene expression
   seal-extract evaluate hest ...  run the HEST-Benchmark on an encoder
   seal-extract evaluate spots ... measure how well classes of spots are told apart
+  seal-extract evaluate robustness ...
+                                  measure how far scanner and stain show in features
   seal-extract verify FOLDER      read results as CLAM, TRIDENT, Patho-Bench, STAMP or MIL-Lab reads them
   seal-extract export FOLDER      convert a finished run to another layout, AnnData or SpatialData
   seal-extract genes OUT ...      predict gene expression of a finished run: tables and heat maps

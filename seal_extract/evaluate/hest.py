@@ -358,7 +358,7 @@ def _tables(
         f"features and permuted rows ({PERMUTATIONS} orders) are not part of the benchmark."
     )
     columns = tuple(task.name for task in chosen)
-    made = [Table("HEST-Benchmark, Pearson r", columns, tuple(rows), note, with_sd=False)]
+    made = [Table("HEST-Benchmark, Pearson r", columns, tuple(rows), note, summary="average")]
     for task in chosen:
         splits = scores[first][task.name]
         constant = [f"{split.fold} {split.constant}" for split in splits if split.constant]

@@ -17,6 +17,8 @@ from seal_extract.errors import OutputError
 from seal_extract.names import cell
 from seal_extract.publish import publish
 
+MEAN_SD = "mean ± sd"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -42,11 +44,11 @@ class Row:
         """Sample standard deviation over the folds; NaN for a single fold."""
         return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else math.nan
 
-    def cells(self, *, with_sd: bool = True) -> list[str]:
-        """As printed."""
+    def cells(self, summary: str = MEAN_SD) -> list[str]:
+        """As printed; see `Table.summary`."""
         spread = self.spread or (math.nan,) * len(self.values)
-        sd = self.sd if with_sd else math.nan
-        return [self.name, *map(_number, self.values, spread), _number(self.mean, sd)]
+        last = [_number(self.mean, self.sd if summary == MEAN_SD else math.nan)] if summary else []
+        return [self.name, *map(_number, self.values, spread), *last]
 
 
 def _number(value: float, sd: float = math.nan) -> str:
@@ -65,20 +67,21 @@ class Table:
         columns: names of the folds.
         rows: lines.
         note: what a reader has to know.
-        with_sd: whether the last column has the spread over the columns, which tasks do not share.
+        summary: head of the last column: the mean of each row and its spread; ``"average"`` for the mean
+            alone, where columns are tasks; empty without such a column, where columns are different figures.
     """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
     note: str = ""
-    with_sd: bool = True
+    summary: str = MEAN_SD
 
     def to_markdown(self) -> str:
         """Title, table and note."""
-        head = ["", *self.columns, "mean ± sd" if self.with_sd else "average"]
+        head = ["", *self.columns, *([self.summary] if self.summary else [])]
         rule = ["---", *["---:"] * (len(head) - 1)]
-        rows = (row.cells(with_sd=self.with_sd) for row in self.rows)
+        rows = (row.cells(self.summary) for row in self.rows)
         body = [f"| {' | '.join(cells)} |" for cells in (head, rule, *rows)]
         return "\n".join([f"**{self.title}**", "", *body, *(["", self.note] if self.note else []), ""])
 
@@ -89,8 +92,8 @@ class Table:
                 "line": row.name,
                 "folds": dict(zip(self.columns, map(_defined, row.values), strict=True)),
                 "spread": None if row.spread is None else dict(zip(self.columns, row.spread, strict=True)),
-                "mean": _defined(row.mean),
-                "sd": _defined(row.sd),
+                "mean": _defined(row.mean if self.summary else math.nan),
+                "sd": _defined(row.sd if self.summary == MEAN_SD else math.nan),
             }
             for row in self.rows
         ]
@@ -112,7 +115,8 @@ def to_csv(tables: Sequence[Table]) -> str:
             for fold, value, sd in zip(table.columns, row.values, spread, strict=True):
                 names = map(cell, (table.title, row.name, fold))
                 writer.writerow([*names, "" if math.isnan(value) else value, sd])
-            writer.writerow([*map(cell, (table.title, row.name)), "mean", row.mean, row.sd])
+            if table.summary:
+                writer.writerow([*map(cell, (table.title, row.name)), "mean", row.mean, row.sd])
     return text.getvalue()
 
 
