@@ -25,6 +25,7 @@ from seal_extract.slides.ome_zarr import OmeZarrReader
 from seal_extract.slides.readers import Array
 from seal_extract.slides.slide import Slide
 from seal_extract.slides.tiff import TIFF_HEADS
+from seal_extract.slides.tiff_pixels import is_placed_by_xml
 
 PROBES = 4  # tiles that are compared with the reader's pixels
 MERGE_GAP = 2**14  # bytes between two tiles that are read along rather than skipped
@@ -209,6 +210,8 @@ def open_level(slide: Slide, level: int) -> TiledLevel:
         with slide.path.open("rb") as file:
             if file.read(4) not in TIFF_HEADS:
                 raise Unsuitable("no TIFF")
+        if is_placed_by_xml(slide.path):
+            raise Unsuitable("its XML says where tiles lie")
         with tifffile.TiffFile(slide.path) as tif:
             if tif.is_ndpi:
                 raise Unsuitable("NDPI")

@@ -36,6 +36,7 @@ from seal_extract.errors import (
 )
 from seal_extract.slides.tiff import tiles_longer_than_the_file
 from seal_extract.slides.tiff_pixels import (
+    is_placed_by_xml,
     ome_mpp,
     refuse_alpha,
     refuse_other_pixels,
@@ -199,13 +200,23 @@ class OpenSlideReader(Reader):
             self.set_levels(list(self._handle.level_dimensions), list(self._handle.level_downsamples))
             properties = self._handle.properties
             self.bounds_l0 = self._bounds()
-            refuse_other_pixels(path, self.sizes_px)
-            refuse_alpha(path, self.sizes_px)
-            self._too_long = tiles_longer_than_the_file(path)  # none, as a rule
+            images = self._image_sizes()
+            refuse_other_pixels(path, images)
+            refuse_alpha(path, images)
+            self._too_long = tiles_longer_than_the_file(path, self.sizes_px)  # none, as a rule
             power = properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER)
             hint = f" (only that its objective was {power}x, which is no measure)" if power else ""
             stated = _mpp_of(properties, openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)
             self.set_mpp(mpp, stated, hint)
+
+    def _image_sizes(self) -> list[tuple[int, int]]:
+        """Sizes of the images that level 0 is made of, as in SCN; else of the levels."""
+        names = ("openslide.region[{}].width", "openslide.region[{}].height")
+        found: list[tuple[int, int]] = []
+        while all(name.format(len(found)) in self._handle.properties for name in names):
+            width, height = (int(self._handle.properties[name.format(len(found))]) for name in names)
+            found.append((width, height))
+        return found or self.sizes_px
 
     def _bounds(self) -> tuple[int, int, int, int]:
         names = ("BOUNDS_X", "BOUNDS_Y", "BOUNDS_WIDTH", "BOUNDS_HEIGHT")
@@ -280,6 +291,8 @@ class TiffSlideReader(Reader):
     """A TIFF through tiffslide, with µm/px from OME-XML where there is some."""
 
     def __init__(self, path: Path, mpp: float | None = None) -> None:
+        if is_placed_by_xml(path):
+            raise SlideOpenError("tiffslide would show tiles elsewhere than its XML says")
         import tiffslide  # with zarr behind it: a second, which most slides need not wait for
 
         self.path = path

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -260,11 +260,21 @@ def counted(directory: Directory, *tables: int) -> int:
     return min(directory[tag].count if tag in directory else 0 for tag in tables)
 
 
-def tiles_longer_than_the_file(path: Path) -> dict[tuple[int, int], NDArray[np.int64]]:
+def tiles_longer_than_the_file(
+    path: Path, sizes_px: Collection[tuple[int, int]]
+) -> dict[tuple[int, int], NDArray[np.int64]]:
     """Tiles that claim more bytes than the file has: OpenSlide would end the process if it lacked the memory.
+
+    Args:
+        path: the file.
+        sizes_px: (width, height) of the levels.
 
     Returns:
         By the (width, height) of their directory, int64 [K, 4] of (left, top, right, bottom) in its pixels.
+
+    Raises:
+        SlideOpenError: there are such tiles, and it is unknown where they lie, because levels and directories
+            have other sizes.
     """
     tiff = read_tiff(path)
     found = {}
@@ -275,6 +285,8 @@ def tiles_longer_than_the_file(path: Path) -> dict[tuple[int, int], NDArray[np.i
             across = -(-directory.size_px[0] // w)
             left, top = too_long % across * w, too_long // across * h
             found[directory.size_px] = np.stack([left, top, left + w, top + h], 1)
+    if not found.keys() <= {*sizes_px} and not {*sizes_px} <= {d.size_px for d in tiff.directories}:
+        raise SlideOpenError("a tile claims more bytes than the file has, and where it lies is unknown")
     return found
 
 

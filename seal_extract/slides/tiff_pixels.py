@@ -23,7 +23,7 @@ from seal_extract.slides.tiff import (
 )
 
 SUBFILE_TYPE, BITS, COMPRESSION, PHOTOMETRIC, ORIENTATION, SAMPLES = 254, 258, 259, 262, 274, 277
-ROWS_PER_STRIP, PLANAR, EXTRA_SAMPLES, SAMPLE_FORMAT = 278, 284, 338, 339
+ROWS_PER_STRIP, PLANAR, EXTRA_SAMPLES, SAMPLE_FORMAT, XML_PACKET = 278, 284, 338, 339, 700
 MASK, RGB, YCBCR, SEPARATE, UNASSOCIATED = 4, 2, 6, 2, 2
 OLD_JPEG, JPEG, APERIO_YCBCR = 6, 7, 33003
 OWN_YCBCR = (OLD_JPEG, JPEG, APERIO_YCBCR, 33005, 34712)  # JPEG, and JPEG 2000 by three numbers
@@ -56,11 +56,11 @@ def refuse_other_pixels(path: Path, sizes_px: Collection[tuple[int, int]]) -> No
 
 
 def _levels(path: Path, sizes_px: Collection[tuple[int, int]]) -> list[Directory]:
-    return [
-        directory
-        for directory in read_tiff(path).directories
-        if directory.size_px in sizes_px and not directory.number(SUBFILE_TYPE) & MASK
-    ]
+    """Directories of these sizes; if the largest has none, as in BIF whose tiles overlap, all tiled ones."""
+    directories = [d for d in read_tiff(path).directories if not d.number(SUBFILE_TYPE) & MASK]
+    largest = max(sizes_px, key=math.prod)
+    by_size = any(directory.size_px == largest for directory in directories)
+    return [d for d in directories if d.size_px in sizes_px or (not by_size and TILE_WIDTH in d)]
 
 
 def _why_not_rgb8(directory: Directory) -> str:
@@ -120,6 +120,16 @@ def refuse_what_tiffslide_gets_wrong(path: Path, sizes_px: Collection[tuple[int,
             )
         if TILE_WIDTH not in level:
             _check_strips(level)
+
+
+def is_placed_by_xml(path: Path) -> bool:
+    """Whether XML says where images or tiles of a TIFF lie, so that directories are not levels: SCN, BIF."""
+    tiff = read_tiff(path)
+    descriptions = (tiff.text(directory.get(DESCRIPTION)) for directory in tiff.directories[:1])
+    packets = (tiff.text(directory.get(XML_PACKET)) for directory in tiff.directories)
+    return any("leica-microsystems.com/scn" in text for text in descriptions) or any(
+        "<EncodeInfo" in packet for packet in packets
+    )
 
 
 def _check_strips(directory: Directory) -> None:
