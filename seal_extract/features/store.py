@@ -337,16 +337,21 @@ def open_origin(features: SlideFeatures, slides: Path | None = None) -> Slide:
     return slide
 
 
+def url_of_origin(provenance: dict[str, Any]) -> str | None:
+    """The URL at which the slide is read; None for a slide that is a file, or was copied to be read."""
+    where = address(provenance["slide"]["path"])
+    return where if isinstance(where, str) and is_store(where) else None
+
+
 def _find_origin(features: SlideFeatures, slides: Path | None = None) -> Path | str:
     """Where the slide is; see `open_origin`.
 
     Raises:
         SlideOpenError: the slide is not found, or several files have its name.
     """
-    recorded = features.provenance["slide"]["path"]
-    if slides is None and is_store(url := address(recorded)) and isinstance(url, str):
+    if slides is None and (url := url_of_origin(features.provenance)) is not None:
         return url
-    known = Path(recorded)
+    known = Path(features.provenance["slide"]["path"])
     if slides is None:
         if known.is_absolute() and known.exists():
             return known

@@ -126,9 +126,13 @@ class Pyramid:
 
     def tile_px(self, level: int) -> tuple[int, int]:
         """(width, height) of what is read at a time: a chunk, or several small ones."""
-        chunk = dict(zip(self.axes, self.arrays[level].chunks, strict=True))
-        x, y = (chunk[axis] * max(1, LEAST_TILE_PX // chunk[axis]) for axis in "xy")
+        x, y = (side * max(1, LEAST_TILE_PX // side) for side in self.chunk_px(level))
         return x, y
+
+    def chunk_px(self, level: int) -> tuple[int, int]:
+        """(width, height) of the chunks of a level."""
+        chunk = dict(zip(self.axes, self.arrays[level].chunks, strict=True))
+        return chunk["x"], chunk["y"]
 
     def read(self, level: int, x: slice, y: slice) -> Array:
         """Pixels of a level: uint8 [h, w, 3]."""

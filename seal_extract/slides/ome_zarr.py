@@ -93,13 +93,12 @@ class OmeZarrReader(Reader):
             exc.args = (f"{self._shown} {exc}" if str(exc)[:1].islower() else str(exc),)
             raise
         except Exception as exc:  # zarr, its codecs and storages raise errors of every kind
-            newer = (
-                IS_ZARR_2
-                * f"; zarr {version('zarr')} reads 0.4, and zarr 3 also 0.5, on Python 3.11 or newer"
-            )
-            raise SlideOpenError(
-                f"{self._shown} is no OME-Zarr that can be read: {self._reason(exc)}{newer}"
-            ) from exc
+            why = self._reason(exc)
+            if type(exc).__name__ == "GroupNotFoundError":
+                why = "it holds no zarr.json and no .zgroup"
+            if IS_ZARR_2:
+                why += f"; zarr {version('zarr')} reads 0.4, and zarr 3 also 0.5, on Python 3.11 or newer"
+            raise SlideOpenError(f"{self._shown} is no OME-Zarr that can be read: {why}") from exc
         colours = [
             str(channel.get("color")).upper() for channel in attrs.get("omero", {}).get("channels", ())
         ]
@@ -132,21 +131,25 @@ class OmeZarrReader(Reader):
         Raises:
             ReadError: its chunks are damaged or missing, or the storage does not answer.
         """
-        width, height = self.tile_px(level)
-        x, y = slice(column * width, (column + 1) * width), slice(row * height, (row + 1) * height)
+        x, y = self._span(level, column, row)
         try:
             pixels = self._read_patiently(level, x, y)
-            if self._is_missing(pixels, level, x.start, y.start):
-                raise ReadError(f"it is missing, but the level beside level {level} has other pixels there")
+            is_missing = self._is_missing(pixels, level, x.start, y.start)
         except Exception as exc:
-            downsample = self.levels[level].downsample
-            xy_l0 = (round(x.start * downsample), round(y.start * downsample))
-            raise ReadError(
-                f"{self._shown}: the chunk of level {level} at level-0 {xy_l0} cannot be read: "
-                f"{self._reason(exc)}; "
-                + ("check the network and run again" if self._pool else "copy or write it again")
-            ) from exc
+            advice = "check the network and run again" if self._pool else "copy or write it again"
+            raise self._unreadable(level, x, y, f"cannot be read: {self._reason(exc)}; {advice}") from exc
+        if is_missing:
+            why = f"is missing, but the level beside level {level} has other pixels there; write it again"
+            raise self._unreadable(level, x, y, why)
         return pixels
+
+    def _span(self, level: int, column: int, row: int) -> tuple[slice, slice]:
+        width, height = self.tile_px(level)
+        return slice(column * width, (column + 1) * width), slice(row * height, (row + 1) * height)
+
+    def _unreadable(self, level: int, x: slice, y: slice, why: str) -> ReadError:
+        xy_l0 = tuple(round(at.start * self.levels[level].downsample) for at in (x, y))
+        return ReadError(f"{self._shown}: the chunk of level {level} at level-0 {xy_l0} {why}")
 
     def _read_patiently(self, level: int, x: slice, y: slice) -> Array:
         for pause_s in RETRY_AFTER_S if self._pool and not self._is_failing else ():
@@ -163,22 +166,33 @@ class OmeZarrReader(Reader):
         return pixels
 
     def _is_missing(self, pixels: Array, level: int, x: int, y: int) -> bool:
-        """Whether pixels are all of the value that stands for missing chunks, unlike those of another level.
+        """Whether a chunk of a tile has only the value that stands for missing chunks, unlike another level.
 
         A chunk that is not stored is no damage by itself: writers leave out what the scanner did.
         """
         empty = int(self._pyramid.arrays[level].fill_value or 0)
-        if len(self.levels) == 1 or (pixels != empty).any():
-            return False
+        width, height = self._pyramid.chunk_px(level)
+        if len(self.levels) > 1:
+            for top in range(0, pixels.shape[0], height):
+                for left in range(0, pixels.shape[1], width):
+                    chunk = pixels[top : top + height, left : left + width]
+                    if chunk[0, 0, 0] == empty and (chunk == empty).all():
+                        place = (x + left, y + top, chunk.shape[1], chunk.shape[0])
+                        if self._is_contradicted(level, place, empty):
+                            return True
+        return False
+
+    def _is_contradicted(self, level: int, place: tuple[int, int, int, int], empty: int) -> bool:
+        """Whether another level has other pixels than ``empty`` at (x, y, width, height) of ``level``."""
         other = level + 1 if level + 1 < len(self.levels) else level - 1
         scale = self.levels[level].downsample / self.levels[other].downsample
-        across, down = (
-            slice(math.ceil(begin * scale) + 2, math.floor((begin + length * 1.0) * scale) - 2)
-            for begin, length in ((x, pixels.shape[1]), (y, pixels.shape[0]))
-        )  # averages reach over the border by 2 px at most
+        across, down = (  # averages reach over the border by 2 px at most
+            slice(math.ceil(begin * scale) + 2, math.floor((begin + length) * scale) - 2)
+            for begin, length in (place[::2], place[1::2])
+        )
         if across.start >= across.stop or down.start >= down.stop:
             return False
-        theirs = self._pyramid.read(other, across, down).astype(np.int16)
+        theirs = self._read_patiently(other, across, down).astype(np.int16)
         return bool((abs(theirs - empty) > CONTRADICTION).any())
 
     def _each(self, work: Callable[[Place], T], places: list[Place]) -> Iterator[T]:
@@ -231,12 +245,12 @@ class OmeZarrReader(Reader):
                 digest.update(tile)
         return digest.hexdigest()
 
-    def _sample(self, place: tuple[int, int, int]) -> bytes:
+    def _sample(self, place: Place) -> bytes:
         try:
-            return self.read_tile(*place).tobytes()
-        except ReadError:
+            return self._read_patiently(place[0], *self._span(*place)).tobytes()
+        except Exception as exc:
             if self._pool:  # the network, as a rule
-                raise
+                raise ReadError(f"{self._shown} cannot be read: {self._reason(exc)}; run again") from exc
             return b"damaged"
 
     @property

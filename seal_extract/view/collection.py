@@ -29,6 +29,7 @@ from seal_extract.features.store import (
     read_features,
     read_provenance,
     scan_features,
+    url_of_origin,
     without_copies,
 )
 from seal_extract.names import shown
@@ -80,7 +81,8 @@ class ShownSlide:
         """The reason why the slide cannot be shown, in a line; None if it can."""
         if self.features is None or self.slide is None:
             return (self.status and self.status.reason) or "it has no features"
-        if not (self.slide.is_absolute() and self.slide.exists()):
+        is_there = self.slide.is_absolute() and self.slide.exists()
+        if not is_there and url_of_origin(self.provenance) is None:
             return (
                 f"{self.slide} is not there any more; start again with --slides FOLDER, the folder "
                 f"that holds {self.slide.name} now"
@@ -106,7 +108,7 @@ class ShownSlide:
         """
         if self.problem is not None:
             raise SlideOpenError(f"{self.name}: {self.problem}")
-        return open_origin(self.read(), self.slide)
+        return open_origin(self.read(), self.slide if self.slide and self.slide.exists() else None)
 
 
 @dataclass(frozen=True)
