@@ -30,7 +30,13 @@ from seal_extract.cli.slides import slides_parser
 from seal_extract.cli.terminal import fail, warn
 from seal_extract.cli.trial import add_bench_options, add_demo_options
 from seal_extract.cli.view import add_report_options, add_view_options
-from seal_extract.cli.volume import add_volume_options, add_volume_predict_options, add_volume_train_options
+from seal_extract.cli.volume import (
+    add_volume_evaluate_options,
+    add_volume_options,
+    add_volume_predict_options,
+    add_volume_register_options,
+    add_volume_train_options,
+)
 from seal_extract.errors import SealExtractError, UsageError, first_line
 
 COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
@@ -52,7 +58,9 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "train": add_train_options,
     "view": add_view_options,
     "volume": add_volume_options,
+    "volume evaluate": add_volume_evaluate_options,
     "volume predict": add_volume_predict_options,
+    "volume register": add_volume_register_options,
     "volume train": add_volume_train_options,
 }
 

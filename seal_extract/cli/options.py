@@ -189,7 +189,7 @@ commands:
   seal-extract search OUT ...     find patches by gene, signature, profile, patch or picture; compare regions
   seal-extract view OUT           look at a finished run in the browser
   seal-extract report OUT         write each slide as one HTML file to send
-  seal-extract volume train|predict ...    gene expression through a volume of planes
+  seal-extract volume COMMAND     register, train, predict, evaluate: gene expression through a volume
 
 example:
   seal-extract slide.svs -o out --encoder seal-conch

@@ -18,7 +18,9 @@ VOLUME = (
 def add_volume_options(p: argparse.ArgumentParser) -> None:
     """Add what ``seal-extract volume`` by itself shows: its commands."""
     p.description = "Gene expression through a volume, from its planes and one or two measured sections."
-    p.add_argument("what", choices=["train", "predict"], help="each has a --help of its own")
+    p.add_argument(
+        "what", choices=["register", "train", "predict", "evaluate"], help="each has a --help of its own"
+    )
 
 
 def add_volume_train_options(p: argparse.ArgumentParser) -> None:
@@ -92,6 +94,57 @@ def run_volume_predict(args: argparse.Namespace) -> int:
         log=lambda line: None if args.quiet else echo(line),
     )
     echo(f"-> {path}")
+    return 0
+
+
+def add_volume_register_options(p: argparse.ArgumentParser) -> None:
+    """Add the options of ``seal-extract volume register``."""
+    p.description = (
+        "Lay serial sections on each other by their tissue and stain, and write the JSON file of a volume "
+        "and a picture by which to check it."
+    )
+    p.set_defaults(handler=run_volume_register)
+    p.add_argument("slides", nargs="+", metavar="SLIDE", help="sections, in the order of their depth")
+    p.add_argument("-o", "--out", type=Path, required=True, metavar="VOLUME.json", help="file to write")
+    p.add_argument("--spacing-um", type=float, required=True, metavar="UM", help="µm between sections")
+    add(p, "--slide-mpp")
+    p.add_argument("--overwrite", action="store_true", help="replace the file")
+
+
+def run_volume_register(args: argparse.Namespace) -> int:
+    """Print a line for each section, and where the volume was written."""
+    from seal_extract.slides.entry import SlideEntry
+    from seal_extract.volume.register import register_sections
+
+    entries = [SlideEntry.of(slide) for slide in args.slides]
+    register_sections(
+        entries, args.out, args.spacing_um, mpp=args.slide_mpp, overwrite=args.overwrite, log=echo
+    )
+    echo(f"-> {args.out}; look at {args.out.with_suffix('.jpg')}")
+    return 0
+
+
+def add_volume_evaluate_options(p: argparse.ArgumentParser) -> None:
+    """Add the options of ``seal-extract volume evaluate``."""
+    p.description = (
+        "Hold out measured sections in turn, train on the measured ones above and below, and compare the "
+        "prediction with one plane, with interpolation of the two, and with permuted rows."
+    )
+    p.set_defaults(handler=run_volume_evaluate)
+    p.add_argument("config", type=Path, metavar="CONFIG.toml", help="of a training; voi lists all sections")
+    p.add_argument("--hold-out", metavar="NAME[,NAME]", default="", help="sections (default: all inner ones)")
+    p.add_argument("-o", "--out", type=Path, required=True, help="folder for evaluation.md and .csv")
+
+
+def run_volume_evaluate(args: argparse.Namespace) -> int:
+    """Print the table."""
+    from seal_extract.volume.config import read_volume_config
+    from seal_extract.volume.evaluate import evaluate_volume
+
+    config, names = read_volume_config(args.config), comma_separated(args.hold_out)
+    evaluate_volume(config, args.out, names, log=lambda line: None if args.quiet else echo(line))
+    table = args.out / "evaluation.md"
+    echo(*table.read_text(encoding="utf-8").splitlines(), f"-> {table}")
     return 0
 
 

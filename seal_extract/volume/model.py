@@ -26,8 +26,9 @@ from seal_extract.genes.decoder import GeneDecoder, load_decoder
 from seal_extract.publish import publish
 from seal_extract.train.config import SealOptions
 from seal_extract.train.finetune import embed_patches
-from seal_extract.train.pairs import TrainBatch
+from seal_extract.train.pairs import Pairs, TrainBatch
 from seal_extract.train.seal import Losses, OmicsModel, SealModel
+from seal_extract.train.sections import Expression
 from seal_extract.volume.config import DepthOptions
 
 DEPTH, SETTINGS = "depth.safetensors", "depth.json"
@@ -147,6 +148,12 @@ class VolumeEncoder:
     def name(self) -> str:
         """Of the features: that of the image encoder, with the number of planes."""
         return f"{self.encoder.spec.name}-depth{self.depth.options.planes}"
+
+    def predict(self, pairs: Pairs) -> Expression:
+        """Expression of pairs with embeddings of this encoder: float32 [N, G], the decoder's genes."""
+        assert pairs.embeddings is not None
+        planes = torch.from_numpy(pairs.embeddings).to(self.encoder.device)
+        return self.decoder.predict(self.depth.decoded_embedding(planes).cpu().numpy())
 
     @property
     def identity(self) -> dict[str, Any]:

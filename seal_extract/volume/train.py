@@ -41,7 +41,11 @@ class Stage:
 
 
 def train_volume(
-    config: VolumeConfig, *, log: Callable[[str], None] = lambda line: None, sections: Given | None = None
+    config: VolumeConfig,
+    *,
+    log: Callable[[str], None] = lambda line: None,
+    sections: Given | None = None,
+    panel: tuple[str, ...] | None = None,
 ) -> Trained:
     """Train the aggregation over depth, the decoder and, if asked, adapters; write the encoder's folder.
 
@@ -49,6 +53,7 @@ def train_volume(
         config: from `read_volume_config`, or made in Python.
         log: called with one line per step.
         sections: in place of those that the configuration names.
+        panel: the genes, in place of those of the configuration.
 
     Raises:
         UsageError: options, sections or a checkpoint that do not go together.
@@ -68,7 +73,8 @@ def train_volume(
             f"validation is {', '.join(held_out)}; allowed: some of {names}, and not all of them"
         )
     measured = [s for some in given.values() for s in some if s.name not in held_out]
-    panel = read_panel(config.panel) if config.panel else choose_panel(measured, config.genes)
+    if panel is None:
+        panel = read_panel(config.panel) if config.panel else choose_panel(measured, config.genes)
     torch.manual_seed(config.loop.seed)  # of new weights, all of which are made before any is trained
     encoder = load_encoder(config.encoder, checkpoint=config.checkpoint, precision="float32")
     volume = config.voi.open()
