@@ -293,6 +293,12 @@ def add_slide_options(p: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--overwrite", action="store_true", help="replace files made with other options")
     run.add_argument(
+        "--tokens",
+        action="store_true",
+        help="also write the tokens of each patch in float16, for segmentation or registration; some 0.5 MB "
+        "per patch, and --dry-run says how many GB in all",
+    )
+    run.add_argument(
         "--slide-level",
         action="append",
         default=[],

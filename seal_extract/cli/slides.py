@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from itertools import product
 from pathlib import Path
@@ -60,7 +61,7 @@ def run_slides(args: argparse.Namespace) -> int:
         slides = slides.shard(*args.shard)
     _print_ignored(slides, args.verbose)
     if args.dry_run:
-        return _run_dry(slides, options, args.debug)
+        return _run_dry(slides, options, requested_encoders(args) if options.tokens else [], args.debug)
     engine = _engine(args)
     return embed(slides, requested_encoders(args), options, args, engine)
 
@@ -87,26 +88,52 @@ COLUMNS = {
     "level-0": 8,
     "tissue": 10,
     "patches": 8,
+    "tokens": 8,  # with --tokens
 }
 
 
-def _run_dry(slides: SlideList, options: ExtractOptions, debug: bool) -> int:
+def _run_dry(
+    slides: SlideList, options: ExtractOptions, with_tokens: list[EncoderRequest], debug: bool
+) -> int:
     from seal_extract.run.job import SlideJob
     from seal_extract.run.slide_process import open_with_grid
     from seal_extract.run.staging import with_copy
 
-    _print_row(list(COLUMNS))
+    size_of = _token_bytes(with_tokens)
+    _print_row(list(COLUMNS)[: None if with_tokens else -1])
     failed = 0
     for entry in slides.entries:
         try:
             with with_copy(SlideJob.of(entry, Path(), options)) as job:
                 slide, mask, grid, _ = open_with_grid(job)
                 with slide:
-                    _print_row(_dry_cells(slide, mask, grid))
+                    tokens = [f"{size_of(grid) / 1e9:.3g} GB"] if with_tokens else []
+                    _print_row([*_dry_cells(slide, mask, grid), *tokens])
         except Exception as exc:
             failed += 1
             _print_failure(entry.blame(exc), debug)
     return _close_run(failed, len(slides))
+
+
+def _token_bytes(encoders: list[EncoderRequest]) -> Callable[[PatchGrid], int]:
+    """The bytes of the tokens of a slide by all encoders, whose weights are not needed.
+
+    Raises:
+        UsageError: an encoder has no grid of tokens.
+    """
+    if not encoders:
+        return lambda grid: 0
+    from seal_extract.encoders.dense import token_grid
+    from seal_extract.encoders.tower import empty_tower
+
+    towers = [(empty_tower(encoder.spec), encoder.spec) for encoder in encoders]
+
+    def of_patch(px: int) -> int:
+        sides = [spec.input.side_px or px for _, spec in towers]
+        return sum(2 * math.prod(token_grid(*one, px, px)) for one, px in zip(towers, sides, strict=True))
+
+    of_patch(towers[0][1].patch_px)
+    return lambda grid: len(grid) * of_patch(grid.patch_px)
 
 
 def _dry_cells(slide: Slide, mask: TissueMask | None, grid: PatchGrid) -> list[str]:
@@ -124,7 +151,7 @@ def _dry_cells(slide: Slide, mask: TissueMask | None, grid: PatchGrid) -> list[s
 
 
 def _print_row(cells: Sequence[str]) -> None:
-    padded = (cell.ljust(width) for cell, width in zip(cells, COLUMNS.values(), strict=True))
+    padded = (cell.ljust(width) for cell, width in zip(cells, COLUMNS.values(), strict=False))
     echo("  ".join(padded).rstrip())
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from seal_extract.encoders import folder
-from seal_extract.encoders.dense import attention_of, embed_densely, pack
+from seal_extract.encoders.dense import Grid, attention_of, embed_densely, pack, token_grid
 from seal_extract.encoders.files import WeightFile
 from seal_extract.encoders.heads import ExpressionDecoder, as_rows
 from seal_extract.encoders.precision import arithmetic, in_precision
@@ -226,6 +226,11 @@ class Encoder(nn.Module):
         check_sides(images.shape[-2], images.shape[-1], self.spec.input.multiple_of, self.spec.name)
         with torch.inference_mode(), arithmetic(self.device.type, self.precision, self.tf32):
             yield images.float().div(255).sub(self.mean).div(self.std)
+
+    def token_grid(self, patch_px: int) -> Grid:
+        """Rows, columns and numbers of the tokens of patches of ``patch_px``; see `encode_tokens`."""
+        side = self.spec.input.side_px or patch_px
+        return token_grid(self.tower, self.spec, side, side)
 
     def encode_tokens(self, patches: Tensor) -> Tensor:
         """Dense features of patches uint8 [B, 3, H, W], for example for segmentation or registration.

@@ -6,6 +6,7 @@ The facts come from the loaders of those tools. Every file is read to its end, a
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from seal_extract.errors import first_line
 from seal_extract.features.feature_file import PROVENANCE
-from seal_extract.features.store import PIECE_BYTES
+from seal_extract.features.store import PIECE_BYTES, TOKENS
 from seal_extract.hdf5 import open_hdf5
 
 TRIDENT_COORDS = (
@@ -111,6 +112,12 @@ def trident_features(seen: CheckedFile, file: h5py.File) -> None:
     patho_bench(seen, file, empty_is_short=False)
     if isinstance(file.get("features"), h5py.Dataset):
         _attributes(seen, file["features"], TRIDENT_FEATURES)
+
+
+def patch_tokens(seen: CheckedFile, file: h5py.File) -> None:
+    """Check tokens, which lie beside the features; no other tool reads them."""
+    _rows(seen, file, TOKENS, np.float16, empty_is_short=False, form="[N, h, w, C]")
+    _coords(seen, file)
 
 
 def patho_bench(seen: CheckedFile, file: h5py.File, *, empty_is_short: bool = True) -> None:
@@ -238,21 +245,23 @@ def _rows(
     name: str,
     *dtypes: type[np.floating[Any]],
     empty_is_short: bool = True,
+    form: str = "[N, D]",
 ) -> None:
     """Check that features have the right form, are finite, and are as many as the coordinates."""
-    rows = file.get(name)
+    rows, ndim = file.get(name), form.count(",") + 1
     taken = " or ".join(np.dtype(t).name for t in dtypes)
     if not isinstance(rows, h5py.Dataset):
         what = "a group" if rows is not None else "missing"
-        seen.short(f"{name!r} is {what}, there is {sorted(file)}; expected: a dataset {taken} [N, D]")
+        seen.short(f"{name!r} is {what}, there is {sorted(file)}; expected: a dataset {taken} {form}")
         return
-    if rows.ndim != 2 or rows.dtype not in dtypes:
-        seen.short(f"{name!r} is {rows.dtype} {list(rows.shape)}; expected: {taken} [N, D]")
-    if rows.ndim != 2 or rows.dtype.kind != "f":
+    if rows.ndim != ndim or rows.dtype not in dtypes:
+        seen.short(f"{name!r} is {rows.dtype} {list(rows.shape)}; expected: {taken} {form}")
+    if rows.ndim != ndim or rows.dtype.kind != "f":
         return
-    seen.rows, seen.dim = rows.shape
-    step = max(1, PIECE_BYTES // max(1, rows.shape[1] * rows.dtype.itemsize))
-    pieces = (rows[start : start + step] for start in range(0, len(rows), step))
+    seen.rows, seen.dim = len(rows), rows.shape[1] if ndim == 2 else None
+    width = math.prod(rows.shape[1:])
+    step = max(1, PIECE_BYTES // max(1, width * rows.dtype.itemsize))
+    pieces = (rows[start : start + step].reshape(-1, width) for start in range(0, len(rows), step))
     _count(seen, pieces, int(read_provenance(file).get("read_errors", 0)))
     if not len(rows) and empty_is_short:
         seen.short("no patches; a bag without rows cannot be trained on: leave the slide out")

@@ -6,6 +6,7 @@ The root attribute ``seal_extract`` holds, as JSON, how the file was made: the p
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,13 +63,13 @@ class FeatureWriter:
         self.rows = 0
         self._dataset, self._disk = dataset, disk
 
-    def append(self, features: NDArray[np.float32]) -> None:
-        """Write the next rows: float32 [B, D].
+    def append(self, features: NDArray[Any]) -> None:
+        """Write the next rows: float32 [B, D], or tokens float16 [B, h, w, C].
 
         Raises:
             OutputError: rows have another width, are too many, or have values beyond the type of the file.
         """
-        expected = (min(len(features), len(self._dataset) - self.rows), self._dataset.shape[1])
+        expected = (min(len(features), len(self._dataset) - self.rows), *self._dataset.shape[1:])
         if features.shape != expected:
             raise OutputError(
                 f"{self.path}: the rows from {self.rows} on are {list(features.shape)}, but the file expects "
@@ -90,8 +91,10 @@ class FeatureWriter:
                 f"{self.path}: {self.rows} rows for {len(self._dataset)} patches; nothing was written"
             )
 
-    def _fitting(self, features: NDArray[np.float32]) -> NDArray[Any]:
+    def _fitting(self, features: NDArray[Any]) -> NDArray[Any]:
         dtype = self._dataset.dtype
+        if features.dtype == dtype:
+            return features
         largest = float(np.abs(features).max(initial=0))
         if dtype == np.float16 and largest > float(np.finfo(np.float16).max):
             raise OutputError(
@@ -105,7 +108,7 @@ class FeatureWriter:
 def write_rows(
     path: Path,
     dataset: str,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     dtype: type[np.floating[Any]],
     provenance: dict[str, Any],
     describe: Describe,
@@ -116,7 +119,7 @@ def write_rows(
     Args:
         path: the final name.
         dataset: the name of the rows.
-        shape: (N, D).
+        shape: (N, D), or (N, h, w, C) of tokens.
         dtype: the type of the rows in the file.
         provenance: written at the end, with the changes made until then.
         describe: adds coordinates and attributes to the open file.
@@ -126,8 +129,9 @@ def write_rows(
         OutputError: the file cannot be written, or rows are missing.
     """
     with new_hdf5(path, keep) as (file, disk):
-        rows = max(1, min(shape[0], CHUNK_BYTES // max(1, np.dtype(dtype).itemsize * shape[1])))
-        chunks = (rows, shape[1]) if all(shape) else None  # HDF5 cannot chunk an empty dataset
+        row_bytes = np.dtype(dtype).itemsize * math.prod(shape[1:])
+        rows = max(1, min(shape[0], CHUNK_BYTES // max(1, row_bytes)))
+        chunks = (rows, *shape[1:]) if all(shape) else None  # HDF5 cannot chunk an empty dataset
         checked = file.create_dataset(dataset, shape, dtype, chunks=chunks, fletcher32=chunks is not None)
         writer = FeatureWriter(path, checked, disk)
         describe(file)

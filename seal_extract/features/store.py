@@ -29,7 +29,9 @@ from seal_extract.slides.slide import Slide, open_slide
 
 PIECE_BYTES = 2**24  # size of the pieces in which rows are read
 
+TOKENS = "tokens"  # dataset of patch tokens, in files of their own
 NO_FEATURES = (
+    f"{TOKENS}_",
     "patches",
     "expression_",
     "slide_features_",

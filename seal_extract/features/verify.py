@@ -21,12 +21,14 @@ from seal_extract.features.checks import (
     in_hdf5,
     look,
     mil_lab,
+    patch_tokens,
     patho_bench,
     stamp,
     trident_coords,
     trident_features,
 )
 from seal_extract.features.fit import fits, rows_for
+from seal_extract.features.store import TOKENS
 
 
 def verify(folder: str | os.PathLike[str], consumer: str) -> tuple[Problem, ...]:
@@ -49,7 +51,7 @@ def verify(folder: str | os.PathLike[str], consumer: str) -> tuple[Problem, ...]
 
 
 def files_for(folder: str | os.PathLike[str], consumer: str) -> dict[Path, Check]:
-    """The files that ``consumer`` would read, each with its check.
+    """The files that ``consumer`` would read, and tokens beside them, each with its check.
 
     Raises:
         UsageError: see `verify`.
@@ -70,7 +72,8 @@ def files_for(folder: str | os.PathLike[str], consumer: str) -> dict[Path, Check
             f"{folder} holds nothing that {consumer} reads: looked for {LOOKED_FOR.get(consumer, BAGS)}; "
             f"convert a finished run with: seal-extract export {folder} --layout {layout} -o {layout}"
         )
-    return files
+    tokens = [path for path in _below(folder, "*.h5") if path.parent.name.startswith(f"{TOKENS}_")]
+    return files | dict.fromkeys(tokens, in_hdf5(patch_tokens))
 
 
 # --- which files ------------------------------------------------------------------------------------
@@ -94,7 +97,7 @@ def _clam_files(folder: Path) -> dict[Path, Check]:
 
 
 def _stamp_files(folder: Path) -> dict[Path, Check]:
-    below = (p for p in folder.glob("*/*.h5") if not p.parent.name.startswith(POOLED))
+    below = (p for p in folder.glob("*/*.h5") if not p.parent.name.startswith((*POOLED, f"{TOKENS}_")))
     return dict.fromkeys(sorted(folder.glob("*.h5")) or sorted(below), in_hdf5(stamp))
 
 

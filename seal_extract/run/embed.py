@@ -24,12 +24,13 @@ from seal_extract.errors import first_line, is_of_lost_device
 from seal_extract.patches.stream import available_cores, compute_alone
 
 CPU_ROWS = 4  # patches of one forward pass on a CPU, always: another number gives other last bits
+TOKEN_BYTES = 2**28  # of a batch with tokens in the memory of the host, where a few batches wait
 GPU_PIXELS = 256 * 224**2  # of a batch on a GPU: enough to fill a large one, in a few GB of its memory
 ADVISED_S = 60  # a run on a CPU that takes as long is told of a faster precision
 WARM_UPS = 2  # forward passes before one is recorded, in which libraries load kernels and take memory
 Embeddings = NDArray[np.float32]
 Work = Callable[[], Tensor]
-Pending = Callable[[], Embeddings]  # waits for the embeddings of a batch: float32 [B, D]
+Pending = Callable[[], Embeddings]  # waits for the embeddings of a batch: float32 [B, D], or packed ones
 
 
 class Embedder(Protocol):
@@ -55,7 +56,12 @@ class Embedder(Protocol):
 
 
 def open_embedder(
-    encoder: Encoder, patch_px: int, batch_size: int | None = None, threads: int | None = None
+    encoder: Encoder,
+    patch_px: int,
+    batch_size: int | None = None,
+    threads: int | None = None,
+    *,
+    tokens: bool = False,
 ) -> Embedder:
     """Set an encoder to work on its device.
 
@@ -64,19 +70,43 @@ def open_embedder(
         patch_px: side of the patches to come.
         batch_size: patches at once; by default as many as hold `GPU_PIXELS` on a GPU.
         threads: on a CPU; all cores by default.
+        tokens: give the tokens of each patch too, packed with its embedding; see `dense.pack`.
+
+    Raises:
+        UsageError: the encoder has no grid of tokens.
     """
+    columns = columns_of(encoder, patch_px, tokens)
     if encoder.device.type == "cuda":
         side = encoder.spec.input.side_px or patch_px
         rows = max(1, GPU_PIXELS // side**2)
-        return GpuEmbedder(encoder, batch_size or rows - rows % 8 or rows, Cuda(encoder.device))
-    return CpuEmbedder(encoder, batch_size, threads)
+        rows = min(rows, max(1, TOKEN_BYTES // (4 * columns))) if tokens else rows
+        rows = batch_size or rows - rows % 8 or rows
+        return GpuEmbedder(encoder, rows, Cuda(encoder.device), tokens=tokens)
+    return CpuEmbedder(encoder, batch_size, threads, tokens=tokens)
+
+
+def columns_of(encoder: Encoder, patch_px: int, tokens: bool) -> int:
+    """Numbers of a row that an embedder gives."""
+    if not tokens:
+        return encoder.spec.dim
+    from seal_extract.encoders.dense import packed_columns
+
+    return packed_columns(encoder.spec.dim, encoder.token_grid(patch_px))
 
 
 class CpuEmbedder:
     """Threads that each encode `CPU_ROWS` patches."""
 
-    def __init__(self, encoder: Encoder, batch_size: int | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        batch_size: int | None = None,
+        threads: int | None = None,
+        *,
+        tokens: bool = False,
+    ) -> None:
         self._encoder, self._began = encoder, perf_counter()
+        self._compute = encoder.compute_packed if tokens else None
         self._before = torch.get_num_threads()
         threads = threads or available_cores()
         self._pool = ThreadPoolExecutor(threads, "forward", initializer=compute_alone)
@@ -91,7 +121,7 @@ class CpuEmbedder:
         rows = len(patches)
         if rows < CPU_ROWS:
             patches = torch.cat([patches, patches[-1:].expand(CPU_ROWS - rows, -1, -1, -1)])
-        embeddings: Embeddings = self._encoder.encode_unchecked(patches).numpy()
+        embeddings: Embeddings = self._encoder.encode_unchecked(patches, self._compute).numpy()
         return embeddings[:rows]
 
     def make_room(self) -> bool:
@@ -170,15 +200,17 @@ class GpuEmbedder:
     are those that follow.
     """
 
-    def __init__(self, encoder: Encoder, batch_size: int, cuda: Cuda) -> None:
-        self._encoder, self._cuda = encoder, cuda
+    def __init__(self, encoder: Encoder, batch_size: int, cuda: Cuda, *, tokens: bool = False) -> None:
+        self._encoder, self._cuda, self._tokens = encoder, cuda, tokens
+        self._compute = encoder.compute_packed if tokens else encoder.compute
         self.batch_size = batch_size
         self._pass: _RecordedPass | None = None
         self._records = True
 
     def submit(self, patches: Tensor) -> Pending:
         """See `Embedder.submit`."""
-        host = self._cuda.host_memory(len(patches), self._encoder.spec.dim)
+        columns = columns_of(self._encoder, patches.shape[-1], self._tokens)
+        host = self._cuda.host_memory(len(patches), columns)
         start = 0
         while start < len(patches):
             part = patches[start : start + self.batch_size]
@@ -200,7 +232,7 @@ class GpuEmbedder:
         return pending
 
     def _encode(self, patches: Tensor) -> Tensor:
-        """Float32 [B, D] on the device; the next call may write into the same memory."""
+        """What `_compute` gives, on the device; the next call may write into the same memory."""
         rows = len(patches)
         if self._records:
             try:
@@ -216,16 +248,15 @@ class GpuEmbedder:
                 )
             self._records, self._pass = False, None
         padding = patches[-1:].expand(self.batch_size - rows, -1, -1, -1)
-        return self._encoder.encode_unchecked(torch.cat([patches, padding]) if len(padding) else patches)[
-            :rows
-        ]
+        whole = torch.cat([patches, padding]) if len(padding) else patches
+        return self._encoder.encode_unchecked(whole, self._compute)[:rows]
 
     def _replay(self, images: Tensor) -> Tensor:
-        """As `Encoder.compute`, of at most `batch_size` images; the rows beyond them mean nothing."""
+        """As `_compute`, of at most `batch_size` images; the rows beyond them mean nothing."""
         shape = (self.batch_size, *images.shape[1:])
         if self._pass is None or self._pass.images.shape != shape:
             self._pass = None  # frees its memory first
-            self._pass = _RecordedPass(self._encoder, images.new_zeros(shape), self._cuda)
+            self._pass = _RecordedPass(self._compute, images.new_zeros(shape), self._cuda)
         return self._pass(images)
 
     def make_room(self) -> bool:
@@ -245,9 +276,9 @@ class GpuEmbedder:
 class _RecordedPass:
     """A forward pass of one shape, between memory that stays where it is."""
 
-    def __init__(self, encoder: Encoder, images: Tensor, cuda: Cuda) -> None:
+    def __init__(self, compute: Callable[[Tensor], Tensor], images: Tensor, cuda: Cuda) -> None:
         self.images = images  # uint8 [B, 3, S, S]
-        self._replay = cuda.record(lambda: encoder.compute(images))
+        self._replay = cuda.record(lambda: compute(images))
 
     def __call__(self, images: Tensor) -> Tensor:
         self.images[: len(images)].copy_(images, non_blocking=True)

@@ -20,7 +20,8 @@ from seal_extract.encoders import Encoder
 from seal_extract.encoders.request import EncoderRequest
 from seal_extract.errors import UsageError, as_ours, is_of_lost_device
 from seal_extract.features.layouts import check_layout
-from seal_extract.features.store import SlideFeatures
+from seal_extract.features.store import SlideFeatures, read_features
+from seal_extract.features.tokens import has_tokens, tokens_file
 from seal_extract.patches.reader import open_patch_reader
 from seal_extract.patches.regions import PatchReader
 from seal_extract.patches.stream import available_cores, stream_batches
@@ -130,7 +131,9 @@ def extract_jobs(
         raise UsageError(f"encoders lie on {', '.join(sorted(devices))}; load them on one device")
     with ExitStack() as stack:
         embedders = [
-            open_embedder(encoder, options.patch_px, options.batch_size, options.workers)
+            open_embedder(
+                encoder, options.patch_px, options.batch_size, options.workers, tokens=options.tokens
+            )
             for encoder in encoders
         ]
         for embedder in embedders:
@@ -261,24 +264,30 @@ class _Run:
             outputs = [
                 self._output(opened, i, encoder)
                 for i, encoder in enumerate(self._encoders)
-                if encoder.spec.name not in unfinished.finished
+                if encoder.spec.name not in unfinished.complete
             ]
             layout.write_coords(opened.label, grid, outputs[0].provenance, overwrite=options.overwrite)
             stack.pop_all()
         return replace(opened, outputs=tuple(outputs))
 
     def _output(self, opened: OpenSlide, index: int, encoder: Encoder) -> Output:
-        job, grid, entry = opened.job, opened.grid, opened.job.entry
+        job, grid, entry, name = opened.job, opened.grid, opened.job.entry, encoder.spec.name
         if mismatch := encoder.spec.mismatch(grid.patch_px, grid.mpp):
             warnings.warn(mismatch, stacklevel=2)
         request = fingerprint(opened.slide, job.fingerprint, encoder.identity)
+        if name in job.finished:  # whose tokens are made now; an older version may have recorded less
+            request = read_features(job.finished[name]).provenance["request"]
         description = encoder.description | {"mismatch": mismatch}
         provenance = describe(
             entry, opened.slide, opened.mask, grid, request, description, opened.reader.name
         )
         # features that exist but do not count as finished have more unreadable patches than are allowed now
-        there = opened.layout.find(entry.name, encoder.spec.name) is not None
-        return Output(index, provenance, overwrite=job.options.overwrite or there)
+        features = name not in job.finished
+        there = features and opened.layout.find(entry.name, name) is not None
+        overwrite = job.options.overwrite or there
+        if job.options.tokens and not overwrite:  # refused before anything is read
+            has_tokens(tokens_file(opened.layout, entry.name, name), request)
+        return Output(index, provenance, overwrite, features, job.options.tokens)
 
     # --- patches -> embeddings -------------------------------------------------------------------------
 

@@ -45,6 +45,7 @@ class SlideJob:
         out: folder for the results.
         error: why the slide cannot be embedded, if that is known before it is opened.
         finished: features files of a former run, by the name of the encoder.
+        complete: names of the encoders whose files are all there, with tokens where they are asked for.
     """
 
     entry: SlideEntry
@@ -52,6 +53,7 @@ class SlideJob:
     out: Path
     error: SealExtractError | None = None
     finished: Mapping[str, Path] = field(default_factory=dict)
+    complete: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, entry: SlideEntry, out: Path, options: ExtractOptions) -> SlideJob:
@@ -169,17 +171,21 @@ def find_tissue_and_grid(slide: Slide, options: ExtractOptions) -> tuple[TissueM
 
 @dataclass(frozen=True)
 class Output:
-    """The features file that one encoder will write of a slide.
+    """What one encoder will write of a slide.
 
     Attributes:
         encoder: its position among the encoders of the run.
         provenance: of the features; read errors are added as they come.
-        overwrite: replace the features that are there.
+        overwrite: replace the files that are there.
+        features: write the features file.
+        tokens: write the file of tokens.
     """
 
     encoder: int
     provenance: dict[str, Any]
     overwrite: bool
+    features: bool = True
+    tokens: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -102,6 +102,7 @@ class RunOptions:
         workers: threads that read, and on a CPU as many that encode; all cores by default.
         gpu_decode: let a GPU decode JPEG tiles, to the same pixels: ``"auto"`` where it can; ``"on"``, and a
             slide fails where it cannot; ``"off"``.
+        tokens: also write the tokens of each patch, as `Encoder.encode_tokens` gives them, in float16.
         overwrite: replace a file that other options made.
         layout: where the files lie and in which form: ``"trident"``, ``"clam"``, ``"stamp"``, ``"flat"``.
         overlay: patches in the picture of a slide: a faint ``"tint"``, or an ``"outline"``, which leaves the
@@ -117,6 +118,7 @@ class RunOptions:
     batch_size: int | None = None
     workers: int | None = None
     gpu_decode: GpuDecode = "auto"
+    tokens: bool = False
     overwrite: bool = False
     layout: str = "trident"
     overlay: Literal["tint", "outline"] = "tint"

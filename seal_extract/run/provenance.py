@@ -25,6 +25,7 @@ from seal_extract.features.store import (
     read_features,
     read_provenance,
 )
+from seal_extract.features.tokens import has_tokens, tokens_file
 from seal_extract.names import SEPARATOR
 from seal_extract.patches.grid import PatchGrid
 from seal_extract.publish import file_state, writing
@@ -211,9 +212,18 @@ def without_finished(
         raise job.error
     found = [find_finished(job, encoder, layout) for encoder in encoders]
     finished = tuple(features for features in found if features is not None)
-    if len(finished) == len(encoders):
+    paths = {f.provenance["encoder"]["name"]: f.path for f in finished}
+    complete = frozenset(paths)
+    if job.options.tokens:
+        complete = frozenset(name for f, name in zip(finished, paths, strict=True) if _has_tokens(job, f))
+    if len(complete) == len(encoders):
         return SlideResult(job.entry, finished, None, perf_counter() - started, finished_before=True)
-    return replace(job, finished={f.provenance["encoder"]["name"]: f.path for f in finished})
+    return replace(job, finished=paths, complete=complete)
+
+
+def _has_tokens(job: SlideJob, features: SlideFeatures) -> bool:
+    name, layout = features.provenance["encoder"]["name"], job.layout_of(features.grid)
+    return has_tokens(tokens_file(layout, job.entry.name, name), features.provenance["request"])
 
 
 def find_finished(

@@ -13,13 +13,17 @@ from functools import partial
 from pathlib import Path
 from threading import BoundedSemaphore, Lock
 from time import perf_counter
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from seal_extract.encoders import Encoder
+from seal_extract.encoders.dense import unpack
 from seal_extract.errors import EncoderError, ReadError
 from seal_extract.features.feature_file import FeatureWriter
 from seal_extract.features.store import SlideFeatures, read_features
+from seal_extract.features.tokens import tokens_file, write_tokens
 from seal_extract.patches.stream import PatchBatch
 from seal_extract.run.embed import Embeddings, Pending
 from seal_extract.run.job import OpenSlide, Output, Stopped
@@ -27,6 +31,7 @@ from seal_extract.run.overlay import Style, draw_overlay
 from seal_extract.run.status_table import Progress, SlideResult
 from seal_extract.slides.entry import stamp_of
 
+_Writers = tuple[FeatureWriter | None, FeatureWriter | None]  # of features, and of tokens
 PICTURES_AT_ONCE = 2
 PICTURES_AHEAD = 4  # drawn, or waiting for it, while the features of their slides are written
 
@@ -38,7 +43,7 @@ class _Unfinished:
     slide: OpenSlide
     picture: Future[None]
     files: ExitStack = field(default_factory=ExitStack)
-    writers: dict[int, FeatureWriter] = field(default_factory=dict)  # by encoder
+    writers: dict[int, _Writers] = field(default_factory=dict)  # by encoder
 
 
 class Writer:
@@ -120,14 +125,19 @@ class Writer:
         slide, rows = unfinished.slide, batch.row[positions].tolist()
         unreadable = [i for i, position in enumerate(positions) if position in batch.unreadable]
         for output in slide.outputs:
+            encoder = self._encoders[output.encoder]
             features = embeddings[output.encoder][positions]
-            features[unreadable] = 0
-            bad = np.flatnonzero(~np.isfinite(features).all(1))
-            if len(bad):
-                raise EncoderError(
-                    f"{slide.job.entry.source}: {self._encoders[output.encoder].not_finite} for the patch at "
-                    f"level-0 {tuple(slide.grid.xy_l0[rows[bad[0]]].tolist())}; try --precision float32"
-                )
+            parts: tuple[NDArray[Any], ...] = (features,)
+            if output.tokens:
+                parts = unpack(features, encoder.spec.dim, encoder.token_grid(slide.grid.patch_px))
+            for part, kind in zip(parts, ("", " as a token in float16"), strict=False):
+                part[unreadable] = 0
+                bad = np.flatnonzero(~np.isfinite(part).reshape(len(part), -1).all(1))
+                if len(bad):
+                    raise EncoderError(
+                        f"{slide.job.entry.source}: {encoder.not_finite}{kind} for the patch at level-0 "
+                        f"{tuple(slide.grid.xy_l0[rows[bad[0]]].tolist())}; try --precision float32"
+                    )
             output.provenance["unreadable"] += [
                 {
                     "row": rows[i],
@@ -136,15 +146,25 @@ class Writer:
                 }
                 for i in unreadable
             ]
-            self._writer(unfinished, output).append(features)
+            for writer, part in zip(self._writers(unfinished, output), parts, strict=False):
+                if writer is not None:
+                    writer.append(part)
 
-    def _writer(self, unfinished: _Unfinished, output: Output) -> FeatureWriter:
+    def _writers(self, unfinished: _Unfinished, output: Output) -> _Writers:
+        """The file of tokens is opened last and so appears first: it is there where features are."""
         if output.encoder not in unfinished.writers:
-            spec, slide = self._encoders[output.encoder].spec, unfinished.slide
-            file = slide.layout.write_features(
-                slide.label, slide.grid, spec.name, spec.dim, output.provenance, overwrite=output.overwrite
-            )
-            unfinished.writers[output.encoder] = unfinished.files.enter_context(file)
+            encoder, slide, over = self._encoders[output.encoder], unfinished.slide, output.overwrite
+            spec, features, tokens = encoder.spec, None, None
+            what = (slide.label, slide.grid, spec.name)
+            if output.features:
+                file = slide.layout.write_features(*what, spec.dim, output.provenance, overwrite=over)
+                features = unfinished.files.enter_context(file)
+            if output.tokens:
+                path = tokens_file(slide.layout, slide.job.entry.name, spec.name)
+                grid = encoder.token_grid(slide.grid.patch_px)
+                file = write_tokens(path, *what, grid, output.provenance, overwrite=over)
+                tokens = unfinished.files.enter_context(file)
+            unfinished.writers[output.encoder] = features, tokens
         return unfinished.writers[output.encoder]
 
     def _written(self, index: int, error: Exception | None = None) -> None:
@@ -162,7 +182,7 @@ class Writer:
                 raise error
             _refuse_changed(unfinished.slide)
             for output in unfinished.slide.outputs:
-                self._writer(unfinished, output)  # a slide without patches has none yet
+                self._writers(unfinished, output)  # a slide without patches has none yet
                 output.provenance["read_errors"] = len(output.provenance["unreadable"])
             unfinished.files.close()
             features = self._features(unfinished.slide)
@@ -179,7 +199,7 @@ class Writer:
         """Those of all encoders, in their order; some may have been finished by a former run."""
         found = {name: read_features(path) for name, path in slide.job.finished.items()}
         names = [encoder.spec.name for encoder in self._encoders]
-        for output in slide.outputs:
+        for output in (output for output in slide.outputs if output.features):
             name = names[output.encoder]
             path = slide.layout.place(slide.job.entry.name, name, slide.grid)
             found[name] = SlideFeatures(path, slide.grid, output.provenance)

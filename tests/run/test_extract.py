@@ -223,6 +223,7 @@ def test_an_option_of_another_kind_is_refused(name):
         ("allow_upsampling", (1, "no", None)),
         ("fast_decode", (1, "no", None)),
         ("overwrite", (1, "no", None)),
+        ("tokens", (1, "no", None)),
     ],
 )
 def test_an_option_out_of_range_is_refused(name, values):
