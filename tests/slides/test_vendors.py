@@ -1,5 +1,8 @@
 """Layouts of scanners of which no real file is at hand: the pixels are OpenSlide's, and so is µm/px."""
 
+from pathlib import Path
+from zipfile import ZipFile
+
 import numpy as np
 import openslide
 import pytest
@@ -11,6 +14,9 @@ from vendor_slides import MPP, SIZE, VENDORS, write_vendor
 
 from seal_extract.errors import SlideOpenError, UnsupportedSlideError
 from seal_extract.patches.reader import open_patch_reader
+from seal_extract.patches.regions import RegionReader
+from seal_extract.slides.entry import slide_files
+from seal_extract.slides.listing import list_slides
 from seal_extract.slides.slide import open_slide
 
 CPU = torch.device("cpu")
@@ -53,6 +59,23 @@ def test_every_level_is_openslides_at_edges_and_seams(vendor):
             np.testing.assert_array_equal(pixels, openslides_regions(path, grid))
             assert pixels.any()
             reader.close()
+
+
+def test_dicom_of_several_files_is_openslides_on_every_level(tmp_path):
+    """The files were written by wsidicomizer 0.26.1 of ``write_synthetic_slide(path, (440, 330), mpp=0.25,
+    tile_px=128, downsamples=(1, 2, 4))``, with ``tile_size=128`` and without a thumbnail."""
+    with ZipFile(Path(__file__).with_name("dicom.zip")) as archive:
+        archive.extractall(tmp_path)
+    assert len(list_slides([tmp_path])) == 1
+    for path in sorted(tmp_path.iterdir()):  # whichever of them is given
+        assert len(slide_files(path)) == 3
+        with open_slide(path) as slide:
+            assert (slide.sizes_px, slide.mpp) == ([(440, 330), (220, 165), (110, 82)], 0.25)
+            for level in range(3):
+                grid = grid_of_level(slide, level, spread(slide, level, 60), 60)
+                reader = open_patch_reader(slide, grid, CPU)
+                assert isinstance(reader, RegionReader)
+                np.testing.assert_array_equal(read(reader), openslides_regions(path, grid))
 
 
 def test_images_of_a_collection_lie_where_their_nanometres_say(tmp_path):
