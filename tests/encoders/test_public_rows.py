@@ -378,17 +378,29 @@ def test_convolutional_networks_are_torchvisions(name, front, tmp_path):
     assert got.shape == (1, row.dim)
 
 
-# --- what must not load -------------------------------------------------------------------------------------
-
-
-def test_a_checkpoint_of_dino_with_the_options_of_its_training(monkeypatch, tmp_path):
-    """They are a plain bag of values; any other object would be refused."""
-    row = two_blocks("openpath", monkeypatch, embed_dim=48, num_heads=2, img_size=56)
-    content = {"args": Namespace(lr=0.1, arch="vit"), "teacher": in_chunks(metas())}
-    encoder = load_encoder("openpath", checkpoint=save(content, tmp_path / "a.pth"), device="cpu")
-    assert encoder.spec == row
+def test_a_checkpoint_of_dino(monkeypatch, tmp_path):
+    """With student, heads and the options of the training; positions are resampled by DINO's own formula."""
+    row = two_blocks("hipt", monkeypatch, embed_dim=48, num_heads=2, img_size=64)
+    model = of_timm("vit_small_patch16_224", img_size=96, embed_dim=48, num_heads=2)
+    state = dict(drawn(model))
+    positions = state["pos_embed"][:, :17].clone()  # of a grid of 4 x 4
+    grid = positions[:, 1:].reshape(1, 4, 4, 48).permute(0, 3, 1, 2)
+    grid = nn.functional.interpolate(grid, scale_factor=(6.1 / 4, 6.1 / 4), mode="bicubic")
+    of_patches = grid.permute(0, 2, 3, 1).reshape(1, 36, 48)
+    model.load_state_dict(state | {"pos_embed": torch.cat([positions[:, :1], of_patches], 1)})
+    teacher = {f"module.backbone.{key}": value for key, value in (state | {"pos_embed": positions}).items()}
+    teacher |= {"module.head.mlp.0.weight": torch.ones(2, 2)}
+    content = {"teacher": teacher, "student": {}, "epoch": 3, "args": Namespace(lr=0.1, arch="vit_small")}
+    path = save(content, tmp_path / row.published.files[0])
+    images = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        encoder = load_encoder("hipt", checkpoint=path, device="cpu")
+        torch.testing.assert_close(encoder(images), model(images), rtol=1e-5, atol=1e-5)
     content["args"] = Namespace(fn=print)
-    refuse(save(content, tmp_path / "a.pth"), "loading it could run code", name="openpath")
+    refuse(save(content, path), "loading it could run code", name="hipt")
+
+
+# --- what must not load -------------------------------------------------------------------------------------
 
 
 def test_weights_that_are_not_on_the_hub_are_asked_for_by_their_page():
