@@ -77,12 +77,11 @@ def add_volume_predict_options(p: argparse.ArgumentParser) -> None:
 def run_volume_predict(args: argparse.Namespace) -> int:
     """Print a line for each plane, and where the volume was written."""
     from seal_extract.volume.model import load_volume_encoder
-    from seal_extract.volume.predict import PredictOptions, predict_volume
+    from seal_extract.volume.predict import predict_volume
     from seal_extract.volume.volume import open_volume
 
     window = None if args.window is None else _window(args.window)
     volume = open_volume(args.volume, spacing_um=args.spacing_um, mpp=args.slide_mpp, window=window)
-    options = PredictOptions(args.min_tissue, args.all_tissue, args.overwrite)
     model = load_volume_encoder(args.model, device=args.device)
     echo(volume)
     path = predict_volume(
@@ -90,7 +89,9 @@ def run_volume_predict(args: argparse.Namespace) -> int:
         model,
         args.out,
         genes=None if args.genes is None else comma_separated(args.genes),
-        options=options,
+        min_tissue=args.min_tissue,
+        all_tissue=args.all_tissue,
+        overwrite=args.overwrite,
         log=lambda line: None if args.quiet else echo(line),
     )
     echo(f"-> {path}")

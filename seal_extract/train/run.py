@@ -127,7 +127,17 @@ def run(
     model = _new_model(config, encoder, omics, sd, pairs).to(encoder.device)
     both = _batches(pairs, validation, config, regions=multiscale)
     rows = train(model, *both, out / "stage_2", config.loop, identity=identity, on_epoch=log_epoch)
-    _write(model, config, pairs, rows)
+    predicts = isinstance(model, SealModel) and config.seal.prediction
+    write_encoder(
+        out,
+        config.name,
+        model,
+        patch_px=config.data.patch_px,
+        mpp=config.data.mpp,
+        licence=config.licence,
+        panel=pairs.panel if predicts else None,
+        training=_summary(config, encoder.spec.name, pairs, rows),
+    )
     log(f"written: {out}")
     return Trained(out, panel, tuple(rows))
 
@@ -154,34 +164,54 @@ def _new_model(
     return SealModel(encoder, omics, sd, config.seal, config.projection)
 
 
-def _write(model: SealModel | MultiScaleModel, config: TrainConfig, pairs: Pairs, rows: list[Row]) -> None:
-    """The encoder's folder: adapters merged, the decoder with its genes, the expression encoder, the card."""
+def write_encoder(
+    out: Path,
+    name: str,
+    model: SealModel | MultiScaleModel,
+    *,
+    patch_px: int,
+    mpp: float,
+    licence: str,
+    panel: tuple[str, ...] | None,
+    training: dict[str, Any],
+) -> None:
+    """Write an encoder's folder: adapters merged, the decoder with its genes, expression encoder and card.
+
+    Args:
+        out: the folder.
+        name: of the encoder, a plain word.
+        model: trained.
+        patch_px: side of the patches it was trained on.
+        mpp: µm/px of these patches.
+        licence: of the encoder.
+        panel: the genes of its decoder; None if that was not trained.
+        training: see `folder.write`.
+    """
     encoder = model.encoder
     merge_adapters(encoder.tower)
     spec = replace(
         encoder.spec,
-        name=folder.plain_word(config.name),
-        patch_px=config.data.patch_px,
-        mpp=config.data.mpp,
+        name=folder.plain_word(name),
+        patch_px=patch_px,
+        mpp=mpp,
         also_mpp=(),
         mpp_basis="stated",
-        licence=config.licence,
+        licence=licence,
         source="",
         published=None,
     )
-    decoder, genes = None, None
-    if isinstance(model, SealModel) and config.seal.prediction:
-        decoder, genes = as_expression_decoder(model.decoder), pairs.panel
-    omics = model.omics.omics.state_dict() if model.omics is not None else None
+    decoder = None
+    if panel is not None and isinstance(model, SealModel):
+        decoder = as_expression_decoder(model.decoder)
     folder.write(
-        Path(config.out),
+        out,
         spec,
         encoder.tower,
         [asdict(w) for w in encoder.weights],
         decoder,
-        genes,
-        omics,
-        _summary(config, encoder.spec.name, pairs, rows),
+        panel,
+        model.omics.omics.state_dict() if model.omics is not None else None,
+        training,
         head=encoder.projection,
         merged=encoder.merged,
     )

@@ -118,7 +118,8 @@ def _held_out(
     seen: list[Pairs] = []
 
     def predicted(name: str, voi: list[Section], pairs: list[Section], **over: object) -> Expression:
-        one = replace(config, out=str(out / name.replace(" ", "_")), **over)
+        voi_data = replace(config.voi, validation=())
+        one = replace(config, out=str(out / name.replace(" ", "_")), voi=voi_data, **over)
         path = train_volume(one, sections={"": pairs, key: voi}, panel=panel, log=log).path
         model = load_volume_encoder(path)
         k = model.depth.options.planes

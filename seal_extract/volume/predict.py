@@ -41,22 +41,6 @@ from seal_extract.volume.patches import embed_plane, grid_at, opened
 from seal_extract.volume.volume import Volume
 
 GENES_AT_ONCE = 16  # of a chunk of the OME-Zarr
-Log = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class PredictOptions:
-    """What decides the numbers of a prediction, and what does not.
-
-    Attributes:
-        min_tissue: smallest share of tissue in a patch.
-        all_tissue: take every patch of every plane, where tissue cannot be found as in H&E.
-        overwrite: replace files that another request made.
-    """
-
-    min_tissue: float = 0.5
-    all_tissue: bool = False
-    overwrite: bool = False
 
 
 def predict_volume(
@@ -65,8 +49,10 @@ def predict_volume(
     out: Path,
     *,
     genes: Sequence[str] | None = None,
-    options: PredictOptions = PredictOptions(),
-    log: Log = lambda line: None,
+    min_tissue: float = 0.5,
+    all_tissue: bool = False,
+    overwrite: bool = False,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Predict every plane and write ``NAME.ome.zarr``; finished planes of the same request are kept.
 
@@ -75,7 +61,9 @@ def predict_volume(
         model: from `load_volume_encoder`.
         out: folder for the results, in the layout ``trident``.
         genes: to write; all of the panel by default.
-        options: all choices.
+        min_tissue: smallest share of tissue in a patch.
+        all_tissue: take every patch of every plane, where tissue cannot be found as in H&E.
+        overwrite: replace files that another request made.
         log: called with a line for each plane.
 
     Returns:
@@ -89,11 +77,11 @@ def predict_volume(
     names = tuple(model.decoder.named() if genes is None else dict.fromkeys(genes))
     columns, store = model.decoder.columns(names), out / f"{model.name}.ome.zarr"
     _refuse_foreign(store)
-    run = _Run(volume, model, out, options)
+    run = _Run(volume, model, out, {"min_tissue": min_tissue, "all_tissue": all_tissue}, overwrite)
     made: list[Expression] = []
     with closing(run):
         for plane in range(len(volume)):
-            kept = None if options.overwrite else run.finished(plane)
+            kept = None if overwrite else run.finished(plane)
             features = kept or run.write(plane)
             path, replaced = expression_path(features), kept is None
             made.append(write_expression(features, model.decoder, path, columns, overwrite=replaced))
@@ -105,12 +93,15 @@ def predict_volume(
 class _Run:
     """The planes whose embeddings are at hand, and the patches of each."""
 
-    def __init__(self, volume: Volume, model: VolumeEncoder, out: Path, options: PredictOptions) -> None:
+    def __init__(
+        self, volume: Volume, model: VolumeEncoder, out: Path, tissue: dict[str, Any], overwrite: bool
+    ) -> None:
         spec = model.encoder.spec
         if spec.mpp is None:
             raise UsageError(f"{spec.name} does not state its µm/px; train it with patch_mpp")
         self.patch, self.planes = (spec.patch_px, spec.mpp), model.depth.options.planes
-        self.volume, self.model, self.options = volume, model, options
+        self.volume, self.model, self.out = volume, model, out
+        self.tissue, self.overwrite = tissue, overwrite
         self.layout = open_layout("trident", out, *self.patch, 0)
         self.embedder: Embedder = open_embedder(model.encoder, spec.patch_px)
         self.at_hand: dict[int, _Embedded] = {}
@@ -152,12 +143,7 @@ class _Run:
                 "size_l0": list(volume.size_px),
                 "mpp": volume.mpp,
             },
-            "options": {
-                "patch_px": self.patch[0],
-                "mpp": self.patch[1],
-                "min_tissue": self.options.min_tissue,
-                "all_tissue": self.options.all_tissue,
-            },
+            "options": {"patch_px": self.patch[0], "mpp": self.patch[1], **self.tissue},
             "volume": {
                 "spacing_um": volume.spacing_um,
                 "planes": [
@@ -180,10 +166,9 @@ class _Run:
             provenance["slide"]["path"] += f"#{name}"
         window = [self._embedded(i, grid) for i in volume.around(plane, self.planes)]
         label = SlideLabel(name, volume.size_px, volume.mpp)
-        overwrite = self.options.overwrite
-        self.layout.write_coords(label, grid, provenance, overwrite=overwrite)
+        self.layout.write_coords(label, grid, provenance, overwrite=self.overwrite)
         with self.layout.write_features(
-            label, grid, self.model.name, self.model.encoder.spec.dim, provenance, overwrite=overwrite
+            label, grid, self.model.name, self.model.encoder.spec.dim, provenance, overwrite=self.overwrite
         ) as writer:
             cells = self._cells(grid)
             for start in range(0, len(grid), ROWS):
@@ -200,8 +185,8 @@ class _Run:
 
         downsample = max(slide.size_l0)
         everywhere = TissueMask(np.ones((1, 1), np.bool_), slide.mpp * downsample, downsample, slide.size_l0)
-        mask = everywhere if self.options.all_tissue else find_tissue(slide)
-        grid = make_grid(slide, mask, *self.patch, min_tissue=self.options.min_tissue)
+        mask = everywhere if self.tissue["all_tissue"] else find_tissue(slide)
+        grid = make_grid(slide, mask, *self.patch, min_tissue=self.tissue["min_tissue"])
         return None if mask is everywhere else mask, grid
 
     def _cells(self, grid: PatchGrid) -> NDArray[np.int64]:
@@ -214,7 +199,7 @@ class _Run:
         size_l0, cells = grid.patch_size_l0, self._cells(grid)
         if plane not in self.at_hand:
             across, down = (side // size_l0 for side in self.volume.size_px)
-            self.at_hand[plane] = _Embedded.empty(across * down, self.model.encoder.spec.dim)
+            self.at_hand[plane] = _Embedded.empty(across * down, self.model.encoder.spec.dim, self.out)
         held = self.at_hand[plane]
         missing = np.flatnonzero(~held.known[cells])
         if len(missing):
@@ -237,8 +222,9 @@ class _Embedded:
     known: NDArray[np.bool_]
 
     @classmethod
-    def empty(cls, cells: int, dim: int) -> _Embedded:
-        with TemporaryFile() as file:  # which lives as long as the map of it
+    def empty(cls, cells: int, dim: int, folder: Path) -> _Embedded:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder) as file:  # which lives as long as the map of it
             rows = np.memmap(file, np.float32, "w+", shape=(max(1, cells), dim))
         return cls(rows, np.zeros(cells, np.bool_))
 

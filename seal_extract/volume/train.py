@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from msgspec import structs, to_builtins
@@ -14,12 +15,11 @@ from seal_extract.encoders import Encoder, folder, load_encoder
 from seal_extract.errors import OutputError, UsageError
 from seal_extract.genes.gene_lists import read_panel
 from seal_extract.train.config import LoopOptions, convert
-from seal_extract.train.finetune import merge_adapters
 from seal_extract.train.formats import load_sections
 from seal_extract.train.loop import Row, train
 from seal_extract.train.pairs import Batches, Pairs
-from seal_extract.train.run import MIN_SD, Trained
-from seal_extract.train.seal import OmicsModel, as_expression_decoder, new_omics
+from seal_extract.train.run import MIN_SD, Trained, write_encoder
+from seal_extract.train.seal import OmicsModel, new_omics
 from seal_extract.train.sections import Section, choose_panel
 from seal_extract.volume.config import DepthOptions, VolumeConfig
 from seal_extract.volume.model import DepthAggregator, VolumeModel, write_depth
@@ -66,6 +66,9 @@ def train_volume(
         raise OutputError(f"{out} holds a finished encoder; choose another out, or delete it")
     tables = {"": config.pairs} | {data.volume: data.sections for data in (*config.volumes, config.voi)}
     given = sections or {key: load_sections(some) for key, some in tables.items() if some}
+    for data in (*config.volumes, config.voi):
+        if not given.get(data.volume):
+            raise UsageError(f"no section of {data.volume} is named; give one or two with expression")
     own, held_out = given[config.voi.volume], config.voi.validation
     if set(held_out) - {s.name for s in own} or len(held_out) == len(own):
         names = ", ".join(s.name for s in own)
@@ -104,7 +107,17 @@ def train_volume(
     for stage in stages:
         model.depth = DepthAggregator(encoder.spec.dim, FLAT) if stage.name == PAIRS else depth
         rows = run(stage, model, config.loop)
-    _write(model, config, panel, depth, volume, stages)
+    write_depth(out, depth)
+    write_encoder(
+        out,
+        config.name,
+        model,
+        patch_px=config.patch_px,
+        mpp=config.patch_mpp,
+        licence=config.licence,
+        panel=panel,
+        training=_summary(config, encoder.spec.name, volume, stages),
+    )
     log(f"written: {out}")
     return Trained(out, panel, rows)
 
@@ -141,48 +154,14 @@ def _stages(
     return stages
 
 
-def _write(
-    model: VolumeModel,
-    config: VolumeConfig,
-    panel: tuple[str, ...],
-    depth: DepthAggregator,
-    volume: Volume,
-    stages: Sequence[Stage],
-) -> None:
-    """The encoder's folder: adapters merged, the decoder with its genes, the other halves beside it."""
-    encoder, out = model.encoder, Path(config.out)
-    merge_adapters(encoder.tower)
-    spec = replace(
-        encoder.spec,
-        name=folder.plain_word(config.name),
-        patch_px=config.patch_px,
-        mpp=config.patch_mpp,
-        also_mpp=(),
-        mpp_basis="stated",
-        licence=config.licence,
-        source="",
-        published=None,
-    )
+def _summary(config: VolumeConfig, base: str, volume: Volume, stages: Sequence[Stage]) -> dict[str, Any]:
+    """What the encoder's folder says of its training; no folder of this machine is named."""
     done = "; ".join(f"{s.name}: {s.pairs}, {s.epochs} epochs" for s in stages)
     text = (
         f"## Training\n\nTrained through {config.depth.planes} planes, {volume.spacing_um:g} µm apart, from "
-        f"{encoder.spec.name}: {config.variant}, {len(panel)} genes. {done}. After the public description "
-        "of VORTEX (arXiv 2502.17761), whose sizes, optimiser and epochs are not known.\n"
+        f"{base}: {config.variant}. {done}. After the public description of VORTEX (arXiv 2502.17761), whose "
+        "sizes, optimiser and epochs are not known.\n"
     )
     options = to_builtins(config)
-    kept = {
-        k: options[k] for k in ("variant", "epochs", "depth", "omics", "seal", "lora", "loop", "batch_size")
-    }
-    write_depth(out, depth)
-    folder.write(
-        out,
-        spec,
-        encoder.tower,
-        [asdict(w) for w in encoder.weights],
-        as_expression_decoder(model.decoder),
-        panel,
-        model.omics.omics.state_dict() if model.omics is not None else None,
-        {"summary": text, "config": kept, "base": encoder.spec.name},
-        head=encoder.projection,
-        merged=encoder.merged,
-    )
+    kept = ("variant", "epochs", "depth", "omics", "seal", "lora", "loop", "batch_size")
+    return {"summary": text, "config": {name: options[name] for name in kept}, "base": base}

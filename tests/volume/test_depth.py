@@ -136,6 +136,7 @@ REFUSED = {
         {"validation": ("P1", "P2")},
         "validation is P1, P2; allowed: some of P1, P2, and not all",
     ),
+    "no section": (lambda spots: spots, {"volumes": (VolumeData("other.json", ()),)}, "no section of other"),
     "few pairs": (lambda spots: spots, {"batch_size": 999}, "type batch_size = 64"),
 }
 

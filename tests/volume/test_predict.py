@@ -18,11 +18,9 @@ from seal_extract.train.config import LoopOptions, OmicsOptions
 from seal_extract.volume.config import DepthOptions, VolumeConfig, VolumeData
 from seal_extract.volume.model import load_volume_encoder
 from seal_extract.volume.patches import depth_pairs
-from seal_extract.volume.predict import PredictOptions, predict_volume
+from seal_extract.volume.predict import predict_volume
 from seal_extract.volume.train import train_volume
 from seal_extract.volume.volume import open_volume
-
-ALL = PredictOptions(all_tissue=True)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +52,7 @@ def test_every_plane_is_predicted_through_depth(world, tmp_path):
     path, expression, models = world
     volume, model = open_volume(path), load_volume_encoder(models[3])
     lines = []
-    store = predict_volume(volume, model, tmp_path, options=ALL, log=lines.append)
+    store = predict_volume(volume, model, tmp_path, all_tissue=True, log=lines.append)
     assert len(lines) == len(volume)
     array = zarr.open(str(store), mode="r")["0"]
     dense = array[:]  # float32 (gene, z, y, x)
@@ -85,7 +83,7 @@ def test_every_plane_is_predicted_through_depth(world, tmp_path):
 def test_one_plane_gives_the_features_of_a_slide_bit_for_bit(world, tmp_path):
     path, _, models = world
     model = load_volume_encoder(models[1])
-    predict_volume(open_volume(path), model, tmp_path / "volume", options=ALL)
+    predict_volume(open_volume(path), model, tmp_path / "volume", all_tissue=True)
     roi = tmp_path / "all.geojson"
     side = TILES * SIDE
     ring = [[0, 0], [side, 0], [side, side], [0, side], [0, 0]]
@@ -101,20 +99,20 @@ def test_one_plane_gives_the_features_of_a_slide_bit_for_bit(world, tmp_path):
 def test_finished_planes_are_kept_and_other_requests_refused(world, tmp_path):
     path, _, models = world
     volume, model = open_volume(path), load_volume_encoder(models[3])
-    store = predict_volume(volume, model, tmp_path, genes=["GENE1"], options=ALL)
+    store = predict_volume(volume, model, tmp_path, genes=["GENE1"], all_tissue=True)
     files = [one.path for one in list_features(tmp_path)[0]]
     times = {file: file.stat().st_mtime_ns for file in files}
     files[2].unlink()
-    predict_volume(volume, model, tmp_path, genes=["GENE3", "GENE1"], options=ALL)
+    predict_volume(volume, model, tmp_path, genes=["GENE3", "GENE1"], all_tissue=True)
     assert [f.stat().st_mtime_ns == times[f] for f in files] == [True, True, False, True, True, True]
     assert zarr.open(str(store), mode="r")["0"].shape[0] == 2
     with pytest.raises(SealExtractError, match=r"options min_tissue 0.5, now 0.4.*--overwrite"):
-        predict_volume(volume, model, tmp_path, options=PredictOptions(0.4, True))
+        predict_volume(volume, model, tmp_path, min_tissue=0.4, all_tissue=True)
     with pytest.raises(SealExtractError, match="GENE9 is not among the genes"):
-        predict_volume(volume, model, tmp_path, genes=["GENE9"], options=ALL)
+        predict_volume(volume, model, tmp_path, genes=["GENE9"], all_tissue=True)
     (store / ".zattrs").write_text("{}")
     with pytest.raises(SealExtractError, match="exists and is not ours"):
-        predict_volume(volume, model, tmp_path, options=ALL)
+        predict_volume(volume, model, tmp_path, all_tissue=True)
 
 
 def test_the_commands_from_training_to_search(world, tmp_path, capsys):
