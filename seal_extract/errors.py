@@ -25,6 +25,8 @@ translated where they appear and stay reachable as ``__cause__``.
 
 import errno
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeGuard
 
 NAME_TOO_LONG = "the name is too long for that disk; rename the slide or choose another -o"
@@ -133,6 +135,24 @@ _LOST = (
 def is_of_lost_device(error: BaseException) -> TypeGuard[RuntimeError]:
     """Whether an error of torch means that its process cannot use the GPU any more."""
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST)
+
+
+@contextmanager
+def embedding(what: str) -> Iterator[None]:
+    """Turn what torch raises about a GPU that has stopped into one line, where no slide is cut.
+
+    Raises:
+        DeviceError: the GPU has stopped.
+    """
+    try:
+        yield
+    except RuntimeError as exc:
+        if not is_of_lost_device(exc):
+            raise
+        raise DeviceError(
+            f"the GPU stopped when {what} was embedded ({first_line(exc)}); type the same command again; if "
+            "it stops there again, add --device cpu"
+        ) from exc
 
 
 def as_ours(error: Exception, slide: str) -> SealExtractError:

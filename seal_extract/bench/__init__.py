@@ -27,7 +27,7 @@ from seal_extract.bench.measure import Progress, Ratio, Stage, memory_mb, reset_
 from seal_extract.bench.reading import Reading, Sample, measure_reading, take_sample
 from seal_extract.encoders import Encoder
 from seal_extract.errors import UsageError
-from seal_extract.patches.stream import available_cores
+from seal_extract.patches import available_cores
 from seal_extract.run.options import ExtractOptions
 from seal_extract.run.provenance import LIBRARIES
 

@@ -17,7 +17,7 @@ from seal_extract.encoders import folder
 from seal_extract.encoders.dense import Grid, attention_of, embed_densely, pack, token_grid
 from seal_extract.encoders.files import WeightFile
 from seal_extract.encoders.heads import ExpressionDecoder, as_rows
-from seal_extract.encoders.precision import arithmetic, in_precision
+from seal_extract.encoders.precision import LowCopy, arithmetic
 from seal_extract.encoders.registry import names_with_decoder
 from seal_extract.encoders.spec import EncoderSpec
 from seal_extract.encoders.tower import embed
@@ -35,7 +35,8 @@ class Encoder(nn.Module):
         spec: the row.
         weights: the files that the weights came from.
         precision: of the computation in `encode`; `set_precision` changes it. The tower stays float32; on a
-            GPU `encode` takes the matrices of its layers from a copy in this precision.
+            GPU `encode` takes the matrices of its layers from a copy in this precision, and those of the
+            tower wait on the host until `forward` needs them.
         tf32: whether float32 products round their factors to TF32, on a GPU.
         transform: PIL image to normalised tensor.
         mean: [3, 1, 1], of RGB in 0..1, on the encoder's device.
@@ -62,7 +63,7 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self.spec, self.weights, self.precision, self.tf32 = spec, weights, precision, False
-        self._low: tuple[object, nn.Module] | None = None  # made by `_computing_tower`
+        self._copy = LowCopy()
         self.transform = PatchTransform.of(spec)
         self.tower = tower
         self.decoder, self.projection = decoder, projection
@@ -164,7 +165,7 @@ class Encoder(nn.Module):
             UsageError: the tower cannot cut these sides into its patches.
         """
         check_sides(images.shape[-2], images.shape[-1], self.spec.input.multiple_of, self.spec.name)
-        return embed(self.tower, self.spec.pooling, images)
+        return embed(self._copy.float32(self.tower, self.device), self.spec.pooling, images)
 
     def encode(self, patches: Tensor) -> Tensor:
         """Embed patches of a slide: resize, normalise and compute on the encoder's device.
@@ -269,14 +270,7 @@ class Encoder(nn.Module):
         return found.clone()
 
     def _computing_tower(self) -> nn.Module:
-        """The tower, or on a GPU a copy whose matrices are in `precision`; made once."""
-        if self.precision == torch.float32 or self.device.type == "cpu":  # where the copy is not faster
-            return self.tower
-        made_for = (self.precision, self.device)
-        if self._low is None or self._low[0] != made_for:
-            self._low = None  # frees its memory first
-            self._low = (made_for, in_precision(self.tower, self.precision))
-        return self._low[1]
+        return self._copy.computing(self.tower, self.precision, self.device)
 
     @property
     def not_finite(self) -> str:

@@ -45,8 +45,42 @@ def in_precision(tower: nn.Module, precision: torch.dtype) -> nn.Module:
     gives the same bits as ``tower``, which would convert its matrices in every forward pass.
     """
     held: dict[int, Any] = {id(tensor): tensor for tensor in (*tower.parameters(), *tower.buffers())}
+    for matrix in _matrices(tower):
+        held[id(matrix)] = nn.Parameter(matrix.to(precision), requires_grad=False)
+    return deepcopy(tower, held)
+
+
+class LowCopy:
+    """The copy of a tower in a lower precision, which a GPU holds instead of the tower's own matrices."""
+
+    def __init__(self) -> None:
+        self.held: tuple[object, nn.Module] | None = None
+
+    def computing(self, tower: nn.Module, precision: torch.dtype, device: torch.device) -> nn.Module:
+        """The tower, or on a GPU its copy in a lower precision; the matrices then wait on the host."""
+        if precision == torch.float32 or device.type == "cpu":  # where the copy is not faster
+            return self.float32(tower, device)
+        if self.held is None or self.held[0] != (precision, device):
+            self.held = ((precision, device), in_precision(self.float32(tower, device), precision))
+            move_matrices(tower, torch.device("cpu"))
+        return self.held[1]
+
+    def float32(self, tower: nn.Module, device: torch.device) -> nn.Module:
+        """The tower, on its device again."""
+        if self.held is not None:
+            self.held = None  # frees its memory first
+            move_matrices(tower, device)
+        return tower
+
+
+def move_matrices(tower: nn.Module, device: torch.device) -> None:
+    """Move the matrices of which `in_precision` makes copies."""
+    with torch.inference_mode(False):  # in which tensors would be made that cannot be trained
+        for matrix in _matrices(tower):
+            matrix.data = matrix.data.to(device)
+
+
+def _matrices(tower: nn.Module) -> Iterator[nn.Parameter]:
     for module in tower.modules():
         if type(module) in _MATRICES:
-            for parameter in module.parameters(recurse=False):
-                held[id(parameter)] = nn.Parameter(parameter.to(precision), requires_grad=False)
-    return deepcopy(tower, held)
+            yield from module.parameters(recurse=False)

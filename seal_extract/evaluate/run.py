@@ -17,7 +17,7 @@ from seal_extract.encoders import Encoder
 from seal_extract.encoders.folder import CONFIG, OMICS
 from seal_extract.encoders.registry import bundled
 from seal_extract.encoders.request import EncoderRequest
-from seal_extract.errors import UsageError
+from seal_extract.errors import UsageError, embedding
 from seal_extract.evaluate.compare import SEEDS, Embeddings, compare, tables
 from seal_extract.evaluate.expression import Fold, leave_one_out, random_splits
 from seal_extract.evaluate.handcrafted import handcrafted_features
@@ -216,7 +216,8 @@ def _for_fold(request: EncoderRequest, fold: str) -> EncoderRequest:
 def embed(encoder: Encoder, patches: NDArray[np.uint8], batch_size: int) -> NDArray[np.float32]:
     """uint8 [N, 3, S, S] to float32 [N, D]."""
     batches = torch.split(torch.from_numpy(patches), batch_size)
-    return np.concatenate([encoder.encode(batch).cpu().numpy() for batch in batches])
+    with embedding("a batch of the sections"):
+        return np.concatenate([encoder.encode(batch).cpu().numpy() for batch in batches])
 
 
 def _embed_expression(

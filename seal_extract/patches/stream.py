@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from seal_extract.errors import ReadError, is_of_lost_device
+from seal_extract.patches import available_cores
 from seal_extract.patches.codecs import memory_for_pixels
 from seal_extract.patches.regions import ROWS_AT_ONCE, HostPixels, PatchReader
 
@@ -130,13 +130,6 @@ def stream_batches(
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(threads)
-
-
-def available_cores() -> int:
-    """The cores that this process may use: fewer than the machine's under Slurm, for example."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def compute_alone() -> None:
@@ -370,7 +363,7 @@ def _join(parts: list[_Part]) -> PatchBatch:
 
 
 def _concatenate(patches: list[Tensor]) -> Tensor:
-    """Batches as one, copied unless they are neighbours; on the host without torch, whose idle threads spin."""
+    """Batches as one; on the host without torch, whose idle threads would spin."""
     if len(patches) == 1:
         return patches[0]
     first, rows = patches[0], sum(map(len, patches))

@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING
 
 from seal_extract.encoders.request import EncoderRequest
 from seal_extract.errors import UsageError
+from seal_extract.patches import available_cores
 from seal_extract.run.job import Channel, SlideJob
 from seal_extract.run.options import ExtractOptions
 from seal_extract.run.slide_process import start_serving
@@ -92,10 +93,9 @@ class DeviceEngine:
         """
         requests = requests_of(encoders)
         devices = self.devices[: len(jobs)]
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         theirs = replace(
             options.resolved(),
-            workers=options.workers or max(1, cores // len(devices)),
+            workers=options.workers or max(1, available_cores() // len(devices)),
             stage_gb=options.stage_gb / len(devices),
         )
         given = {job.entry.resolved().path: job.entry.path for job in jobs}

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from seal_extract.encoders import Encoder
 from seal_extract.errors import first_line, is_of_lost_device
-from seal_extract.patches.stream import available_cores, compute_alone
+from seal_extract.patches import available_cores
+from seal_extract.patches.stream import compute_alone
 
 CPU_ROWS = 4  # patches of one forward pass on a CPU, always: another number gives other last bits
 TOKEN_BYTES = 2**28  # of a batch with tokens in the memory of the host, where a few batches wait

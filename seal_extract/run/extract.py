@@ -22,9 +22,10 @@ from seal_extract.errors import UsageError, as_ours, is_of_lost_device
 from seal_extract.features.layouts import check_layout
 from seal_extract.features.store import SlideFeatures, read_features
 from seal_extract.features.tokens import has_tokens, tokens_file
+from seal_extract.patches import available_cores
 from seal_extract.patches.reader import open_patch_reader
 from seal_extract.patches.regions import PatchReader
-from seal_extract.patches.stream import available_cores, stream_batches
+from seal_extract.patches.stream import stream_batches
 from seal_extract.run import slide_process
 from seal_extract.run.embed import Embedder, open_embedder
 from seal_extract.run.job import Channel, OpenSlide, Output, SlideJob, Stopped

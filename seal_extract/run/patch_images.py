@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from seal_extract.encoders import Encoder
-from seal_extract.errors import EncoderError, OutputError
+from seal_extract.errors import EncoderError, OutputError, embedding
 from seal_extract.features.feature_file import SlideLabel
 from seal_extract.features.layouts import check_layout, layout_of_grid
 from seal_extract.features.store import SlideFeatures, find_features, read_features
@@ -82,9 +82,12 @@ def extract_patches(
     label = SlideLabel(name, file.size_l0, file.slide_mpp, file.barcodes)
     forward = open_embedder(encoder, file.patch_px, batch_size, workers)
     try:
-        with place.write_features(
-            label, grid, encoder.spec.name, encoder.spec.dim, provenance, overwrite=overwrite
-        ) as writer:
+        with (
+            embedding(str(file.path)),
+            place.write_features(
+                label, grid, encoder.spec.name, encoder.spec.dim, provenance, overwrite=overwrite
+            ) as writer,
+        ):
             for patches in file.read(forward.batch_size):
                 batch = torch.from_numpy(np.array(patches)).permute(0, 3, 1, 2)  # uint8 [B, 3, S, S]
                 rows = forward.submit(batch.contiguous().to(encoder.device))()

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 import socket
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -45,8 +46,16 @@ class RayEngine:
     cores: int | None = None
 
     def placed(self, encoders: Sequence[EncoderRequest | Encoder]) -> list[EncoderRequest | Encoder]:
-        """See `Engine.placed`."""
-        return list(requests_of(encoders))
+        """See `Engine.placed`; the nodes of a cluster may have GPUs although this one has none."""
+        requests, ray = requests_of(encoders), sys.modules.get("ray")
+        is_this_machine = self.address is None and not (ray and ray.is_initialized())
+        undecided = [request for request in requests if request.device is None and request.precision is None]
+        if is_this_machine or not undecided:
+            return list(requests)
+        with self._connected() as ray:
+            places = shares(ray.nodes(), self.workers, self.cores)
+        device = "cuda" if any(place.gpus for place in places) else "cpu"
+        return [replace(r, device=device) if r in undecided else r for r in requests]
 
     def run(
         self,
@@ -61,6 +70,12 @@ class RayEngine:
             UsageError: Ray is not installed, not reachable, or too small; or an encoder is no request.
         """
         requests = requests_of(encoders)
+        with self._connected() as ray:
+            yield from self._run(ray, jobs, requests, options, progress)
+
+    @contextmanager
+    def _connected(self) -> Iterator[Any]:
+        """Ray, connected to the cluster; the connection ends with the block unless it was there before."""
         try:
             import ray
         except ImportError as exc:
@@ -68,7 +83,7 @@ class RayEngine:
         started = not ray.is_initialized()
         _connect(ray, self.address)
         try:
-            yield from self._run(ray, jobs, requests, options, progress)
+            yield ray
         finally:
             if started:
                 ray.shutdown()

@@ -13,7 +13,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from seal_extract.demo import untrained_encoder
 from seal_extract.encoders import find_spec, list_encoders
+from seal_extract.encoders import precision as precision_module
 from seal_extract.encoders.encoder import Encoder
 from seal_extract.encoders.tower import embed, empty_tower
 from seal_extract.patches import resample
@@ -112,6 +114,34 @@ def test_float32_is_true_float32_and_tf32_is_asked_for(precision, inside, monkey
         assert encoder.identity["precision"] == precision
     assert seen == [inside] * 2
     assert [one.fp32_precision for one in backends] == before
+
+
+def test_a_gpu_holds_matrices_once_in_the_precision_that_is_used(monkeypatch):
+    moves = []
+    monkeypatch.setattr(precision_module, "move_matrices", lambda tower, device: moves.append(device.type))
+    with on_fake_gpu("h0mini", "float16", monkeypatch) as encoder:
+        patches = torch.empty(2, 3, 224, 224, dtype=torch.uint8, device="cuda")
+        for _ in range(2):
+            encoder.encode_unchecked(patches)
+        low = encoder._copy.held[1].blocks[0].attn.qkv.weight
+        assert (low.device.type, low.dtype, moves) == ("cuda", torch.float16, ["cpu"])
+        encoder(torch.empty(2, 3, 224, 224, device="cuda"))
+        assert (encoder._copy.held, moves) == (None, ["cpu", "cuda"])
+
+
+@pytest.mark.gpu
+def test_matrices_wait_on_the_host_and_come_back_as_the_same_parameters():
+    encoder = untrained_encoder().to("cuda")
+    encoder.set_precision("float16")
+    weight, norm = encoder.tower.blocks[0].attn.qkv.weight, encoder.tower.norm.weight
+    patches = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    exact = encoder(encoder.std.new_zeros(2, 3, 224, 224))
+    encoder.encode(patches)
+    assert (weight.device.type, norm.device.type) == ("cpu", "cuda")
+    assert torch.equal(encoder(encoder.std.new_zeros(2, 3, 224, 224)), exact)
+    assert weight is encoder.tower.blocks[0].attn.qkv.weight
+    assert weight.device.type == "cuda"
+    assert not weight.is_inference()
 
 
 def told_for_a_batch(encoder):

@@ -93,6 +93,26 @@ def test_workers_that_fit_on_no_node_are_refused(have, asked, words):
         shares(nodes_of(*have), **asked)
 
 
+@pytest.mark.parametrize(("gpus", "precision"), [(1, "float16"), (0, "float32")])
+def test_the_cluster_decides_on_the_precision_not_the_machine_of_the_driver(gpus, precision, monkeypatch):
+    """A finished slide is recognised by the precision that the workers compute in."""
+
+    class Ray:
+        started = False
+        is_initialized = classmethod(lambda cls: cls.started)
+        init = classmethod(lambda cls, **_: setattr(cls, "started", True))
+        shutdown = classmethod(lambda cls: setattr(cls, "started", False))
+        nodes = staticmethod(lambda: nodes_of((8, 0), (8, gpus)))
+
+    monkeypatch.setitem(sys.modules, "ray", Ray)
+    asked = [EncoderRequest("conch"), EncoderRequest("conch", precision="bfloat16")]
+    placed = RayEngine("auto").placed(asked)
+    assert [request._precision for request in placed] == [precision, "bfloat16"]
+    assert placed[1] == asked[1]
+    assert not Ray.started
+    assert RayEngine().placed(asked) == asked  # a cluster that this machine will start
+
+
 @pytest.mark.slow
 def test_what_the_cluster_has_no_room_for_is_said(drawn_slides, encoder_folder, tmp_path, monkeypatch):
     """Another job holds the only core: the worker waits, and that is told while it does."""

@@ -9,8 +9,11 @@ from PIL import Image
 
 from seal_extract import read_features
 from seal_extract.demo import untrained_encoder
+from seal_extract.errors import DeviceError
+from seal_extract.evaluate.run import embed as embed_sections
 from seal_extract.features.export import export
 from seal_extract.features.verify import verify
+from seal_extract.run.patch_images import extract_patches
 from seal_extract.slides.patch_files import open_patches
 
 N, SIDE = 7, 224
@@ -187,3 +190,21 @@ def test_a_damaged_picture_leaves_no_file(tmp_path, images, embed):
     assert status == 1
     assert f"{damaged} cannot be read" in said
     assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
+
+
+def test_a_gpu_that_stops_is_one_line_and_leaves_no_file(tmp_path, images):
+    def stop(*_):
+        raise RuntimeError(
+            "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be"
+        )
+
+    encoder = untrained_encoder()
+    encoder.encode_unchecked = stop
+    path = tmp_path / "ready.npz"
+    np.savez(path, images=images)
+    words = r"the GPU stopped when .*ready.npz was embedded \(CUDA error.*same command.*--device cpu"
+    with pytest.raises(DeviceError, match=words):
+        extract_patches(path, encoder, tmp_path / "out", mpp=0.5)
+    assert not list(tmp_path.rglob("*.h5"))
+    with pytest.raises(DeviceError, match="when a batch of the sections was embedded"):
+        embed_sections(encoder, np.zeros((2, 3, 64, 64), np.uint8), 2)
