@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -122,6 +123,7 @@ def _load(
     fetch_base: Callable[[EncoderSpec, Path], FoundFile],
 ) -> Encoder:
     """The encoder on top of the mapped files, while another thread computes their hashes."""
+    spec = _with_positions_of(spec, file.path)
     tower = empty_tower(spec)
     shapes = tower_shapes(tower)
     own = folder.Contents(spec.dim, spec.layout.decoder)
@@ -148,6 +150,22 @@ def _load(
         encoder = Encoder(spec, tower, reader.weights(), torch.float32, decoder, head, parts.merged)
     encoder.genes = own.genes
     return encoder
+
+
+def _with_positions_of(spec: EncoderSpec, path: Path) -> EncoderSpec:
+    """The row with the image size that the positions in its file are for, if the row may have several.
+
+    CONCH v1.5's are for 224 px by the code of its authors, who enlarge them in every pass; a file whose
+    positions have been enlarged already is used as it is.
+    """
+    if not spec.architecture.position_offset or spec.published is None:
+        return spec
+    positions = read_tensors(path).get(f"{spec.layout.prefix}trunk.pos_embed")
+    side = math.isqrt(positions.shape[1] - 1) if positions is not None and positions.ndim == 3 else 0
+    if side * spec.input.multiple_of != spec.input.side_px:
+        return spec
+    kwargs = {**spec.architecture.kwargs, "img_size": spec.input.side_px}
+    return replace(spec, architecture=replace(spec.architecture, kwargs=kwargs))
 
 
 class _Reader:

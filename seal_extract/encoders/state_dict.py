@@ -126,7 +126,7 @@ def _spelled(tensors: Mapping[str, Tensor], layout: Published) -> dict[str, Tens
     for key, value in tensors.items():
         found = (match.expand(new) for p, new in layout.renamed.items() if (match := re.fullmatch(p, key)))
         new_key = next(found, key)
-        renamed[key if new_key in renamed else new_key] = value  # the second of two is unexpected
+        renamed[key if new_key in renamed or new_key in tensors else new_key] = value  # one is unexpected
     return _unwrapped(_with_row_prefix(renamed, layout), layout.prefix)
 
 

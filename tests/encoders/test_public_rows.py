@@ -32,6 +32,7 @@ from seal_extract.errors import CheckpointError, GateError, MissingOnHubError, T
 
 BICUBIC = InterpolationMode.BICUBIC
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 HOPTIMUS = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
 HIBOU = ((0.7068, 0.5755, 0.722), (0.195, 0.2316, 0.1816))
@@ -50,6 +51,12 @@ COUNTED = {
     "phikon": (150, 85.80),
     "hibou-b": (None, 85.74),
     "hibou-l": (None, 303.66),
+    "conch-v1.5": (353, 306.11),  # of 352 in the file: k and v of the pooler are one
+    "omiclip": (307, 306.72),
+    "keep": (346, 304.73),
+    "plip": (152, 87.85),  # of 200: q, k and v are apart, and the positions have numbers
+    "quiltnet-b32": (152, 87.85),
+    "ctranspath": (None, 27.52),
 }
 
 # What the authors do to a patch, in torchvision's words: before ToTensor, and for Normalize. Without a list,
@@ -75,6 +82,10 @@ RECIPES = {
     "sp22m": ([Resize(224, BICUBIC), CenterCrop(224)], IMAGENET),
     "retccl": ([Resize(256), CenterCrop(256)], IMAGENET),
     "resnet50": ([Resize(224), CenterCrop(224)], IMAGENET),
+    "conch-v1.5": ([Resize(448), CenterCrop(448)], IMAGENET),  # not CLIP's, as CONCH has
+    "keep": ([Resize(224, BICUBIC), CenterCrop(224)], IMAGENET),
+    "ctranspath": ([Resize(224, BICUBIC), CenterCrop(224)], IMAGENET),
+    **{name: ([Resize(224, BICUBIC), CenterCrop(224)], CLIP) for name in ("omiclip", "plip", "quiltnet-b32")},
     "virchow2": ([Resize(224, BICUBIC), CenterCrop(224)], IMAGENET),
     **{f"dinov2-vit{kind}14": ([Resize(224, BICUBIC), CenterCrop(224)], IMAGENET) for kind in "blg"},
     "dinov3-vitb16": ([Resize(256, BICUBIC), CenterCrop(256)], IMAGENET),
