@@ -21,7 +21,7 @@ from seal_extract.encoders.precision import LowCopy, arithmetic
 from seal_extract.encoders.registry import names_with_decoder
 from seal_extract.encoders.spec import EncoderSpec
 from seal_extract.encoders.tower import embed
-from seal_extract.encoders.transform import PatchTransform, check_patches, check_sides, fit
+from seal_extract.encoders.transform import PatchTransform, check_patches, check_sides, fit, normalise
 from seal_extract.errors import EncoderError, UsageError
 
 
@@ -223,10 +223,10 @@ class Encoder(nn.Module):
 
     @contextmanager
     def _normalised(self, images: Tensor) -> Iterator[Tensor]:
-        """Images as float32 [B, 3, S, S], while the arithmetic is that of `precision`."""
+        """Images as `normalise` gives them, while the arithmetic is that of `precision`."""
         check_sides(images.shape[-2], images.shape[-1], self.spec.input.multiple_of, self.spec.name)
         with torch.inference_mode(), arithmetic(self.device.type, self.precision, self.tf32):
-            yield images.float().div(255).sub(self.mean).div(self.std)
+            yield normalise(images, self.mean, self.std, self.precision)
 
     def token_grid(self, patch_px: int) -> Grid:
         """Rows, columns and numbers of the tokens of patches of ``patch_px``; see `encode_tokens`."""

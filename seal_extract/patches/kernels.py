@@ -1,5 +1,5 @@
 """Triton kernels: cut patches out of decoded tiles and resample them in two passes, with Pillow's integers;
-and the colours of JPEG 2000.
+the colours of JPEG 2000; and normalisation.
 
 The pixels equal those of `seal_extract.patches.taps.by_taps` bit for bit. Read at 512 px and wanted at 256, a
 patch moves 1.8 MB of memory; the same sums in torch move 71 MB.
@@ -20,7 +20,7 @@ from seal_extract.patches.codecs import BLUE_OF_CB, GREEN_OF_CB, GREEN_OF_CR, RE
 from seal_extract.patches.taps import Filter, taps
 
 BLOCK = (4, 128)  # new pixels (rows, columns) of a program, on a GPU
-LANES = 1024  # pixels of a program that converts colours, on a GPU
+LANES = 1024  # pixels or values of a program that converts colours or normalises, on a GPU
 BLOCK_INTERPRETED = (64, 256)  # on a CPU each step of a program costs milliseconds, whatever its size
 
 
@@ -185,3 +185,30 @@ def _to_rgb(pixels, tables, count, LANES: tl.constexpr):
     tl.store(pixel, tl.minimum(tl.maximum(red, 0), 255).to(tl.uint8), mask=mask)
     tl.store(pixel + 1, tl.minimum(tl.maximum(green, 0), 255).to(tl.uint8), mask=mask)
     tl.store(pixel + 2, tl.minimum(tl.maximum(blue, 0), 255).to(tl.uint8), mask=mask)
+
+
+def look_up(images: Tensor, table: Tensor) -> Tensor:
+    """``table[colour, value]``, read in one pass.
+
+    Args:
+        images: uint8 [B, 3, H, W].
+        table: [3, 256], contiguous, on their device.
+
+    Returns:
+        [B, 3, H, W] in the dtype of the table.
+    """
+    images, count = images.contiguous(), images.numel()
+    found = torch.empty(images.shape, dtype=table.dtype, device=images.device)
+    lanes = LANES if images.device.type == "cuda" else triton.next_power_of_2(count)
+    with torch.cuda.device_of(images):
+        _look_up[triton.cdiv(count, lanes),](images, table, found, images[0, 0].numel(), count, LANES=lanes)
+    return found
+
+
+@triton.jit(do_not_specialize=["count"])
+def _look_up(images, table, found, plane, count, LANES: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    mask = at < count
+    value = tl.load(images + at, mask=mask, other=0).to(tl.int32)
+    entry = table + (at // plane) % 3 * 256 + value
+    tl.store(found + at, tl.load(entry, mask=mask, other=0), mask=mask)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from seal_extract.demo import untrained_encoder
-from seal_extract.encoders import find_spec, list_encoders
+from seal_extract.encoders import find_spec, list_encoders, transform
 from seal_extract.encoders import precision as precision_module
 from seal_extract.encoders.encoder import Encoder
 from seal_extract.encoders.tower import embed, empty_tower
@@ -89,6 +89,7 @@ class IndexedWithoutDriver(TorchFunctionMode):
 def on_fake_gpu(name, precision, monkeypatch):
     """An encoder whose tensors claim to be on a GPU."""
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(transform, "kernels_run_on", lambda device: False)  # Triton's cannot be faked
     tower = empty_tower(find_spec(name))
     with FakeTensorMode(), IndexedWithoutDriver():
         held = {}

@@ -32,6 +32,7 @@ CASES = [
     (kernels._down, CUT | {"between": U8, "patches": U8}, BLOCK | PILLOW | {"WIDE": False}),
     (kernels._down, CUT | {"between": I64, "patches": U8}, BLOCK | AREA | {"WIDE": True}),
     (kernels._to_rgb, {"pixels": U8, "tables": I32}, {"LANES": kernels.LANES}),
+    (kernels._look_up, {"images": U8, "table": "*fp16", "found": "*fp16"}, {"LANES": kernels.LANES}),
     (jpeg_kernels.unstuff, JPEG, {"CHUNK": 1024}),
     (jpeg_kernels.read_coefficients, JPEG | {"packed": I32}, {"LUMA": 4, "LANES": jpeg.LANES, "STEPS": 64}),
     (jpeg_kernels.columns, JPEG, {"PER_MCU": 6} | THREADS),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import run_file
 
+from seal_extract.encoders import find_spec, transform
 from seal_extract.patches.taps import by_taps
 
 pytest.importorskip("triton", reason="Triton is for Linux")
@@ -56,6 +57,19 @@ def test_patches_are_cut_out_of_shuffled_tiles(filter, tile_px, side, to):
     black = torch.nn.functional.pad(picture, (0, 0, 0, side, 0, side))
     regions = torch.stack([black[y : y + side, x : x + side] for x, y in corners]).permute(0, 3, 1, 2)
     assert torch.equal(got, by_taps(regions, (to, to), filter))
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float16, torch.bfloat16])
+def test_normalising_by_one_kernel_gives_the_bits_that_autocast_gives(precision, monkeypatch):
+    images = noise(2, 3, 40, 24)
+    images.view(-1)[: 3 * 256] = torch.arange(256, dtype=torch.uint8, device=DEVICE).repeat(3)
+    row = find_spec("conch")
+    mean, std = (torch.tensor(of, device=DEVICE).view(3, 1, 1) for of in (row.mean, row.std))
+    monkeypatch.setattr(transform, "kernels_run_on", lambda device: True)
+    got = transform.normalise(images, mean, std, precision)
+    monkeypatch.setattr(transform, "kernels_run_on", lambda device: False)
+    assert got.dtype == precision
+    assert torch.equal(got, transform.normalise(images, mean, std, precision).to(precision))
 
 
 @pytest.mark.parametrize(
