@@ -59,6 +59,9 @@ class Site(SimpleHTTPRequestHandler):
         if keyword not in self.server.without:
             super().send_header(keyword, value)
 
+    def send_error(self, code, *args):
+        super().send_error(self.server.missing_code if code == 404 else code, *args)
+
     def log_message(self, *_):
         pass
 
@@ -71,6 +74,7 @@ def web(tmp_path, monkeypatch):
     (tmp_path / "www").mkdir()
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Site, directory=str(tmp_path / "www"))) as server:
         server.fetched, server.cut_after, server.without, server.leads_to = [], None, (), {}
+        server.missing_code = 404
         server.fails = {}  # how often, by the beginning of the path
         server.held, server.go_on = threading.Event(), threading.Event()
         server.go_on.set()

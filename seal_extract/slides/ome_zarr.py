@@ -35,12 +35,31 @@ IS_ZARR_2 = version("zarr").startswith("2.")
 CACHE_BYTES = 2**27  # of tiles that `read_region` may need again
 REQUESTS_AT_ONCE = 16  # to a storage, which answers slowly and many at a time
 RETRY_AFTER_S = (1.0, 5.0)  # a run makes ten thousands of requests; one of them fails now and then
+FORBIDDEN = 403  # of HTTP
 SAMPLES = 4  # along each side of a level: tiles whose pixels tell one store from another
 CONTRADICTION = 16  # grey levels between a chunk that reads as empty and another level's pixels there
 RGB_COLOURS = ["FF0000", "00FF00", "0000FF"]
 
 T = TypeVar("T")
 Place = tuple[int, int, int]  # level, column and row of a tile
+
+
+def _remote_store(files: Any, folder: str) -> Any:
+    """A store of zarr 3; the storages that it opens by itself have connections that nobody closes."""
+    from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
+    from zarr.storage import FsspecStore
+
+    class Store(FsspecStore):
+        async def get(self, key: str, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return await super().get(key, *args, **kwargs)
+            except Exception as exc:  # public buckets that may not be listed deny what they do not have
+                denied = isinstance(exc, PermissionError) or getattr(exc, "status", None) == FORBIDDEN
+                if denied and key.rpartition("/")[2] in (*METADATA, ".zmetadata"):
+                    return None
+                raise
+
+    return Store(AsyncFileSystemWrapper(files, asynchronous=True), read_only=True, path=folder)
 
 
 def _storage(where: Path | str) -> tuple[Any, str]:
@@ -59,11 +78,7 @@ def _storage(where: Path | str) -> tuple[Any, str]:
         files, folder = remote.storage_of(where.rstrip("/"))
         if IS_ZARR_2:
             return files.get_mapper(folder), ""
-        from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
-
-        # zarr's own way opens connections that nobody closes
-        files = AsyncFileSystemWrapper(files, asynchronous=True)
-        return zarr.storage.FsspecStore(files, read_only=True, path=folder), ""
+        return _remote_store(files, folder), ""
     if where.is_dir():
         return str(where), ""
     with zipfile.ZipFile(where) as file:

@@ -5,7 +5,6 @@ files are written by pylibCZIrw.
 """
 
 import re
-import struct
 import subprocess
 import sys
 import types
@@ -13,12 +12,11 @@ import warnings
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
-import imagecodecs
 import numpy as np
 import pytest
 from cohort_fixtures import draw_slides, run_here
+from czi_files import for_openslide, to_jpeg_xr, write_czi
 from PIL import Image
-from pylibCZIrw import czi
 from zarr_stores import halved
 
 from seal_extract import open_slide, plugins
@@ -126,17 +124,6 @@ def pixels(tmp_path_factory):
         return slide.read_region((0, 0), 0, (900, 700))
 
 
-def write_czi(path, scenes, mpp=0.5, compression="zstd0:ExplicitLevel=1"):
-    """Write (x, y, pixels) of each scene in blocks of 256 px."""
-    with czi.create_czi(str(path), compression_options=compression) as file:
-        for scene, (x0, y0, pixels) in enumerate(scenes):
-            for y, x in np.ndindex(*(-(-side // 256) for side in pixels.shape[:2])):
-                block = pixels[256 * y : 256 * y + 256, 256 * x : 256 * x + 256, ::-1]
-                file.write(np.ascontiguousarray(block), location=(x0 + 256 * x, y0 + 256 * y), scene=scene)
-        file.write_metadata("slide", scale_x=mpp * 1e-6, scale_y=mpp * 1e-6)
-    return path
-
-
 def test_a_czi_that_openslide_refuses_is_read(pixels, tmp_path):
     with open_slide(write_czi(tmp_path / "a.czi", [(-50, 30, pixels)])) as slide:
         assert slide.reader.startswith("pylibCZIrw ")
@@ -147,47 +134,26 @@ def test_a_czi_that_openslide_refuses_is_read(pixels, tmp_path):
         assert not region[10:].any()
 
 
-BGR_24 = bytes.fromhex("24c3dd6f034efe4bb1853d77768dc90c")  # the pixel format in the header of a JPEG XR
+@pytest.mark.parametrize("compression", ["uncompressed:", "zstd0:ExplicitLevel=1", "zstd1:ExplicitLevel=1"])
+def test_a_czi_that_openslide_reads_is_left_to_it(pixels, tmp_path, compression):
+    path = for_openslide(write_czi(tmp_path / "a.czi", [(0, 0, pixels)], compression=compression))
+    with open_slide(path) as slide:
+        assert slide.reader.startswith("openslide ")
+        assert (slide.size_l0, slide.mpp) == ((900, 700), 0.5)
+        assert np.array_equal(slide.read_region((0, 0), 0, (900, 700)), pixels)
 
 
-def to_jpeg_xr(path):
-    """Compress the blocks of an uncompressed CZI in their places; pylibCZIrw does not write JPEG XR."""
-    data = bytearray(path.read_bytes())
-
-    def entry(at):  # of a block, beside it and once more in the directory
-        struct.pack_into("<i", data, at + 18, 4)  # its compression
-        return 32 + 20 * struct.unpack_from("<i", data, at + 28)[0]
-
-    at = 0
-    while at < len(data):
-        kind, (allocated,), here = (
-            data[at : at + 16].rstrip(b"\0"),
-            struct.unpack_from("<q", data, at + 16),
-            at + 32,
-        )
-        if kind == b"ZISRAWSUBBLOCK":
-            metadata_bytes, _, count = struct.unpack_from("<iiq", data, here)
-            width, height = (struct.unpack_from("<i", data, here + 48 + 20 * i + 8)[0] for i in (0, 1))
-            first = here + max(256, 16 + entry(here + 16)) + metadata_bytes
-            block = np.frombuffer(data, np.uint8, count, first).reshape(height, width, 3)
-            coded = imagecodecs.jpegxr_encode(np.ascontiguousarray(block[..., ::-1]), level=1.0)
-            coded = coded.replace(BGR_24[:15] + b"\x0d", BGR_24, 1)
-            data[first : first + len(coded)] = coded
-            struct.pack_into("<q", data, here + 8, len(coded))
-        elif kind == b"ZISRAWDIRECTORY":
-            place = here + 128
-            for _ in range(struct.unpack_from("<i", data, here)[0]):
-                place += entry(place)
-        at += 32 + allocated
-    path.write_bytes(data)
+def test_jpeg_xr_needs_the_extra(pixels, tmp_path, monkeypatch):
+    path = write_czi(tmp_path / "a.czi", [(0, 0, pixels)], compression="uncompressed:")
+    for_openslide(to_jpeg_xr(path))
+    monkeypatch.setitem(sys.modules, "pylibCZIrw.czi", None)
+    with pytest.raises(SlideOpenError, match=r"JPEG XR compression is not supported; pylibCZIrw reads"):
+        open_slide(path)
 
 
 def test_jpeg_xr_is_read_and_patches_are_cut(pixels, tmp_path):
     path = write_czi(tmp_path / "a.czi", [(0, 0, pixels)], compression="uncompressed:")
-    before = path.read_bytes()
-    to_jpeg_xr(path)
-    assert path.read_bytes() != before
-    with open_slide(path) as slide:  # without losses at level 1.0
+    with open_slide(to_jpeg_xr(path)) as slide:
         assert np.array_equal(slide.read_region((0, 0), 0, (900, 700)), pixels)
     done = run_here(path, "-o", tmp_path / "out", "--encoder", "seal-tiny")
     assert done.returncode == 0, done.stderr

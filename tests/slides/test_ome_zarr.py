@@ -288,6 +288,18 @@ def test_stores_at_urls_are_listed_without_what_is_in_them(memory, levels, store
     assert [e.name for e in list_slides(["memory://bucket/*/*.zarr"]).entries] == ["a"]
 
 
+@ZARR_3
+def test_a_bucket_that_denies_what_it_lacks_is_read(web, levels, tmp_path):
+    write_store(tmp_path / "www" / "a.zarr", levels)
+    web.missing_code = 403
+    with open_slide(f"{web.url}/a.zarr") as slide:
+        assert np.array_equal(slide.read_region((0, 0), 0, (900, 700)), levels[0])
+    with pytest.raises(
+        SlideOpenError, match=r"b\.zarr is no OME-Zarr that can be read: it holds no zarr\.json"
+    ):
+        open_slide(f"{web.url}/b.zarr")
+
+
 def test_a_request_that_fails_is_repeated(web, levels, tmp_path, monkeypatch):
     monkeypatch.setattr(ome_zarr, "RETRY_AFTER_S", (0.0, 0.0))
     write_store(tmp_path / "www" / "a.zarr", levels)
