@@ -45,7 +45,7 @@ Place = tuple[int, int, int]  # level, column and row of a tile
 
 
 def _remote_store(files: Any, folder: str) -> Any:
-    """A store of zarr 3; the storages that it opens by itself have connections that nobody closes."""
+    """A store of zarr; the storages that it opens by itself have connections that nobody closes."""
     from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
     from zarr.storage import FsspecStore
 
@@ -66,7 +66,7 @@ def _storage(where: Path | str) -> tuple[Any, str]:
     """What zarr reads a store from, and the folder in it.
 
     Raises:
-        UsageError: a URL with a signature.
+        UsageError: a URL with a signature, or that this zarr reads wrongly.
     """
     import zarr
 
@@ -75,10 +75,11 @@ def _storage(where: Path | str) -> tuple[Any, str]:
             raise UsageError(
                 "is many files, and the signature of a URL is of one; download the folder and give that"
             )
-        files, folder = remote.storage_of(where.rstrip("/"))
-        if IS_ZARR_2:
-            return files.get_mapper(folder), ""
-        return _remote_store(files, folder), ""
+        if IS_ZARR_2:  # it takes whatever a storage raises for a chunk that was left out
+            raise UsageError(
+                "is read where it is by zarr 3, on Python 3.11 or newer; download the folder and give that"
+            )
+        return _remote_store(*remote.storage_of(where.rstrip("/"))), ""
     if where.is_dir():
         return str(where), ""
     with zipfile.ZipFile(where) as file:

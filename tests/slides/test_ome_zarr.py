@@ -22,7 +22,7 @@ from seal_extract.slides import ome_zarr
 from seal_extract.slides.listing import list_slides
 from seal_extract.view.collection import Collection
 
-ZARR_3 = pytest.mark.skipif(IS_ZARR_2, reason="zarr 2 reads 0.4 only")
+ZARR_3 = pytest.mark.skipif(IS_ZARR_2, reason="zarr 2 reads 0.4, from a disk")
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +250,7 @@ def svs_and_store(tmp_path, **how):
     return svs, write_store(tmp_path / "www" / f"{svs.stem}.zarr", levels, mpp=mpp, **how)
 
 
-@pytest.mark.parametrize("place", ["folder", "web"])
+@pytest.mark.parametrize("place", ["folder", pytest.param("web", marks=ZARR_3)])
 def test_features_are_those_of_a_tiff_of_the_same_pixels(place, web, encoder, tmp_path):
     """A finished store is known again until it changes."""
     svs, store = svs_and_store(tmp_path)
@@ -300,6 +300,7 @@ def test_a_bucket_that_denies_what_it_lacks_is_read(web, levels, tmp_path):
         open_slide(f"{web.url}/b.zarr")
 
 
+@ZARR_3
 def test_a_request_that_fails_is_repeated(web, levels, tmp_path, monkeypatch):
     monkeypatch.setattr(ome_zarr, "RETRY_AFTER_S", (0.0, 0.0))
     write_store(tmp_path / "www" / "a.zarr", levels)
@@ -309,6 +310,7 @@ def test_a_request_that_fails_is_repeated(web, levels, tmp_path, monkeypatch):
         assert not any(web.fails.values())
 
 
+@ZARR_3
 @pytest.mark.parametrize("how", ["fails", "gone"])
 def test_a_store_that_disappears_fails_in_one_line(how, web, encoder, tmp_path, monkeypatch):
     _, store = svs_and_store(tmp_path)
@@ -332,6 +334,7 @@ def test_a_store_that_disappears_fails_in_one_line(how, web, encoder, tmp_path, 
     assert not contents(tmp_path / "out")
 
 
+@ZARR_3
 def test_the_command_shows_what_it_would_read_of_a_store(web, levels, tmp_path):
     write_store(tmp_path / "www" / "a.zarr", levels)
     done = run_here(f"{web.url}/a.zarr", "--dry-run")
