@@ -70,6 +70,9 @@ def add_volume_predict_options(p: argparse.ArgumentParser) -> None:
         help="least tissue in a patch (default: 0.5)",
     )
     p.add_argument("--all-tissue", action="store_true", help="take every patch; for volumes that are not H&E")
+    p.add_argument(
+        "--domains", type=int, default=0, metavar="N", help="also find N spatial domains over all planes"
+    )
     add(p, "--device")
     p.add_argument("--overwrite", action="store_true", help="replace files that another request made")
 
@@ -91,6 +94,7 @@ def run_volume_predict(args: argparse.Namespace) -> int:
         genes=None if args.genes is None else comma_separated(args.genes),
         min_tissue=args.min_tissue,
         all_tissue=args.all_tissue,
+        domains=args.domains,
         overwrite=args.overwrite,
         log=lambda line: None if args.quiet else echo(line),
     )

@@ -7,9 +7,6 @@ lie in temporary files, so that memory depends neither on the volume's depth nor
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import zlib
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,25 +19,20 @@ import torch
 from numpy.typing import NDArray
 
 from seal_extract.errors import OutputError, UsageError
-from seal_extract.features.feature_file import PROVENANCE, SlideLabel
+from seal_extract.features.feature_file import SlideLabel
 from seal_extract.features.layouts import open_layout
-from seal_extract.features.scverse import read_store_provenance
 from seal_extract.features.store import SlideFeatures, find_features
-from seal_extract.genes.expression_file import EXPRESSION, Expression, expression_path, write_expression
-from seal_extract.hdf5 import open_hdf5
-from seal_extract.names import shareable
+from seal_extract.genes.expression_file import Expression, expression_path, write_expression
 from seal_extract.patches.grid import PatchGrid, make_grid
-from seal_extract.publish import claimed, writing
 from seal_extract.run.embed import Embedder, open_embedder
 from seal_extract.run.provenance import PIPELINE, describe, first_difference
 from seal_extract.slides.entry import SlideEntry
 from seal_extract.slides.slide import Slide
 from seal_extract.tissue.mask import TissueMask
 from seal_extract.volume.model import ROWS, VolumeEncoder
+from seal_extract.volume.ome_zarr import find_domains, refuse_foreign, write_ome_zarr
 from seal_extract.volume.patches import embed_plane, grid_at, opened
 from seal_extract.volume.volume import Volume
-
-GENES_AT_ONCE = 16  # of a chunk of the OME-Zarr
 
 
 def predict_volume(
@@ -51,6 +43,7 @@ def predict_volume(
     genes: Sequence[str] | None = None,
     min_tissue: float = 0.5,
     all_tissue: bool = False,
+    domains: int = 0,
     overwrite: bool = False,
     log: Callable[[str], None] = lambda line: None,
 ) -> Path:
@@ -63,11 +56,12 @@ def predict_volume(
         genes: to write; all of the panel by default.
         min_tissue: smallest share of tissue in a patch.
         all_tissue: take every patch of every plane, where tissue cannot be found as in H&E.
+        domains: number of spatial domains to find over all planes; 0 finds none.
         overwrite: replace files that another request made.
         log: called with a line for each plane.
 
     Returns:
-        The OME-Zarr: float32 (c, z, y, x), a channel for each gene, a pixel for each patch, NaN off tissue.
+        The OME-Zarr, see `write_ome_zarr`.
 
     Raises:
         UsageError: an unknown gene; no tissue anywhere.
@@ -76,17 +70,19 @@ def predict_volume(
     """
     names = tuple(model.decoder.named() if genes is None else dict.fromkeys(genes))
     columns, store = model.decoder.columns(names), out / f"{model.name}.ome.zarr"
-    _refuse_foreign(store)
+    refuse_foreign(store)
     run = _Run(volume, model, out, {"min_tissue": min_tissue, "all_tissue": all_tissue}, overwrite)
+    embedded: list[SlideFeatures] = []
     made: list[Expression] = []
     with closing(run):
         for plane in range(len(volume)):
             kept = None if overwrite else run.finished(plane)
             features = kept or run.write(plane)
+            embedded.append(features)
             path, replaced = expression_path(features), kept is None
             made.append(write_expression(features, model.decoder, path, columns, overwrite=replaced))
             log(f"{volume.planes[plane].name}: {len(features.grid)} patches -> {path}")
-    write_ome_zarr(store, volume, made, names)
+    write_ome_zarr(store, volume, made, names, find_domains(embedded, domains) if domains else None)
     return store
 
 
@@ -227,93 +223,3 @@ class _Embedded:
         with TemporaryFile(dir=folder) as file:  # which lives as long as the map of it
             rows = np.memmap(file, np.float32, "w+", shape=(max(1, cells), dim))
         return cls(rows, np.zeros(cells, np.bool_))
-
-
-# --- OME-Zarr ---------------------------------------------------------------------------------------------
-
-
-def write_ome_zarr(path: Path, volume: Volume, planes: Sequence[Expression], genes: Sequence[str]) -> None:
-    """Write the expression of all planes as one OME-Zarr of version 0.4, plane by plane.
-
-    Zarr's format 2 is JSON and compressed chunks, which are written here, as versions of the library differ.
-
-    Args:
-        path: the folder; one that this package wrote is replaced.
-        volume: for the places of its planes.
-        planes: expression of each plane.
-        genes: which of it.
-
-    Raises:
-        UsageError: no plane has a patch.
-        OutputError: the folder is another tool's, or cannot be written.
-    """
-    _refuse_foreign(path)
-    step: int = planes[0].provenance["grid"]["patch_size_l0"]
-    nx, ny = (side // step for side in volume.size_px)
-    step_um = step * volume.mpp
-    array = {
-        "zarr_format": 2, "shape": [len(genes), len(planes), ny, nx], "dtype": "<f4",
-        "chunks": [GENES_AT_ONCE, 1, ny, nx],
-        "order": "C", "fill_value": "NaN", "filters": None, "dimension_separator": "/",
-        "compressor": {"id": "zlib", "level": 1},
-    }  # fmt: skip
-    axes = [{"name": "c", "type": "channel"}]
-    axes += [{"name": axis, "type": "space", "unit": "micrometer"} for axis in "zyx"]
-    scale = {"type": "scale", "scale": [1.0, volume.spacing_um, step_um, step_um]}
-    centre = {"type": "translation", "translation": [0.0, 0.0, step_um / 2, step_um / 2]}
-    highest = np.zeros(len(genes))
-    with writing(path), claimed(path.parent, as_folder=True) as claim:
-        part, written = claim / path.name, 0
-        for z, plane in enumerate(planes):
-            with open_hdf5(plane.path) as file:
-                values, coords = file[EXPRESSION][()], file["coords"][()]
-            values = values[:, [plane.genes.index(gene) for gene in genes]]
-            written += len(values)
-            highest = np.maximum(highest, values.max(0, initial=0))
-            dense = np.full((-(-len(genes) // GENES_AT_ONCE) * GENES_AT_ONCE, ny, nx), np.nan, "<f4")
-            dense[: len(genes), coords[:, 1] // step, coords[:, 0] // step] = values.T
-            for c in range(len(dense) // GENES_AT_ONCE):
-                chunk = part / "0" / f"{c}" / f"{z}" / "0" / "0"
-                chunk.parent.mkdir(parents=True)
-                piece = dense[c * GENES_AT_ONCE : (c + 1) * GENES_AT_ONCE]
-                chunk.write_bytes(zlib.compress(piece.tobytes(), 1))
-        if not written:
-            raise UsageError(
-                f"{volume.path}: no plane has tissue in any patch; type --all-tissue to take all"
-            )
-        channels = [
-            {"label": gene, "color": "FFFFFF", "active": i == 0, "window": _window(high)}
-            for i, (gene, high) in enumerate(zip(genes, highest.tolist(), strict=True))
-        ]
-        attributes = {
-            "multiscales": [
-                {
-                    "version": "0.4",
-                    "name": path.name,
-                    "axes": axes,
-                    "datasets": [{"path": "0", "coordinateTransformations": [scale, centre]}],
-                }
-            ],
-            "omero": {"channels": channels},
-            PROVENANCE: json.dumps(
-                {
-                    "unit": planes[0].provenance["unit"],
-                    "genes": list(genes),
-                    "planes": [plane.name for plane in volume.planes],
-                    "made_of": [shareable(plane.provenance["features"]) for plane in planes],
-                }
-            ),
-        }
-        for name, value in {".zgroup": {"zarr_format": 2}, ".zattrs": attributes, "0/.zarray": array}.items():
-            (part / name).write_text(json.dumps(value), encoding="utf-8")
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(part, path)
-
-
-def _window(high: float) -> dict[str, float]:
-    return {"start": 0.0, "end": high or 1.0, "min": 0.0, "max": high or 1.0}
-
-
-def _refuse_foreign(path: Path) -> None:
-    if path.exists() and read_store_provenance(path) is None:
-        raise OutputError(f"{path} exists and is not ours; choose another -o")

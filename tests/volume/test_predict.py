@@ -80,6 +80,22 @@ def test_every_plane_is_predicted_through_depth(world, tmp_path):
     assert str(tmp_path) not in json.dumps(attributes)
 
 
+def test_domains_are_clusters_of_all_planes_together(world, tmp_path):
+    path, _, models = world
+    volume, model = open_volume(path), load_volume_encoder(models[3])
+    store = predict_volume(volume, model, tmp_path, genes=["GENE1"], all_tissue=True, domains=3)
+    labels = zarr.open(str(store), mode="r")["labels/domains/0"][:]
+    assert labels.shape == (len(volume), TILES, TILES)
+    assert set(np.unique(labels)) == {1, 2, 3}
+    features = np.concatenate([one.features for one in list_features(tmp_path)[0]])
+    rows = (features - features.mean(0)) / features.std(0)
+    centres = np.stack([rows[labels.ravel() == i].mean(0) for i in (1, 2, 3)])
+    nearest = ((rows[:, None] - centres) ** 2).sum(2).argmin(1) + 1
+    assert (nearest == labels.ravel()).mean() > 0.98
+    with pytest.raises(SealExtractError, match="--domains is 1; allowed: 2 to 100"):
+        predict_volume(volume, model, tmp_path, genes=["GENE1"], all_tissue=True, domains=1)
+
+
 def test_one_plane_gives_the_features_of_a_slide_bit_for_bit(world, tmp_path):
     path, _, models = world
     model = load_volume_encoder(models[1])
