@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,12 +18,18 @@ if TYPE_CHECKING:
     from seal_extract.encoders.request import EncoderRequest
     from seal_extract.features.layouts import Layout
     from seal_extract.features.store import SlideFeatures
-    from seal_extract.pooling import Pooling, SlideLevel
+    from seal_extract.pooling import Pooling
     from seal_extract.run.options import ExtractOptions
     from seal_extract.run.status_table import SlideResult
     from seal_extract.slides.listing import SlideList
 
-ALLOWED_FUSIONS = ("early", "late")
+
+@dataclass(frozen=True)
+class _Slide:
+    """A slide of a patient: its file, and the features by encoder; none if it failed."""
+
+    file: str
+    features: tuple[Path, ...]
 
 
 class SlideLevels:
@@ -46,8 +54,8 @@ class SlideLevels:
         self._out, self._options = args.out, options
         self._fusions = _fusions(args, slides)
         self._poolings: list[Pooling] = []
-        self._results: dict[str, list[SlideResult]] = defaultdict(list)  # by patient
-        self._pooled: dict[tuple[Path, str], SlideLevel | None] = {}  # by features and pooling
+        self._patients: dict[str, list[_Slide]] = defaultdict(list)
+        self._pooled: dict[tuple[Path, str], Path] = {}  # slide-level files by features and pooling
         if args.slide_level:
             from seal_extract.pooling import open_pooling
 
@@ -68,7 +76,8 @@ class SlideLevels:
     def pool(self, result: SlideResult) -> Iterator[str | SealExtractError]:
         """Pool the features of each encoder in each way asked for; yields one line or error for each."""
         if self._fusions and result.entry.case_id:
-            self._results[result.entry.case_id].append(result)
+            slide = _Slide(result.path.name, tuple(features.path for features in result.features))
+            self._patients[result.entry.case_id].append(slide)
         for features in result.features:
             for pooling in self._poolings:
                 what = f"{result.path.name}: slide level by {pooling.name}"
@@ -81,22 +90,17 @@ class SlideLevels:
 
     def pool_patients(self) -> Iterator[tuple[str, str | SealExtractError]]:
         """Pool each patient once all slides are done; yields (patient, line or error) for each file."""
-        for patient, results in sorted(self._results.items()):
-            encoders = max(len(result.features) for result in results) or 1
-            for i in range(encoders):
-                for pooling in self._poolings:
-                    for fusion in self._fusions:
-                        what = f"{patient}: patient level by {pooling.name}, {fusion} fusion of "
-                        what += f"{len(results)} slide{'s' * (len(results) > 1)}"
-                        try:
-                            self._patients_asked += 1
-                            yield (
-                                patient,
-                                f"{what}, {self._write_patient(patient, results, i, pooling, fusion)}",
-                            )
-                        except SealExtractError as exc:
-                            self._patients_failed += 1
-                            yield patient, type(exc)(f"{what}: {exc}")
+        for patient, slides in sorted(self._patients.items()):
+            encoders = range(max(len(slide.features) for slide in slides) or 1)
+            for encoder, pooling, fusion in product(encoders, self._poolings, self._fusions):
+                count = f"{len(slides)} slide{'s' * (len(slides) > 1)}"
+                what = f"{patient}: patient level by {pooling.name}, {fusion} fusion of {count}"
+                try:
+                    self._patients_asked += 1
+                    yield patient, f"{what}, {self._write_patient(patient, slides, encoder, pooling, fusion)}"
+                except SealExtractError as exc:
+                    self._patients_failed += 1
+                    yield patient, type(exc)(f"{what}: {exc}")
 
     def exit_status(self) -> int:
         """0, or 1 if a file failed, with a line that says how many."""
@@ -111,7 +115,7 @@ class SlideLevels:
             return f"no patches to pool{_without(path, self._options.overwrite)}"
         made = pool_slide(features, pooling, path, overwrite=self._options.overwrite)
         if self._fusions:
-            self._pooled[features.path, pooling.name] = made
+            self._pooled[features.path, pooling.name] = path
         line = " x ".join(map(str, made.features.shape))
         if made.provenance.get("mismatch"):  # older versions did not record it
             line += f" (mind that {made.provenance['mismatch']})"
@@ -127,27 +131,28 @@ class SlideLevels:
         return f"{line} -> {path}"
 
     def _write_patient(
-        self, patient: str, results: Sequence[SlideResult], encoder: int, pooling: Pooling, fusion: str
+        self, patient: str, slides: Sequence[_Slide], encoder: int, pooling: Pooling, fusion: str
     ) -> str:
-        from seal_extract.pooling.patient_level import fuse_early, fuse_late
+        from seal_extract.features.store import read_features
+        from seal_extract.pooling import read_slide_level
+        from seal_extract.pooling.patient_level import EARLY, fuse_early, fuse_late
 
-        if failed := sorted(result.path.name for result in results if result.error is not None):
+        if failed := sorted(slide.file for slide in slides if not slide.features):
             raise OutputError(
                 f"{', '.join(failed)} failed, and the embedding would lack {'them' if failed[1:] else 'it'}; "
                 "run the same command again, or take what failed out of the table"
             )
-        slides = [result.features[encoder] for result in results]
-        first = min(slides, key=lambda slide: slide.path.stem)
-        path = self._layout(first).patient_level(patient, f"{fusion}_{_name(pooling, first)}")
-        with_patches = [slide for slide in slides if len(slide.grid)]
+        features = [read_features(path) for path in sorted(slide.features[encoder] for slide in slides)]
+        path = self._layout(features[0]).patient_level(patient, f"{fusion}_{_name(pooling, features[0])}")
+        with_patches = [one for one in features if len(one.grid)]
         overwrite = self._options.overwrite
         if not with_patches:
             return f"no patches to pool{_without(path, overwrite)}"
-        if fusion == "early":
+        if fusion == EARLY:
             made = fuse_early(patient, with_patches, pooling, path, overwrite=overwrite)
         else:
-            pooled = [self._pooled.get((slide.path, pooling.name)) for slide in with_patches]
-            done = [one for one in pooled if one is not None]
+            pooled = [self._pooled.get((one.path, pooling.name)) for one in with_patches]
+            done = [read_slide_level(file) for file in pooled if file is not None]
             if len(done) < len(pooled):
                 raise OutputError("the slide-level file of a slide failed, see above")
             made = fuse_late(patient, done, path, overwrite=overwrite)
@@ -193,11 +198,13 @@ def _fusions(args: argparse.Namespace, slides: SlideList) -> list[str]:
         UsageError: there is no such fusion, or this run does not see all slides of each patient by name.
     """
     fusions = list(dict.fromkeys(name for text in args.patient_level for name in comma_separated(text)))
-    for fusion in fusions:
-        if fusion not in ALLOWED_FUSIONS:
-            raise UsageError(f"--patient-level is {fusion!r}; allowed: {', '.join(ALLOWED_FUSIONS)}")
     if not fusions:
         return []
+    from seal_extract.pooling.patient_level import FUSIONS
+
+    for fusion in fusions:
+        if fusion not in FUSIONS:
+            raise UsageError(f"--patient-level is {fusion!r}; allowed: {', '.join(FUSIONS)}")
     if not args.slide_level:
         raise UsageError("--patient-level pools by --slide-level; type --slide-level mean too, or a model")
     for option, given in (("--shard", args.shard is not None), ("--retry-failed", args.retry_failed)):

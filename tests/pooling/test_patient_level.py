@@ -7,6 +7,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from cohort_fixtures import run_here
 from conftest import one_line
 from feature_fixtures import short_of
 from mil_models import model_of, rows_of, save, write_features
@@ -105,13 +106,22 @@ def test_slides_of_another_encoder_or_other_weights_are_refused(tmp_path, slides
 # --- the command line -----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def table(tmp_path, drawn_slides):
+@pytest.fixture(scope="module")
+def table(tmp_path_factory, drawn_slides):
     """Two patients, one of them with two slides."""
-    path = tmp_path / "list.csv"
+    path = tmp_path_factory.mktemp("patients") / "list.csv"
     rows = [f"{slide},{case}" for slide, case in zip(drawn_slides, ("P 1", "P2", "P 1"), strict=True)]
     path.write_text("\n".join(["slide,case_id", *rows]))
     return path
+
+
+@pytest.fixture(scope="module")
+def made(table, encoder_folder):
+    """The command, its result, and its folder."""
+    out = table.parent / "out"
+    words = (table, "-o", out, "--encoder", encoder_folder, "--slide-level", "mean")
+    words += ("--patient-level", "early,late", "--log-json", table.with_name("log.jsonl"))
+    return words, run_here(*words), out
 
 
 def files_of(out, name):
@@ -119,13 +129,10 @@ def files_of(out, name):
     return {path.stem: path for path in folder.glob("*.h5")}
 
 
-def test_a_table_gives_each_patient_a_file_for_each_fusion(run, table, encoder_folder, tmp_path):
-    out = tmp_path / "out"
-    command = (table, "-o", out, "--encoder", encoder_folder, "--slide-level", "mean")
-    command += ("--patient-level", "early,late", "--log-json", tmp_path / "log.jsonl")
-    status, lines, err = run(*command)
-    assert (status, err) == (0, [])
-    told = [line.partition(", 192 -> ")[0] for line in lines if "patient level" in line]
+def test_a_table_gives_each_patient_a_file_for_each_fusion(made):
+    _, done, out = made
+    assert (done.returncode, done.stderr) == (0, "")
+    told = [line.partition(", 192 -> ")[0] for line in done.stdout.splitlines() if "patient level" in line]
     assert told == [
         f"{case}: patient level by mean, {fusion} fusion of {count}"
         for case, count in (("P 1", "2 slides"), ("P2", "1 slide"))
@@ -137,27 +144,29 @@ def test_a_table_gives_each_patient_a_file_for_each_fusion(run, table, encoder_f
         ("early", np.concatenate(both).mean(0, np.float64)),
         ("late", np.mean([one.mean(0, np.float64) for one in both], 0)),
     ):
-        with h5py.File(files_of(out, f"{fusion}_mean")["P 1"]) as file:
+        path = files_of(out, f"{fusion}_mean")["P 1"]
+        with h5py.File(path) as file:
             assert file["features"].shape == (1, 192)
             np.testing.assert_allclose(file["features"][0], want, rtol=1e-6, atol=1e-7)
-    assert short_of(files_of(out, "late_mean")["P2"].parent, "patho-bench") == []
+        assert short_of(path.parent, "patho-bench") == []
+    events = [json.loads(line)["event"] for line in (out.parent / "log.jsonl").read_text().splitlines()]
+    assert events.count("patient level") == 4
+
+
+def test_a_second_run_leaves_them_and_a_patient_with_a_failed_slide_fails_alone(made, run, table, tmp_path):
+    words, _, out = made
     before = files_of(out, "early_mean")["P 1"].read_bytes()
-    status, lines, _ = run(*command)
-    assert (status, sum("patient level" in line and "finished before" in line for line in lines)) == (0, 4)
-    assert files_of(out, "early_mean")["P 1"].read_bytes() == before
-    events = [json.loads(line)["event"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert events.count("patient level") == 8
-
-
-def test_a_patient_with_a_failed_slide_fails_and_the_others_do_not(run, table, encoder_folder, tmp_path):
     (tmp_path / "bad.svs").write_text("no slide")
-    table.write_text(f"{table.read_text()}\n{tmp_path / 'bad.svs'},P 1")
-    command = (table, "-o", tmp_path / "out", "--encoder", encoder_folder, "--slide-level", "mean")
-    status, _, err = run(*command, "--patient-level", "late")
+    longer = tmp_path / "list.csv"
+    longer.write_text(f"{table.read_text()}\n{tmp_path / 'bad.svs'},P 1")
+    status, lines, err = run(longer, *words[1:])
     assert status == 1
-    (line,) = [line for line in err if "patient level" in line and "FAILED" in line]
-    assert "P 1: patient level by mean, late fusion of 3 slides: bad.svs failed, and the embedding" in line
-    assert list(files_of(tmp_path / "out", "late_mean")) == ["P2"]
+    told = [line for line in lines if "patient level" in line]
+    assert all(line.startswith("P2: ") and "finished before" in line for line in told)
+    assert len(told) == 2
+    assert sum("P 1: patient level by mean, " in line and "bad.svs failed, and" in line for line in err) == 2
+    assert "2 of 4 patient-level files failed" in err[-1]
+    assert files_of(out, "early_mean")["P 1"].read_bytes() == before
 
 
 def test_a_patient_level_that_the_run_cannot_give_is_one_line(
