@@ -44,7 +44,7 @@ def run_table(args: argparse.Namespace) -> int:
     elif not asked:
         near = get_close_matches(" ".join(args.words).lower(), [f["name"] for f in facts], n=2)
         hint = f"; did you mean {' or '.join(near)}" if near else ""
-        raise UsageError(f"none of {len(facts)} encoders is so{hint}; for all type: seal-extract encoders")
+        raise UsageError(f"no encoder matches{hint}; for all {len(facts)} type: seal-extract encoders")
     elif len(asked) <= FEW:
         for one in asked:
             _print_details(one)

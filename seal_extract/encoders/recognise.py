@@ -16,8 +16,8 @@ from seal_extract.errors import UsageError
 
 OMICS = "SEAL omics"
 ENOUGH = 0.9  # of a tower's tensors: a file may be cut short, or of a finetune that changed some
+FUSED = (".attn.qkv.", ".mlp.fc1.")  # they are compared without what some files hold in parts
 _TOWERS: dict[tuple[Architecture, str, int], Shapes] = {}  # those built so far
-FUSED = ".attn.qkv."  # files in which q, k and v are separate are compared without them
 
 
 def looks_like(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -54,13 +54,15 @@ def _share(row: EncoderSpec, held: Shapes) -> tuple[float, int]:
     prefix = row.layout.prefix
     if row.layout.lora is not None and not any(k.startswith(prefix) and ".lora_" not in k for k in held):
         return float(_adapters_fit(row, held)), 0
-    needed = {prefix + key: shape for key, shape in _tower(row).items() if FUSED not in key}
+    needed = {prefix + key: shape for key, shape in _tower(row).items()}
+    needed = {key: shape for key, shape in needed.items() if not any(part in key for part in FUSED)}
     count = sum(held.get(key) == shape for key, shape in needed.items())
     return count / max(1, len(needed)), count
 
 
 def _adapters_fit(row: EncoderSpec, held: Shapes) -> bool:
     pairs, tower = adapter_keys(held, row.layout.prefix), _tower(row)
+    by_timm = row.layout.layer_names == "timm"
     if not pairs or held.get("decoder.decoder.0.weight", ())[1:] != (row.dim,):
         return False
     for layer, keys in pairs.items():
@@ -68,8 +70,7 @@ def _adapters_fit(row: EncoderSpec, held: Shapes) -> bool:
         halves = [held[keys.get(half, "")] if half in keys else () for half in "BA"]
         if spot is None or [len(shape) for shape in halves] != [2, 2]:
             return False
-        by_timm = f"{layer}.weight" in tower
-        if by_timm != (row.layout.layer_names == "timm"):
+        if (f"{layer}.weight" in tower) != by_timm:
             return False
         if not fits((halves[0][0], halves[1][1]), spot, tower):
             return False

@@ -177,8 +177,8 @@ def find_spec(name: str) -> EncoderSpec:
     near = get_close_matches(name.lower(), rows, n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise UsageError(
-        f"there is no encoder {name!r}; {hint}Names: {', '.join(rows)}; or give a folder or Hub repository "
-        "with config.json and model.safetensors"
+        f"there is no encoder {name!r}; {hint}For all {len(rows)} names type: seal-extract encoders; or give "
+        "a folder or Hub repository with config.json and model.safetensors"
     )
 
 

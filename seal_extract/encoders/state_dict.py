@@ -202,10 +202,12 @@ def _shaped(value: Tensor, key: str) -> Tensor:
 
 def _fold_position(named: dict[str, Tensor], prefix: str) -> None:
     """Add the class token's position to it: registers have none, and timm keeps those of patches alone."""
-    cls, positions = (named.get(prefix + key) for key in ("cls_token", "pos_embed"))
-    if cls is None or positions is None or cls.layout != torch.strided or positions.layout != torch.strided:
-        return
-    if cls.ndim == positions.ndim == 3 and cls.shape[:2] == (1, 1) and cls.shape[2] == positions.shape[2]:
+    held = [named[prefix + key] for key in ("cls_token", "pos_embed") if prefix + key in named]
+    if len(held) < 2 or not all(t.layout == torch.strided and t.is_contiguous() for t in held):
+        return  # an expanded number only claims its size, and the sum would take it
+    cls, positions = held
+    alike = cls.dtype == positions.dtype and cls.ndim == positions.ndim == 3
+    if alike and cls.shape[:2] == (1, 1) and cls.shape[2] == positions.shape[2]:
         named[prefix + "cls_token"] = cls + positions[:, :1]
         named[prefix + "pos_embed"] = positions[:, 1:]
 

@@ -140,7 +140,9 @@ def test_the_list_is_filtered(typed, names, run, monkeypatch, tmp_path):
 def test_nothing_to_list_names_the_nearest(run):
     status, _, err = run("encoders", "hibou-x")
     assert status == 2
-    assert re.search("none of .* did you mean hibou-[bl].*; for all type: seal-extract encoders", err[-1])
+    assert re.search(
+        "no encoder matches; did you mean hibou-[bl].*; for all .* type: seal-extract encoders", err[-1]
+    )
 
 
 def test_a_download_is_listed_as_cached(run, monkeypatch, tmp_path):
@@ -206,12 +208,10 @@ def test_a_tower_takes_no_memory_until_it_is_filled(name):
 
 @pytest.mark.parametrize(
     ("asked", "nearest"),
-    [("seal-conc", "seal-conch"), ("UNIV2", "univ2"), ("uni2", "univ2"), ("zzz", "Names")],
+    [("seal-conc", "seal-conch"), ("UNIV2", "univ2"), ("uni2", "univ2"), ("zzz", "For all")],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(asked, nearest):
-    with pytest.raises(
-        UsageError, match=rf"no encoder '{asked}'.*{nearest}.*seal-conch, seal-univ2, .*, conch, univ2"
-    ):
+    with pytest.raises(UsageError, match=rf"no encoder '{asked}'.*{nearest}.*type: seal-extract encoders"):
         find_spec(asked)
     with pytest.raises(UsageError, match=nearest):
         load_encoder(asked)
