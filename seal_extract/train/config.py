@@ -180,6 +180,34 @@ class MultiScaleOptions(Options, frozen=True):
             raise UsageError("patch and region are 0; one of them has to be above 0")
 
 
+class BaselineOptions(Options, frozen=True):
+    """The methods ``stnet``, ``bleep`` and ``pathomclip``; the defaults are those that are published.
+
+    Attributes:
+        train: ``all`` weights of the image encoder, ``lora`` adapters, or ``nothing`` of it.
+        lora: the adapters.
+        stain: standard deviation of the colour augmentation.
+        temperature: of BLEEP's contrast.
+        clip_temperature: of PathOmCLIP's contrast; the value at which CLIP begins.
+        projection_dim: BLEEP's, of the space of image and expression.
+        dropout: of BLEEP's projections.
+        nearest: number of spots whose mean is BLEEP's prediction.
+        context: of PathOmCLIP's transformer: the true ``neighbours`` of a patch, or the ``batch``, as in
+            SEAL's variant.
+    """
+
+    train: Literal["all", "lora", "nothing"] = "all"
+    lora: LoraOptions = LoraOptions()
+    stain: Weight = 0.0
+    temperature: Positive = 1.0
+    clip_temperature: Positive = 0.07
+    projection_dim: Width = 256
+    dropout: Share = 0.1
+    nearest: Count = 50
+    context: Literal["neighbours", "batch"] = "neighbours"
+
+
+PUBLISHED = ("stnet", "bleep", "pathomclip")  # baselines with a model of their own
 BASELINES = {
     "clip": SealOptions(reconstruction=0, prediction=0),  # alignment alone
     "regression": SealOptions(alignment=0, reconstruction=0),  # after ST-Net: expression from the image alone
@@ -194,7 +222,8 @@ class TrainConfig(Options, frozen=True):
         name: of the new encoder.
         encoder: the encoder that is finetuned: a name or a folder.
         checkpoint: its official weight file, where it is on this disk.
-        method: ``seal``, ``multiscale``, or a baseline: ``clip``, ``regression``, ``probe``.
+        method: ``seal``, ``multiscale``, or a baseline: ``clip``, ``regression``, ``probe``, ``stnet``,
+            ``bleep``, ``pathomclip``.
         out: folder of the new encoder, with the checkpoints and curves in it.
         batch_size: pairs in a batch; regions in a batch for ``multiscale``.
         projection: heads between the embeddings and the contrast: ``none``, ``linear`` or ``mlp``, as in
@@ -205,6 +234,7 @@ class TrainConfig(Options, frozen=True):
         omics: the expression encoder.
         seal: stage 2 of SEAL.
         multiscale: multi-scale alignment.
+        baseline: the methods ``stnet``, ``bleep`` and ``pathomclip``.
         loop: the optimiser.
     """
 
@@ -213,7 +243,9 @@ class TrainConfig(Options, frozen=True):
     out: str
     data: DataOptions
     checkpoint: str | None = None
-    method: Literal["seal", "clip", "regression", "probe", "multiscale"] = "seal"
+    method: Literal["seal", "clip", "regression", "probe", "multiscale", "stnet", "bleep", "pathomclip"] = (
+        "seal"
+    )
     batch_size: Count = 384
     projection: Literal["none", "linear", "mlp"] = "none"
     licence: str = "not stated"
@@ -221,6 +253,7 @@ class TrainConfig(Options, frozen=True):
     omics: OmicsOptions = OmicsOptions()
     seal: SealOptions = SealOptions()
     multiscale: MultiScaleOptions = MultiScaleOptions()
+    baseline: BaselineOptions = BaselineOptions()
     loop: LoopOptions = LoopOptions()
 
 
@@ -265,6 +298,10 @@ def check(config: TrainConfig, names: Sequence[str]) -> None:
     if config.loop.patience and not config.data.validation:
         raise UsageError(
             "patience needs a validation section; name one in [data] validation, or leave patience out"
+        )
+    if config.method in PUBLISHED and config.projection != "none":
+        raise UsageError(
+            f"projection is {config.projection!r}; {config.method} has its own way to contrast; leave it out"
         )
     if config.data.panel:
         read_panel(config.data.panel)

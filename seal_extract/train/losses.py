@@ -1,4 +1,4 @@
-"""The losses of SEAL and of multi-scale alignment, each as its formula.
+"""The losses of SEAL, of multi-scale alignment and of BLEEP, each as its formula.
 
 Sources: SEAL, arXiv 2602.14177 (its published configuration); InfoNCE after van den Oord et al.,
 arXiv 1807.03748; the correlation loss after Zbontar et al., arXiv 2103.03230; planar flows after Rezende and
@@ -36,6 +36,27 @@ def info_nce(images: Tensor, expression: Tensor, temperature: float = 0.05) -> T
     similarity = F.normalize(images.float(), dim=1) @ F.normalize(expression.float(), dim=1).T / temperature
     partner = torch.arange(len(similarity), device=similarity.device)
     return (F.cross_entropy(similarity, partner) + F.cross_entropy(similarity.T, partner)) / 2
+
+
+def bleep_loss(images: Tensor, spots: Tensor, temperature: float = 1.0) -> Tensor:
+    """Contrast with soft targets: pairs that resemble each other count as partners in part.
+
+    With s = spots @ images^T / T and targets t = softmax over rows of (images @ images^T + spots @ spots^T) /
+    (2 T), half of the mean over i of -sum_j t[i, j] log softmax(s)[i, j] and
+    -sum_j t[j, i] log softmax(s^T)[i, j] each. Source: BLEEP (arXiv 2306.01859) and its code, whose targets
+    are not normalised for the second direction, and carry gradients.
+
+    Args:
+        images: [B, D]; their length counts.
+        spots: [B, D], row by row the partner.
+        temperature: above 0.
+    """
+    images, spots = images.float(), spots.float()
+    logits = spots @ images.T / temperature
+    targets = ((images @ images.T + spots @ spots.T) / (2 * temperature)).softmax(dim=-1)
+    by_spot = -(targets * logits.log_softmax(dim=-1)).sum(1)
+    by_image = -(targets.T * logits.T.log_softmax(dim=-1)).sum(1)
+    return ((by_spot + by_image) / 2).mean()
 
 
 def correlation_loss(predicted: Tensor, true: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from seal_extract.encoders import Encoder, folder, load_encoder
 from seal_extract.encoders.hub import upload
 from seal_extract.errors import OutputError
 from seal_extract.genes.gene_lists import read_panel
-from seal_extract.train.config import TrainConfig, check, convert
+from seal_extract.train.baselines import BleepModel, PathOmClipModel, StNetModel
+from seal_extract.train.config import PUBLISHED, TrainConfig, check, convert
 from seal_extract.train.finetune import merge_adapters
 from seal_extract.train.formats import load_sections, names_of
 from seal_extract.train.loop import Row, train
@@ -26,6 +27,7 @@ from seal_extract.train.pairs import Batches, Pairs, make_pairs
 from seal_extract.train.seal import OmicsModel, SealModel, as_expression_decoder, new_omics
 from seal_extract.train.sections import Section, choose_panel
 
+Model = SealModel | MultiScaleModel | StNetModel | BleepModel | PathOmClipModel
 MIN_SD = 0.05  # of log1p; bounds the weight of genes that hardly vary in the standardised error
 
 
@@ -103,7 +105,7 @@ def run(
     torch.manual_seed(config.loop.seed)  # of new weights
     encoder = load_encoder(config.encoder, checkpoint=config.checkpoint, precision="float32")
     sd = torch.from_numpy(pairs.expression.std(0)).clamp_min(MIN_SD)
-    options = to_builtins(config)
+    options = _options(config)
     if config.projection == "none":  # as checkpoints were written before there was a choice
         del options["projection"]
     identity = {"config": options, "panel": panel, "base": encoder.identity}
@@ -113,8 +115,7 @@ def run(
         log(f"epoch {row['epoch']:.0f}: {numbers}")
 
     omics = None
-    multiscale, seal = config.method == "multiscale", config.seal
-    if pairs.embeddings is None if multiscale else (seal.alignment or seal.reconstruction):
+    if _needs_omics(config, pairs):
         omics = OmicsModel(new_omics(encoder.spec.dim, len(panel), config.omics.hidden), sd, config.omics.kl)
         omics = omics.to(encoder.device)
         if config.omics.epochs:
@@ -125,9 +126,12 @@ def run(
 
     log(f"stage 2: {config.method}, at most {config.loop.epochs} epochs")
     model = _new_model(config, encoder, omics, sd, pairs).to(encoder.device)
-    both = _batches(pairs, validation, config, regions=multiscale)
+    local = config.method == "pathomclip" and config.baseline.context == "neighbours"
+    both = _batches(pairs, validation, config, regions=config.method == "multiscale" or local)
     rows = train(model, *both, out / "stage_2", config.loop, identity=identity, on_epoch=log_epoch)
-    predicts = isinstance(model, SealModel) and config.seal.prediction
+    if isinstance(model, BleepModel) and both[1] is not None:
+        log(f"validation, mean of the nearest spots: r {_nearest_r(model, both[1], both[0]):.3f}")
+    predicts = isinstance(model, StNetModel) or (isinstance(model, SealModel) and config.seal.prediction)
     write_encoder(
         out,
         config.name,
@@ -154,12 +158,43 @@ def _batches(
     return batches, None if validation is None else Batches(validation, len(validation), regions=regions)
 
 
+def _options(config: TrainConfig) -> dict[str, Any]:
+    """The options as JSON, without the table of methods that were not there when older runs began."""
+    options: dict[str, Any] = to_builtins(config)
+    if config.method not in PUBLISHED:
+        del options["baseline"]
+    return options
+
+
+def _needs_omics(config: TrainConfig, pairs: Pairs) -> bool:
+    """Whether an expression encoder is trained."""
+    if config.method in ("multiscale", "pathomclip"):
+        return pairs.embeddings is None
+    if config.method in PUBLISHED:
+        return False
+    return bool(config.seal.alignment or config.seal.reconstruction)
+
+
+def _nearest_r(model: BleepModel, validation: Batches, training: Batches) -> float:
+    """Mean over genes of Pearson's r of BLEEP's prediction on the validation sections; NaN if none varies."""
+    predicted = model.predict(validation, training).cpu()
+    both = [rows - rows.mean(0) for rows in (predicted, torch.from_numpy(validation.pairs.expression))]
+    r = (both[0] * both[1]).sum(0) / (both[0].norm(dim=0) * both[1].norm(dim=0))
+    return float(r[r.isfinite()].mean())
+
+
 def _new_model(
     config: TrainConfig, encoder: Encoder, omics: OmicsModel | None, sd: Tensor, pairs: Pairs
-) -> SealModel | MultiScaleModel:
+) -> Model:
     """The model of stage 2."""
+    genes, dim = len(pairs.panel), 0 if pairs.embeddings is None else pairs.embeddings.shape[1]
+    if config.method == "stnet":
+        return StNetModel(encoder, config.baseline, torch.from_numpy(pairs.expression.mean(0)))
+    if config.method == "bleep":
+        return BleepModel(encoder, config.baseline, genes)
+    if config.method == "pathomclip":
+        return PathOmClipModel(encoder, omics, config.baseline, genes, dim)
     if config.method == "multiscale":
-        dim = 0 if pairs.embeddings is None else pairs.embeddings.shape[1]
         return MultiScaleModel(encoder, omics, config.multiscale, dim, config.projection)
     return SealModel(encoder, omics, sd, config.seal, config.projection)
 
@@ -167,7 +202,7 @@ def _new_model(
 def write_encoder(
     out: Path,
     name: str,
-    model: SealModel | MultiScaleModel,
+    model: Model,
     *,
     patch_px: int,
     mpp: float,
@@ -200,9 +235,13 @@ def write_encoder(
         source="",
         published=None,
     )
-    decoder = None
-    if panel is not None and isinstance(model, SealModel):
+    decoder, omics = None, None
+    if panel is not None and isinstance(model, SealModel | StNetModel):
         decoder = as_expression_decoder(model.decoder)
+    # SEAL's variant of PathOmCLIP aligns expression with what leaves its transformer, which no folder holds
+    aligned = not isinstance(model, PathOmClipModel) or model.options.context == "neighbours"
+    if model.omics is not None and aligned:
+        omics = model.omics.omics.state_dict()
     folder.write(
         out,
         spec,
@@ -210,7 +249,7 @@ def write_encoder(
         [asdict(w) for w in encoder.weights],
         decoder,
         panel,
-        model.omics.omics.state_dict() if model.omics is not None else None,
+        omics,
         training,
         head=encoder.projection,
         merged=encoder.merged,
@@ -226,7 +265,7 @@ def _summary(config: TrainConfig, base: str, pairs: Pairs, rows: list[Row]) -> d
         f"{pairs.patches.shape[-1]} px at {config.data.mpp:g} µm/px. Epoch {best['epoch']:.0f} of "
         f"{len(rows)} was kept.\n"
     )
-    options = to_builtins(config)
+    options = _options(config)
     del options["data"]["sections"]
     return {
         "summary": f"{text}\n{config.card}" if config.card else text,

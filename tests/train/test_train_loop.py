@@ -1,6 +1,7 @@
 """The loop: stops, goes on, gives back the best; a whole run to a folder that loads; options and refusals."""
 
 import csv
+import json
 import shutil
 import subprocess
 import sys
@@ -243,24 +244,31 @@ def trained(study, tmp_path_factory):
     return run(read_config(write_config(study, tmp_path_factory.mktemp("trained") / "out")))
 
 
-@pytest.mark.parametrize("method", ["seal", "multiscale", "clip", "regression", "probe"])
+@pytest.mark.parametrize(
+    "method", ["seal", "multiscale", "clip", "regression", "probe", "stnet", "bleep", "pathomclip"]
+)
 def test_a_configuration_becomes_an_encoder(study, tmp_path, capsys, method):
     out = tmp_path / "out"
     assert main(["train", str(write_config(study, out, method))]) == 0
-    assert "--encoder" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "--encoder" in said
+    assert ("validation, mean of the nearest spots: r " in said) == (method == "bleep")
     encoder = load_encoder(out)
     assert (encoder.spec.name, encoder.spec.licence, encoder.projection) == ("ours", "CC-BY-4.0", None)
     patches = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     embedded = encoder.encode(patches)
     assert embedded.shape == (3, TINY.dim)
     assert torch.equal(embedded, tiny_encoder().encode(patches)) == (method == "probe")
-    if method in ("seal", "regression", "probe"):
+    if method in ("seal", "regression", "probe", "stnet"):
         assert set(encoder.genes) <= {f"G{i}" for i in range(20)}
         assert encoder.predict_expression(embedded).shape == (3, 10)
-    if method in ("seal", "multiscale", "clip"):
+    if method in ("seal", "multiscale", "clip", "pathomclip"):
         omics = load_omics(out)
         assert (omics.name, omics.dim, omics.n_genes, omics.hidden) == ("ours", 32, 10, (32, 16))
         assert omics.encode(np.ones((2, 10), np.float32)).shape == (2, 32)
+    assert ("baseline" in json.loads((out / "config.json").read_text())["training"]["config"]) == (
+        method in ("stnet", "bleep", "pathomclip")
+    )
     card = (out / "README.md").read_text()
     assert f"by `{method}` on 36 pairs" in card
     assert str(study) not in card + (out / "config.json").read_text()
@@ -317,7 +325,15 @@ REFUSED_AT_ONCE = {  # by --check too, before a section is read
     ("[loop]", '[loop]\nprecision = "x"'): "precision is 'x'; allowed: float32, bfloat16, float16",
     ('name = "ours"', ""): "name is missing",
     ('name = "ours"', 'name = "a"\nprojection = "big"'): "projection is 'big'; allowed: linear, mlp, none",
-    ('method = "seal"', 'method = "magic"'): "method is 'magic'; allowed: clip, multiscale, probe",
+    (
+        'method = "seal"',
+        'method = "bleep"\nprojection = "mlp"',
+    ): "bleep has its own way to contrast; leave it",
+    (
+        'method = "seal"',
+        'method = "bleep"\nbaseline.train = "some"',
+    ): "baseline.train is 'some'; allowed: all, l",
+    ('method = "seal"', 'method = "magic"'): "method is 'magic'; allowed: bleep, clip, multiscale",
     ('method = "seal"', 'method = "clip"\nseal = {}'): "'clip' fixes the options of [seal]; leave [seal] out",
     ('method = "seal"', 'checkpoint = "gone.bin"'): "checkpoint gone.bin does not exist; give the weight",
     ('encoder = "PLACE/base"', 'encoder = "konch"'): "no encoder 'konch'; did you mean conch",
