@@ -6,11 +6,11 @@ states, and if a sample of this file's tiles, decoded here, equals the reader's 
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,10 @@ class TiledLevel:
         self._lock = threading.Lock()
         self._file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         self.close = weakref.finalize(self, os.close, self._file)
-        self._bytes = os.fstat(self._file).st_size
+        largest = 4 * math.prod(self.tile_shape) + 2**16
+        sane = (offsets > 0) & (counts > 0) & (counts <= largest)
+        sane &= counts <= os.fstat(self._file).st_size - offsets
+        self._ends = offsets + counts * sane  # no byte of a tile of which the table cannot be right
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -123,20 +126,17 @@ class TiledLevel:
     def _runs(self, tiles: list[int]) -> list[list[tuple[int, int, int]]]:
         """Tiles in the order of the file, in runs that are each read as one piece.
 
-        With each tile stand its first byte and the one after its last; if the table cannot be right, no byte.
+        With each tile stand its first byte and the one after its last.
         """
-        first, count = self._offsets[tiles], self._counts[tiles]
-        largest = 4 * 3 * self.tile_px[0] * self.tile_px[1] + 2**16
-        sane = (first > 0) & (count > 0) & (count <= largest) & (count <= self._bytes - first)
-        spans = zip(tiles, first.tolist(), (first + count * sane).tolist(), strict=True)
         runs: list[list[tuple[int, int, int]]] = []
         end = start = 0
-        for span in sorted(spans, key=itemgetter(1)):
-            if not runs or not end <= span[1] <= end + MERGE_GAP or span[2] - start > MERGE_BYTES:
+        spans = zip(self._offsets[tiles].tolist(), self._ends[tiles].tolist(), tiles, strict=True)
+        for first, last, tile in sorted(spans):
+            if not runs or not end <= first <= end + MERGE_GAP or last - start > MERGE_BYTES:
                 runs.append([])
-                start = span[1]
-            runs[-1].append(span)
-            end = span[2]
+                start = first
+            runs[-1].append((tile, first, last))
+            end = last
         return runs
 
     def _read_at(self, offset: int, count: int) -> bytes:

@@ -58,8 +58,7 @@ class TileReader:
         self._region_px = grid.read_px // self._reduction
         height, width, _ = self._tiled.tile_shape
         self._tile_shape = (height // self._reduction, width // self._reduction, 3)  # as decoded
-        side = slice(0, self._region_px)  # what a patch takes of a tile that is its region
-        self._region_cut = (side, side) if self._tile_shape[:2] == (self._region_px,) * 2 else None
+        self._shrinks = self._reduction > 1 and not self._by_codec
         self._shared = SharedTiles(uses, self._tile_shape)
         self._buffers = threading.local()
         self.name = self._tiled.codec.name + (f" at 1/{self._reduction}" if self._by_codec else "")
@@ -148,7 +147,7 @@ class TileReader:
     # --- decoding -------------------------------------------------------------------------------------
 
     def _decoded(self, users: Users, regions: Array) -> Iterator[tuple[int, Pixels | None]]:
-        """Each tile once, valid until the next is asked for; None if it is a region and was decoded in place.
+        """Each tile once, valid until the next is asked for; None if it was decoded in its place.
 
         Tiles that other threads may wait for come first, so that no two threads wait for each other.
         """
@@ -158,10 +157,12 @@ class TileReader:
                 claim.mine[tile].pixels.set_result(self._decode(tile, data, self._shared.buffer()))
             buffer = self._own_buffer("tile", self._tile_shape)
             for tile, data in self._tiled.read(claim.alone):
-                ((i, *_), cut), *others = users[tile]
-                is_region = cut == self._region_cut and not others
-                pixels = self._decode(tile, data, regions[i] if is_region else buffer)
-                yield tile, None if is_region and not isinstance(pixels, ReadError) else pixels
+                (put, _), *others = users[tile]
+                place = regions[put]
+                fits = not others and place.shape == self._tile_shape
+                in_place = fits and (self._shrinks or place.flags.c_contiguous)
+                pixels = self._decode(tile, data, place if in_place else buffer)
+                yield tile, None if in_place and not isinstance(pixels, ReadError) else pixels
             for tile, held in claim.shared.items():
                 yield tile, held.pixels.result()
         finally:
@@ -172,12 +173,12 @@ class TileReader:
         try:
             if not data:
                 raise TileError("its data are not in the file")
-            if self._by_codec or self._reduction == 1:
-                codec.decode(data, out, self._reduction)
-            else:
+            if self._shrinks:
                 whole = self._own_buffer("whole", self._tiled.tile_shape)
                 codec.decode(data, whole)
                 shrink(whole, out)
+            else:
+                codec.decode(data, out, self._reduction)
         except TileError as exc:
             return self._rescue(tile, data, out, exc)
         return out
