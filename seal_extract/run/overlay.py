@@ -90,8 +90,9 @@ def _draw_patches(canvas: Array, grid: PatchGrid, scale: float, style: Style) ->
         cv2.rectangle(covered, start, end, 1, cv2.FILLED)
     if style == "tint":
         share = FAINT if side >= BORDER_FROM_PX else DENSE
-        tint = cv2.addWeighted(canvas, 1 - share, np.full_like(canvas, PATCH_RGB), share, 0)
-        cv2.copyTo(tint, covered, canvas)
+        greys = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, 2)
+        table = cv2.addWeighted(greys, 1 - share, np.full_like(greys, PATCH_RGB), share, 0)
+        cv2.copyTo(cv2.LUT(canvas, table), covered, canvas)
     if side < BORDER_FROM_PX and style == "outline":
         rings, _ = cv2.findContours(covered, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
         cv2.polylines(canvas, rings, True, PATCH_RGB, 2, cv2.LINE_AA)
@@ -130,8 +131,7 @@ def _with_caption(canvas: Array, text: str, um_per_px: float) -> Image.Image:
     text_px = width - most_px - 60
     font = fitting_font(text, text_px)
     strip = round(font.size * 2.2)
-    picture = Image.new("RGB", (width, height + strip), "white")
-    picture.paste(Image.fromarray(canvas))
+    picture = Image.fromarray(np.concatenate([canvas, np.full((strip, width, 3), 255, np.uint8)]))
     draw = ImageDraw.Draw(picture)
     middle = height + strip / 2
     draw_fitting_text(draw, (12, middle), text, text_px, anchor="lm")

@@ -155,8 +155,9 @@ _EXIF = struct.Struct("<6s 2sHL H HHLL L H HHLL HHLL HHLL L")
 
 def make_thumbnail(picture: Image.Image) -> bytes:
     """A JPEG of at most 320 px and 24 kB, of a picture without its caption."""
-    small = picture.copy()
-    small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.LANCZOS)
+    scale = min(1.0, THUMBNAIL_PX / max(picture.size))
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    small = picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=1.0)
     for quality in (72, 55, 35, 10):
         buffer = BytesIO()
         small.save(buffer, "JPEG", quality=quality, optimize=True)
