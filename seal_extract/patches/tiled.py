@@ -216,8 +216,13 @@ def open_level(slide: Slide, level: int) -> TiledLevel:
             if tif.is_ndpi:
                 raise Unsuitable("NDPI")
             pages = (page for top in tif.pages for page in (top, *(getattr(top, "pages", None) or ())))
-            for page in pages:
-                if page.is_tiled and (page.imagewidth, page.imagelength) == size_px:
+            tiled = [page for page in pages if page.is_tiled]
+            for page in tiled:
+                if (page.imagewidth, page.imagelength) == size_px:
+                    return _level_of(slide.path, page, size_px)
+            if tif.is_philips and len(tiled) == len(slide.levels):  # directories are padded to whole tiles
+                page = tiled[level]
+                if -(-page.imagewidth // page.tilewidth) == -(-size_px[0] // page.tilewidth):
                     return _level_of(slide.path, page, size_px)
         raise Unsuitable("no tiled directory of the level's size")
     except Unsuitable:
