@@ -202,8 +202,11 @@ class JpegDecoder:
         samples = torch.empty(tiles, blocks, 64, dtype=torch.uint8, device=device)
         pixels = torch.empty(tiles, height, width, 3, dtype=torch.uint8, device=device)
         odd = (places[:, 1] == 0).int()
-        lanes, threads = (LANES, THREADS) if on_gpu else (_power_of_two(tiles), INTERPRETED)
-        across = blocks * tiles * 8
+        across, in_tile = blocks * tiles * 8, width * height
+        lanes = LANES if on_gpu else _power_of_two(tiles)
+        of_all, of_tile = (
+            THREADS if on_gpu else min(INTERPRETED, _power_of_two(count)) for count in (across, in_tile)
+        )
         with torch.cuda.device_of(pixels):  # type: ignore[no-untyped-call]
             kernels.unstuff[tiles,](raw, places, packed.view(torch.uint8), bits, odd, CHUNK=1024)
             kernels.read_coefficients[-(-tiles // lanes),](
@@ -211,14 +214,14 @@ class JpegDecoder:
                 *(tiles, blocks),
                 **{"LUMA": h * v, "LANES": lanes, "STEPS": STEPS if on_gpu else 1, "num_warps": 1},
             )
-            kernels.columns[-(-across // threads),](
+            kernels.columns[-(-across // of_all),](
                 *(coefficients, self._quantisation, odd, across, blocks),
-                **{"PER_MCU": frame.per_mcu, "LANES": threads},
+                **{"PER_MCU": frame.per_mcu, "LANES": of_all},
             )
-            kernels.rows[-(-across // threads),](coefficients, samples, across, LANES=threads)
-            kernels.colours[tiles, -(-width * height // threads)](
+            kernels.rows[-(-across // of_all),](coefficients, samples, across, LANES=of_all)
+            kernels.colours[tiles, -(-in_tile // of_tile)](
                 *(samples, pixels, width, height, frame.mcus[0], blocks),
-                **{"H": h, "V": v, "YCBCR": frame.ycbcr, "LANES": threads},
+                **{"H": h, "V": v, "YCBCR": frame.ycbcr, "LANES": of_tile},
             )
         return pixels, odd
 

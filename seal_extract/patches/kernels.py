@@ -65,7 +65,10 @@ def resample_cut(cut: Cut, size_px: tuple[int, int], filter: Filter = "bicubic")
     exact = filter == "area"
     area = columns.total * rows.total if exact else 1
     wide = 256 * area >= 2**31
-    count, (block_y, block_x) = len(cut.slots), BLOCK if device.type == "cuda" else BLOCK_INTERPRETED
+    count, (block_y, block_x) = len(cut.slots), BLOCK
+    if device.type != "cuda":
+        fitting = (triton.next_power_of_2(max(before, height)), triton.next_power_of_2(width))
+        block_y, block_x = map(min, BLOCK_INTERPRETED, fitting)
     kind = (torch.int64 if wide else torch.int32) if exact else torch.uint8
     between = torch.empty(count, 3, before, width, dtype=kind, device=device)
     patches = torch.empty(count, 3, height, width, dtype=torch.uint8, device=device)
