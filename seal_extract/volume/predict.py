@@ -1,7 +1,7 @@
 """Expression of every plane of a volume: features and genes per plane as for slides, and one OME-Zarr.
 
-Each plane is embedded once where it or a neighbour has tissue; embeddings of as many planes as a patch has
-lie in temporary files, so that memory depends neither on the volume's depth nor on its width.
+Each plane is embedded once where it or a neighbour has tissue. Embeddings of as many planes as a patch has
+lie in temporary files below the results; memory holds the expression of one plane.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class PlaneEntry(Options, frozen=True):
 
 
 class SectionEntry(Options, frozen=True):
-    """Where a section with measured expression lies in a stack or a folder of planes.
+    """Where a section with measured expression lies in a stack.
 
     Attributes:
         name: as its expression has it.
@@ -71,22 +71,20 @@ class SectionEntry(Options, frozen=True):
 
 
 class VolumeFile(Options, frozen=True):
-    """The JSON file of a volume; exactly one of ``planes``, ``folder`` and ``stack``.
+    """The JSON file of a volume, with either ``planes`` or ``stack``.
 
     Attributes:
         spacing_um: µm between neighbouring planes.
         mpp: µm/px of the planes, where their files do not state it.
         planes: sections, the first of which is the frame.
-        folder: of numbered planes.
-        stack: one file.
+        stack: one file or OME-Zarr.
         window: values shown as black and as white, for grey stacks of more than 8 bits.
-        sections: with measured expression, in a stack or a folder of planes.
+        sections: with measured expression, in a stack; planes have names of their own.
     """
 
     spacing_um: Annotated[float, Meta(gt=0, le=MOST_SPACING_UM)] | None = None
     mpp: Positive | None = None
     planes: tuple[PlaneEntry, ...] = ()
-    folder: str | None = None
     stack: str | None = None
     window: tuple[float, float] | None = None
     sections: tuple[SectionEntry, ...] = ()
@@ -196,35 +194,31 @@ def open_volume(
     elif (path.is_dir() and is_store(path)) or (path.suffix.lower() in STACKS and path.is_file()):
         file = VolumeFile(stack=path.name)
     elif path.is_dir():
-        file = VolumeFile(folder=".")
+        file = VolumeFile(planes=_numbered(path))
     else:
         raise UsageError(f"{path} is no volume; {ALLOWED}")
-    folder = path if file.folder == "." and path.is_dir() else path.parent
     stated = [("the volume's file", file.spacing_um), ("--spacing-um", spacing_um)]
     mpp, window = file.mpp or mpp, file.window or window
     if window is not None and not window[0] < window[1]:
         raise UsageError(f"{path}: the window is {window[0]:g} to {window[1]:g}; allowed: LOW below HIGH")
     sections = {entry.name: (entry.plane, _affine(path, entry.transform)) for entry in file.sections}
     if file.stack is not None:
-        stack = open_stack(folder / file.stack, window)
+        stack = open_stack(path.parent / file.stack, window)
         planes = _planes_of_stack(stack, mpp)
         stated.append((stack.path.name, stack.spacing_um))
-    elif file.folder is not None:
-        entries = _numbered(folder / file.folder)
-        planes = [_plane(path, entry, mpp) for entry in entries]
+        size_px, mpp_l0 = _frame(planes[0])
     else:
+        folder = path if path.is_dir() else path.parent
         entries = [SlideEntry(folder / e.slide, e.name or Path(e.slide).stem, e.mpp) for e in file.planes]
         _refuse_gaps(path, [(e.z if e.z is not None else i, e.slide) for i, e in enumerate(file.planes)])
         planes = [_plane(path, entry, mpp) for entry in entries]
-    size_px, mpp_l0 = _frame(planes[0])
-    if file.planes:
+        size_px, mpp_l0 = _frame(planes[0])
         affines = [_affine(path, e.transform) for e in file.planes]
         planes = [
             plane if e.transform is None else _aligned(plane, affine, size_px, mpp_l0)
             for plane, e, affine in zip(planes, file.planes, affines, strict=True)
         ]
-        sections |= {plane.name: (i, affines[i]) for i, plane in enumerate(planes)}
-    if file.stack is None:
+        sections = {plane.name: (i, affines[i]) for i, plane in enumerate(planes)}
         _refuse_unequal(path, planes)
     return Volume(path, size_px, mpp_l0, _spacing(path, stated), tuple(planes), sections)
 
@@ -235,14 +229,12 @@ def _read_file(path: Path) -> VolumeFile:
     except (OSError, ValueError, RecursionError) as exc:
         raise UsageError(f"{path} cannot be read as JSON: {exc}; {ALLOWED}") from exc
     file = convert(values, VolumeFile, str(path))
-    if (bool(file.planes), file.folder is not None, file.stack is not None).count(True) != 1:
-        raise UsageError(f"{path}: give one of planes, folder and stack")
-    if file.planes and file.sections:
-        raise UsageError(f"{path}: sections are those of a stack or a folder; planes have names of their own")
+    if bool(file.planes) == (file.stack is not None) or (file.planes and file.sections):
+        raise UsageError(f"{path}: give either planes, or a stack with the sections that lie in it")
     return file
 
 
-def _numbered(folder: Path) -> list[SlideEntry]:
+def _numbered(folder: Path) -> tuple[PlaneEntry, ...]:
     """The planes of a folder by the last number in each name."""
     found = []
     for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES):
@@ -254,9 +246,7 @@ def _numbered(folder: Path) -> list[SlideEntry]:
         found.append((int(number[1]), path))
     if not found:
         raise UsageError(f"{folder} holds no planes ({', '.join(SUFFIXES)}); {ALLOWED}")
-    found.sort()
-    _refuse_gaps(folder, [(number, path.name) for number, path in found])
-    return [SlideEntry(path, path.stem) for _, path in found]
+    return tuple(PlaneEntry(slide=path.name, z=number) for number, path in sorted(found))
 
 
 def _refuse_gaps(path: Path, planes: list[tuple[int, str]]) -> None:

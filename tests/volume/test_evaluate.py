@@ -42,15 +42,21 @@ def config(path, encoder, **over):
     return VolumeConfig(**(values | over))
 
 
-@pytest.mark.parametrize("variant", ["alignment", pytest.param("regression", marks=pytest.mark.slow)])
-def test_depth_recovers_expression_that_one_plane_does_not_show(tmp_path, variant):
+@pytest.mark.parametrize(
+    ("variant", "over"),
+    [
+        ("regression", {"batch_size": 6, "epochs": (0, 0, 5)}),
+        pytest.param("alignment", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_depth_recovers_expression_that_one_plane_does_not_show(tmp_path, variant, over):
     path, expression = write_volume(tmp_path / "volume")
     sections = [section(path, plane, expression) for plane in (4, 1, 3)]
-    options = config(path, write_encoder(tmp_path / "encoder"), variant=variant)
+    options = config(path, write_encoder(tmp_path / "encoder"), variant=variant, **over)
     lines = evaluate_volume(options, tmp_path / "out", sections=sections)
     r = {line.name: line.r.mean() for line in lines}
     assert {line.section for line in lines} == {"P3"}
-    assert r[DEPTH] > 0.8
+    assert r[DEPTH] > 0.8, r
     assert abs(r[FLAT]) < 0.2
     assert abs(r[BETWEEN]) < 0.2  # planes have nothing to do with each other
     assert abs(r[PERMUTED]) < 0.2
@@ -61,9 +67,8 @@ def test_depth_recovers_expression_that_one_plane_does_not_show(tmp_path, varian
     table = (tmp_path / "out" / "evaluation.md").read_text()
     assert f"| {DEPTH} | {r[DEPTH]:.3f} |" in table
     assert BOTH in table
-    for hold_out, why in ((["P1"], "P1 has no measured section above and below it; allowed: P3"),):
-        with pytest.raises(SealExtractError, match=why):
-            evaluate_volume(options, tmp_path / "other", hold_out, sections=sections)
+    with pytest.raises(SealExtractError, match="P1 has no measured section above and below it; allowed: P3"):
+        evaluate_volume(options, tmp_path / "other", ["P1"], sections=sections)
 
 
 def test_interpolation_weighs_both_sides_by_their_depth(tmp_path):

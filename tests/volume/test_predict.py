@@ -132,12 +132,12 @@ def test_finished_planes_are_kept_and_other_requests_refused(world, tmp_path):
 
 
 def test_the_commands_from_training_to_search(world, tmp_path, capsys):
-    """A stack of tissue on glass; the genes of its planes are found by the commands for slides."""
+    """A stack of glass and of tissue on it; the genes of its planes are found by the commands for slides."""
     _, _, models = world
     rng = np.random.default_rng(0)
     tissue = cv2.GaussianBlur(rng.normal(0, 90, (3, 400, 400, 3)).astype(np.float32)[0], (0, 0), 3) * 4
     planes = np.full((3, 1000, 1000, 3), 240, np.uint8)
-    planes[:, 300:700, 200:600] = (np.array([170, 110, 160]) + tissue).clip(0, 255)
+    planes[1:, 300:700, 200:600] = (np.array([170, 110, 160]) + tissue).clip(0, 255)
     sizes = {"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5, "PhysicalSizeZ": 5.0}
     tifffile.imwrite(tmp_path / "v.ome.tif", planes, metadata={"axes": "ZYXS", **sizes}, photometric="rgb")
     out = tmp_path / "out"
@@ -146,7 +146,8 @@ def test_the_commands_from_training_to_search(world, tmp_path, capsys):
     assert "3 planes of 1000 x 1000 px" in capsys.readouterr().out
     dense = zarr.open(str(out / "deep-depth3.ome.zarr"), mode="r")["0"][:]
     there = np.isfinite(dense[0])
-    assert there[:, 11:20, 8:17].all()
+    assert there[1:, 11:20, 8:17].all()
+    assert not there[0].any()  # bare glass
     assert not there[:, :7].any()
     # there is no slide to cut a contact sheet from, but the patches are found
     assert main(["search", str(out), "--gene", "GENE2", "-o", str(tmp_path / "found")]) == 1

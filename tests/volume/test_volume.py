@@ -226,7 +226,10 @@ REFUSED = {
     "nothing there": (lambda p: open_volume(_with(p, "v.tif", "?")), "no TIFF stack that can be read"),
     "no planes": (lambda p: open_volume(p), "holds no planes"),
     "no number": (lambda p: _renamed(p), "has no number in its name"),
-    "two kinds": (lambda p: open_volume(write_list(p, drawn(), folder=".")), "give one of planes, folder"),
+    "two kinds": (
+        lambda p: open_volume(write_list(p, drawn(), stack="v.tif")),
+        "give either planes, or a stack",
+    ),
     "unknown option": (
         lambda p: open_volume(write_list(p, drawn(), plains=[])),
         "there is no option 'plains'",
