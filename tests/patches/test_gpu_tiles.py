@@ -20,7 +20,7 @@ from seal_extract.patches.gpu_tiles import GpuTileReader
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZE = (144, 112)
-CORNERS = [(0, 0), (37, 21), (96, 64)]
+CORNERS = [(8, 8), (37, 21), (96, 64)]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def slide_of(tmp_path_factory):
 
 
 def reader_of(slide, xy=CORNERS, filter="bicubic"):
-    return GpuTileReader(slide, grid_at(slide, xy, 20, 32), Resampling(20, filter), DEVICE)
+    return GpuTileReader(slide, grid_at(slide, xy, 12, 16), Resampling(12, filter), DEVICE)
 
 
 def exact(reader, rows):
@@ -82,7 +82,7 @@ def test_what_the_gpu_does_not_decode_is_said(slide_of, tmp_path):
         with pytest.raises(Unsuitable, match="--resample area"):
             reader_of(slide, filter="area")
         with pytest.raises(Unsuitable, match="reach beyond"):
-            reader_of(slide, [(120, 0)])
+            reader_of(slide, [(136, 0)])
         grid = grid_at(slide, CORNERS, 24, 48)
         with pytest.raises(UsageError, match=r"cannot decode its tiles \(.*\); type --gpu-decode auto"):
             open_patch_reader(slide, grid, cpu, gpu_decode="on")
@@ -106,8 +106,8 @@ def test_without_kernels_a_gpu_leaves_its_tiles_to_the_host_and_says_why(slide_o
 def test_fewer_patches_are_read_at_once_where_they_lie_over_more_tiles(slide_of, monkeypatch):
     monkeypatch.setattr(gpu_tiles, "BYTES_AT_ONCE", 2 * 16 * 3 * 16**2)
     with open_slide(slide_of("4:2:0")) as slide:
-        assert reader_of(slide, [(0, 0), (48, 48)]).rows_at_once == 8  # each over 4 tiles
-        assert reader_of(slide, [(8, 8), (24, 40)]).rows_at_once == 3  # each over 9
+        assert reader_of(slide, [(0, 0), (48, 48)]).rows_at_once == 32  # each over a tile
+        assert reader_of(slide, [(8, 8), (24, 40)]).rows_at_once == 8  # each over 4
 
 
 def test_a_gpu_that_fails_or_decodes_to_other_pixels_is_not_used(slide_of, monkeypatch):
