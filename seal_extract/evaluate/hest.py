@@ -364,9 +364,7 @@ def _tables(
         constant = [f"{split.fold} {split.constant}" for split in splits if split.constant]
         note = f"{len(task.genes)} genes."
         if constant:
-            note += (
-                f" Genes that do not vary are no part ({', '.join(constant)}); HEST's code has no mean there."
-            )
+            note += f" Constant genes are left out ({', '.join(constant)}); HEST's own code gives NaN there."
         lines = tuple(Row(name, tuple(found[task.name].tolist())) for name, found in by_split.items())
         title = f"HEST-Benchmark, {task.name}: Pearson r of each split"
         made.append(Table(title, tuple(split.fold for split in splits), lines, note))

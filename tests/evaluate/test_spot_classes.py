@@ -82,13 +82,6 @@ def test_the_command_finds_layers_by_donor_and_names_the_random_split(run, place
     assert found.sum() == sum(report["classes"].values()) < 75
 
 
-def test_sections_are_left_out_where_nobody_states_donors(run, place, tmp_path):
-    status, out, _ = run(*words_of(place, tmp_path, "--label", "layer"))
-    assert status == 0
-    assert out[0].startswith("**No file states donors, so that each section counts as one.")
-    assert "|  | A1 | A2 | B1 | mean ± sd |" in out
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -105,7 +98,7 @@ def test_what_is_refused(run, place, tmp_path, words, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_configuration_has_its_own_columns(run, place, tmp_path):
+def test_a_configuration_names_the_column_and_without_donors_sections_are_left_out(run, place, tmp_path):
     config = tmp_path / "config.toml"
     config.write_text(
         'name = "x"\nencoder = "x"\nout = "x"\n[data]\n[[data.sections]]\nkind = "anndata"\n'
@@ -115,4 +108,5 @@ def test_a_configuration_has_its_own_columns(run, place, tmp_path):
     one_line(run(*usual, "--label", "layer"), 2, r'type label_column = "..." in its \[\[data.sections\]\]')
     status, out, _ = run(*usual, "--patch-px", 64)
     assert status == 0
+    assert out[0].startswith("**No file states donors, so that each section counts as one.")
     assert "|  | A1 | B1 | mean ± sd |" in out
