@@ -132,7 +132,7 @@ def _token_bytes(encoders: list[EncoderRequest]) -> Callable[[PatchGrid], int]:
         sides = [spec.input.side_px or px for _, spec in towers]
         return sum(2 * math.prod(token_grid(*one, px, px)) for one, px in zip(towers, sides, strict=True))
 
-    of_patch(towers[0][1].patch_px)
+    of_patch(towers[0][1].patch_px)  # an encoder without tokens is refused before any slide
     return lambda grid: len(grid) * of_patch(grid.patch_px)
 
 

@@ -156,7 +156,7 @@ def _with_positions_of(spec: EncoderSpec, path: Path) -> EncoderSpec:
     """The row with the image size that the positions in its file are for, if the row may have several.
 
     CONCH v1.5's are for 224 px by the code of its authors, who enlarge them in every pass; a file whose
-    positions have been enlarged already is used as it is.
+    positions have been enlarged already is used as it is. Only the shape of that tensor is looked at here.
     """
     if not spec.architecture.position_offset or spec.published is None:
         return spec

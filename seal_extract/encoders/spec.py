@@ -34,6 +34,11 @@ MOST_PX = 2**16  # of any side or length: a larger one is a mistake and would ta
 SAME_MPP = 0.02  # relative difference between a slide's exact µm/px and the round number it is called by
 
 
+def _in_range(what: str, values: tuple[int, ...]) -> None:
+    if not (0 < len(values) <= MOST_MODULES and all(0 < value <= MOST_PX for value in values)):
+        raise UsageError(f"{what} are {values!s:.80}; allowed: 1 to {MOST_MODULES} from 1 to {MOST_PX}")
+
+
 @dataclass(frozen=True)
 class Pooler:
     """An attentional pooler behind the trunk (Yu et al., CoCa, arXiv 2205.01917, section 3.2).
@@ -50,6 +55,9 @@ class Pooler:
     bias: bool = True
     after_norm: bool = True
 
+    def __post_init__(self) -> None:
+        _in_range("heads and queries of a pooler", (self.heads, self.queries))
+
 
 @dataclass(frozen=True)
 class Head:
@@ -64,6 +72,9 @@ class Head:
     widths: tuple[int, ...]
     bias: bool = True
     unit_length: bool = False
+
+    def __post_init__(self) -> None:
+        _in_range("widths of a head", self.widths)
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,10 @@ class Architecture:
     position_offset: float = 0.0
     pooler: Pooler = Pooler()
     head: Head | None = None
+
+    def __post_init__(self) -> None:
+        if self.position_offset and (self.antialias or not 0 < self.position_offset < 1):
+            raise UsageError(f"position_offset is {self.position_offset}; allowed: below 1, antialias false")
 
 
 @dataclass(frozen=True)

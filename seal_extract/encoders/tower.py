@@ -78,6 +78,10 @@ def empty_tower(spec: EncoderSpec) -> nn.Module:
         UsageError: timm cannot build it, or its embedding is not ``spec.dim`` long.
     """
     trunk, whole, head = _timm_model(spec), spec.pooling in ("map", "own"), spec.architecture.head
+    if head is not None and whole:
+        raise UsageError(
+            f"encoder {spec.name} has a head behind {spec.pooling} pooling; allowed: cls, cls+mean, conch"
+        )
     with _building(spec), _NoMemory():
         width = _own_dim(trunk) if whole else int(trunk.num_features)
         prefix = 1 if whole else int(trunk.num_prefix_tokens)
@@ -85,7 +89,7 @@ def empty_tower(spec: EncoderSpec) -> nn.Module:
         tower: Any = trunk
         if spec.pooling == "conch":
             tower = ConchTower(trunk, width, spec.dim, spec.architecture.pooler)
-        if head is not None and not whole:
+        if head is not None:
             tower.head, dim = new_head(head, dim), head.widths[-1]
     if dim != spec.dim or not prefix:
         raise UsageError(

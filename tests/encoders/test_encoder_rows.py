@@ -19,7 +19,7 @@ from seal_extract.demo import UNTRAINED, untrained_encoder
 from seal_extract.encoders import EncoderSpec, find_spec, list_encoders, load_encoder, registry
 from seal_extract.encoders.folder import read_config, to_config
 from seal_extract.encoders.registry import ROWS, tomllib
-from seal_extract.encoders.spec import Architecture, InputRule, Pooler, Published, recommended_precision
+from seal_extract.encoders.spec import Architecture, Head, InputRule, Pooler, Published, recommended_precision
 from seal_extract.encoders.tower import empty_tower, tower_shapes
 from seal_extract.encoders.transform import PatchTransform, fit
 from seal_extract.errors import UsageError
@@ -247,6 +247,10 @@ def test_a_row_checks_itself(change, complaint):
             {"architecture": Architecture("vit_tiny_patch16_224", {"mlp_layer": "os"})},
             "mlp_layer is 'os'; allowed: Mlp",
         ),
+        (
+            {"architecture": Architecture("resnet18", head=Head((4,))), "pooling": "own", "dim": 4},
+            "has a head behind own pooling; allowed: cls",
+        ),
         ({"dim": 100, "pooling": "cls"}, r"cls pooling gives 32 numbers.*allowed: dim 100"),
         ({"dim": Pooler().heads + 1}, "cannot be built"),
     ],
@@ -254,6 +258,20 @@ def test_a_row_checks_itself(change, complaint):
 def test_an_architecture_that_cannot_be_built(change, complaint):
     with pytest.raises(UsageError, match=complaint):
         empty_tower(replace(TINY_CONCH, **change))
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (lambda: Head(()), r"widths of a head are \(\); allowed: 1 to 64 from 1 to"),
+        (lambda: Head((4, 0)), r"widths of a head are \(4, 0\); allowed: "),
+        (lambda: Pooler(heads=0), r"heads and queries of a pooler are \(0, 1\); allowed: "),
+        (lambda: Architecture("vit_tiny_patch16_224", position_offset=0.1), "below 1, antialias false"),
+    ],
+)
+def test_parts_of_a_row_check_themselves(make, complaint):
+    with pytest.raises(UsageError, match=complaint):
+        make()
 
 
 # --- patches of another size --------------------------------------------------------------------------------
