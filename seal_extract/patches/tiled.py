@@ -188,9 +188,10 @@ class ChunkedLevel(TiledLevel):
             if isinstance(pixels, ReadError):
                 yield tile, b""
                 continue
-            whole = np.zeros(self.tile_shape, np.uint8)
-            whole[: pixels.shape[0], : pixels.shape[1]] = pixels
-            yield tile, whole.tobytes()
+            if pixels.shape != self.tile_shape:
+                inside, pixels = pixels, np.zeros(self.tile_shape, np.uint8)
+                pixels[: inside.shape[0], : inside.shape[1]] = inside
+            yield tile, pixels.tobytes()
 
     def largest(self, tiles: NDArray[np.int64]) -> NDArray[np.int64]:
         """All of ``tiles``: their compressed sizes are unknown."""

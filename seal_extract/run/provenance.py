@@ -71,7 +71,7 @@ def fingerprint(slide: Slide, options: dict[str, Any], encoder: dict[str, Any]) 
         encoder: `Encoder.identity`.
     """
     if isinstance(slide, OmeZarrReader):
-        size, digest = slide.bytes, slide.content
+        size, digest = slide.size_bytes, slide.content
     else:
         size, digest = slide.path.stat().st_size, content(slide.path)
     return {

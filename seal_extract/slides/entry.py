@@ -207,7 +207,7 @@ def look(entry: SlideEntry) -> remote.RemoteFile:
     if not entry.is_streamed:
         return remote.look(entry.url)
     with closing(OmeZarrReader(entry.url, ANY_MPP)) as slide:
-        return remote.RemoteFile(slide.bytes, slide.content)
+        return remote.RemoteFile(slide.size_bytes, slide.content)
 
 
 def file_stamp_of(files: list[Path]) -> FileStamp:

@@ -22,10 +22,12 @@ from seal_extract.slides.tiff_pixels import BESIDE_THE_SLIDE, UM_PER_UNIT
 METADATA = ("zarr.json", ".zattrs", ".zgroup", ".zarray")
 IMAGES = {"multiscales", "bioformats2raw.layout", "plate", "well"}  # attributes, one of which a slide has
 ZIPPED = (".ozx", ".zarr.zip")
-LEAST_TILE_PX = 256  # smaller chunks are read several at a time
+LEAST_TILE_PX = 512  # smaller chunks are read several at a time
 UM_PER_NAMED_UNIT = UM_PER_UNIT | {
     "angstrom": 1e-4, "nanometer": 1e-3, "micrometer": 1.0, "millimeter": 1e3, "centimeter": 1e4, "meter": 1e6
 }  # fmt: skip
+
+Transform = tuple[list[float], list[float]]  # scale and shift, each along x and y
 
 
 # --- which folders, files and URLs are stores -----------------------------------------------------------
@@ -78,10 +80,15 @@ class Pyramid:
         units = {axis["name"]: axis.get("unit") for axis in axes}
         self.um = [UM_PER_NAMED_UNIT.get(units[axis]) for axis in "xy"]
         self.sizes_px = [(a.shape[self.axes.index("x")], a.shape[self.axes.index("y")]) for a in self.arrays]
-        self.downsamples = [self._downsample(level, shift) for level, (_, shift) in enumerate(per_level)]
+        self.downsamples = [self._downsample(level) for level in range(len(self.arrays))]
+        beside = [self._beside(per_level[0], of) for of in per_level]
+        if max(beside) > 1.01:  # half a pixel where they are aligned by their corners
+            raise UnsupportedSlideError(
+                f"has levels that do not agree: level {np.argmax(beside)} lies {max(beside):.4g} of its "
+                "pixels beside level 0; write its metadata again"
+            )
 
-    def _transform(self, of: Mapping[str, Any]) -> tuple[list[float], list[float]]:
-        """Scale and shift along x and y."""
+    def _transform(self, of: Mapping[str, Any]) -> Transform:
         found = {"scale": [1.0] * len(self.axes), "translation": [0.0] * len(self.axes)}
         for one in of.get("coordinateTransformations") or ():
             if isinstance(values := one.get(one["type"]), list) and len(values) == len(self.axes):
@@ -112,7 +119,12 @@ class Pyramid:
                     f"{MOST_TILE_PX / 1e6:.0f} Mpx a chunk; write it in smaller chunks"
                 )
 
-    def _downsample(self, level: int, shift: list[float]) -> float:
+    @staticmethod
+    def _beside(first: Transform, other: Transform) -> float:
+        """How far a level is shifted against level 0, in its pixels."""
+        return max(abs(a - b) / px for a, b, px in zip(first[1], other[1], other[0], strict=True))
+
+    def _downsample(self, level: int) -> float:
         """Level-0 px per px of a level, by its scale, which its size has to agree with."""
         x, y = (one / first for one, first in zip(self.scales[level], self.scales[0], strict=True))
         (width, height), (w, h) = self.sizes_px[0], self.sizes_px[level]
@@ -136,11 +148,16 @@ class Pyramid:
 
     def read(self, level: int, x: slice, y: slice) -> Array:
         """Pixels of a level: uint8 [h, w, 3]."""
+        import cv2
+
         wanted = {"x": x, "y": y, "c": slice(None)}
         pixels: Array = np.asarray(self.arrays[level][tuple(wanted.get(axis, 0) for axis in self.axes)])
-        return np.transpose(
-            pixels, [[axis for axis in self.axes if axis in "xyc"].index(axis) for axis in "yxc"]
-        )
+        kept = [axis for axis in self.axes if axis in "xyc"]
+        pixels = np.transpose(pixels, [kept.index(axis) for axis in "yxc"])
+        if pixels.flags.c_contiguous:
+            return pixels
+        planes = [np.ascontiguousarray(pixels[..., i]) for i in range(3)]
+        return np.asarray(cv2.merge(planes), np.uint8)  # NumPy takes several times as long
 
 
 def image_of(group: Any) -> tuple[Mapping[str, Any], Any, Mapping[str, Any]]:

@@ -36,7 +36,7 @@ CACHE_BYTES = 2**27  # of tiles that `read_region` may need again
 REQUESTS_AT_ONCE = 16  # to a storage, which answers slowly and many at a time
 RETRY_AFTER_S = (1.0, 5.0)  # a run makes ten thousands of requests; one of them fails now and then
 FORBIDDEN = 403  # of HTTP
-SAMPLES = 4  # along each side of a level: tiles whose pixels tell one store from another
+SAMPLES, SAMPLE_PX = 4, 256  # squares along each side of a level whose pixels tell one store from another
 CONTRADICTION = 16  # grey levels between a chunk that reads as empty and another level's pixels there
 RGB_COLOURS = ["FF0000", "00FF00", "0000FF"]
 
@@ -84,9 +84,8 @@ def _storage(where: Path | str) -> tuple[Any, str]:
         return str(where), ""
     with zipfile.ZipFile(where) as file:
         tops = {name.partition("/")[0] for name in file.namelist()}
-    return zarr.storage.ZipStore(where, mode="r"), "" if tops.intersection(METADATA) else min(
-        tops, default=""
-    )
+    folder = "" if tops.intersection(METADATA) else min(tops, default="")
+    return zarr.storage.ZipStore(where, mode="r"), folder
 
 
 class OmeZarrReader(Reader):
@@ -101,12 +100,14 @@ class OmeZarrReader(Reader):
         self._pool = ThreadPoolExecutor(REQUESTS_AT_ONCE, "zarr") if isinstance(where, str) else None
         try:
             store, folder = _storage(where)
+            self._close_store = getattr(store, "close", lambda: None)  # of a zip file
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # of files that are not zarr's
                 image, group, attrs = image_of(zarr.open_group(store, mode="r", path=folder))
                 self._pyramid = Pyramid(image, group)
         except SealExtractError as exc:
-            exc.args = (f"{self._shown} {exc}" if str(exc)[:1].islower() else str(exc),)
+            if not str(exc).startswith(self._shown):
+                exc.args = (f"{self._shown} {exc}",)
             raise
         except Exception as exc:  # zarr, its codecs and storages raise errors of every kind
             why = self._reason(exc)
@@ -244,33 +245,33 @@ class OmeZarrReader(Reader):
 
     @cached_property
     def content(self) -> str:
-        """A digest of the sizes, the pixels of the coarsest level, and samples of level 0.
+        """A digest of the sizes, and of samples of the finest and the coarsest level.
 
         It is the same for every copy of the store, whether that is a folder, a zip file or at a URL, and
-        however its chunks are compressed.
+        however it is cut into chunks and compressed.
         """
         digest = hashlib.sha256(repr([(level.size_px, level.downsample) for level in self.levels]).encode())
         for level in (len(self.levels) - 1, 0):
-            (width, height), (w, h) = self.levels[level].size_px, self.tile_px(level)
             columns, rows = (
-                [i * -(-size // side) // SAMPLES for i in range(SAMPLES)]
-                for size, side in ((width, w), (height, h))
+                sorted({max(0, size - SAMPLE_PX) * i // (SAMPLES - 1) for i in range(SAMPLES)})
+                for size in self.levels[level].size_px
             )
-            places = {(column, row) for column in columns for row in rows}
-            for tile in self._each(self._sample, [(level, *place) for place in sorted(places)]):
-                digest.update(tile)
+            for pixels in self._each(self._sample, [(level, x, y) for y in rows for x in columns]):
+                digest.update(pixels)
         return digest.hexdigest()
 
-    def _sample(self, place: Place) -> bytes:
+    def _sample(self, place: tuple[int, int, int]) -> bytes:
+        level, x, y = place
         try:
-            return self._read_patiently(place[0], *self._span(*place)).tobytes()
+            pixels = self._read_patiently(level, slice(x, x + SAMPLE_PX), slice(y, y + SAMPLE_PX))
         except Exception as exc:
             if self._pool:  # the network, as a rule
                 raise ReadError(f"{self._shown} cannot be read: {self._reason(exc)}; run again") from exc
             return b"damaged"
+        return pixels.tobytes()
 
     @property
-    def bytes(self) -> int:
+    def size_bytes(self) -> int:
         """The size of all pixels."""
         return sum(3 * math.prod(level.size_px) for level in self.levels)
 
@@ -279,3 +280,4 @@ class OmeZarrReader(Reader):
         if self._pool:
             self._pool.shutdown(wait=False, cancel_futures=True)
         self._cached.cache_clear()
+        self._close_store()

@@ -88,7 +88,7 @@ def test_patches_come_from_chunks_that_are_read_once(levels, store, monkeypatch)
         (batch,) = stream_batches([reader], len(grid))
         for (x, y), patch in zip(grid.xy_l0.tolist(), batch.patches.numpy(), strict=True):
             assert np.array_equal(patch.transpose(1, 2, 0), levels[0][y : y + 128, x : x + 128])
-        assert len(read) == len(set(read)) == 3 * 4  # tiles of 256 px
+        assert len(read) == len(set(read)) == 2 * 2  # tiles of 512 px
 
 
 # --- bad input ----------------------------------------------------------------------------------------------
@@ -130,10 +130,20 @@ def written(**more):
 
 
 SMALL = halved(np.full((256, 256, 3), 230, np.uint8), 1)
-WRONG_SCALE = [
-    {"path": str(i), "coordinateTransformations": [{"type": "scale", "scale": [1, 0.5 * step, 0.5 * step]}]}
-    for i, step in enumerate((1, 4))
-]
+
+
+def placed(*steps, shift=0.0):
+    """The metadata of two levels with other scales, and the second shifted."""
+    return [
+        {
+            "path": str(i),
+            "coordinateTransformations": [
+                {"type": "scale", "scale": [1, 0.5 * step, 0.5 * step]},
+                {"type": "translation", "translation": [0, 0, shift * i]},
+            ],
+        }
+        for i, step in enumerate(steps)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +158,8 @@ WRONG_SCALE = [
         (lambda path: deep(path, "t"), UnsupportedSlideError, "holds 5 planes along t"),
         (plate, UnsupportedSlideError, r"a plate of 2 wells \(A/1, B/2\); give one image in it, such as A/1"),
         (lambda path: of_several(path, "a", "b"), UnsupportedSlideError, r"holds 2 images \(0, 1\); give"),
-        (changed(datasets=WRONG_SCALE), UnsupportedSlideError, "level 1 of 128 x 128 px is 4 x 4 times"),
+        (changed(datasets=placed(1, 4)), UnsupportedSlideError, "level 1 of 128 x 128 px is 4 x 4 times"),
+        (changed(datasets=placed(1, 2, shift=50)), UnsupportedSlideError, "level 1 lies 50 of its pixels"),
         (changed(axes=["c", "y", "x"]), SlideOpenError, "is OME-Zarr 0.4; allowed: 0.4"),
         (changed(coordinateTransformations=[{"type": "affine"}]), UnsupportedSlideError, "of type 'affine'"),
         (written(omero={"channels": [{"color": c} for c in ("0000ff", "00FF00", "FF0000")]}),
