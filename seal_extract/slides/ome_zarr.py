@@ -272,7 +272,9 @@ class OmeZarrReader(Reader):
 
     @property
     def size_bytes(self) -> int:
-        """The size of all pixels."""
+        """The size of a zip file, and of all pixels elsewhere."""
+        if self.path.is_file():
+            return self.path.stat().st_size
         return sum(3 * math.prod(level.size_px) for level in self.levels)
 
     def close(self) -> None:
