@@ -139,7 +139,7 @@ def test_every_command_with_a_precision_takes_both_names(run, command):
 
 
 def test_an_empty_folder_exits_with_2(place, run, tmp_path):
-    one_line(run(tmp_path, "--dry-run"), 2, "holds no slide; allowed: .bif .dcm")
+    one_line(run(tmp_path, "--dry-run"), 2, "holds no slide; allowed: .avs .bif .czi .dcm")
 
 
 @pytest.mark.parametrize(
