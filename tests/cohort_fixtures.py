@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -154,8 +155,9 @@ def assert_refused(line, *words):
 
 
 def write_untrained_encoder(folder, spec=None, seed=0):
-    """Write an encoder with random weights into a folder, as `load_encoder` reads it."""
+    """Write an encoder with random weights into a folder; by default of two blocks, to be quick."""
     from seal_extract.demo import UNTRAINED, untrained_encoder
 
-    untrained_encoder(spec or UNTRAINED, seed).save_pretrained(folder)
+    shallow = replace(UNTRAINED, architecture=replace(UNTRAINED.architecture, kwargs={"depth": 2}))
+    untrained_encoder(spec or shallow, seed).save_pretrained(folder)
     return folder

@@ -17,6 +17,7 @@ from hub_server import GOOD_TOKEN, Repo, serve
 
 from seal_extract import load_encoder, read_features
 from seal_extract.bench.large_slide import write_large_slide
+from seal_extract.demo import UNTRAINED
 
 pytestmark = pytest.mark.slow
 GIGABYTE = 2**30
@@ -49,7 +50,7 @@ def checkpoints(tmp_path_factory):
 
 def test_a_large_slide_in_at_most_2_gb(tmp_path):
     slide = write_large_slide(tmp_path / "large.svs", (40_000, 40_000))
-    write_untrained_encoder(tmp_path / "encoder")
+    write_untrained_encoder(tmp_path / "encoder", UNTRAINED)
     out, peak = seal_extract(slide, "-o", tmp_path / "out", "--encoder", tmp_path / "encoder")
     assert int(re.search(r"large.svs: (\d+) patches", out)[1]) > 1000
     assert peak < 2 * GIGABYTE

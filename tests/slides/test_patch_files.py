@@ -28,9 +28,9 @@ def images():
 
 
 @pytest.fixture(scope="module")
-def expected(images):
+def expected(images, encoder):
     batch = torch.from_numpy(images).permute(0, 3, 1, 2)
-    return torch.cat([untrained_encoder().encode(one[None]) for one in batch]).numpy()
+    return torch.cat([encoder.encode(one[None]) for one in batch]).numpy()
 
 
 def write_hest(path, images, **attrs):
