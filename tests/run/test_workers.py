@@ -137,7 +137,7 @@ if "devices import serve" in " ".join(sys.orig_argv):
         return open_entry(entry, *args)
 
     def encode_unchecked(self, *patches):
-        if "slide_0004" in opened and not failed.exists():
+        if "slide_0006" in opened and not failed.exists():
             failed.touch()
             raise RuntimeError("CUDA error: an illegal memory access")
         return encode(self, *patches)
@@ -149,7 +149,7 @@ if "devices import serve" in " ".join(sys.orig_argv):
 def test_a_process_that_dies_is_restarted_and_costs_only_the_slide_that_kills_it(
     drawn_slides, encoder_folder, encoder, tmp_path, monkeypatch
 ):
-    cohort = link_cohort(tmp_path / "slides", drawn_slides, 5)
+    cohort = link_cohort(tmp_path / "slides", drawn_slides, 7)  # the last is beyond the first window
     (tmp_path / "start").mkdir()
     (tmp_path / "start" / "sitecustomize.py").write_text(HOSTILE)
     paths = [str(tmp_path / "start"), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -161,7 +161,7 @@ def test_a_process_that_dies_is_restarted_and_costs_only_the_slide_that_kills_it
         report = extract_cohort(
             cohort, encoder_folder, tmp_path / "out", engine=engine, progress=lambda *p: progress.append(p)
         )
-    slide = cohort / "slide_0004.svs"
+    slide = cohort / "slide_0006.svs"
     said = {str(warning.message) for warning in caught}
     assert said == {
         "cpu died (its process ended with status -6); it is restarted",
