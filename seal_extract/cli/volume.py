@@ -71,6 +71,11 @@ def add_volume_predict_options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--all-tissue", action="store_true", help="take every patch; for volumes that are not H&E")
     p.add_argument(
+        "--allow-upsampling",
+        action="store_true",
+        help="permit planes that are coarser than the model's patches",
+    )
+    p.add_argument(
         "--domains", type=int, default=0, metavar="N", help="also find N spatial domains over all planes"
     )
     add(p, "--device")
@@ -94,6 +99,7 @@ def run_volume_predict(args: argparse.Namespace) -> int:
         genes=None if args.genes is None else comma_separated(args.genes),
         min_tissue=args.min_tissue,
         all_tissue=args.all_tissue,
+        allow_upsampling=args.allow_upsampling,
         domains=args.domains,
         overwrite=args.overwrite,
         log=lambda line: None if args.quiet else echo(line),

@@ -43,6 +43,7 @@ def predict_volume(
     genes: Sequence[str] | None = None,
     min_tissue: float = 0.5,
     all_tissue: bool = False,
+    allow_upsampling: bool = False,
     domains: int = 0,
     overwrite: bool = False,
     log: Callable[[str], None] = lambda line: None,
@@ -56,6 +57,7 @@ def predict_volume(
         genes: to write; all of the panel by default.
         min_tissue: smallest share of tissue in a patch.
         all_tissue: take every patch of every plane, where tissue cannot be found as in H&E.
+        allow_upsampling: permit planes that are coarser than the patches of the model.
         domains: number of spatial domains to find over all planes; 0 finds none.
         overwrite: replace files that another request made.
         log: called with a line for each plane.
@@ -71,7 +73,8 @@ def predict_volume(
     names = tuple(model.decoder.named() if genes is None else dict.fromkeys(genes))
     columns, store = model.decoder.columns(names), out / f"{model.name}.ome.zarr"
     refuse_foreign(store)
-    run = _Run(volume, model, out, {"min_tissue": min_tissue, "all_tissue": all_tissue}, overwrite)
+    tissue = {"min_tissue": min_tissue, "all_tissue": all_tissue}
+    run = _Run(volume, model, out, tissue, allow_upsampling, overwrite)
     embedded: list[SlideFeatures] = []
     made: list[Expression] = []
     with closing(run):
@@ -90,14 +93,20 @@ class _Run:
     """The planes whose embeddings are at hand, and the patches of each."""
 
     def __init__(
-        self, volume: Volume, model: VolumeEncoder, out: Path, tissue: dict[str, Any], overwrite: bool
+        self,
+        volume: Volume,
+        model: VolumeEncoder,
+        out: Path,
+        tissue: dict[str, Any],
+        allow_upsampling: bool,
+        overwrite: bool,
     ) -> None:
         spec = model.encoder.spec
         if spec.mpp is None:
             raise UsageError(f"{spec.name} does not state its µm/px; train it with patch_mpp")
         self.patch, self.planes = (spec.patch_px, spec.mpp), model.depth.options.planes
         self.volume, self.model, self.out = volume, model, out
-        self.tissue, self.overwrite = tissue, overwrite
+        self.tissue, self.allow_upsampling, self.overwrite = tissue, allow_upsampling, overwrite
         self.layout = open_layout("trident", out, *self.patch, 0)
         self.embedder: Embedder = open_embedder(model.encoder, spec.patch_px)
         self.at_hand: dict[int, _Embedded] = {}
@@ -182,7 +191,13 @@ class _Run:
         downsample = max(slide.size_l0)
         everywhere = TissueMask(np.ones((1, 1), np.bool_), slide.mpp * downsample, downsample, slide.size_l0)
         mask = everywhere if self.tissue["all_tissue"] else find_tissue(slide)
-        grid = make_grid(slide, mask, *self.patch, min_tissue=self.tissue["min_tissue"])
+        grid = make_grid(
+            slide,
+            mask,
+            *self.patch,
+            min_tissue=self.tissue["min_tissue"],
+            allow_upsampling=self.allow_upsampling,
+        )
         return None if mask is everywhere else mask, grid
 
     def _cells(self, grid: PatchGrid) -> NDArray[np.int64]:

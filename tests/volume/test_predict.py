@@ -112,6 +112,17 @@ def test_one_plane_gives_the_features_of_a_slide_bit_for_bit(world, tmp_path):
         np.testing.assert_array_equal(one.features, two_d.features)
 
 
+def test_planes_coarser_than_the_model_need_a_word(world, tmp_path):
+    path, _, models = world
+    coarse = path.with_name("coarse.json")
+    coarse.write_text(json.dumps(json.loads(path.read_text()) | {"mpp": 0.6}))
+    volume, model = open_volume(coarse), load_volume_encoder(models[1])
+    with pytest.raises(SealExtractError, match=r"has only 0.6; .*--allow-upsampling"):
+        predict_volume(volume, model, tmp_path, all_tissue=True)
+    store = predict_volume(volume, model, tmp_path, genes=["GENE1"], all_tissue=True, allow_upsampling=True)
+    assert zarr.open(str(store), mode="r")["0"].shape[:2] == (1, len(volume))
+
+
 def test_finished_planes_are_kept_and_other_requests_refused(world, tmp_path):
     path, _, models = world
     volume, model = open_volume(path), load_volume_encoder(models[3])
