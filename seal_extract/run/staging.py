@@ -22,6 +22,7 @@ from seal_extract.publish import try_lock, writing
 from seal_extract.run.job import Channel, SlideJob, Stopped
 from seal_extract.slides.entry import SlideEntry, file_stamp
 from seal_extract.slides.remote import fetch, look
+from seal_extract.slides.slide import parts_folder
 
 IN_PLACE = (".vms", ".vmu", ".dcm")  # slides of several files whose names are inside them
 AHEAD = 3  # copied and waiting at most, beside the one that is being copied
@@ -178,20 +179,15 @@ def with_copy(job: SlideJob) -> Iterator[SlideJob]:
 def _copy(slide: Path, folder: Path) -> None:
     before = file_stamp(slide)
     shutil.copy2(slide, folder)
-    if (parts := _mrxs_parts(slide)) is not None:
+    if (parts := parts_folder(slide)) is not None and parts.is_dir():
         shutil.copytree(parts, folder / parts.name)
     if file_stamp(slide) != before:
         raise OSError("it was changed while it was copied")
 
 
-def _mrxs_parts(path: Path) -> Path | None:
-    parts = path.with_suffix("")
-    return parts if path.suffix.lower() == ".mrxs" and parts.is_dir() else None
-
-
 def _bytes(path: Path) -> int:
     try:
-        parts = _mrxs_parts(path)
+        parts = parts_folder(path)
         inside = sum(p.stat().st_size for p in parts.rglob("*") if p.is_file()) if parts else 0
         return path.stat().st_size + inside
     except OSError:

@@ -17,9 +17,9 @@ from seal_extract.slides import remote
 from seal_extract.slides.ngff import is_store
 from seal_extract.slides.ome_zarr import OmeZarrReader
 from seal_extract.slides.readers import check_mpp, same_mpp
-from seal_extract.slides.slide import Slide, absolute, open_slide
+from seal_extract.slides.slide import Slide, absolute, open_slide, parts_folder
 
-SEVERAL_FILES = (".mrxs", ".vms", ".vmu", ".dcm")
+SEVERAL_FILES = (".mrxs", ".vsi", ".vms", ".vmu", ".dcm")
 WHOLE_BYTES = 2**23  # a file up to this size is read whole
 SAMPLES, SAMPLE_BYTES = 64, 2**14  # read of a larger one: its head, its tail, and as much between
 LEAST_SAMPLES = 4  # of each file of a slide that has very many
@@ -159,15 +159,15 @@ def open_entry(entry: SlideEntry, slide_mpp: float | None = None, override_mpp: 
 
 
 def slide_files(path: Path) -> list[Path]:
-    """The file and those that are read with it: images of VMS and VMU, parts of MRXS and DICOM.
+    """The file and those that are read with it: images of VMS and VMU, parts of MRXS, VSI and DICOM.
 
     Of an OME-Zarr store in a folder these are all files in it.
     """
     if path.is_dir():
         return sorted(Path(here, name) for here, _, names in os.walk(path) for name in names)
     kind = path.suffix.lower() if path.is_file() else ""  # opening a FIFO would wait for ever
-    if kind == ".mrxs":
-        return [path, *sorted(p for p in path.with_suffix("").rglob("*") if p.is_file())]
+    if (parts := parts_folder(path)) is not None:
+        return [path, *sorted(p for p in parts.rglob("*") if p.is_file())]
     if kind in (".vms", ".vmu"):
         named = (path.parent / name for name in _values(path) if name == os.path.basename(name))
         return [path, *sorted({p for p in named if p.is_file() and p != path})]

@@ -1,9 +1,9 @@
 """Slides through libraries that are installed on demand, and through readers of installed plugins.
 
-Zeiss CZI with JPEG XR and what else OpenSlide refuses of CZI, Philips iSyntax, and KFB. A third party adds a
-reader by an entry point of the group ``seal_extract.readers``, which loads to a class such as `KfbReader`:
-called with the path, and the µm/px or None, it gives a `Slide`; ``suffixes`` are those of its files. In its
-``pyproject.toml``::
+Zeiss CZI with JPEG XR and what else OpenSlide refuses of CZI, Philips iSyntax, KFB, and VSI. A third party
+adds a reader by an entry point of the group ``seal_extract.readers``, which loads to a class such as
+`KfbReader`: called with the path, and the µm/px or None, it gives a `Slide`; ``suffixes`` are those of its
+files. In its ``pyproject.toml``::
 
     [project.entry-points."seal_extract.readers"]
     ours = "our_package.reader:OurReader"
@@ -209,7 +209,41 @@ class KfbReader(ExtraReader):
         return np.asarray(self._handle.read_region(xy_l0, level, (width, height)).convert("RGBA"))
 
 
-EXTRAS: tuple[type[ExtraReader], ...] = (CziReader, ISyntaxReader, KfbReader)
+class VsiReader(ExtraReader):
+    """An Olympus or Evident VSI; its pixels lie in the folder ``_NAME_`` beside it."""
+
+    suffixes = (".vsi",)
+    extra = "vsi"
+    library = ("slideio", "slideio")
+
+    def _open(self, library: Any) -> tuple[list[tuple[int, int]], list[float], Stated]:
+        self._handle = library.open_slide(str(self.path), "VSI")
+        if self._handle.num_scenes != 1:
+            raise UnsupportedSlideError(
+                f"{self.path}: it holds {self._handle.num_scenes} scenes; export the one that you mean"
+            )
+        self._scene = scene = self._handle.get_scene(0)
+        kinds = [str(np.dtype(scene.get_channel_data_type(i))) for i in range(scene.num_channels)]
+        planes = scene.num_z_slices * scene.num_t_frames
+        if kinds != ["uint8"] * 3 or planes != 1:
+            raise UnsupportedSlideError(
+                f"{self.path}: {len(kinds)} channels of {', '.join(sorted({*kinds}))} in {planes} planes, "
+                "not three of 8 bits in one (RGB brightfield); export it as 8-bit RGB if it is H&E"
+            )
+        levels = [scene.get_zoom_level_info(i) for i in range(scene.num_zoom_levels)]
+        x, y = (metres * 1e6 for metres in scene.resolution)
+        stated = [("VSI", x, y)] if x and y else []
+        return (
+            [(one.size.width, one.size.height) for one in levels],
+            [1 / one.scale for one in levels],
+            stated,
+        )
+
+    def _read(self, level: int, x: int, y: int, width: int, height: int) -> Array:
+        return np.asarray(self._scene.read_block_from_level(level, (x, y, width, height)))
+
+
+EXTRAS: tuple[type[ExtraReader], ...] = (CziReader, ISyntaxReader, KfbReader, VsiReader)
 
 
 # --- plugins -----------------------------------------------------------------------------------------------

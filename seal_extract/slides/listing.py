@@ -18,7 +18,7 @@ from seal_extract.slides import remote
 from seal_extract.slides.entry import SEVERAL_FILES, SlideEntry
 from seal_extract.slides.extras import EXTRAS, plugin_readers
 from seal_extract.slides.ngff import METADATA, ZIPPED, has_image, is_store
-from seal_extract.slides.slide import check_path
+from seal_extract.slides.slide import check_path, parts_folder
 
 SLIDE_SUFFIXES = {
     *(".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide"),
@@ -204,8 +204,8 @@ def files_below(folder: Path) -> Iterator[Path]:
             folders.clear()
             yield Path(here)
             continue
-        slides = {Path(name).stem for name in files if name.lower().endswith(".mrxs")}
-        wanted = [name for name in sorted(folders) if not name.startswith(".") and name not in slides]
+        parts = {beside.name for name in files if (beside := parts_folder(Path(name))) is not None}
+        wanted = [name for name in sorted(folders) if not name.startswith(".") and name not in parts]
         own = [name for name in wanted if is_own(Path(here, name))]
         folders[:] = [name for name in wanted if name not in own]
         yield from (Path(here, name) for name in own)

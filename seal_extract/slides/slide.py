@@ -35,7 +35,7 @@ from seal_extract.slides.tiff_pixels import check_ome, has_jpeg_tiles
 READERS = (OpenSlideReader, TiffSlideReader, ImageReader)
 FORMATS = (
     "SVS, NDPI, MRXS, SCN, BIF, VMS, AVS, CZI, Philips or generic tiled TIFF, OME-TIFF, OME-Zarr, DICOM, "
-    "iSyntax, KFB, PNG, JPEG"
+    "iSyntax, KFB, VSI, PNG, JPEG"
 )
 HEST_KEYS = ("pixel_size_um_estimated", "pixel_size_um_embedded")  # HEST takes the first itself
 MOST_METADATA_BYTES = 2**24  # a file of HEST has some 2,000
@@ -232,12 +232,18 @@ def check_path(path: Path) -> None:
             raise SlideOpenError(f"{beside} is no regular file, and {path.name} may be made of it; remove it")
 
 
+def parts_folder(path: Path) -> Path | None:
+    """The folder beside a slide that holds its pixels, for formats that have one."""
+    named = {".mrxs": path.stem, ".vsi": f"_{path.stem}_"}.get(path.suffix.lower())
+    return path.with_name(named) if named else None
+
+
 def _files_of(path: Path) -> Iterable[Path]:
     """The files that OpenSlide opens beside the one that it is given."""
     with path.open("rb") as file:
         head = file.read(132)
-    if path.suffix.lower() == ".mrxs":
-        return path.with_suffix("").glob("*")
+    if (parts := parts_folder(path)) is not None:
+        return parts.glob("*")
     several = head.endswith(b"DICM") or head.lstrip()[:1] == b"["  # VMS and VMU are of [sections]
     return path.parent.iterdir() if several else ()
 

@@ -1,7 +1,7 @@
 """Readers of optional libraries and of plugins.
 
-No free file of iSyntax or KFB exists, and nobody writes them: imitations of their libraries stand in. CZI
-files are written by pylibCZIrw.
+No free file of iSyntax, KFB or VSI was at hand, and nobody writes them: imitations of their libraries stand
+in. CZI files are written by pylibCZIrw.
 """
 
 import re
@@ -22,6 +22,7 @@ from zarr_stores import halved
 from seal_extract import open_slide, plugins
 from seal_extract.errors import ReadError, ResolutionError, SlideOpenError, UnsupportedSlideError
 from seal_extract.slides import extras
+from seal_extract.slides.entry import file_stamp
 from seal_extract.slides.listing import list_slides
 
 GUIDE = Path(__file__).parents[2] / "examples" / "README.md"
@@ -33,6 +34,7 @@ GUIDE = Path(__file__).parents[2] / "examples" / "README.md"
         ("a.czi", r'pylibCZIrw reads it; .*pip install "\.\[czi\]"'),
         ("a.isyntax", r'pyisyntax reads it; .*pip install "\.\[isyntax\]"'),
         ("a.kfb", r'kfbslide reads it; .*pip install "\.\[kfb\]"'),
+        ("a.vsi", r'slideio reads it; .*pip install "\.\[vsi\]"'),
     ],
 )
 def test_a_file_that_needs_an_extra_says_which(tmp_path, monkeypatch, name, words):
@@ -84,11 +86,66 @@ class OpenSlide(Imitation):
         return Image.fromarray(self.region(x, y, *size_px, level))
 
 
-@pytest.mark.parametrize("name", ["a.isyntax", "a.kfb"])
+class Scene(Imitation):
+    """An image of slideio, which is asked for the channels by their number."""
+
+    num_channels, num_z_slices, num_t_frames, num_zoom_levels = 3, 1, 1, 3
+    resolution = property(lambda self: (self.mpp_x * 1e-6, self.mpp_y * 1e-6))
+
+    def get_channel_data_type(self, channel):
+        return np.uint8
+
+    def get_zoom_level_info(self, level):
+        width, height = self.level_dimensions[level]
+        size = types.SimpleNamespace(width=width, height=height)
+        return types.SimpleNamespace(size=size, scale=1 / self.level_downsamples[level])
+
+    def read_block_from_level(self, level, rect):
+        pixels = self.region(*rect, level)
+        return np.where(pixels[..., 3:] > 0, pixels, 0)[..., :3]
+
+
+def open_vsi(path, driver):
+    assert driver == "VSI"
+    scene = Scene(path)
+    slide = types.SimpleNamespace(num_scenes=1, get_scene=lambda i: scene, close=scene.close)
+    vars(slide)["levels"] = scene.levels
+    return slide
+
+
+def test_a_vsi_that_is_not_one_rgb_image_is_refused(tmp_path, monkeypatch):
+    library = types.SimpleNamespace(open_slide=open_vsi)
+    monkeypatch.setitem(sys.modules, "slideio", library)
+    monkeypatch.setattr(extras, "version", lambda package: "1.0")
+    (tmp_path / "a.vsi").write_bytes(b"fine")
+    monkeypatch.setattr(Scene, "num_channels", 1)
+    with pytest.raises(UnsupportedSlideError, match="1 channels of uint8 in 1 planes"):
+        open_slide(tmp_path / "a.vsi")
+    two = types.SimpleNamespace(num_scenes=2, close=lambda: None)
+    monkeypatch.setattr(library, "open_slide", lambda *_: two)
+    with pytest.raises(UnsupportedSlideError, match="it holds 2 scenes"):
+        open_slide(tmp_path / "a.vsi")
+
+
+def test_the_folder_of_a_vsi_is_part_of_it(tmp_path):
+    pixels = tmp_path / "_a_" / "stack1" / "frame_t.ets"
+    pixels.parent.mkdir(parents=True)
+    pixels.write_bytes(b"pixels")
+    (pixels.parent / "no_slide.png").write_bytes(b"part of it")
+    slide = tmp_path / "a.vsi"
+    slide.write_bytes(b"fine")
+    assert [entry.path for entry in list_slides([tmp_path]).entries] == [slide]
+    before = file_stamp(slide)
+    pixels.write_bytes(b"others")
+    assert file_stamp(slide) != before
+
+
+@pytest.mark.parametrize("name", ["a.isyntax", "a.kfb", "a.vsi"])
 def test_a_library_of_an_extra_is_asked_for_what_it_has(tmp_path, monkeypatch, name):
     library = types.SimpleNamespace(ISyntax=ISyntax, OpenSlide=OpenSlide)
     monkeypatch.setitem(sys.modules, "isyntax", library)
     monkeypatch.setitem(sys.modules, "kfbslide", library)
+    monkeypatch.setitem(sys.modules, "slideio", types.SimpleNamespace(open_slide=open_vsi))
     monkeypatch.setattr(extras, "version", lambda package: "1.0")
     (tmp_path / name).write_bytes(b"fine")
     with open_slide(tmp_path / name) as slide:
@@ -104,14 +161,14 @@ def test_a_library_of_an_extra_is_asked_for_what_it_has(tmp_path, monkeypatch, n
         assert not region[:, 210:].any()
         with pytest.raises(ReadError, match=r"cannot read 5 x 5 px of level 2 .*lost sector"):
             slide.read_region((0, 0), 2, (5, 5))
-    assert slide._handle.is_closed
+    assert getattr(slide, "_scene", slide._handle).is_closed
     (tmp_path / name).write_bytes(b"damaged")
     with pytest.raises(SlideOpenError, match="no such header"):
         open_slide(tmp_path / name)
     (tmp_path / name).write_bytes(b"fine")
     monkeypatch.setattr(Imitation, "mpp_x", 0.0)
     monkeypatch.setattr(Imitation, "properties", {"openslide.mpp-x": "0"})
-    with pytest.raises(ResolutionError, match="gives 0 µm/px, which cannot be true"):
+    with pytest.raises(ResolutionError, match=r"gives 0 µm/px, which cannot be true|does not say how"):
         open_slide(tmp_path / name)
 
 
