@@ -123,7 +123,7 @@ def _load(
     fetch_base: Callable[[EncoderSpec, Path], FoundFile],
 ) -> Encoder:
     """The encoder on top of the mapped files, while another thread computes their hashes."""
-    spec = _with_positions_of(spec, file.path)
+    spec = _with_positions_of(spec, file)
     tower = empty_tower(spec)
     shapes = tower_shapes(tower)
     own = folder.Contents(spec.dim, spec.layout.decoder)
@@ -152,7 +152,7 @@ def _load(
     return encoder
 
 
-def _with_positions_of(spec: EncoderSpec, path: Path) -> EncoderSpec:
+def _with_positions_of(spec: EncoderSpec, file: FoundFile) -> EncoderSpec:
     """The row with the image size that the positions in its file are for, if the row may have several.
 
     CONCH v1.5's are for 224 px by the code of its authors, who enlarge them in every pass; a file whose
@@ -160,7 +160,9 @@ def _with_positions_of(spec: EncoderSpec, path: Path) -> EncoderSpec:
     """
     if not spec.architecture.position_offset or spec.published is None:
         return spec
-    positions = read_tensors(path).get(f"{spec.layout.prefix}trunk.pos_embed")
+    if file.held and file.pins:
+        WeightFile.of(file)  # nothing of an unexpected file is read
+    positions = read_tensors(file.path, spec.layout.inside).get(f"{spec.layout.prefix}trunk.pos_embed")
     side = math.isqrt(positions.shape[1] - 1) if positions is not None and positions.ndim == 3 else 0
     if side * spec.input.multiple_of != spec.input.side_px:
         return spec
