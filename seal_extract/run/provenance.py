@@ -143,6 +143,8 @@ def describe(
         "area_mm2": mask.area_mm2,
         "uncovered": mask.uncovered(grid.xy_l0, grid.patch_size_l0),
     }
+    # a store that is read at its URL has the digest of its pixels in place of a version
+    version_at_url = fingerprint["slide"]["content"] if entry.is_streamed else entry.version
     return {
         "request": fingerprint,
         "slide": {
@@ -157,7 +159,7 @@ def describe(
             "mpp_conflict": slide.mpp_conflict,
             "reader": slide.reader,
             "decoder": decoder,
-            **({} if entry.url is None else {"version": entry.version or fingerprint["slide"]["content"]}),
+            **({} if entry.url is None else {"version": version_at_url}),
         },
         "tissue": tissue,
         "padding": float(grid.padding.mean()) if len(grid) else 0.0,  # share beyond the slide

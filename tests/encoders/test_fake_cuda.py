@@ -6,6 +6,7 @@ from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
@@ -223,6 +224,8 @@ def test_every_tower_is_one_graph_that_no_value_of_a_pixel_changes(name):
             return embed(self.tower, self.pooling, images)
 
     spec = find_spec(name)
+    if not timm.is_model(spec.architecture.timm):
+        pytest.skip("this timm has no such architecture")
     side = spec.input.side_px or 224
     exported = torch.export.export(Whole(spec), (torch.empty(8, 3, side, side, device="meta"),), strict=False)
     last = list(exported.graph.nodes)[-1]
