@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.errors import UsageError
-from seal_extract.features.feature_file import PIXELS, write_described
+from seal_extract.features.feature_file import write_described
 from seal_extract.features.store import SlideFeatures
-from seal_extract.hdf5 import checked, open_hdf5
+from seal_extract.hdf5 import checked
 from seal_extract.pooling.slide_level import (
     Pooled,
     Pooling,
@@ -34,6 +34,7 @@ from seal_extract.pooling.slide_level import (
     check_features,
     finished_by,
     pool_rows,
+    read_embedding,
     unreadable_rows,
     write_pooled,
 )
@@ -59,10 +60,7 @@ class PatientLevel:
     @cached_property
     def features(self) -> NDArray[np.float32]:
         """float32 [D'], or [C, D'] where each class has its own attention."""
-        with open_hdf5(self.path) as file:
-            values: NDArray[np.float32] = file[PIXELS][()]
-            rows = file[PIXELS].attrs.get("rows", 1)
-        return values.reshape((rows, -1) if rows > 1 else -1)
+        return read_embedding(self.path)
 
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.features.shape))

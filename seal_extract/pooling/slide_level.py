@@ -156,6 +156,14 @@ def check_features(pooling: Pooling, dim: int, of: str) -> None:
 # --- the file -----------------------------------------------------------------------------------------
 
 
+def read_embedding(path: Path) -> NDArray[np.float32]:
+    """The embedding in a file of slide or patient level: float32 [D'], or [C, D'] of several attentions."""
+    with open_hdf5(path) as file:
+        values: NDArray[np.float32] = file[PIXELS][()]
+        rows = file[PIXELS].attrs.get("rows", 1)
+    return values if len(values) > 1 else values.reshape((rows, -1) if rows > 1 else -1)
+
+
 @dataclass(frozen=True)
 class SlideLevel:
     """The embedding of one slide, in the file that holds it.
@@ -175,10 +183,7 @@ class SlideLevel:
     @cached_property
     def features(self) -> NDArray[np.float32]:
         """float32 [D'], or [C, D'] where each class has its own attention."""
-        with open_hdf5(self.path) as file:
-            values: NDArray[np.float32] = file[PIXELS][()]
-            rows = file[PIXELS].attrs.get("rows", 1)
-        return values if len(values) > 1 else values.reshape((rows, -1) if rows > 1 else -1)
+        return read_embedding(self.path)
 
     @cached_property
     def attention(self) -> NDArray[np.float32] | None:
