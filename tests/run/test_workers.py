@@ -198,9 +198,10 @@ def test_a_run_that_is_stopped_leaves_no_process(drawn_slides, encoder_folder, t
     cohort = link_cohort(tmp_path / "slides", drawn_slides, 300)
     words = command(cohort, "-o", tmp_path / "out", "--encoder", encoder_folder, "--device", "cpu,cpu")
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not contents(tmp_path / "out"):
+    started = set()
+    while process.poll() is None and not (contents(tmp_path / "out") and len(started) >= 4):
         time.sleep(0.05)
-    started = descendants(process.pid)
+        started = descendants(process.pid)
     process.send_signal(how)
     said = process.communicate(timeout=60)[1]
     assert ("interrupted" in said.lower()) == (how == signal.SIGINT)
