@@ -327,9 +327,14 @@ def open_origin(features: SlideFeatures, slides: Path | None = None) -> Slide:
     Raises:
         SlideOpenError: the slide is not found, has another size, or cannot be opened.
     """
-    path = _find_origin(features, slides)
-    slide = open_slide(path, mpp=features.provenance["slide"]["mpp"])
-    expected = tuple(features.provenance["slide"]["size_l0"])
+    path, made = _find_origin(features, slides), features.provenance["slide"]
+    expected = tuple(made["size_l0"])
+    if "plane" in made:  # of a volume
+        from seal_extract.slides.planes import open_plane  # OpenCV takes long to import
+
+        slide = open_plane(Path(path), made["plane"], made["mpp"], expected)
+    else:
+        slide = open_slide(path, mpp=made["mpp"])
     if slide.size_l0 != expected:
         slide.close()
         raise SlideOpenError(

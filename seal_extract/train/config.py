@@ -215,46 +215,54 @@ BASELINES = {
 }
 
 
-class TrainConfig(Options, frozen=True):
-    """A whole run.
+class RunConfig(Options, frozen=True):
+    """What every training run states.
 
     Attributes:
         name: of the new encoder.
-        encoder: the encoder that is finetuned: a name or a folder.
-        checkpoint: its official weight file, where it is on this disk.
-        method: ``seal``, ``multiscale``, or a baseline: ``clip``, ``regression``, ``probe``, ``stnet``,
-            ``bleep``, ``pathomclip``.
+        encoder: the image encoder to begin with: a name or a folder.
         out: folder of the new encoder, with the checkpoints and curves in it.
-        batch_size: pairs in a batch; regions in a batch for ``multiscale``.
-        projection: heads between the embeddings and the contrast: ``none``, ``linear`` or ``mlp``, as in
-            SEAL. Features are the embeddings before them.
+        checkpoint: the encoder's official weight file, where it is on this disk.
         licence: of the new encoder.
-        card: further text of its model card, in Markdown: data, citation, limits.
-        data: the sections.
         omics: the expression encoder.
-        seal: stage 2 of SEAL.
-        multiscale: multi-scale alignment.
-        baseline: the methods ``stnet``, ``bleep`` and ``pathomclip``.
         loop: the optimiser.
     """
 
     name: str
     encoder: str
     out: str
-    data: DataOptions
     checkpoint: str | None = None
+    licence: str = "not stated"
+    omics: OmicsOptions = OmicsOptions()
+    loop: LoopOptions = LoopOptions()
+
+
+class TrainConfig(RunConfig, frozen=True, kw_only=True):
+    """A whole run; see also `RunConfig`.
+
+    Attributes:
+        method: ``seal``, ``multiscale``, or a baseline: ``clip``, ``regression``, ``probe``, ``stnet``,
+            ``bleep``, ``pathomclip``.
+        batch_size: pairs in a batch; regions in a batch for ``multiscale``.
+        projection: heads between the embeddings and the contrast: ``none``, ``linear`` or ``mlp``, as in
+            SEAL. Features are the embeddings before them.
+        card: further text of its model card, in Markdown: data, citation, limits.
+        data: the sections.
+        seal: stage 2 of SEAL.
+        multiscale: multi-scale alignment.
+        baseline: the methods ``stnet``, ``bleep`` and ``pathomclip``.
+    """
+
+    data: DataOptions
     method: Literal["seal", "clip", "regression", "probe", "multiscale", "stnet", "bleep", "pathomclip"] = (
         "seal"
     )
     batch_size: Count = 384
     projection: Literal["none", "linear", "mlp"] = "none"
-    licence: str = "not stated"
     card: str = ""
-    omics: OmicsOptions = OmicsOptions()
     seal: SealOptions = SealOptions()
     multiscale: MultiScaleOptions = MultiScaleOptions()
     baseline: BaselineOptions = BaselineOptions()
-    loop: LoopOptions = LoopOptions()
 
 
 def read_config(path: Path) -> TrainConfig:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from msgspec import structs, to_builtins
@@ -18,7 +18,7 @@ from seal_extract.encoders.hub import upload
 from seal_extract.errors import OutputError
 from seal_extract.genes.gene_lists import read_panel
 from seal_extract.train.baselines import BleepModel, PathOmClipModel, StNetModel
-from seal_extract.train.config import PUBLISHED, TrainConfig, check, convert
+from seal_extract.train.config import PUBLISHED, RunConfig, TrainConfig, check, convert
 from seal_extract.train.finetune import merge_adapters
 from seal_extract.train.formats import load_sections, names_of
 from seal_extract.train.loop import Row, train
@@ -28,6 +28,7 @@ from seal_extract.train.seal import OmicsModel, SealModel, as_expression_decoder
 from seal_extract.train.sections import Section, choose_panel
 
 Model = SealModel | MultiScaleModel | StNetModel | BleepModel | PathOmClipModel
+Config = TypeVar("Config", bound=RunConfig)
 MIN_SD = 0.05  # of log1p; bounds the weight of genes that hardly vary in the standardised error
 
 
@@ -89,10 +90,7 @@ def run(
         OutputError: the folder holds a finished encoder, or cannot be written.
         TrainingError: the loss is NaN or infinite.
     """
-    config = convert(to_builtins(config), TrainConfig, "the configuration")
-    out = Path(config.out)
-    if (out / folder.CONFIG).exists():
-        raise OutputError(f"{out} holds a finished encoder; choose another out, or delete it")
+    config, out = begin(config)
     check(config, [s.name for s in sections] if sections else names_of(config.data.sections))
     sections = sections or load_sections(config.data.sections)
     training = [s for s in sections if s.name not in config.data.validation]
@@ -144,6 +142,20 @@ def run(
     )
     log(f"written: {out}")
     return Trained(out, panel, tuple(rows))
+
+
+def begin(config: Config) -> tuple[Config, Path]:
+    """The configuration, checked as one that is read from a file, and the folder of the new encoder.
+
+    Raises:
+        UsageError: as `convert`.
+        OutputError: the folder holds a finished encoder.
+    """
+    config = convert(to_builtins(config), type(config), "the configuration")
+    out = Path(config.out)
+    if (out / folder.CONFIG).exists():
+        raise OutputError(f"{out} holds a finished encoder; choose another out, or delete it")
+    return config, out
 
 
 def _pairs(sections: list[Section], panel: tuple[str, ...], config: TrainConfig) -> Pairs:

@@ -17,11 +17,10 @@ from seal_extract.patches.grid import MAX_PATCH_PX
 from seal_extract.slides.readers import PLAUSIBLE_MPP
 from seal_extract.train.config import (
     Count,
-    LoopOptions,
     LoraOptions,
-    OmicsOptions,
     Options,
     Positive,
+    RunConfig,
     SealOptions,
     Share,
     Whole,
@@ -83,17 +82,13 @@ class VolumeData(Options, frozen=True):
         return open_volume(path, spacing_um=self.spacing_um, mpp=self.mpp, window=self.window)
 
 
-class VolumeConfig(Options, frozen=True):
-    """A whole run: 2D pairs, pairs of other volumes, then the volume of interest.
+class VolumeConfig(RunConfig, frozen=True, kw_only=True):
+    """A whole run: 2D pairs, pairs of other volumes, then the volume of interest; see also `RunConfig`.
 
     Attributes:
-        name: of the new encoder.
-        encoder: the image encoder: a name or a folder.
-        out: folder of the result, with the checkpoints and curves in it.
         voi: the volume of interest with its one or two sections; stage 3.
         pairs: sections of stage 1, as tables; the stage is left out without them.
         volumes: other volumes, of stage 2; likewise.
-        checkpoint: the encoder's official weight file, where it is on this disk.
         variant: ``alignment`` contrasts image and expression and reconstructs the panel; ``regression`` only
             predicts expression.
         genes: size of the panel: the most variable genes that all sections have.
@@ -102,22 +97,15 @@ class VolumeConfig(Options, frozen=True):
         patch_px: side of the patches.
         patch_mpp: µm/px of the patches.
         batch_size: pairs in a batch.
-        epochs: of the three stages; 0 leaves a stage out.
-        licence: of the new encoder.
+        epochs: of the three stages, in place of the loop's; 0 leaves a stage out.
         depth: aggregation over depth.
-        omics: the expression encoder.
         seal: the terms of the loss, as in SEAL.
         lora: adapters of the image encoder; without them it stays frozen, and patches are embedded once.
-        loop: the optimiser; its epochs are those of ``epochs``.
     """
 
-    name: str
-    encoder: str
-    out: str
     voi: VolumeData
     pairs: tuple[dict[str, Any], ...] = ()
     volumes: tuple[VolumeData, ...] = ()
-    checkpoint: str | None = None
     variant: Literal["alignment", "regression"] = "alignment"
     genes: Count = 2000
     panel: str | None = None
@@ -126,12 +114,9 @@ class VolumeConfig(Options, frozen=True):
     patch_mpp: Annotated[float, Meta(ge=PLAUSIBLE_MPP[0], le=PLAUSIBLE_MPP[1])] = 0.5
     batch_size: Count = 128
     epochs: tuple[Whole, Whole, Whole] = (10, 10, 10)
-    licence: str = "not stated"
     depth: DepthOptions = DepthOptions()
-    omics: OmicsOptions = OmicsOptions()
     seal: SealOptions = SealOptions(lora=None)
     lora: LoraOptions | None = None
-    loop: LoopOptions = LoopOptions()
 
     @property
     def losses(self) -> SealOptions:

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 
 from seal_extract.errors import UsageError
 from seal_extract.publish import publish
+from seal_extract.slides.planes import apply
 from seal_extract.train.formats import load_sections
 from seal_extract.train.pairs import Pairs
 from seal_extract.train.sections import Expression, Section, choose_panel
 from seal_extract.volume.config import DepthOptions, VolumeConfig
 from seal_extract.volume.model import load_volume_encoder
 from seal_extract.volume.patches import depth_pairs
-from seal_extract.volume.planes import apply
 from seal_extract.volume.train import train_volume
 from seal_extract.volume.volume import Volume
 

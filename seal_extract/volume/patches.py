@@ -19,10 +19,10 @@ from seal_extract.patches.regions import PatchReader, RegionReader
 from seal_extract.patches.resample import Resampling
 from seal_extract.patches.stream import stream_batches
 from seal_extract.run.embed import Embedder, Embeddings, open_embedder
+from seal_extract.slides.planes import apply
 from seal_extract.slides.slide import Slide
 from seal_extract.train.pairs import READ, Pairs, make_pairs
 from seal_extract.train.sections import Section
-from seal_extract.volume.planes import apply
 from seal_extract.volume.volume import Volume
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def plane_reader(
     volume: Volume, plane: int, slide: Slide, grid: PatchGrid, device: torch.device
 ) -> PatchReader:
     """The way to read patches of an open plane."""
-    if volume.planes[plane].is_file:
+    if volume.planes[plane].origin is None:
         return open_patch_reader(slide, grid, device)
     resampling = Resampling(grid.patch_px, early=device.type == "cpu")
     return RegionReader(slide, grid, resampling, "a plane of a volume")

@@ -32,7 +32,7 @@ from seal_extract.tissue.mask import TissueMask
 from seal_extract.volume.model import ROWS, VolumeEncoder
 from seal_extract.volume.ome_zarr import find_domains, refuse_foreign, write_ome_zarr
 from seal_extract.volume.patches import embed_plane, grid_at, opened
-from seal_extract.volume.volume import Volume
+from seal_extract.volume.volume import Plane, Volume
 
 
 def predict_volume(
@@ -151,10 +151,7 @@ class _Run:
             "options": {"patch_px": self.patch[0], "mpp": self.patch[1], **self.tissue},
             "volume": {
                 "spacing_um": volume.spacing_um,
-                "planes": [
-                    [volume.planes[i].name, volume.planes[i].content(), volume.planes[i].place]
-                    for i in volume.around(plane, self.planes)
-                ],
+                "planes": [_decisive(volume.planes[i]) for i in volume.around(plane, self.planes)],
             },
             "encoder": self.model.identity,
         }
@@ -167,8 +164,8 @@ class _Run:
             way = f"through {self.planes} planes"
             entry = SlideEntry(volume.planes[plane].path, name)
             provenance = describe(entry, slide, mask, grid, self.request(plane), self.model.description, way)
-        if not volume.planes[plane].is_file:  # nobody shall look at that file in its place
-            provenance["slide"]["path"] += f"#{name}"
+        if volume.planes[plane].origin is not None:  # without which that file would be looked at in its place
+            provenance["slide"]["plane"] = volume.planes[plane].origin
         window = [self._embedded(i, grid) for i in volume.around(plane, self.planes)]
         label = SlideLabel(name, volume.size_px, volume.mpp)
         self.layout.write_coords(label, grid, provenance, overwrite=self.overwrite)
@@ -223,6 +220,12 @@ class _Run:
                     done += len(rows)
             held.known[cells[missing]] = True
         return held
+
+
+def _decisive(plane: Plane) -> list[Any]:
+    """Its name, the content of its file, and the transform of a section or the window of a stack."""
+    origin = plane.origin or {}
+    return [plane.name, plane.content(), origin.get("transform") or origin.get("window")]
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ from seal_extract.errors import GeometryError, UsageError
 from seal_extract.publish import publish
 from seal_extract.slides.entry import SlideEntry, open_entry
 from seal_extract.slides.overview import read_overview
+from seal_extract.slides.planes import Affine, inverse
 from seal_extract.slides.readers import Array
 from seal_extract.slides.slide import Slide
 from seal_extract.tissue.mask import work_resolution
 from seal_extract.tissue.segmentation import MASK_MPP, find_tissue
-from seal_extract.volume.planes import Affine, inverse
 
 TURNS = 72  # that are tried
 BLURS_PX = (12.0, 6.0, 3.0)  # sigma: coarse to fine

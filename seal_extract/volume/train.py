@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from msgspec import structs, to_builtins
 from torch import nn
 
-from seal_extract.encoders import Encoder, folder, load_encoder
-from seal_extract.errors import OutputError, UsageError
+from seal_extract.encoders import Encoder, load_encoder
+from seal_extract.errors import UsageError
 from seal_extract.genes.gene_lists import read_panel
-from seal_extract.train.config import LoopOptions, convert
+from seal_extract.train.config import LoopOptions
 from seal_extract.train.formats import load_sections
 from seal_extract.train.loop import Row, train
 from seal_extract.train.pairs import Batches, Pairs
-from seal_extract.train.run import MIN_SD, Trained, write_encoder
+from seal_extract.train.run import MIN_SD, Trained, begin, write_encoder
 from seal_extract.train.seal import OmicsModel, new_omics
 from seal_extract.train.sections import Section, choose_panel
 from seal_extract.volume.config import DepthOptions, VolumeConfig
@@ -60,10 +59,7 @@ def train_volume(
         OutputError: the folder holds a finished encoder, or cannot be written.
         TrainingError: the loss is NaN or infinite.
     """
-    config = convert(to_builtins(config), VolumeConfig, "the configuration")
-    out = Path(config.out)
-    if (out / folder.CONFIG).exists():
-        raise OutputError(f"{out} holds a finished encoder; choose another out, or delete it")
+    config, out = begin(config)
     tables = {"": config.pairs} | {data.volume: data.sections for data in (*config.volumes, config.voi)}
     given = sections or {key: load_sections(some) for key, some in tables.items() if some}
     for data in (*config.volumes, config.voi):

@@ -22,10 +22,10 @@ from seal_extract.encoders.folder import plain_word
 from seal_extract.errors import GeometryError, ResolutionError, SlideOpenError, UsageError
 from seal_extract.slides.entry import SlideEntry, content, open_entry
 from seal_extract.slides.ngff import is_store
+from seal_extract.slides.planes import Affine, AlignedSlide, Stack, StackPlane, open_stack
 from seal_extract.slides.readers import check_mpp, same_mpp
 from seal_extract.slides.slide import Slide
 from seal_extract.train.config import Options, Positive, Whole, convert
-from seal_extract.volume.planes import Affine, AlignedSlide, Stack, StackPlane, open_stack
 
 MOST_SPACING_UM = 1000.0
 SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".svs", ".ndpi")
@@ -98,16 +98,14 @@ class Plane(NamedTuple):
         path: its file.
         open: opens it.
         content: a digest of its file.
-        is_file: whether its patches are those of its file.
-        place: what else decides its pixels, as JSON: its transform, or the window of its stack.
+        origin: where it lies in that file, as `open_plane` takes it; None if it is the whole file.
     """
 
     name: str
     path: Path
     open: Callable[[], Slide]
     content: Callable[[], str]
-    is_file: bool = False
-    place: Any = None
+    origin: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -263,16 +261,15 @@ def _plane(path: Path, entry: SlideEntry, mpp: float | None) -> Plane:
     if not entry.path.exists():
         raise SlideOpenError(f"{path}: plane {entry.name} is missing: {entry.path} does not exist")
     slide_mpp = mpp if entry.mpp is None else None
-    return Plane(
-        entry.name, entry.path, lambda: open_entry(entry, slide_mpp), partial(content, entry.path), True
-    )
+    opened = partial(open_entry, entry, slide_mpp)
+    return Plane(entry.name, entry.path, opened, partial(content, entry.path))
 
 
 def _aligned(plane: Plane, affine: Affine, size_px: tuple[int, int], mpp: float) -> Plane:
     def opened() -> Slide:
         return AlignedSlide(plane.open(), affine, size_px, mpp)
 
-    return Plane(plane.name, plane.path, opened, plane.content, place=affine.tolist())
+    return Plane(plane.name, plane.path, opened, plane.content, {"transform": affine.tolist()})
 
 
 def _planes_of_stack(stack: Stack, given_mpp: float | None) -> list[Plane]:
@@ -292,7 +289,8 @@ def _planes_of_stack(stack: Stack, given_mpp: float | None) -> list[Plane]:
 
     def plane(z: int) -> Plane:
         opened = partial(StackPlane, stack, z, mpp, source)
-        return Plane(f"z{z:0{digits}}", stack.path, opened, lambda: stack.content, place=stack.window)
+        origin = {"z": z, "window": stack.window}
+        return Plane(f"z{z:0{digits}}", stack.path, opened, lambda: stack.content, origin)
 
     return [plane(z) for z in range(stack.side(0, "z"))]
 

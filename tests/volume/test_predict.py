@@ -1,5 +1,6 @@
 """Every plane predicted: features and genes as of slides, one OME-Zarr, and files that are continued."""
 
+import csv
 import json
 
 import cv2
@@ -8,6 +9,7 @@ import pytest
 import tifffile
 import torch
 import zarr
+from PIL import Image
 from synthetic_volume import GENES, PANEL, SIDE, SPACING_UM, TILES, section, write_encoder, write_volume
 
 from seal_extract import ExtractOptions, extract
@@ -15,6 +17,7 @@ from seal_extract.cli import main
 from seal_extract.errors import SealExtractError
 from seal_extract.features.store import list_features
 from seal_extract.train.config import LoopOptions, OmicsOptions
+from seal_extract.view.pictures import GAP_PX, PATCH_PX, TITLE_PX
 from seal_extract.volume.config import DepthOptions, VolumeConfig, VolumeData
 from seal_extract.volume.model import load_volume_encoder
 from seal_extract.volume.patches import depth_pairs
@@ -143,12 +146,13 @@ def test_finished_planes_are_kept_and_other_requests_refused(world, tmp_path):
 
 
 def test_the_commands_from_training_to_search(world, tmp_path, capsys):
-    """A stack of glass and of tissue on it; the genes of its planes are found by the commands for slides."""
+    """A stack of glass and of tissue; its planes are searched and shown by the commands for slides."""
     _, _, models = world
     rng = np.random.default_rng(0)
     tissue = cv2.GaussianBlur(rng.normal(0, 90, (3, 400, 400, 3)).astype(np.float32)[0], (0, 0), 3) * 4
     planes = np.full((3, 1000, 1000, 3), 240, np.uint8)
-    planes[1:, 300:700, 200:600] = (np.array([170, 110, 160]) + tissue).clip(0, 255)
+    planes[1, 300:700, 200:600] = (np.array([170, 110, 160]) + tissue).clip(0, 255)
+    planes[2] = planes[1, :, :, ::-1]
     sizes = {"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5, "PhysicalSizeZ": 5.0}
     tifffile.imwrite(tmp_path / "v.ome.tif", planes, metadata={"axes": "ZYXS", **sizes}, photometric="rgb")
     out = tmp_path / "out"
@@ -160,8 +164,13 @@ def test_the_commands_from_training_to_search(world, tmp_path, capsys):
     assert there[1:, 11:20, 8:17].all()
     assert not there[0].any()  # bare glass
     assert not there[:, :7].any()
-    # there is no slide to cut a contact sheet from, but the patches are found
-    assert main(["search", str(out), "--gene", "GENE2", "-o", str(tmp_path / "found")]) == 1
-    assert "  z1  (" in capsys.readouterr().out
+    found = tmp_path / "found"
+    assert main(["search", str(out), "--gene", "GENE2", "-o", str(found), "-k", "1"]) == 0
+    (best,) = csv.DictReader((found / "found.csv").read_text().splitlines())
+    z, x, y = int(best["slide"].removeprefix("z")), int(best["x_l0"]), int(best["y_l0"])
+    patch = Image.fromarray(planes[z, y : y + SIDE, x : x + SIDE])
+    cut = np.asarray(patch.resize((PATCH_PX, PATCH_PX), Image.Resampling.LANCZOS))
+    sheet = cv2.imread(str(found / "contact_sheet.png"))[..., ::-1]
+    np.testing.assert_array_equal(sheet[TITLE_PX:][:PATCH_PX, GAP_PX:][:, :PATCH_PX], cut)
     assert main([*command[:-1], str(tmp_path / "none"), "--min-tissue", "0.9", "--window", "x"]) == 2
     assert main(["volume", "predict", str(tmp_path / "gone"), "--model", str(models[3])]) == 2

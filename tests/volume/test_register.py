@@ -10,7 +10,7 @@ from PIL import Image
 from seal_extract.cli import main
 from seal_extract.errors import SealExtractError
 from seal_extract.slides.entry import SlideEntry
-from seal_extract.volume.planes import apply
+from seal_extract.slides.planes import apply
 from seal_extract.volume.register import register_sections
 from seal_extract.volume.volume import open_volume
 

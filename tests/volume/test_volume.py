@@ -13,6 +13,7 @@ from seal_extract.errors import SealExtractError
 from seal_extract.patches.grid import PatchGrid
 from seal_extract.patches.regions import RegionReader
 from seal_extract.patches.resample import Resampling
+from seal_extract.slides.planes import open_plane
 from seal_extract.slides.slide import open_with_another_reader
 from seal_extract.volume.volume import open_volume
 
@@ -178,6 +179,22 @@ def test_a_coarser_section_fills_the_frame_of_a_finer_one(tmp_path):
     volume = open_volume(write_list(tmp_path, [fine, coarse], [None, [[2, 0, 0], [0, 2, 0]]]))
     seen, expected = whole(volume, 1), cv2.resize(coarse, (192, 128), interpolation=cv2.INTER_CUBIC)
     np.testing.assert_allclose(seen[8:-8, 8:-8], expected[8:-8, 8:-8].astype(float), atol=1)
+
+
+def test_a_plane_is_opened_again_by_what_its_features_record(tmp_path):
+    planes = drawn()
+    write_stack(tmp_path / "v.ome.tif", planes[..., 0].astype(np.uint16) * 10 + 1000, "ZYX")
+    turned = [[0, -1, 64], [1, 0, 0]]
+    for volume in (
+        open_volume(tmp_path / "v.ome.tif", window=(1000, 3550)),
+        open_volume(write_list(tmp_path, planes, [None, turned, turned])),
+    ):
+        for i in (1, 2):
+            plane = volume.planes[i]
+            origin = json.loads(json.dumps(plane.origin))
+            with open_plane(plane.path, origin, volume.mpp, volume.size_px) as slide:
+                assert (slide.size_l0, slide.mpp) == (volume.size_px, volume.mpp)
+                np.testing.assert_array_equal(slide.read_region((0, 0), 0, slide.size_l0), whole(volume, i))
 
 
 REFUSED = {

@@ -10,7 +10,7 @@ import hashlib
 import math
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from seal_extract.errors import SlideOpenError, UnsupportedSlideError, first_line
 from seal_extract.slides.ngff import UM_PER_NAMED_UNIT, image_of, is_store
 from seal_extract.slides.readers import Array, Reader
-from seal_extract.slides.slide import Slide, coarsest_level
+from seal_extract.slides.slide import Slide, coarsest_level, open_slide
 from seal_extract.slides.tiff_pixels import ome_images
 
 Affine = NDArray[np.float64]  # [2, 3], takes (x, y, 1) in level-0 px of a section to px of the volume's frame
@@ -189,6 +189,24 @@ class StackPlane(Reader):
 
     def close(self) -> None:
         """Nothing: the stack is shared with the other planes."""
+
+
+def open_plane(path: Path, plane: Mapping[str, Any], mpp: float, size_px: tuple[int, int]) -> Slide:
+    """Open one plane by itself, as the provenance of its features describes it.
+
+    Args:
+        path: the section, or the stack.
+        plane: ``transform`` of the section, or ``z`` in the stack with its ``window``.
+        mpp: µm/px of the volume's frame.
+        size_px: (width, height) of the frame.
+
+    Raises:
+        SlideError: it cannot be opened.
+    """
+    if "transform" in plane:
+        affine = np.array(plane["transform"], np.float64)
+        return AlignedSlide(open_slide(path, mpp=mpp), affine, size_px, mpp)
+    return StackPlane(open_stack(path, plane["window"]), plane["z"], mpp, "the volume")
 
 
 def open_stack(path: Path, window: tuple[float, float] | None = None) -> Stack:
