@@ -205,9 +205,14 @@ def _ranks(similarity: NDArray[np.float64], ks: Sequence[int]) -> Ranks:
 # --- tables -------------------------------------------------------------------------------------------
 
 
-def tables(found: Comparison) -> list[Table]:
-    """Expression by each probe, then retrieval: through the predicted expression, and in the joint space."""
-    made = [_expression(found, probe) for probe in found.permuted]
+def tables(found: Comparison, unit: str = "") -> list[Table]:
+    """Expression by each probe, then retrieval: through the predicted expression, and in the joint space.
+
+    Args:
+        found: the scores.
+        unit: what is held out in turn; empty for random splits, which are not independent of each other.
+    """
+    made = [_expression(found, probe, unit) for probe in found.permuted]
     for where, retrieval in (
         ("through predicted expression", found.predicted_retrieval),
         ("in the space of the alignment", found.joint_retrieval),
@@ -220,7 +225,7 @@ def tables(found: Comparison) -> list[Table]:
     return made
 
 
-def _expression(found: Comparison, probe: str) -> Table:
+def _expression(found: Comparison, probe: str, unit: str) -> Table:
     scores = {name: folds for (name, by), folds in found.scores.items() if by == probe}
     rows = [Row(name, tuple(score.mean for score in folds)) for name, folds in scores.items()]
     permuted = found.permuted[probe]
@@ -232,7 +237,7 @@ def _expression(found: Comparison, probe: str) -> Table:
         f"Mean over {len(folds[0].panel)} genes, without those that are constant in the held-out rows and "
         f"have no r ({', '.join(constant) or 'none'}). Rows permuted: mean ± sd of {len(permuted)} orders."
     )
-    return Table(f"Pearson r of predicted expression, {probe}", found.folds, tuple(rows), note)
+    return Table(f"Pearson r of predicted expression, {probe}", found.folds, tuple(rows), note, unit=unit)
 
 
 def _retrieval(

@@ -358,7 +358,7 @@ def _tables(
         f"features and permuted rows ({PERMUTATIONS} orders) are not part of the benchmark."
     )
     columns = tuple(task.name for task in chosen)
-    made = [Table("HEST-Benchmark, Pearson r", columns, tuple(rows), note, summary="average")]
+    made = [Table("HEST-Benchmark, Pearson r", columns, tuple(rows), note, "average", "task")]
     for task in chosen:
         splits = scores[first][task.name]
         constant = [f"{split.fold} {split.constant}" for split in splits if split.constant]
@@ -367,5 +367,5 @@ def _tables(
             note += f" Constant genes are left out ({', '.join(constant)}); HEST's own code gives NaN there."
         lines = tuple(Row(name, tuple(found[task.name].tolist())) for name, found in by_split.items())
         title = f"HEST-Benchmark, {task.name}: Pearson r of each split"
-        made.append(Table(title, tuple(split.fold for split in splits), lines, note))
+        made.append(Table(title, tuple(split.fold for split in splits), lines, note, unit="split"))
     return made

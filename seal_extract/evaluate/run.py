@@ -126,7 +126,8 @@ def evaluate(
         f"{name}, {probe}": {score.fold: score.to_json() for score in scores}
         for (name, probe), scores in found.scores.items()
     }
-    return Report(REPORT, tables(found), about, warnings, {"pearson_r_per_gene": per_gene})
+    made = tables(found, "" if options.by == RANDOM else options.by)
+    return Report(REPORT, made, about, warnings, {"pearson_r_per_gene": per_gene})
 
 
 def _folds(

@@ -152,15 +152,15 @@ def evaluate_spots(
     made, details = [], {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
-        for title, splits, note in (
-            (f"leave one {by} out", left_out, ""),
-            ("random split over spots", at_random, "Neighbouring spots are on both sides of a split."),
+        for title, splits, unit in (
+            (f"leave one {by} out", left_out, by),
+            ("random split over spots", at_random, ""),
         ):
             log(title)
             scores = {name: _scores(rows, spots, splits) for name, rows in spots.embeddings.items()}
             first = next(iter(scores))
             scores[f"{first}, labels permuted"] = _scores(spots.embeddings[first], spots, splits, SEED)
-            made += _tables(title, splits, scores, note)
+            made += _tables(title, splits, scores, unit)
             details[title] = {name: [s.confusion.tolist() for s in found] for name, found in scores.items()}
     if caught:
         remarks.append(f"{len(caught)} of the probes had not converged after {STEPS} steps")
@@ -277,15 +277,16 @@ def _scores(
 
 
 def _tables(
-    title: str, splits: Sequence[Split], scores: Mapping[str, Sequence[Score]], note: str
+    title: str, splits: Sequence[Split], scores: Mapping[str, Sequence[Score]], unit: str
 ) -> list[Table]:
-    """A table of each figure: contenders by splits."""
+    """A table of each figure: contenders by splits; random splits are not independent: no unit."""
+    note = "" if unit else "Neighbouring spots are on both sides of a split."
     columns = tuple(name for name, _, _ in splits)
     made = []
     for figure in ("balanced accuracy", "weighted F1"):
         values = figure.replace(" ", "_").lower()
         rows = [Row(name, tuple(getattr(s, values) for s in found)) for name, found in scores.items()]
-        made.append(Table(f"Classes of spots, {title}: {figure}", columns, tuple(rows), note))
+        made.append(Table(f"Classes of spots, {title}: {figure}", columns, tuple(rows), note, unit=unit))
     return made
 
 
@@ -299,4 +300,4 @@ def _cluster_table(spots: Spots) -> Table:
         for name, x in spots.embeddings.items()
     ]
     note = "k-means within a section, as many clusters as classes; 0 is chance, 1 the classes themselves."
-    return Table("Classes of spots: ARI of clusters", names, tuple(rows), note)
+    return Table("Classes of spots: ARI of clusters", names, tuple(rows), note, unit="section")

@@ -18,6 +18,8 @@ from seal_extract.names import cell
 from seal_extract.publish import publish
 
 MEAN_SD = "mean ± sd"
+INTERVAL = "95 % interval"
+FEWEST = 3  # columns of which an interval can be told
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,14 @@ class Row:
         name: what it is.
         values: of each fold.
         spread: standard deviation of each value, where it is a mean itself (over permutations).
+        interval: 95 % interval of the mean, where it was found otherwise than over the folds, such as by
+            bootstrap over patients.
     """
 
     name: str
     values: tuple[float, ...]
     spread: tuple[float, ...] | None = None
+    interval: tuple[float, float] | None = None
 
     @property
     def mean(self) -> float:
@@ -44,14 +49,33 @@ class Row:
         """Sample standard deviation over the folds; NaN for a single fold."""
         return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else math.nan
 
+    def minus(self, other: Row) -> Row:
+        """The paired difference to another row."""
+        values = (a - b for a, b in zip(self.values, other.values, strict=True))
+        return Row(f"{self.name} minus {other.name}", tuple(values))
+
+    def interval_over_folds(self) -> tuple[float, float] | None:
+        """95 % interval of the mean by Student's t, which takes folds as independent; None for 2 or fewer.
+
+        It is not bootstrapped: with 4 folds, such an interval holds the true mean in 80 of 100 cases, and
+        with 10 folds in 90.
+        """
+        if len(self.values) < FEWEST or not np.isfinite(self.values).all():
+            return None
+        from scipy.stats import t
+
+        half = float(t.ppf(0.975, len(self.values) - 1)) * self.sd / math.sqrt(len(self.values))
+        return self.mean - half, self.mean + half
+
     def cells(self, summary: str = MEAN_SD) -> list[str]:
         """As printed; see `Table.summary`."""
         spread = self.spread or (math.nan,) * len(self.values)
-        last = [_number(self.mean, self.sd if summary == MEAN_SD else math.nan)] if summary else []
-        return [self.name, *map(_number, self.values, spread), *last]
+        last = [number(self.mean, self.sd if summary == MEAN_SD else math.nan)] if summary else []
+        return [self.name, *map(number, self.values, spread), *last]
 
 
-def _number(value: float, sd: float = math.nan) -> str:
+def number(value: float, sd: float = math.nan) -> str:
+    """A number as tables print it, with its spread."""
     if math.isnan(value):
         return "-"
     digits = 1 if abs(value) >= 10 else 3
@@ -69,6 +93,10 @@ class Table:
         note: what a reader has to know.
         summary: head of the last column: the mean of each row and its spread; ``"average"`` for the mean
             alone, where columns are tasks; empty without such a column, where columns are different figures.
+        unit: what a column is, such as ``section``, where columns are independent of each other and rows are
+            contenders: rows then have an interval, and the first one is compared with each of the others.
+        paired: the first row minus others, where the intervals of these differences were found otherwise than
+            over the folds.
     """
 
     title: str
@@ -76,6 +104,17 @@ class Table:
     rows: tuple[Row, ...]
     note: str = ""
     summary: str = MEAN_SD
+    unit: str = ""
+    paired: tuple[Row, ...] = ()
+
+    def interval(self, row: Row) -> tuple[float, float] | None:
+        """95 % interval of a row's mean; None where the columns are not independent, or too few."""
+        return row.interval or (row.interval_over_folds() if self.unit else None)
+
+    def differences(self) -> tuple[Row, ...]:
+        """The first row minus each of the others, paired by column; none where that means nothing."""
+        found = tuple(self.rows[0].minus(other) for other in self.rows[1:]) if self.unit else ()
+        return self.paired or found
 
     def to_markdown(self) -> str:
         """Title, table and note."""
@@ -87,17 +126,23 @@ class Table:
 
     def to_json(self) -> dict[str, Any]:
         """Numbers in full; null for NaN."""
-        rows = [
-            {
-                "line": row.name,
-                "folds": dict(zip(self.columns, map(_defined, row.values), strict=True)),
-                "spread": None if row.spread is None else dict(zip(self.columns, row.spread, strict=True)),
-                "mean": _defined(row.mean if self.summary else math.nan),
-                "sd": _defined(row.sd if self.summary == MEAN_SD else math.nan),
-            }
-            for row in self.rows
-        ]
-        return {"title": self.title, "note": self.note, "rows": rows}
+        return {
+            "title": self.title,
+            "note": self.note,
+            "unit": self.unit,
+            "rows": [self._row_to_json(row) for row in self.rows],
+            "differences": [self._row_to_json(row) for row in self.differences()],
+        }
+
+    def _row_to_json(self, row: Row) -> dict[str, Any]:
+        return {
+            "line": row.name,
+            "folds": dict(zip(self.columns, map(_defined, row.values), strict=True)),
+            "spread": None if row.spread is None else dict(zip(self.columns, row.spread, strict=True)),
+            "mean": _defined(row.mean if self.summary else math.nan),
+            "sd": _defined(row.sd if self.summary == MEAN_SD else math.nan),
+            "interval": self.interval(row),
+        }
 
 
 def _defined(value: float) -> float | None:
@@ -110,13 +155,16 @@ def to_csv(tables: Sequence[Table]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["table", "line", "fold", "value", "spread"])
     for table in tables:
-        for row in table.rows:
+        for row in (*table.rows, *table.differences()):
             spread = row.spread or ("",) * len(row.values)
             for fold, value, sd in zip(table.columns, row.values, spread, strict=True):
                 names = map(cell, (table.title, row.name, fold))
                 writer.writerow([*names, "" if math.isnan(value) else value, sd])
             if table.summary:
                 writer.writerow([*map(cell, (table.title, row.name)), "mean", row.mean, row.sd])
+            if interval := table.interval(row):
+                for end, value in zip(("low", "high"), interval, strict=True):
+                    writer.writerow([*map(cell, (table.title, row.name)), f"{INTERVAL}, {end}", value, ""])
     return text.getvalue()
 
 

@@ -250,6 +250,28 @@ def test_the_table_has_every_contender_and_the_same_numbers_everywhere():
     assert f"| base | {first.rows[2].values[0]:.3f} |" in first.to_markdown()
 
 
+def test_independent_columns_have_intervals_and_paired_differences():
+    rows = (Row("ours", (0.5, 0.6, 0.55, 0.7)), Row("base", (0.4, 0.55, 0.5, 0.5)))
+    table = Table("r", ("a", "b", "c", "d"), rows, unit="section")
+    (difference,) = (as_json := table.to_json())["differences"]
+    assert difference["line"] == "ours minus base"
+    assert difference["folds"] == pytest.approx({"a": 0.1, "b": 0.05, "c": 0.05, "d": 0.2})
+    half = 3.182446 * np.std([0.1, 0.05, 0.05, 0.2], ddof=1) / 2  # Student's t for 3 degrees of freedom
+    assert difference["interval"] == pytest.approx([0.1 - half, 0.1 + half])
+    written = {(line, fold): v for _, line, fold, v, _ in csv.reader(io.StringIO(to_csv([table])))}
+    assert float(written["ours minus base", "95 % interval, high"]) == difference["interval"][1]
+    assert float(written["base", "95 % interval, low"]) == as_json["rows"][1]["interval"][0]
+
+    bootstrapped = replace(table, rows=(replace(rows[0], interval=(0.1, 0.9)), rows[1]))
+    assert bootstrapped.interval(bootstrapped.rows[0]) == (0.1, 0.9)
+    dependent = replace(table, unit="").to_json()
+    assert (dependent["differences"], dependent["rows"][0]["interval"]) == ([], None)
+    assert (
+        Table("r", ("a", "b"), (Row("ours", (0.1, 0.2)),), unit="section").to_json()["rows"][0]["interval"]
+        is None
+    )
+
+
 def test_a_row_prints_mean_and_sample_sd():
     row = Row("x", (0.1, 0.2, 0.3))
     assert row.cells() == ["x", "0.100", "0.200", "0.300", "0.200 ± 0.100"]
