@@ -10,8 +10,8 @@ from seal_extract.cli.terminal import echo
 from seal_extract.errors import UsageError
 
 VOLUME = (
-    "a stack with z (OME-TIFF, OME-Zarr), a folder of numbered planes, or a JSON file that lists sections "
-    "with their transforms; see the guide"
+    "a stack with z (OME-TIFF, OME-Zarr), a folder of numbered planes, or a CSV or JSON file that lists "
+    "sections with their transforms; see the guide"
 )
 
 

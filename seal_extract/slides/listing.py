@@ -238,19 +238,7 @@ def _is_run(folder: Path) -> bool:
 
 def _in_table(table: Path, slide_folder: Path | str | None) -> list[SlideEntry]:
     """The slides of a table; CLAM's ``process``, which its patching alone needs, is not read."""
-    columns, rows = _read_csv(table)
-    column = next((name for name in SLIDE_COLUMNS if name in columns), None)
-    if column is None:
-        for mark, name in ((";", "';'"), ("\t", "tabs")):
-            if any(mark in text for text in columns):
-                raise UsageError(
-                    f"{table} has its cells separated by {name}; save it with commas, and numbers with a "
-                    "decimal point"
-                )
-        raise UsageError(
-            f"{table} has the columns {', '.join(columns) or 'of nothing'}; it needs one of "
-            f"{', '.join(SLIDE_COLUMNS)}, and may have mpp, case_id, roi"
-        )
+    column, rows = read_table(table, ("mpp", "case_id", "roi"))
     found: list[SlideEntry] = []
     for line, cells in rows:
         where, roi, mpp = cells.get(column), cells.get("roi"), cells.get("mpp")
@@ -271,8 +259,16 @@ def _in_table(table: Path, slide_folder: Path | str | None) -> list[SlideEntry]:
     return found
 
 
-def _read_csv(table: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """The columns, and the cells of each row with the number of its line."""
+def read_table(table: Path, optional: Sequence[str]) -> tuple[str, list[tuple[int, dict[str, str]]]]:
+    """The column that names slides, and the cells of each row with the number of its line.
+
+    Args:
+        table: CSV in UTF-8.
+        optional: other columns, for messages.
+
+    Raises:
+        UsageError: it cannot be read, or has no such column.
+    """
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
@@ -285,7 +281,19 @@ def _read_csv(table: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]
         raise UsageError(f"cannot read {table}: {exc.strerror}; check the path") from exc
     except (UnicodeDecodeError, csv.Error) as exc:
         raise UsageError(f"{table} is no CSV in UTF-8 ({exc}); save it as one") from exc
-    return columns, rows
+    column = next((name for name in SLIDE_COLUMNS if name in columns), None)
+    if column is None:
+        for mark, name in ((";", "';'"), ("\t", "tabs")):
+            if any(mark in text for text in columns):
+                raise UsageError(
+                    f"{table} has its cells separated by {name}; save it with commas, and numbers with a "
+                    "decimal point"
+                )
+        raise UsageError(
+            f"{table} has the columns {', '.join(columns) or 'of nothing'}; it needs one of "
+            f"{', '.join(SLIDE_COLUMNS)}, and may have {', '.join(optional)}"
+        )
+    return column, rows
 
 
 def _locate(text: str, table: Path, slide_folder: Path | str | None) -> Path | str:

@@ -344,19 +344,20 @@ def read_toml(path: Path) -> dict[str, Any]:
     return values
 
 
-def convert(values: Any, kind: type[T], where: str) -> T:
+def convert(values: Any, kind: type[T], where: str, *, strict: bool = True) -> T:
     """Tables as a record.
 
     Args:
         values: as `read_toml` gives them.
         kind: the class of the record.
         where: the file or table, for messages.
+        strict: whether a number has to be one; else it may be text, as in a CSV.
 
     Raises:
         UsageError: an option is unknown, missing, of another type or out of its bounds.
     """
     try:
-        return msgspec.convert(values, kind)
+        return msgspec.convert(values, kind, strict=strict)
     except msgspec.ValidationError as exc:
         own = isinstance(exc.__cause__, UsageError)  # a rule of the record itself
         message = exc.__cause__ if own else _explained(str(exc), values, type_info(kind))

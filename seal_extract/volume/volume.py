@@ -1,14 +1,16 @@
 """A volume: evenly spaced planes in one frame, each of them a `Slide`.
 
-It is opened from a stack (OME-TIFF or OME-Zarr), from a folder of numbered planes, or from a JSON file that
-lists sections with their transforms or says where sections with measured expression lie in a stack.
+It is opened from a stack (OME-TIFF or OME-Zarr), from a folder of numbered planes, from a CSV or JSON file
+that lists sections with their transforms, or from a JSON file of where measured sections lie in a stack.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -21,6 +23,7 @@ from msgspec import Meta
 from seal_extract.encoders.folder import plain_word
 from seal_extract.errors import GeometryError, ResolutionError, SlideOpenError, UsageError
 from seal_extract.slides.entry import SlideEntry, content, open_entry
+from seal_extract.slides.listing import read_table
 from seal_extract.slides.ngff import is_store
 from seal_extract.slides.planes import Affine, AlignedSlide, Stack, StackPlane, open_stack
 from seal_extract.slides.readers import check_mpp, same_mpp
@@ -31,29 +34,33 @@ MOST_SPACING_UM = 1000.0
 SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".svs", ".ndpi")
 STACKS = (".tif", ".tiff")
 ALLOWED = (
-    "allowed: a stack (OME-TIFF or OME-Zarr), a folder of numbered planes, or a JSON file (see the guide)"
+    "allowed: a stack (OME-TIFF, OME-Zarr), a folder of numbered planes, a CSV or a JSON file (see the guide)"
 )
+UNEVEN = 0.05  # of the spacing, that a section may lie beside its place
 SAME_PX = 1e-6  # of two µm/px: planes lie on each other pixel by pixel
 
 Row = tuple[float, float, float]
 
 
 class PlaneEntry(Options, frozen=True):
-    """A section of a list.
+    """A section of a list; in a CSV these are the columns.
 
     Attributes:
-        slide: its file, from the folder of the JSON file.
+        slide: its file, from the folder of the list.
         name: of its results and of its expression; the file's by default.
         z: its number in depth; the place in the list by default.
+        z_um: its depth in µm, in place of ``z``.
         mpp: µm/px at level 0, where its file does not state it.
-        transform: two rows that take (x, y, 1) in its level-0 pixels to those of the first section.
+        transform: two rows that take (x, y, 1) in its level-0 pixels to those of the first section; or their
+            six numbers as text, or a file that holds them.
     """
 
     slide: str
     name: str | None = None
     z: Whole | None = None
+    z_um: float | None = None
     mpp: Positive | None = None
-    transform: tuple[Row, Row] | None = None
+    transform: tuple[Row, Row] | str | None = None
 
 
 class SectionEntry(Options, frozen=True):
@@ -67,7 +74,7 @@ class SectionEntry(Options, frozen=True):
 
     name: str
     plane: Whole
-    transform: tuple[Row, Row] | None = None
+    transform: tuple[Row, Row] | str | None = None
 
 
 class VolumeFile(Options, frozen=True):
@@ -176,7 +183,7 @@ def open_volume(
     """Open a volume: headers only; planes are opened one by one.
 
     Args:
-        path: a stack, a folder of numbered planes, or a JSON file of `VolumeFile`.
+        path: a stack, a folder of numbered planes, a JSON file of `VolumeFile`, or a CSV of `PlaneEntry`.
         spacing_um: µm between planes, where nothing states it.
         mpp: µm/px of the planes, where nothing states it.
         window: see `VolumeFile`.
@@ -187,7 +194,9 @@ def open_volume(
         GeometryError: planes of different size or µm/px without a transform.
         SlideError: a plane that cannot be opened.
     """
-    if path.suffix.lower() == ".json":
+    if path.suffix.lower() == ".csv":
+        file = VolumeFile(planes=_in_table(path))
+    elif path.suffix.lower() == ".json":
         file = _read_file(path)
     elif (path.is_dir() and is_store(path)) or (path.suffix.lower() in STACKS and path.is_file()):
         file = VolumeFile(stack=path.name)
@@ -208,7 +217,7 @@ def open_volume(
     else:
         folder = path if path.is_dir() else path.parent
         entries = [SlideEntry(folder / e.slide, e.name or Path(e.slide).stem, e.mpp) for e in file.planes]
-        _refuse_gaps(path, [(e.z if e.z is not None else i, e.slide) for i, e in enumerate(file.planes)])
+        stated.append(("z_um", _check_depths(path, file.planes)))
         planes = [_plane(path, entry, mpp) for entry in entries]
         size_px, mpp_l0 = _frame(planes[0])
         affines = [_affine(path, e.transform) for e in file.planes]
@@ -247,14 +256,37 @@ def _numbered(folder: Path) -> tuple[PlaneEntry, ...]:
     return tuple(PlaneEntry(slide=path.name, z=number) for number, path in sorted(found))
 
 
-def _refuse_gaps(path: Path, planes: list[tuple[int, str]]) -> None:
-    for (before, first), (after, second) in pairwise(planes):
+def _in_table(path: Path) -> tuple[PlaneEntry, ...]:
+    column, rows = read_table(path, [name for name in PlaneEntry.__struct_fields__ if name != "slide"])
+    lines = [
+        (line, {"slide" if name == column else name: text for name, text in cells.items() if text})
+        for line, cells in rows
+    ]
+    return tuple(convert(cells, PlaneEntry, f"{path} line {line}", strict=False) for line, cells in lines)
+
+
+def _check_depths(path: Path, planes: Sequence[PlaneEntry]) -> float | None:
+    """Refuse planes that are not evenly spaced; µm between them, where they state their depths."""
+    numbers = [i if one.z is None else one.z for i, one in enumerate(planes)]
+    um = np.array([one.z_um for one in planes], np.float64)  # NaN where there is none
+    steps, spacing = np.diff(um), None
+    if len(steps) and not np.isnan(um).all():
+        times = steps / steps.min() if (steps > 0).all() else np.array([0.5])
+        if (abs(times - np.round(times)) > UNEVEN).any():
+            raise UsageError(
+                f"{path}: z_um is {', '.join(f'{z:g}' for z in um)}; allowed: the depth of every section in "
+                "µm, each below the one before, evenly spaced"
+            )
+        numbers = [0, *np.cumsum(np.round(times)).astype(int).tolist()]
+        spacing = float(um[-1] - um[0]) / numbers[-1]
+    for (before, first), (after, second) in pairwise(zip(numbers, planes, strict=True)):
         if after != before + 1:
             what = f"plane {before + 1} is missing" if after > before else "planes are out of order"
             raise UsageError(
-                f"{path}: {what} between {first} ({before}) and {second} ({after}); planes are "
+                f"{path}: {what} between {first.slide} ({before}) and {second.slide} ({after}); planes are "
                 "evenly spaced: give it, or a run of planes without a gap"
             )
+    return spacing
 
 
 def _plane(path: Path, entry: SlideEntry, mpp: float | None) -> Plane:
@@ -312,12 +344,23 @@ def _refuse_unequal(path: Path, planes: list[Plane]) -> None:
             )
 
 
-def _affine(path: Path, rows: tuple[Row, Row] | None) -> Affine:
-    affine = np.array(((1.0, 0, 0), (0, 1.0, 0)) if rows is None else rows, np.float64)
+def _affine(path: Path, given: tuple[Row, Row] | str | None) -> Affine:
+    """A transform as rows, or by the numbers in a text or in the file that it names: [2, 3], or [3, 3]."""
+    affine = np.zeros((2, 3))
+    if isinstance(given, str):
+        file = path.parent / given
+        with suppress(OSError, ValueError):  # numbers in any notation: of NumPy, CSV or JSON
+            text = file.read_text(encoding="utf-8") if os.path.isfile(file) else given
+            numbers = np.array([float(word) for word in re.split(r"[\s,;\[\]]+", text) if word])
+            if len(numbers) == 6 or (len(numbers) == 9 and (numbers[6:] == (0, 0, 1)).all()):
+                affine = numbers[:6].reshape(2, 3)
+    else:
+        affine = np.eye(2, 3) if given is None else np.array(given, np.float64)
     scale = abs(float(np.linalg.det(affine[:, :2])))
     if not np.isfinite(affine).all() or not 1e-4 < scale < 1e4:
         raise UsageError(
-            f"{path}: transform {affine.tolist()} cannot be undone; give [[a, b, x], [c, d, y]] in level-0 px"
+            f"{path}: transform {given} is no transform that can be undone; give [[a, b, x], [c, d, y]] in "
+            "level-0 px, or a file with these numbers"
         )
     return affine
 

@@ -181,6 +181,25 @@ def test_a_coarser_section_fills_the_frame_of_a_finer_one(tmp_path):
     np.testing.assert_allclose(seen[8:-8, 8:-8], expected[8:-8, 8:-8].astype(float), atol=1)
 
 
+def test_a_table_lists_sections_as_the_json_file_does(tmp_path):
+    """With depths in µm, a transform as six numbers, and one in a file of NumPy's."""
+    turn, shift = [[0, -1, 64], [1, 0, 0]], [[1, 0, 5.5], [0, 1, -3]]
+    listed = open_volume(write_list(tmp_path, drawn(), [None, turn, shift]))
+    np.savetxt(tmp_path / "turn.txt", np.vstack([turn, [0, 0, 1]]))
+    (tmp_path / "v.csv").write_text(
+        "slide,name,z_um,mpp,transform\nplane_001.png,S0,10,0.5,\n"
+        'plane_002.png,S1,30,0.5,turn.txt\nplane_003.png,S2,50,0.5,"1 0 5.5, 0 1 -3"\n'
+    )
+    volume = open_volume(tmp_path / "v.csv")
+    assert (volume.spacing_um, volume.mpp, len(volume)) == (20, MPP, 3)
+    for i in range(3):
+        np.testing.assert_array_equal(whole(volume, i), whole(listed, i))
+        assert volume.planes[i].name == listed.planes[i].name
+    for name, (plane, affine) in listed.sections.items():
+        assert volume.sections[name][0] == plane
+        np.testing.assert_array_equal(volume.sections[name][1], affine)
+
+
 def test_a_plane_is_opened_again_by_what_its_features_record(tmp_path):
     planes = drawn()
     write_stack(tmp_path / "v.ome.tif", planes[..., 0].astype(np.uint16) * 10 + 1000, "ZYX")
@@ -247,6 +266,15 @@ REFUSED = {
         lambda p: open_volume(write_list(p, drawn(), stack="v.tif")),
         "give either planes, or a stack",
     ),
+    "depths": (lambda p: _table(p, "slide,z_um", "3", "7", "10"), "z_um is 3, 7, 10; allowed: the depth of"),
+    "depth left out": (lambda p: _table(p, "slide,z_um", "3", "", "9"), "z_um is 3, nan, 9"),
+    "gap in depths": (lambda p: _table(p, "slide,z_um", "3", "6", "12"), "plane 2 is missing between"),
+    "no number in a table": (lambda p: _table(p, "slide,mpp", "x", "1", "1"), "line 2: mpp is 'x'"),
+    "unknown column": (lambda p: _table(p, "slide,zum", "1", "2", "3"), "'zum'; did you mean z_um?"),
+    "no transform": (
+        lambda p: _table(p, "slide,transform", "", "1 0 3", ""),
+        "1 0 3 is no transform",
+    ),
     "unknown option": (
         lambda p: open_volume(write_list(p, drawn(), plains=[])),
         "there is no option 'plains'",
@@ -254,7 +282,7 @@ REFUSED = {
     "no JSON": (lambda p: open_volume(_with(p, "v.json", "[")), "cannot be read as JSON"),
     "flat transform": (
         lambda p: open_volume(write_list(p, drawn(), [None, np.zeros((2, 3))])),
-        "cannot be undone",
+        "can be undone",
     ),
     "twice": (
         lambda p: open_volume(write_list(p, drawn(2), planes=[{"slide": "plane_001.png"}] * 2)),
@@ -274,6 +302,12 @@ def _without(folder, name, listed=False):
     path = write_list(folder, drawn())
     (folder / name).unlink()
     return open_volume(path if listed else folder, mpp=MPP, spacing_um=SPACING_UM)
+
+
+def _table(folder, columns, *cells):
+    write_folder(folder, drawn())
+    rows = "".join(f"plane_{i:03}.png,{cell}\n" for i, cell in enumerate(cells, 1))
+    return open_volume(_with(folder, "v.csv", f"{columns}\n{rows}"), mpp=MPP, spacing_um=SPACING_UM)
 
 
 def _renamed(folder):
