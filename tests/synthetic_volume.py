@@ -11,7 +11,7 @@ from seal_extract.demo import untrained_encoder
 
 SIDE, TILES, GENES = 32, 12, 8
 PANEL = tuple(f"GENE{i}" for i in range(GENES))
-SPACING_UM = 16.0
+MPP, SPACING_UM = 0.5, 16.0
 
 
 def write_volume(folder, planes=6, seed=0):
@@ -29,11 +29,31 @@ def write_volume(folder, planes=6, seed=0):
         Image.fromarray(picture).save(folder / f"plane_{i}.png")
     entries = [{"slide": f"plane_{i}.png", "name": f"P{i}"} for i in range(planes)]
     path = folder / "volume.json"
-    path.write_text(json.dumps({"planes": entries, "mpp": 0.5, "spacing_um": SPACING_UM}))
+    path.write_text(json.dumps({"planes": entries, "mpp": MPP, "spacing_um": SPACING_UM}))
     around = [[max(i - 1, 0), min(i + 1, planes - 1)] for i in range(planes)]
     above, below = (colours[[pair[j] for pair in around]].reshape(planes, -1, 3) for j in (0, 1))
     mixing = np.random.default_rng(7).normal(size=(3, GENES))
     return path, np.maximum((above - below) / 60 @ mixing / 2 + 2, 0)
+
+
+def write_zarr(path, planes, unit="micrometer", shape=(1, 3, 2, 32, 32)):
+    """Two levels (t, c, z, y, x) of OME-Zarr 0.4; the coarse one is the corner of every other pixel."""
+    import zarr
+
+    written = {"zarr_format": 2} if zarr.__version__ >= "3" else {}
+    group = zarr.open_group(str(path), mode="w", **written)
+    create = group.create_array if written else group.create_dataset
+    axes = [{"name": "t", "type": "time"}, {"name": "c", "type": "channel"}]
+    axes += [{"name": axis, "type": "space", "unit": unit} for axis in "zyx"]
+    datasets = []
+    for level, step in enumerate((1, 2)):
+        values = planes[:, ::step, ::step].transpose(3, 0, 1, 2)[None]
+        array = create(str(level), shape=values.shape, chunks=shape, dtype="u1")
+        array[:] = values
+        scale = {"type": "scale", "scale": [1.0, 1.0, SPACING_UM, MPP * step, MPP * step]}
+        datasets.append({"path": str(level), "coordinateTransformations": [scale]})
+    group.attrs["multiscales"] = [{"version": "0.4", "axes": axes, "datasets": datasets}]
+    return path
 
 
 def section(path, plane, expression):

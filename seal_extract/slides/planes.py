@@ -12,8 +12,8 @@ import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from seal_extract.errors import SlideOpenError, UnsupportedSlideError, first_line
+from seal_extract.slides.cache import LruCache
 from seal_extract.slides.ngff import UM_PER_NAMED_UNIT, image_of, is_store
 from seal_extract.slides.readers import Array, Reader
 from seal_extract.slides.slide import Slide, coarsest_level, open_slide
@@ -32,6 +33,8 @@ from seal_extract.slides.tiff_pixels import ome_images
 Affine = NDArray[np.float64]  # [2, 3], takes (x, y, 1) in level-0 px of a section to px of the volume's frame
 WHITE = (255, 255, 255)  # of the frame beyond a section
 MARGIN_PX = 3  # around what cubic interpolation needs
+CACHE_BYTES = 2**28  # of decoded chunks
+LEAST_VALUES = 2**18  # smaller chunks are decoded several at a time
 SAMPLES, SAMPLE_PX = 4, 64  # of the planes and places that tell one stack from another
 _AXES = {"Z": "z", "Y": "y", "X": "x", "C": "c", "S": "c", "T": "t", "I": "z", "Q": "z"}
 
@@ -99,7 +102,7 @@ class AlignedSlide(Reader):
 
 @dataclass(frozen=True, repr=False)
 class Stack:
-    """Planes in one array on the disk, of which regions are read.
+    """Planes in one array on the disk, of which regions are read; chunks of several planes are held.
 
     Attributes:
         path: the file or folder.
@@ -118,6 +121,9 @@ class Stack:
     mpp: tuple[float, float] | None
     spacing_um: float | None
     window: tuple[float, float] | None = None
+    _tiles: LruCache[NDArray[Any]] = field(
+        default_factory=lambda: LruCache(CACHE_BYTES, lambda tile: tile.nbytes), init=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         finest, channels = self.levels[0], self.side(0, "c")
@@ -153,15 +159,35 @@ class Stack:
     def read(self, z: int, level: int, box: tuple[int, int, int, int]) -> Array:
         """Read (x0, y0, x1, y1) of a plane: uint8 [h, w, 3]."""
         x0, y0, x1, y1 = box
-        place = {"t": 0, "z": z, "y": slice(y0, y1), "x": slice(x0, x1), "c": slice(None)}
-        values = np.asarray(self.levels[level][tuple(place[axis] for axis in self.axes)])
-        left = [axis for axis in self.axes if axis in "cyx"]
-        values = values.transpose([left.index(axis) for axis in "yxc" if axis in left])
+        depth, height, width = self.tile(level)
+        values = np.empty((y1 - y0, x1 - x0, self.side(0, "c")), self.levels[0].dtype)
+        for y in range(y0 // height * height, y1, height):
+            for x in range(x0 // width * width, x1, width):
+                place = (level, z // depth * depth, y, x)
+                tile = self._tiles.get(place, partial(self._decode, *place))[z % depth]
+                part = tile[max(0, y0 - y) : y1 - y, max(0, x0 - x) : x1 - x]
+                top, left = max(0, y - y0), max(0, x - x0)
+                values[top : top + part.shape[0], left : left + part.shape[1]] = part
         if self.window is not None:
             low, high = self.window
             values = np.rint((values.astype(np.float32) - low).clip(0, high - low) * (255 / (high - low)))
-        rgb = np.broadcast_to(values.reshape(y1 - y0, x1 - x0, -1), (y1 - y0, x1 - x0, 3))
-        return np.ascontiguousarray(rgb, np.uint8)
+        return np.ascontiguousarray(np.broadcast_to(values, (*values.shape[:2], 3)), np.uint8)
+
+    def tile(self, level: int) -> tuple[int, int, int]:
+        """(depth, height, width) of what is decoded at a time: a chunk, or several that are small."""
+        chunk = dict(zip(self.axes, self.levels[level].chunks, strict=True))
+        times = max(1, math.isqrt(LEAST_VALUES // math.prod(chunk[axis] for axis in "zyx")))
+        return chunk["z"], times * chunk["y"], times * chunk["x"]
+
+    def _decode(self, level: int, z: int, y: int, x: int) -> NDArray[Any]:
+        """The tile at this place, or the part of it that is inside: [depth, height, width, channels]."""
+        tile = zip((z, y, x), self.tile(level), strict=True)
+        place: dict[str, Any] = {"t": 0, "c": slice(None)}
+        place |= {axis: slice(at, at + side) for axis, (at, side) in zip("zyx", tile, strict=True)}
+        values = np.asarray(self.levels[level][tuple(place[axis] for axis in self.axes)])
+        left = [axis for axis in self.axes if axis != "t"]
+        values = values.transpose([left.index(axis) for axis in "zyxc" if axis in left])
+        return np.asarray(values.reshape(*values.shape[:3], -1))
 
 
 class StackPlane(Reader):
@@ -189,6 +215,16 @@ class StackPlane(Reader):
 
     def close(self) -> None:
         """Nothing: the stack is shared with the other planes."""
+
+
+class StackPlanes(StackPlane):
+    """All planes of a stack below each other: (x, y + z * height) is (x, y) of plane z, in level-0 pixels."""
+
+    def read_region(self, xy_l0: tuple[int, int], level: int, size_px: tuple[int, int]) -> Array:
+        """See `Slide.read_region`; the region lies in one plane."""
+        z, y = divmod(xy_l0[1], self.size_l0[1])
+        plane = StackPlane(self._stack, z, self.mpp, self.mpp_source)
+        return plane.read_region((xy_l0[0], y), level, size_px)
 
 
 def open_plane(path: Path, plane: Mapping[str, Any], mpp: float, size_px: tuple[int, int]) -> Slide:

@@ -6,8 +6,9 @@ Every epoch has an order of its own, which depends on the seed and the epoch's n
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ READ = 64  # patches at a time
 REGION = 9  # a patch and its eight neighbours
 REACH = 1.6  # times the pitch: the diagonal of a square lattice is 1.41, its next ring 2
 Patches = NDArray[np.uint8]  # [N, 3, S, S], RGB
+CutPatches = tuple[NDArray[Any], NDArray[np.int64], NDArray[np.float64]]  # patches, rows, centres in µm
+Cut = Callable[[Section, int, float], CutPatches]
 
 
 @dataclass(frozen=True, repr=False)
@@ -69,6 +72,7 @@ def make_pairs(
     mpp: float = 0.5,
     *,
     smooth: bool = False,
+    cut: Cut | None = None,
 ) -> Pairs:
     """Cut a patch around every spot, and take the panel's expression there.
 
@@ -81,6 +85,8 @@ def make_pairs(
         patch_px: side of the patches.
         mpp: µm/px of the patches.
         smooth: whether half of each spot's expression is the mean of its neighbours'.
+        cut: gives the patches of a section, the rows of their spots, and their centres in µm; by default out
+            of its slide.
 
     Raises:
         UsageError: no patch lies inside a slide; a gene that a section lacks.
@@ -90,12 +96,12 @@ def make_pairs(
     for section in sections:
         values = section.log1p(panel)
         values = section.smoothed(values) if smooth else values
-        cut = _precut_patches if section.slide.suffix == ".h5" else _cut_patches
-        images, kept, mpp_l0 = cut(section, patch_px, mpp)
+        by_default = _precut_patches if section.slide.suffix == ".h5" else _cut_patches
+        images, kept, centres = (cut or by_default)(section, patch_px, mpp)
         patches.append(images)
         rows.append(kept)
         expression.append(values[kept])
-        xy_um.append(section.xy_l0[kept] * mpp_l0)
+        xy_um.append(centres)
         if section.embeddings is not None:
             embeddings.append(section.embeddings[kept])
     return Pairs(
@@ -111,8 +117,8 @@ def make_pairs(
     )
 
 
-def _cut_patches(section: Section, patch_px: int, mpp: float) -> tuple[Patches, NDArray[np.int64], float]:
-    """The patches that lie inside the slide, the rows of their spots, and the slide's µm/px."""
+def _cut_patches(section: Section, patch_px: int, mpp: float) -> CutPatches:
+    """The patches that lie inside the slide."""
     with open_slide(section.slide, mpp=section.mpp) as slide:
         if mpp < slide.mpp * 0.99:
             warnings.warn(
@@ -120,28 +126,42 @@ def _cut_patches(section: Section, patch_px: int, mpp: float) -> tuple[Patches, 
                 stacklevel=3,
             )
         size_l0 = max(1, round(patch_px * mpp / slide.mpp))
-        corners = np.round(section.xy_l0 - size_l0 / 2).astype(np.int64)
-        inside = ((corners >= 0) & (corners + size_l0 <= np.array(slide.size_l0))).all(1)
-        if not inside.any():
-            raise UsageError(
-                f"{section.name}: all {len(section)} spots lie outside {slide.path.name} of "
-                f"{slide.size_l0[0]} x {slide.size_l0[1]} px; their positions have to be in its pixels"
-            )
-        if not inside.all():
-            warnings.warn(
-                f"{section.name}: {(~inside).sum()} of {len(section)} spots are left out, as their patches "
-                "would leave the slide",
-                stacklevel=3,
-            )
+        where = (slide.path.name, slide.size_l0, "their positions have to be in its pixels")
+        corners, rows = corners_inside(section, section.xy_l0, size_l0, *where)
         level, read_px = level_to_read(slide, patch_px, size_l0)
-        rows = np.flatnonzero(inside)
-        grid = PatchGrid(corners[rows], patch_px, mpp, size_l0, 0, level, read_px, "spots")
+        grid = PatchGrid(corners, patch_px, mpp, size_l0, 0, level, read_px, "spots")
         reader = open_patch_reader(slide, grid, torch.device("cpu"))
         batches = [batch.patches.numpy() for batch in stream_batches([reader], READ)]
-        return np.concatenate(batches), rows, slide.mpp
+        return np.concatenate(batches), rows, section.xy_l0[rows] * slide.mpp
 
 
-def _precut_patches(section: Section, patch_px: int, mpp: float) -> tuple[Patches, NDArray[np.int64], float]:
+def corners_inside(
+    section: Section, xy: NDArray[np.float64], size: int, place: str, size_px: tuple[int, int], advice: str
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The corners of the patches around spots that lie inside a picture, int64 [M, 2], and their rows [M].
+
+    Warns about those that do not.
+
+    Raises:
+        UsageError: none does; the message ends with ``advice``.
+    """
+    corners = np.round(xy - size / 2).astype(np.int64)
+    inside = ((corners >= 0) & (corners + size <= np.array(size_px))).all(1)
+    if not inside.any():
+        raise UsageError(
+            f"{section.name}: all {len(section)} spots lie outside {place} of {size_px[0]} x {size_px[1]} "
+            f"px; {advice}"
+        )
+    if not inside.all():
+        warnings.warn(
+            f"{section.name}: {(~inside).sum()} of {len(section)} spots are left out, as their patches "
+            f"would leave {place}",
+            stacklevel=4,
+        )
+    return corners[inside], np.flatnonzero(inside)
+
+
+def _precut_patches(section: Section, patch_px: int, mpp: float) -> CutPatches:
     """As `_cut_patches`, of patches that a file holds already, by the barcodes of the spots."""
     try:
         file = open_patches(section.slide, slide_mpp=section.mpp)
@@ -168,7 +188,8 @@ def _precut_patches(section: Section, patch_px: int, mpp: float) -> tuple[Patche
         )
     order = [at[section.barcodes[row]] for row in rows]
     images = np.concatenate(list(file.read(READ)))[order]  # uint8 [N, S, S, 3]
-    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), rows, file.slide_mpp
+    centres = section.xy_l0[rows] * file.slide_mpp
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), rows, centres
 
 
 # --- batches ------------------------------------------------------------------------------------------

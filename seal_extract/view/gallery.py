@@ -6,11 +6,9 @@ from __future__ import annotations
 
 import os
 import secrets
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import shapely
@@ -20,6 +18,7 @@ from seal_extract.errors import OutputError, UsageError
 from seal_extract.features.store import SlideFeatures, sample_rows
 from seal_extract.genes.index import ExactIndex, Found
 from seal_extract.names import shown
+from seal_extract.slides.cache import LruCache
 from seal_extract.slides.drawing import read_thumbnail
 from seal_extract.view.collection import (
     Collection,
@@ -49,8 +48,6 @@ SAMPLED_SLIDES, SAMPLED_ROWS = 64, 8192  # of a cohort, for colours
 PATCH_IMAGE_PX = 160
 ALIKE = 8  # neighbours shown
 LOOKED_AT = 512  # nearest patches of an index; those of the slide itself are left out of them
-
-V = TypeVar("V")
 
 
 class Gallery:
@@ -286,44 +283,3 @@ def _number(text: str, what: str, allowed: tuple[int, int]) -> int:
     if not text.isascii() or not text.isdigit() or len(text) > 9 or not low <= int(text) <= high:
         raise UsageError(f"{what} is {text[:20]!r}; allowed: {low} to {high}")
     return int(text)
-
-
-class LruCache(Generic[V]):
-    """Thread-safe, size-limited LRU cache; each key is computed once, however many threads ask for it."""
-
-    def __init__(self, limit: int, size: Callable[[V], int] = lambda _: 1) -> None:
-        """Hold values whose ``size`` adds up to ``limit``; the newest is held even if it alone is larger."""
-        self._limit, self._size, self.filled = limit, size, 0
-        self._values: OrderedDict[Hashable, V] = OrderedDict()
-        self._lock = threading.Lock()
-        self._computing: dict[Hashable, threading.Lock] = {}
-
-    def get(self, key: Hashable, compute: Callable[[], V]) -> V:
-        """The value of a key, computed if it is missing; other threads wait for it.
-
-        A computation that fails is not held: the next thread tries again.
-        """
-        with self._lock:
-            if key in self._values:
-                self._values.move_to_end(key)
-                return self._values[key]
-            turn = self._computing.setdefault(key, threading.Lock())
-        with turn:
-            with self._lock:
-                if key in self._values:
-                    return self._values[key]
-            try:
-                value = compute()
-                self._put(key, value)
-            finally:
-                with self._lock:
-                    self._computing.pop(key, None)
-        return value
-
-    def _put(self, key: Hashable, value: V) -> None:
-        with self._lock:
-            self._values[key] = value
-            self.filled += self._size(value)
-            while self.filled > self._limit and len(self._values) > 1:
-                _, dropped = self._values.popitem(last=False)
-                self.filled -= self._size(dropped)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,10 @@ from seal_extract.patches.reader import open_patch_reader
 from seal_extract.patches.regions import PatchReader, RegionReader
 from seal_extract.patches.resample import Resampling
 from seal_extract.patches.stream import stream_batches
-from seal_extract.run.embed import Embedder, Embeddings, open_embedder
+from seal_extract.run.embed import Embedder, open_embedder
 from seal_extract.slides.planes import apply
 from seal_extract.slides.slide import Slide
-from seal_extract.train.pairs import READ, Pairs, make_pairs
+from seal_extract.train.pairs import READ, CutPatches, Pairs, corners_inside, make_pairs
 from seal_extract.train.sections import Section
 from seal_extract.volume.volume import Volume
 
@@ -52,22 +52,57 @@ def grid_at(slide: Slide, corners: NDArray[np.int64], size_l0: int, patch_px: in
     return PatchGrid(corners, patch_px, mpp, size_l0, 0, level, read_px, "spots")
 
 
-def embed_plane(
-    volume: Volume, plane: int, slide: Slide, grid: PatchGrid, embedder: Embedder, device: torch.device
-) -> Iterator[Embeddings]:
-    """Embeddings of the patches of an open plane, batch by batch: float32 [B, D].
+def see(
+    volume: Volume,
+    planes: NDArray[np.int64],
+    corners: NDArray[np.int64],
+    size_l0: int,
+    patch: tuple[int, float],
+    embedder: Embedder | None = None,
+    device: torch.device = CPU,
+) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
+    """What planes show at some places, batch by batch, in the order in which files are read fastest.
+
+    Args:
+        volume: of the planes.
+        planes: int64 [M], numbers.
+        corners: int64 [M, 2], top-left corners of patches in the frame, inside it.
+        size_l0: side of a patch in the frame.
+        patch: its side in pixels, and µm/px.
+        embedder: of patches; without it they are given themselves.
+        device: that it computes on.
+
+    Yields:
+        rows of the places, int64 [B]; and float32 [B, D], or uint8 [B, 3, S, S].
 
     Raises:
         ReadError: a patch cannot be read.
         EncoderError: an embedding is no number.
     """
-    reader = plane_reader(volume, plane, slide, grid, device)
-    for batch in stream_batches([reader], embedder.batch_size, device=device):
-        embeddings = embedder.submit(batch.patches)()
-        if not np.isfinite(embeddings).all():
-            name = volume.planes[plane].name
-            raise EncoderError(f"{volume.path}: an embedding of {name} holds NaN; try another encoder")
-        yield embeddings
+    together = volume.whole is not None
+    order, done = np.lexsort((planes, *corners.T) if together else (*corners.T, planes)), 0
+    with ExitStack() as stack:
+
+        def readers() -> Iterator[PatchReader]:
+            for plane in [0] if together else np.unique(planes):
+                rows = order if together else order[planes[order] == plane]
+                below = np.stack([0 * rows, together * planes[rows] * volume.size_px[1]], axis=1)
+                slide = stack.enter_context((volume.whole or volume.planes[plane].open)())
+                yield plane_reader(
+                    volume, plane, slide, grid_at(slide, corners[rows] + below, size_l0, *patch), device
+                )
+
+        for batch in stream_batches(readers(), embedder.batch_size if embedder else READ, device=device):
+            rows = order[done : done + len(batch)]
+            done += len(batch)
+            if embedder is None:
+                yield rows, batch.patches.numpy()
+                continue
+            embeddings = embedder.submit(batch.patches)()
+            if not np.isfinite(embeddings).all():
+                names = ", ".join(volume.planes[plane].name for plane in np.unique(planes[rows]))
+                raise EncoderError(f"{volume.path}: an embedding of {names} holds NaN; try another encoder")
+            yield rows, embeddings
 
 
 def depth_pairs(
@@ -101,37 +136,40 @@ def depth_pairs(
             section lacks.
         SlideError: a plane that cannot be opened or read.
     """
-    parts = []
-    for volume, section in places:
-        if section.name not in volume.sections:
-            names = ", ".join(volume.sections) or "none"
-            raise UsageError(f"{section.name} lies outside {volume.path}, whose sections are: {names}")
-        plane, to_frame = volume.sections[section.name]
-        expression = section.log1p(panel)
-        expression = section.smoothed(expression) if smooth else expression
-        size_l0 = max(1, round(patch_px * mpp / volume.mpp))
-        xy = apply(to_frame, section.xy_l0)
-        corners = np.round(xy - size_l0 / 2).astype(np.int64)
-        rows = np.flatnonzero(((corners >= 0) & (corners + size_l0 <= np.array(volume.size_px))).all(1))
-        _tell_left_out(volume, section, len(rows))
-        seen = {
-            i: _see(volume, i, corners[rows], size_l0, patch_px, mpp, encoder)
-            for i in sorted(set(volume.around(plane, planes)))
-        }
-        deep = np.stack([seen[i] for i in volume.around(plane, planes)], axis=1)
-        parts.append((section, deep, expression[rows], xy[rows] * volume.mpp, rows))
-    patches = np.concatenate([part[1] for part in parts])
-    return Pairs(
-        patches=patches if encoder is None else np.empty((len(patches), 0, patch_px), np.uint8),
-        expression=np.concatenate([part[2] for part in parts]),
-        section=np.repeat(np.arange(len(parts)), [len(part[1]) for part in parts]),
-        names=tuple(s.name for _, s in places),
-        patients=tuple(s.patient for _, s in places),
-        panel=tuple(panel),
-        xy_um=np.concatenate([part[3] for part in parts]),
-        row=np.concatenate([part[4] for part in parts]),
-        embeddings=None if encoder is None else patches,
+    volumes = iter([volume for volume, _ in places])  # in the order in which sections are cut
+
+    def cut(section: Section, patch_px: int, mpp: float) -> CutPatches:
+        return _cut_deep(next(volumes), section, planes, patch_px, mpp, encoder)
+
+    pairs = make_pairs([section for _, section in places], panel, patch_px, mpp, smooth=smooth, cut=cut)
+    return replace(pairs, embeddings=None) if encoder is None else _embedded(pairs, pairs.patches, patch_px)
+
+
+def _cut_deep(
+    volume: Volume, section: Section, planes: int, patch_px: int, mpp: float, encoder: Encoder | None
+) -> CutPatches:
+    """Patches uint8 [N, k, 3, S, S], or embeddings float32 [N, k, D]; see `make_pairs`."""
+    if section.name not in volume.sections:
+        names = ", ".join(volume.sections) or "none"
+        raise UsageError(f"{section.name} lies outside {volume.path}, whose sections are: {names}")
+    plane, to_frame = volume.sections[section.name]
+    size_l0 = max(1, round(patch_px * mpp / volume.mpp))
+    xy = apply(to_frame, section.xy_l0)
+    advice = "check its transform, which takes the section's level-0 pixels to those of the volume"
+    corners, rows = corners_inside(section, xy, size_l0, str(volume.path), volume.size_px, advice)
+    # beyond the ends of the volume a plane is there several times
+    numbers, at = np.unique(volume.around(plane, planes), return_inverse=True)
+    everywhere = np.repeat(numbers, len(rows)), np.tile(corners, (len(numbers), 1))
+    shape, dtype = (
+        ((3, patch_px, patch_px), np.uint8) if encoder is None else ((encoder.spec.dim,), np.float32)
     )
+    seen: NDArray[Any] = np.empty((len(everywhere[0]), *shape), dtype)
+    with nullcontext() if encoder is None else closing(open_embedder(encoder, patch_px)) as embedder:
+        device = CPU if encoder is None else encoder.device
+        for some, values in see(volume, *everywhere, size_l0, (patch_px, mpp), embedder, device):
+            seen[some] = values
+    deep = seen.reshape(len(numbers), len(rows), *shape)[at].swapaxes(0, 1)
+    return deep, rows, xy[rows] * volume.mpp
 
 
 def flat_pairs(
@@ -145,44 +183,14 @@ def flat_pairs(
 ) -> Pairs:
     """`make_pairs` of sections by themselves, as patches of one plane; see `depth_pairs`."""
     pairs = make_pairs(sections, panel, patch_px, mpp, smooth=smooth)
-    patches, embeddings = pairs.patches[:, None], None
-    if encoder is not None:
-        embedder = open_embedder(encoder, patch_px)
+    if encoder is None:
+        return replace(pairs, patches=pairs.patches[:, None], embeddings=None)
+    with closing(open_embedder(encoder, patch_px)) as embedder:
         parts = torch.split(torch.from_numpy(pairs.patches), READ)
-        embeddings = np.concatenate([embedder.submit(part.to(encoder.device))() for part in parts])[:, None]
-        embedder.close()
-        patches = np.empty((len(pairs), 0, patch_px), np.uint8)
-    return Pairs(**(vars(pairs) | {"patches": patches, "embeddings": embeddings}))
+        embeddings = np.concatenate([embedder.submit(part.to(encoder.device))() for part in parts])
+    return _embedded(pairs, embeddings[:, None], patch_px)
 
 
-def _tell_left_out(volume: Volume, section: Section, kept: int) -> None:
-    where = f"{section.name}: {len(section) - kept} of {len(section)} spots"
-    if not kept:
-        raise UsageError(
-            f"{where} lie outside {volume.path} of {volume.size_px[0]} x {volume.size_px[1]} px; check its "
-            "transform, which takes the section's level-0 pixels to those of the volume"
-        )
-    if kept < len(section):
-        warnings.warn(f"{where} are left out, as their patches would leave the volume", stacklevel=3)
-
-
-def _see(
-    volume: Volume,
-    plane: int,
-    corners: NDArray[np.int64],
-    size_l0: int,
-    patch_px: int,
-    mpp: float,
-    encoder: Encoder | None,
-) -> NDArray[Any]:
-    """Patches of one plane, uint8 [N, 3, S, S]; or their embeddings, float32 [N, D]."""
-    with opened(volume, plane) as slide:
-        grid = grid_at(slide, corners, size_l0, patch_px, mpp)
-        if encoder is None:
-            reader = plane_reader(volume, plane, slide, grid, CPU)
-            return np.concatenate([batch.patches.numpy() for batch in stream_batches([reader], READ)])
-        embedder = open_embedder(encoder, patch_px)
-        try:
-            return np.concatenate(list(embed_plane(volume, plane, slide, grid, embedder, encoder.device)))
-        finally:
-            embedder.close()
+def _embedded(pairs: Pairs, embeddings: NDArray[Any], patch_px: int) -> Pairs:
+    """With embeddings float32 [N, k, D] in place of the patches."""
+    return replace(pairs, patches=np.empty((len(pairs), 0, patch_px), np.uint8), embeddings=embeddings)

@@ -1,7 +1,7 @@
 """Expression of every plane of a volume: features and genes per plane as for slides, and one OME-Zarr.
 
-Each plane is embedded once where it or a neighbour has tissue. Embeddings of as many planes as a patch has
-lie in temporary files below the results; memory holds the expression of one plane.
+Each plane is embedded once where it or a neighbour has tissue, along with those that are decoded with it.
+Their embeddings lie in temporary files below the results; memory holds the expression of one plane.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -27,11 +26,10 @@ from seal_extract.patches.grid import PatchGrid, make_grid
 from seal_extract.run.embed import Embedder, open_embedder
 from seal_extract.run.provenance import PIPELINE, describe, first_difference
 from seal_extract.slides.entry import SlideEntry
-from seal_extract.slides.slide import Slide
 from seal_extract.tissue.mask import TissueMask
 from seal_extract.volume.model import ROWS, VolumeEncoder
 from seal_extract.volume.ome_zarr import find_domains, refuse_foreign, write_ome_zarr
-from seal_extract.volume.patches import embed_plane, grid_at, opened
+from seal_extract.volume.patches import opened, see
 from seal_extract.volume.volume import Plane, Volume
 
 
@@ -105,11 +103,14 @@ class _Run:
         if spec.mpp is None:
             raise UsageError(f"{spec.name} does not state its µm/px; train it with patch_mpp")
         self.patch, self.planes = (spec.patch_px, spec.mpp), model.depth.options.planes
-        self.volume, self.model, self.out = volume, model, out
+        self.volume, self.model = volume, model
         self.tissue, self.allow_upsampling, self.overwrite = tissue, allow_upsampling, overwrite
+        out.mkdir(parents=True, exist_ok=True)
         self.layout = open_layout("trident", out, *self.patch, 0)
         self.embedder: Embedder = open_embedder(model.encoder, spec.patch_px)
-        self.at_hand: dict[int, _Embedded] = {}
+        self.at_hand: dict[int, NDArray[np.float32]] = {}  # of planes: [cells, D], in nameless files
+        self.begun: set[int] = set()  # first planes of the chunks that were embedded
+        self.grids: dict[int, tuple[TissueMask | None, PatchGrid]] = {}
 
     def close(self) -> None:
         """Give back threads and temporary files."""
@@ -159,42 +160,39 @@ class _Run:
     def write(self, plane: int) -> SlideFeatures:
         """Embed the patches of a plane through depth, and write its files."""
         volume, name = self.volume, self.volume.planes[plane].name
+        for first in sorted({i - i % volume.chunk for i in volume.around(plane, self.planes)} - self.begun):
+            self._embed(range(first, min(first + volume.chunk, len(volume))), plane)
+        mask, grid = self.grids.pop(plane)
         with opened(volume, plane) as slide:
-            mask, grid = self._grid(slide)
             way = f"through {self.planes} planes"
             entry = SlideEntry(volume.planes[plane].path, name)
             provenance = describe(entry, slide, mask, grid, self.request(plane), self.model.description, way)
         if volume.planes[plane].origin is not None:  # without which that file would be looked at in its place
             provenance["slide"]["plane"] = volume.planes[plane].origin
-        window = [self._embedded(i, grid) for i in volume.around(plane, self.planes)]
         label = SlideLabel(name, volume.size_px, volume.mpp)
         self.layout.write_coords(label, grid, provenance, overwrite=self.overwrite)
         with self.layout.write_features(
             label, grid, self.model.name, self.model.encoder.spec.dim, provenance, overwrite=self.overwrite
         ) as writer:
+            window = [self.at_hand[i] for i in volume.around(plane, self.planes)]
             cells = self._cells(grid)
             for start in range(0, len(grid), ROWS):
-                part = cells[start : start + ROWS]
-                deep = np.stack([one.rows[part] for one in window], axis=1)  # float32 [B, k, D]
+                deep = np.stack([rows[cells[start : start + ROWS]] for rows in window], axis=1)  # [B, k, D]
                 planes = torch.from_numpy(deep).to(self.model.encoder.device)
                 writer.append(self.model.depth.decoded_embedding(planes).cpu().numpy())
         for i in [i for i in self.at_hand if i < plane + 1 - self.planes // 2]:
             del self.at_hand[i]
         return SlideFeatures(self.layout.place(name, self.model.name, grid), grid, provenance)
 
-    def _grid(self, slide: Slide) -> tuple[TissueMask | None, PatchGrid]:
+    def _grid(self, plane: int) -> tuple[TissueMask | None, PatchGrid]:
         from seal_extract.tissue.segmentation import find_tissue
 
-        downsample = max(slide.size_l0)
-        everywhere = TissueMask(np.ones((1, 1), np.bool_), slide.mpp * downsample, downsample, slide.size_l0)
-        mask = everywhere if self.tissue["all_tissue"] else find_tissue(slide)
-        grid = make_grid(
-            slide,
-            mask,
-            *self.patch,
-            min_tissue=self.tissue["min_tissue"],
-            allow_upsampling=self.allow_upsampling,
-        )
+        with opened(self.volume, plane) as slide:
+            side = max(slide.size_l0)
+            everywhere = TissueMask(np.ones((1, 1), np.bool_), slide.mpp * side, side, slide.size_l0)
+            mask = everywhere if self.tissue["all_tissue"] else find_tissue(slide)
+            least, upsampling = self.tissue["min_tissue"], self.allow_upsampling
+            grid = make_grid(slide, mask, *self.patch, min_tissue=least, allow_upsampling=upsampling)
         return None if mask is everywhere else mask, grid
 
     def _cells(self, grid: PatchGrid) -> NDArray[np.int64]:
@@ -202,42 +200,35 @@ class _Run:
         across = self.volume.size_px[0] // grid.patch_size_l0
         return np.asarray(grid.xy_l0 // grid.patch_size_l0 @ [1, across])
 
-    def _embedded(self, plane: int, grid: PatchGrid) -> _Embedded:
-        """The embeddings of a plane, at the least those at the places of ``grid``."""
-        size_l0, cells = grid.patch_size_l0, self._cells(grid)
-        if plane not in self.at_hand:
-            across, down = (side // size_l0 for side in self.volume.size_px)
-            self.at_hand[plane] = _Embedded.empty(across * down, self.model.encoder.spec.dim, self.out)
-        held = self.at_hand[plane]
-        missing = np.flatnonzero(~held.known[cells])
-        if len(missing):
-            device = self.model.encoder.device
-            with opened(self.volume, plane) as slide:
-                there = grid_at(slide, grid.xy_l0[missing], size_l0, *self.patch)
-                done = 0
-                for rows in embed_plane(self.volume, plane, slide, there, self.embedder, device):
-                    held.rows[cells[missing[done : done + len(rows)]]] = rows
-                    done += len(rows)
-            held.known[cells[missing]] = True
-        return held
+    def _embed(self, together: range, plane: int) -> None:
+        """Embed planes of one chunk, where the patches of this plane and of later ones look at them."""
+        self.begun.add(together.start)
+        half = self.planes // 2
+        needed = []
+        for i in range(max(plane, together.start - half), min(together.stop + half, len(self.volume))):
+            if i != plane and not self.overwrite and self.finished(i) is not None:
+                continue
+            if i not in self.grids:
+                self.grids[i] = self._grid(i)
+            grid = self.grids[i][1]
+            size_l0 = grid.patch_size_l0
+            across, down = (max(1, side // size_l0) for side in self.volume.size_px)
+            seen = {*self.volume.around(i, self.planes)} & {*together}
+            needed += [j * across * down + self._cells(grid) for j in seen]
+        which, cells = np.divmod(np.unique(np.concatenate(needed)), across * down)
+        for i in together:
+            with TemporaryFile(dir=self.layout.out) as file:  # which lives as long as the map of it
+                shape = (across * down, self.model.encoder.spec.dim)
+                self.at_hand[i] = np.memmap(file, np.float32, "w+", shape=shape)
+        corners = np.stack([cells % across, cells // across], axis=1) * size_l0
+        device = self.model.encoder.device
+        for rows, values in see(self.volume, which, corners, size_l0, self.patch, self.embedder, device):
+            for i in np.unique(which[rows]):
+                here = which[rows] == i
+                self.at_hand[i][cells[rows[here]]] = values[here]
 
 
 def _decisive(plane: Plane) -> list[Any]:
     """Its name, the content of its file, and the transform of a section or the window of a stack."""
     origin = plane.origin or {}
     return [plane.name, plane.content(), origin.get("transform") or origin.get("window")]
-
-
-@dataclass(frozen=True)
-class _Embedded:
-    """Embeddings of a plane: rows float32 [cells, D] in a file without a name, and which are known."""
-
-    rows: NDArray[np.float32]
-    known: NDArray[np.bool_]
-
-    @classmethod
-    def empty(cls, cells: int, dim: int, folder: Path) -> _Embedded:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder) as file:  # which lives as long as the map of it
-            rows = np.memmap(file, np.float32, "w+", shape=(max(1, cells), dim))
-        return cls(rows, np.zeros(cells, np.bool_))

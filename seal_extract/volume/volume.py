@@ -25,7 +25,7 @@ from seal_extract.errors import GeometryError, ResolutionError, SlideOpenError, 
 from seal_extract.slides.entry import SlideEntry, content, open_entry
 from seal_extract.slides.listing import read_table
 from seal_extract.slides.ngff import is_store
-from seal_extract.slides.planes import Affine, AlignedSlide, Stack, StackPlane, open_stack
+from seal_extract.slides.planes import Affine, AlignedSlide, Stack, StackPlane, StackPlanes, open_stack
 from seal_extract.slides.readers import check_mpp, same_mpp
 from seal_extract.slides.slide import Slide
 from seal_extract.train.config import Options, Positive, Whole, convert
@@ -125,6 +125,8 @@ class Volume:
         mpp: µm/px of every plane.
         spacing_um: µm from a plane to the next.
         planes: in depth; names are unique.
+        whole: opens all planes below each other, as `StackPlanes`; None where each has a file of its own.
+        chunk: planes that are decoded together.
         sections: by name, the number of the plane in which expression was measured, and the transform from
             the section's level-0 pixels to the frame's.
     """
@@ -135,6 +137,8 @@ class Volume:
     spacing_um: float
     planes: tuple[Plane, ...]
     sections: Mapping[str, tuple[int, Affine]]
+    whole: Callable[[], Slide] | None = None
+    chunk: int = 1
 
     def __post_init__(self) -> None:
         if len(self.planes) < 2:
@@ -214,7 +218,10 @@ def open_volume(
         planes = _planes_of_stack(stack, mpp)
         stated.append((stack.path.name, stack.spacing_um))
         size_px, mpp_l0 = _frame(planes[0])
+        whole: Callable[[], Slide] | None = partial(StackPlanes, stack, 0, mpp_l0, "the volume")
+        chunk = stack.tile(0)[0]
     else:
+        whole, chunk = None, 1
         folder = path if path.is_dir() else path.parent
         entries = [SlideEntry(folder / e.slide, e.name or Path(e.slide).stem, e.mpp) for e in file.planes]
         stated.append(("z_um", _check_depths(path, file.planes)))
@@ -227,7 +234,8 @@ def open_volume(
         ]
         sections = {plane.name: (i, affines[i]) for i, plane in enumerate(planes)}
         _refuse_unequal(path, planes)
-    return Volume(path, size_px, mpp_l0, _spacing(path, stated), tuple(planes), sections)
+    spacing_um = _spacing(path, stated)
+    return Volume(path, size_px, mpp_l0, spacing_um, tuple(planes), sections, whole, chunk)
 
 
 def _read_file(path: Path) -> VolumeFile:

@@ -28,8 +28,8 @@ from viewer_fixtures import SLIDES, gallery_of, serving
 from seal_extract import extract, open_slide, read_features
 from seal_extract.errors import EncoderError, SealExtractError, UsageError
 from seal_extract.run.status_table import read_status
+from seal_extract.slides.cache import LruCache
 from seal_extract.view.collection import Collection, SlideTiles
-from seal_extract.view.gallery import LruCache
 from seal_extract.view.gene_maps import GeneMaps
 from seal_extract.view.guard import REQUEST_S
 from seal_extract.view.layers import Components, cluster_layer

@@ -127,7 +127,7 @@ def _without_a_gene(spots):
 
 
 REFUSED = {
-    "outside": (lambda spots: replace(spots, xy_l0=spots.xy_l0 + 5000), {}, "144 of 144 spots lie outside"),
+    "outside": (lambda spots: replace(spots, xy_l0=spots.xy_l0 + 5000), {}, "all 144 spots lie outside"),
     "no plane": (lambda spots: replace(spots, name="P9"), {}, "P9 lies outside .*whose sections are: P0, P1"),
     "other panel": (_without_a_gene, {}, "the sections have 7 genes in common, 8 are asked for"),
     "no stage": (lambda spots: spots, {"epochs": (0, 0, 0)}, "no stage is left; make one of them above 0"),

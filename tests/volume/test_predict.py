@@ -10,12 +10,23 @@ import tifffile
 import torch
 import zarr
 from PIL import Image
-from synthetic_volume import GENES, PANEL, SIDE, SPACING_UM, TILES, section, write_encoder, write_volume
+from synthetic_volume import (
+    GENES,
+    PANEL,
+    SIDE,
+    SPACING_UM,
+    TILES,
+    section,
+    write_encoder,
+    write_volume,
+    write_zarr,
+)
 
 from seal_extract import ExtractOptions, extract
 from seal_extract.cli import main
 from seal_extract.errors import SealExtractError
 from seal_extract.features.store import list_features
+from seal_extract.slides.planes import Stack
 from seal_extract.train.config import LoopOptions, OmicsOptions
 from seal_extract.view.pictures import GAP_PX, PATCH_PX, TITLE_PX
 from seal_extract.volume.config import DepthOptions, VolumeConfig, VolumeData
@@ -113,6 +124,27 @@ def test_one_plane_gives_the_features_of_a_slide_bit_for_bit(world, tmp_path):
                         tmp_path / "slides", options=options)  # fmt: skip
         np.testing.assert_array_equal(one.grid.xy_l0, two_d.grid.xy_l0)
         np.testing.assert_array_equal(one.features, two_d.features)
+
+
+def test_a_chunk_of_several_planes_is_decoded_once_in_bounded_memory(world, tmp_path, monkeypatch):
+    """And the features are those of the same planes as pictures."""
+    path, _, models = world
+    listed, model = open_volume(path), load_volume_encoder(models[3])
+    pixels = []
+    for plane in listed.planes:
+        with plane.open() as slide:
+            pixels.append(slide.read_region((0, 0), 0, slide.size_l0))
+    monkeypatch.setattr("seal_extract.slides.planes.LEAST_VALUES", 0)
+    monkeypatch.setattr("seal_extract.slides.planes.CACHE_BYTES", 8 * 3 * 64 * 64 * 3)  # of 36 * 2 chunks
+    volume = open_volume(write_zarr(tmp_path / "v.zarr", np.stack(pixels), shape=(1, 3, 3, 64, 64)))
+    assert volume.planes[0].content() == volume.planes[1].content()
+    decoded, decode = [], Stack._decode
+    monkeypatch.setattr(Stack, "_decode", lambda self, *place: decoded.append(place) or decode(self, *place))
+    predict_volume(volume, model, tmp_path / "out", all_tissue=True)
+    assert len(decoded) == len(set(decoded)) == 72
+    predict_volume(listed, model, tmp_path / "listed", all_tissue=True)
+    for ours, theirs in zip(*(list_features(tmp_path / name)[0] for name in ("out", "listed")), strict=True):
+        np.testing.assert_array_equal(ours.features, theirs.features)
 
 
 def test_planes_coarser_than_the_model_need_a_word(world, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from synthetic_volume import write_zarr
 
 from seal_extract.errors import SealExtractError
 from seal_extract.patches.grid import PatchGrid
@@ -17,7 +18,7 @@ from seal_extract.slides.planes import open_plane
 from seal_extract.slides.slide import open_with_another_reader
 from seal_extract.volume.volume import open_volume
 
-MPP, SPACING_UM = 0.5, 20.0
+MPP, SPACING_UM = 0.5, 16.0
 
 
 def drawn(planes=3, size_px=(96, 64), seed=0):
@@ -40,26 +41,6 @@ def write_stack(path, planes, axes="ZYXS", **metadata):
     tifffile.imwrite(path, planes, metadata={"axes": axes, **sizes}, tile=(16, 16), photometric=(
         "rgb" if axes.endswith("S") else "minisblack"
     ))  # fmt: skip
-    return path
-
-
-def write_zarr(path, planes, unit="micrometer", shape=(1, 3, 2, 32, 32)):
-    """Two levels (t, c, z, y, x) of OME-Zarr 0.4; the coarse one is the corner of every other pixel."""
-    import zarr
-
-    written = {"zarr_format": 2} if zarr.__version__ >= "3" else {}
-    group = zarr.open_group(str(path), mode="w", **written)
-    create = group.create_array if written else group.create_dataset
-    axes = [{"name": "t", "type": "time"}, {"name": "c", "type": "channel"}]
-    axes += [{"name": axis, "type": "space", "unit": unit} for axis in "zyx"]
-    datasets = []
-    for level, step in enumerate((1, 2)):
-        values = planes[:, ::step, ::step].transpose(3, 0, 1, 2)[None]
-        array = create(str(level), shape=values.shape, chunks=shape, dtype="u1")
-        array[:] = values
-        scale = {"type": "scale", "scale": [1.0, 1.0, SPACING_UM, MPP * step, MPP * step]}
-        datasets.append({"path": str(level), "coordinateTransformations": [scale]})
-    group.attrs["multiscales"] = [{"version": "0.4", "axes": axes, "datasets": datasets}]
     return path
 
 
@@ -236,7 +217,7 @@ REFUSED = {
     "no spacing": (lambda p: open_volume(write_list(p, drawn(), spacing_um=None)), "type --spacing-um VALUE"),
     "spacings differ": (
         lambda p: open_volume(write_stack(p / "v.ome.tif", drawn()), spacing_um=5.0),
-        "--spacing-um gives 5 µm between planes, v.ome.tif 20",
+        "--spacing-um gives 5 µm between planes, v.ome.tif 16",
     ),
     "infinite spacing": (
         lambda p: open_volume(write_folder(p / "f", drawn()), mpp=MPP, spacing_um=float("inf")),
@@ -344,5 +325,5 @@ def test_a_section_in_a_stack(tmp_path):
     volume = _with_section(tmp_path, 1)
     assert volume.sections["S"][0] == 1
     assert repr(volume).startswith(
-        "Volume(v.json: 3 planes of 96 x 64 px, 0.5 µm/px, 20 µm apart, 40 µm deep"
+        "Volume(v.json: 3 planes of 96 x 64 px, 0.5 µm/px, 16 µm apart, 32 µm deep"
     )
