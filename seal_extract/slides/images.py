@@ -98,7 +98,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         try:
             with Image.open(path, formats=("PNG", "JPEG")) as image:
                 yield image
-        except UnidentifiedImageError as exc:
-            raise SlideOpenError("Pillow: neither PNG nor JPEG") from exc
+        except Exception as exc:  # a damaged header makes Pillow raise errors of every kind
+            unknown = isinstance(exc, UnidentifiedImageError)
+            raise SlideOpenError(f"Pillow: {'neither PNG nor JPEG' if unknown else first_line(exc)}") from exc
         finally:
             Image.MAX_IMAGE_PIXELS = before

@@ -91,10 +91,11 @@ class Pyramid:
     def _transform(self, of: Mapping[str, Any]) -> Transform:
         found = {"scale": [1.0] * len(self.axes), "translation": [0.0] * len(self.axes)}
         for one in of.get("coordinateTransformations") or ():
-            if isinstance(values := one.get(one["type"]), list) and len(values) == len(self.axes):
-                found[one["type"]] = values
-            elif one["type"] != "identity":
-                raise UnsupportedSlideError(f"has a transformation of type {one['type']!r}; allowed: scale")
+            kind = one["type"]
+            if kind in found and isinstance(one.get(kind), list) and len(one[kind]) == len(self.axes):
+                found[kind] = one[kind]
+            elif kind != "identity":
+                raise UnsupportedSlideError(f"has a transformation of type {kind!r}; allowed: scale")
         scale, shift = ([float(v[self.axes.index(axis)]) for axis in "xy"] for v in found.values())
         if min(scale) <= 0:
             raise UnsupportedSlideError(f"has a scale of {min(scale):g}; allowed: more than 0")

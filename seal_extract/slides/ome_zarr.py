@@ -12,6 +12,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import cached_property, lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -92,19 +93,38 @@ class OmeZarrReader(Reader):
     """An OME-Zarr store through zarr; at a URL, chunk by chunk as they are needed."""
 
     def __init__(self, where: Path | str, mpp: float | None = None) -> None:
-        import zarr  # seconds that other slides need not wait for
-
         self.path = remote.place(where) if isinstance(where, str) else where
         self.reader = f"zarr {version('zarr')}"
         self._where, self._is_failing = where, False
         self._pool = ThreadPoolExecutor(REQUESTS_AT_ONCE, "zarr") if isinstance(where, str) else None
+        with ExitStack() as opened:
+            self._pyramid = self._read_pyramid(opened)
+            self.set_levels(self._pyramid.sizes_px, self._pyramid.downsamples)
+            scale, (um_x, um_y) = self._pyramid.scales[0], self._pyramid.um
+            stated = [("OME-Zarr scale", scale[0] * um_x, scale[1] * um_y)] if um_x and um_y else []
+            self.set_mpp(mpp, stated, "" if stated else f" (only the scale {scale[0]:g}, without a unit)")
+            self._opened = opened.pop_all()
+        largest = max(3 * math.prod(self.tile_px(level)) for level in range(len(self.levels)))
+        self._cached = lru_cache(max(4, CACHE_BYTES // largest))(self.read_tile)
+
+    def _read_pyramid(self, opened: ExitStack) -> Pyramid:
+        """The levels; ``opened`` gets what has to be closed."""
+        import zarr  # seconds that other slides need not wait for
+
         try:
-            store, folder = _storage(where)
-            self._close_store = getattr(store, "close", lambda: None)  # of a zip file
+            store, folder = _storage(self._where)
+            if hasattr(store, "close"):  # of a zip file
+                opened.callback(store.close)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # of files that are not zarr's
                 image, group, attrs = image_of(zarr.open_group(store, mode="r", path=folder))
-                self._pyramid = Pyramid(image, group)
+                pyramid = Pyramid(image, group)
+            colours = [str(one.get("color")).upper() for one in attrs.get("omero", {}).get("channels", ())]
+            if sorted(colours) == sorted(RGB_COLOURS) and colours != RGB_COLOURS:
+                raise UnsupportedSlideError(
+                    f"{self._shown}: its channels are {', '.join(colours)}; allowed: red, green, blue"
+                )
+            return pyramid
         except SealExtractError as exc:
             if not str(exc).startswith(self._shown):
                 exc.args = (f"{self._shown} {exc}",)
@@ -116,20 +136,6 @@ class OmeZarrReader(Reader):
             if IS_ZARR_2:
                 why += f"; zarr {version('zarr')} reads 0.4, and zarr 3 also 0.5, on Python 3.11 or newer"
             raise SlideOpenError(f"{self._shown} is no OME-Zarr that can be read: {why}") from exc
-        colours = [
-            str(channel.get("color")).upper() for channel in attrs.get("omero", {}).get("channels", ())
-        ]
-        if sorted(colours) == sorted(RGB_COLOURS) and colours != RGB_COLOURS:
-            raise UnsupportedSlideError(
-                f"{self._shown}: its channels are {', '.join(colours)}; allowed: red, green, blue"
-            )
-        self.set_levels(self._pyramid.sizes_px, self._pyramid.downsamples)
-        largest = max(3 * math.prod(self.tile_px(level)) for level in range(len(self.levels)))
-        self._cached = lru_cache(max(4, CACHE_BYTES // largest))(self.read_tile)
-        scale, (um_x, um_y) = self._pyramid.scales[0], self._pyramid.um
-        stated = [("OME-Zarr scale", scale[0] * um_x, scale[1] * um_y)] if um_x and um_y else []
-        hint = "" if stated else f" (only the scale {scale[0]:g}, without a unit)"
-        self.set_mpp(mpp, stated, hint)
 
     @property
     def _shown(self) -> str:
@@ -282,4 +288,4 @@ class OmeZarrReader(Reader):
         if self._pool:
             self._pool.shutdown(wait=False, cancel_futures=True)
         self._cached.cache_clear()
-        self._close_store()
+        self._opened.close()

@@ -5,24 +5,28 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import h5py
 import numpy as np
+from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 from PIL import Image
 
 from seal_extract.errors import SlideOpenError, UnsupportedSlideError, UsageError, first_line
-from seal_extract.hdf5 import open_hdf5
+from seal_extract.hdf5 import DAMAGED, open_hdf5
 from seal_extract.slides.readers import PLAUSIBLE_MPP
 
 PICTURES = (".png", ".jpg", ".jpeg")
 TABLES = (".h5", ".hdf5", ".npz")
 SAME_MPP = 0.02  # relative; what counts as the µm/px that the file states
 LARGEST_PX = 8192
+UNREADABLE = (*DAMAGED, BadZipFile, EOFError, TypeError, zlib.error)  # of HDF5 and NPZ
 FORMS = (
     "an HDF5 or NPZ file with one array uint8 [N, S, S, 3], and coords [N, 2] and barcode [N] if it has "
     "them; or a folder of PNG or JPEG squares of one size"
@@ -97,7 +101,7 @@ class PatchFile:
                 images = images if isinstance(images, h5py.Dataset) else np.asarray(images)
                 for start in range(0, len(self), count):
                     yield images[start : start + count]
-        except (OSError, RuntimeError, ValueError, KeyError) as exc:
+        except UNREADABLE as exc:
             raise _damaged(self.path, exc) from exc
 
 
@@ -172,14 +176,16 @@ def _look_at_table(path: Path) -> _Held:
             stated = _stated(table, name)
             coords = np.asarray(table["coords"]) if "coords" in table else None
             barcodes = next((np.asarray(table[k]) for k in ("barcode", "barcodes") if k in table), None)
-    except (OSError, RuntimeError, ValueError, KeyError) as exc:
+    except UNREADABLE as exc:
         raise _damaged(path, exc) from exc
     return _Held(count, side, stated, _places(path, coords, count), _names(path, barcodes, count))
 
 
 def _open_table(path: Path) -> Any:
     """A mapping of names to arrays; nothing in it is unpickled."""
-    return np.load(path, allow_pickle=False) if path.suffix.lower() == ".npz" else open_hdf5(path)
+    if path.suffix.lower() == ".npz":
+        return NpzFile(path, allow_pickle=False)  # type: ignore[arg-type]  # as numpy.load calls it
+    return open_hdf5(path)
 
 
 def _name_of_images(path: Path, table: Any) -> str:
@@ -197,7 +203,7 @@ def _name_of_images(path: Path, table: Any) -> str:
 def _stated(table: Any, name: str) -> dict[str, float]:
     """The numbers that the file states of its images: attributes in HDF5, ``mpp`` in NPZ."""
     if not isinstance(table, h5py.File):
-        return {"mpp": float(table["mpp"])} if "mpp" in table else {}
+        return {"mpp": float(table["mpp"].item())} if "mpp" in table else {}
     stated: dict[str, float] = {}
     for holder in (table.get("coords"), table[name], table):
         for key in ("mpp", "pixel_size", "downsample", "patch_size_src"):

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from seal_extract import open_slide
-from seal_extract.errors import ReadError, UnsupportedSlideError
+from seal_extract.errors import ReadError, SlideOpenError, UnsupportedSlideError
 
 NOISE = np.random.default_rng(0).integers(90, 256, (200, 300, 4), dtype=np.uint8)
 
@@ -102,6 +102,16 @@ def test_damaged_png_and_cut_jpeg_are_errors(tmp_path):
     for path, words in ((png, "CRC error"), (jpeg, "Premature end of JPEG file")):
         with pytest.raises(ReadError, match=words):
             read(path)
+
+
+def test_a_header_that_pillow_cannot_read_is_one_line(tmp_path):
+    path = save(tmp_path / "a.png")
+    data, text = path.read_bytes(), b"zTXtComment\0\0" + zlib.compress(bytes(5_000_000))
+    chunk = (len(text) - 4).to_bytes(4, "big") + text + zlib.crc32(text).to_bytes(4, "big")
+    for damaged, words in ((data[:20], "Truncated"), (data[:33] + chunk + data[33:], "MAX_TEXT_CHUNK")):
+        path.write_bytes(damaged)
+        with pytest.raises(SlideOpenError, match=f"no reader opens it.*Pillow: .*{words}"):
+            open_slide(path, mpp=0.5)
 
 
 def test_decoding_takes_the_memory_of_the_pixels_once(tmp_path):

@@ -1,8 +1,10 @@
 """OME-Zarr: every axis order, format and place gives the pixels that were written, and damage is told."""
 
 import json
+import os
 import shutil
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import openslide
@@ -162,6 +164,9 @@ def placed(*steps, shift=0.0):
         (changed(datasets=placed(1, 2, shift=50)), UnsupportedSlideError, "level 1 lies 50 of its pixels"),
         (changed(axes=["c", "y", "x"]), SlideOpenError, "is OME-Zarr 0.4; allowed: 0.4"),
         (changed(coordinateTransformations=[{"type": "affine"}]), UnsupportedSlideError, "of type 'affine'"),
+        (changed(coordinateTransformations=[{"type": "rotation", "rotation": [0, 1, 0]}]),
+         UnsupportedSlideError, "of type 'rotation'"),
+        (written(omero={"channels": None}), SlideOpenError, "is no OME-Zarr that can be read"),
         (written(omero={"channels": [{"color": c} for c in ("0000ff", "00FF00", "FF0000")]}),
          UnsupportedSlideError, "its channels are 0000FF, 00FF00, FF0000; allowed: red, green, blue"),
         (lambda path: write_attributes(path, {}), SlideOpenError, "whose metadata describe no image"),
@@ -288,6 +293,14 @@ def test_a_zip_file_of_a_store_has_the_same_content(levels, store, top):
     with open_slide(store) as folder, open_slide(zipped(store, top)) as archive:
         assert archive.content == folder.content
         assert np.array_equal(archive.read_region((0, 0), 0, (900, 700)), levels[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only Linux lists open files there")
+def test_a_zip_file_that_is_refused_is_closed(levels, tmp_path):
+    archive = zipped(write_store(tmp_path / "a.zarr", levels, units={}))
+    with pytest.raises(ResolutionError):  # it keeps the frames, and they the reader
+        open_slide(archive)
+    assert str(archive) not in [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
 
 
 def test_stores_at_urls_are_listed_without_what_is_in_them(memory, levels, store):

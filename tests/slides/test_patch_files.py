@@ -156,6 +156,13 @@ def test_bad_files_are_one_line_each(tmp_path, images):
         file["features"] = np.zeros((3, 5), np.float32)
     np.savez(tmp_path / "flat.npz", img=images[..., 0])
     np.savez(tmp_path / "objects.npz", img=np.array([{}, {}], object))
+    np.savez(tmp_path / "whole.npz", img=images)
+    whole = (tmp_path / "whole.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[:-100])
+    (tmp_path / "changed.npz").write_bytes(whole[:500] + bytes(100) + whole[600:])
+    np.savez(tmp_path / "two_scales.npz", img=images, mpp=[0.5, 0.25])
+    with (tmp_path / "array.npz").open("wb") as file:
+        np.save(file, images)
     write_hest(tmp_path / "cut.h5", images, **HEST)
     (tmp_path / "cut.h5").write_bytes((tmp_path / "cut.h5").read_bytes()[:4000])
     write_hest(tmp_path / "impossible.h5", images, **HEST | {"pixel_size": 300.0})
@@ -168,6 +175,10 @@ def test_bad_files_are_one_line_each(tmp_path, images):
         "none.h5": "holds features float32 [3, 5]; allowed: one array of images uint8 [N, S, S, 3]",
         "flat.npz": "holds img uint8 [7, 224, 224]; allowed: one array",
         "objects.npz": "cannot be read (Object arrays cannot be loaded when allow_pickle=False)",
+        "cut.npz": "cut.npz cannot be read (File is not a zip file)",
+        "array.npz": "array.npz cannot be read (File is not a zip file)",
+        "changed.npz": "changed.npz cannot be read (Bad CRC-32",
+        "two_scales.npz": "two_scales.npz cannot be read (can only convert an array of size 1",
         "cut.h5": "cut.h5 cannot be read (",
         "impossible.h5": "600 µm/px cannot be true; type the true one",
         "empty": "holds no PNG or JPEG; give an HDF5 or NPZ file",
