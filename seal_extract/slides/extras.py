@@ -22,15 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from seal_extract.errors import (
-    SealExtractError,
-    SlideOpenError,
-    UnsupportedSlideError,
-    first_line,
-    how_to_install,
-)
+from seal_extract.errors import SlideOpenError, UnsupportedSlideError, how_to_install
 from seal_extract.plugins import load_plugins
-from seal_extract.slides.readers import Array, Reader
+from seal_extract.slides.readers import Array, Reader, closing_on_error
 
 GROUP = "seal_extract.readers"
 CACHE_BYTES = 2**29  # of decoded blocks of a CZI: two rows of them over the widest slides
@@ -61,15 +55,10 @@ class ExtraReader(Reader):
         self.path, self.reader = path, f"{package} {version(package)}"
         self._lock = threading.Lock()  # none of them says that it may be asked by several threads
         self._handle: Any = None
-        try:
+        with closing_on_error(self, package):
             sizes_px, downsamples, stated = self._open(library)
             self.set_levels(sizes_px, downsamples)
             self.set_mpp(mpp, stated)
-        except BaseException as exc:
-            self.close()
-            if isinstance(exc, SealExtractError) or not isinstance(exc, Exception):
-                raise
-            raise SlideOpenError(f"{package}: {first_line(exc)}") from exc
 
     def _open(self, library: Any) -> tuple[list[tuple[int, int]], list[float], Stated]:
         """Open the file as ``_handle``: sizes and downsamples of its levels, and what it states of µm/px."""

@@ -196,7 +196,7 @@ class OpenSlideReader(Reader):
             raise SlideOpenError("OpenSlide does not know the format") from exc
         except OpenSlideError as exc:
             raise SlideOpenError(f"OpenSlide: {first_line(exc)}") from exc
-        with _closing_on_error(self._handle, "OpenSlide"):
+        with closing_on_error(self._handle, "OpenSlide: damaged header"):
             self.set_levels(list(self._handle.level_dimensions), list(self._handle.level_downsamples))
             properties = self._handle.properties
             self.bounds_l0 = self._bounds()
@@ -303,7 +303,7 @@ class TiffSlideReader(Reader):
                 self._handle = tiffslide.TiffSlide(path)
         except Exception as exc:  # tifffile, zarr and codecs raise errors of every kind
             raise SlideOpenError(f"tiffslide: {first_line(exc)}") from exc
-        with _closing_on_error(self._handle, "tiffslide"):
+        with closing_on_error(self._handle, "tiffslide: damaged header"):
             self.set_levels(list(self._handle.level_dimensions), list(self._handle.level_downsamples))
             refuse_other_pixels(path, self.sizes_px)
             refuse_what_tiffslide_gets_wrong(path, self.sizes_px)
@@ -326,14 +326,18 @@ class TiffSlideReader(Reader):
 
 
 @contextmanager
-def _closing_on_error(handle: Any, library: str) -> Iterator[None]:
-    """Close what was opened if the rest of opening fails; a damaged header lets anything be raised."""
+def closing_on_error(opened: Any, what: str) -> Iterator[None]:
+    """Close what was opened if the rest of opening fails, in which a library may raise anything.
+
+    Raises:
+        SlideOpenError: ``what`` and the reason, in place of the library's error.
+    """
     try:
         yield
     except BaseException as exc:
-        handle.close()
+        opened.close()
         if isinstance(exc, Exception) and not isinstance(exc, SealExtractError):
-            raise SlideOpenError(f"{library}: damaged header: {first_line(exc)}") from exc
+            raise SlideOpenError(f"{what}: {first_line(exc)}") from exc
         raise
 
 
