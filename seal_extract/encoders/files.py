@@ -79,7 +79,10 @@ class WeightFile:
             CheckpointError: the file cannot be read, or has another content than promised or pinned.
         """
         check_regular(found.path)
-        sha256, stat = sha256_of(found.path)
+        try:
+            sha256, stat = sha256_of(found.path)
+        except OSError as exc:
+            raise CheckpointError(f"cannot read {found.path}: {exc.strerror}; fetch it again") from exc
         if found.sha256 not in (None, sha256):
             raise CheckpointError(
                 f"{found.path} is damaged: its sha256 begins with {sha256[:12]}, the Hub's with "

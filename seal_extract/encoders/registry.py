@@ -213,7 +213,7 @@ def plugin_rows() -> dict[str, EncoderSpec]:
             warn(f"a {type(row).__name__} in it is left out: allowed: EncoderSpec")
         elif not re.fullmatch(r"\w[\w.+-]*", row.name):
             warn(f"its encoder {row.name!r} is left out: allowed: letters, digits, . _ + -")
-        elif row.name in ROWS or row.name in ALIASES or row.name in rows:
+        elif row.name in {*ROWS, *ALIASES, *bundled(), *rows}:
             warn(f"its encoder {row.name} is left out: the name is taken")
         else:
             rows[row.name] = row

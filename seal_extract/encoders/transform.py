@@ -90,7 +90,7 @@ def fit(patches: Tensor, rule: InputRule) -> Tensor:
 
 
 def _resized(patches: Tensor, size_px: tuple[int, int], filter: str) -> Tensor:
-    if patches.device.type != "cpu" or tuple(patches.shape[2:]) == size_px:
+    if patches.device.type != "cpu" or tuple(patches.shape[2:]) == size_px or not len(patches):
         return resample(patches, size_px, filter)  # type: ignore[arg-type]
     images = patches.permute(0, 2, 3, 1).contiguous().numpy()
     by_pillow = np.stack([resize_region(image, size_px, filter) for image in images])  # type: ignore[arg-type]

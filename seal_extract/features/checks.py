@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile
+from zipfile import ZipFile, is_zipfile
 
 import h5py
 import numpy as np
@@ -229,9 +229,10 @@ def check_tensor(seen: CheckedFile) -> None:
         return
     seen.rows, seen.dim = tensor.shape
     _count(seen, (tensor.numpy(),), recorded=0)
-    with ZipFile(seen.path) as archive:  # torch.load does not verify checksums
-        if archive.testzip() is not None:
-            seen.short("a checksum is wrong: the file was damaged on the disk; export it again")
+    if is_zipfile(seen.path):  # files of torch before 1.6 are not, and have no checksums
+        with ZipFile(seen.path) as archive:  # torch.load does not verify them
+            if archive.testzip() is not None:
+                seen.short("a checksum is wrong: the file was damaged on the disk; export it again")
     if not seen.rows:
         seen.short("no patches; a bag without rows cannot be trained on: leave the slide out")
 

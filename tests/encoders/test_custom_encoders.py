@@ -229,6 +229,7 @@ def leaving():
 
 
 TAKEN = (replace(OURS, name="conch"), OTHER)
+BUNDLED = replace(OURS, name="seal-tiny")
 NONSENSE = [OURS, 7]
 BAD_NAME = replace(OURS, name="../ours")
 
@@ -281,6 +282,7 @@ def test_its_encoder_loads_like_any_other(install, tmp_path, monkeypatch):
         ("NONSENSE", "a int in it is left out"),
         ("PREFIX", "it is left out"),
         ("TAKEN", "its encoder conch is left out: the name is taken"),
+        ("BUNDLED", "its encoder seal-tiny is left out: the name is taken"),
         ("BAD_NAME", r"its encoder '../ours' is left out: allowed: letters"),
     ],
 )

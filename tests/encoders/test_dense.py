@@ -80,6 +80,14 @@ def test_both_from_one_pass_and_back_from_one_row(spec):
     np.testing.assert_array_equal(tokens, encoder.encode_tokens(patches).half())
 
 
+def test_no_patches_give_no_tokens():
+    encoder, none = untrained_encoder(TINY_VIRCHOW), torch.zeros(0, 3, 100, 100, dtype=torch.uint8)
+    assert encoder.spec.input.side_px is not None  # so that patches are resized
+    grid = encoder.token_grid(100)
+    assert encoder.encode_tokens(none).shape == (0, *grid)
+    assert encoder.attention_maps(none).shape[2:] == grid[:2]
+
+
 def test_every_bit_of_a_token_survives():
     bits = np.arange(2**16, dtype=np.uint16).view(np.float16).reshape(2, 8, 8, 512)
     embeddings = torch.arange(6.0).reshape(2, 3)

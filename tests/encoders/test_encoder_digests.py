@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from encoder_fixtures import SEAL_TINY_CONCH, load, save, seal_file
@@ -11,6 +12,8 @@ from encoder_fixtures import SEAL_TINY_CONCH, load, save, seal_file
 from seal_extract.encoders import files
 from seal_extract.encoders.files import FoundFile, WeightFile, sha256_of
 from seal_extract.errors import CheckpointError
+
+MEMORY = Path("/proc/self/mem")
 
 
 class Hasher:
@@ -50,6 +53,12 @@ def memory(tmp_path):
 
 def sha256(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.skipif(not MEMORY.exists(), reason="only Linux has a regular file that cannot be read")
+def test_a_file_that_cannot_be_read_is_one_line():
+    with pytest.raises(CheckpointError, match=f"cannot read {MEMORY}: Input/output error; fetch it again"):
+        WeightFile.of(FoundFile(MEMORY, "here"))
 
 
 def test_the_second_time_it_is_remembered_under_any_name(hasher, weights, tmp_path):

@@ -213,6 +213,13 @@ def test_clam_misses_tensors_and_takes_no_others(tmp_path):
     assert len(found) == 4
 
 
+def test_a_tensor_as_torch_wrote_it_before_1_6_is_read(tmp_path):
+    write(tmp_path, "clam", name="a")
+    path = tmp_path / "features_tiny/pt_files/a.pt"
+    torch.save(torch.load(path), path, _use_new_zipfile_serialization=False)
+    assert lines(tmp_path, "clam", warnings=False) == []
+
+
 def test_coordinates_at_which_clam_needs_a_resize_are_told_once_per_folder(tmp_path):
     for name in "ab":
         write(tmp_path, "clam", name=name)
