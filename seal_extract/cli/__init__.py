@@ -18,6 +18,7 @@ from seal_extract.cli.encoders import add_doctor_options, add_download_options, 
 from seal_extract.cli.evaluate import (
     add_evaluate_options,
     add_hest_options,
+    add_labels_options,
     add_robustness_options,
     add_spot_classes_options,
 )
@@ -48,6 +49,7 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "evaluate": add_evaluate_options,
     "evaluate hest": add_hest_options,
     "evaluate robustness": add_robustness_options,
+    "evaluate slides": add_labels_options,
     "evaluate spots": add_spot_classes_options,
     "verify": add_verify_options,
     "export": add_export_options,

@@ -1,4 +1,4 @@
-"""``seal-extract evaluate`` and its kinds: ``evaluate hest``, ``spots`` and ``robustness``."""
+"""``seal-extract evaluate`` and its kinds: ``evaluate hest``, ``spots``, ``slides`` and ``robustness``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ OTHERS = """\
 other evaluations, each with its own --help:
   seal-extract evaluate hest FOLDER     the HEST-Benchmark, by its own protocol and with its own files
   seal-extract evaluate spots FOLDER    classes of spots, such as cortical layers, by a linear probe
+  seal-extract evaluate slides OUT      labels of patients, such as a receptor, a grade or survival
   seal-extract evaluate robustness OUT  features of the same tissue by several scanners or stains
 """
 
@@ -163,6 +164,91 @@ def run_spot_classes(args: argparse.Namespace) -> int:
     sections = sections_of(args.source, mpp=args.slide_mpp, **columns)
     options = {k: getattr(args, k) for k in ("by", "patch_px", "mpp", "batch_size")}
     return _print(args, lambda show: evaluate_spots(sections, encoder, base, **options, log=show))
+
+
+def add_labels_options(p: argparse.ArgumentParser) -> None:
+    """Add the options of ``seal-extract evaluate slides``."""
+    p.description = (
+        "Predict labels of patients from features of slides, by Patho-Bench's protocol: ABMIL, mean MIL and "
+        "a linear probe for classes, Cox for survival. Encoders are compared on the same folds and "
+        "patients, the first one again with permuted labels."
+    )
+    p.set_defaults(handler=run_labels)
+    p.add_argument(
+        "folders",
+        type=Path,
+        nargs="+",
+        metavar="OUT",
+        help="the -o of a finished run, of one or several encoders; or its folder features_NAME. Several may "
+        "be given: the first encoder is compared with each of the others",
+    )
+    p.add_argument(
+        "--labels",
+        type=Path,
+        required=True,
+        metavar="TABLE",
+        help="CSV or TSV of Patho-Bench or CLAM: slide_id, case_id (the patient), a label and perhaps "
+        "fold_0, fold_1 and so on, or split, with train, val and test",
+    )
+    p.add_argument(
+        "--label",
+        default="label",
+        metavar="COLUMN",
+        help="the class, or the time until an event (default: label)",
+    )
+    p.add_argument(
+        "--event", metavar="COLUMN", help="for survival: 1 for an event, 0 where the time is censored"
+    )
+    p.add_argument("--by", default="patient", help="a label is of a patient or of a slide (default: patient)")
+    p.add_argument("--splits", type=Path, metavar="FOLDER", help="CLAM's folder of splits_0.csv and so on")
+    p.add_argument(
+        "--folds",
+        type=int,
+        default=5,
+        metavar="N",
+        help="folds of patients where none are given (default: 5)",
+    )
+    p.add_argument(
+        "--heads",
+        type=comma_separated,
+        default=(),
+        metavar="HEAD[,HEAD]",
+        help="of abmil, mean-mil and linear-probe, or of cox-0.01, cox-0.02 and cox-0.07 (default: all)",
+    )
+    p.add_argument(
+        "--patient-level",
+        default="early",
+        metavar="early|late",
+        help="all patches of a patient are one bag, or embeddings of slides are averaged (default: early)",
+    )
+    p.add_argument("--seed", type=int, default=7, metavar="N", help="of folds and heads (default: 7)")
+    _add_out(p, "slides", "; trained heads are kept beside them, so that the same command continues")
+    add(p, "--device")
+
+
+def run_labels(args: argparse.Namespace) -> int:
+    """Print the tables, and where they were written."""
+    from seal_extract.evaluate.labels import read_labels
+    from seal_extract.evaluate.slides import REPORT, evaluate_slides
+    from seal_extract.evaluate.table import output_files
+
+    output_files(args.out, args.overwrite, REPORT)
+    columns = {name: getattr(args, name) for name in ("event", "by", "splits", "folds", "seed")}
+    labels = read_labels(args.labels, args.label, **columns)
+    return _print(
+        args,
+        lambda show: evaluate_slides(
+            labels,
+            args.folders,
+            args.out,
+            heads=args.heads,
+            fusion=args.patient_level,
+            seed=args.seed,
+            device=args.device,
+            overwrite=args.overwrite,
+            log=show,
+        ),
+    )
 
 
 def add_robustness_options(p: argparse.ArgumentParser) -> None:

@@ -180,6 +180,8 @@ commands:
   seal-extract spots FOLDER ...   embed image and expression of the spots of Visium or HEST, as AnnData
   seal-extract evaluate ...       measure how well an encoder's embeddings predict gene expression
   seal-extract evaluate hest ...  run the HEST-Benchmark on an encoder
+  seal-extract evaluate slides ...
+                                  measure how well labels of patients are predicted from features of slides
   seal-extract evaluate spots ... measure how well classes of spots are told apart
   seal-extract evaluate robustness ...
                                   measure how far scanner and stain show in features

@@ -23,9 +23,10 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, mutual_info_score
 
 from seal_extract.errors import UsageError, first_line, how_to_install
+from seal_extract.evaluate.labels import find_slides
 from seal_extract.evaluate.run import Log
 from seal_extract.evaluate.table import Report, Row, Table
-from seal_extract.features.store import SlideFeatures, list_features, read_features
+from seal_extract.features.store import SlideFeatures, read_features
 from seal_extract.train.formats.source import needed
 
 REPORT = "robustness"  # name of its files
@@ -92,29 +93,6 @@ def read_scans(path: Path) -> list[Scan]:
     return scans
 
 
-def find_scans(folder: Path, scans: Sequence[Scan]) -> dict[str, list[SlideFeatures]]:
-    """The features of each slide, in the order of the table, by the name of the encoder.
-
-    Raises:
-        OutputError: the folder holds no features.
-        UsageError: an encoder has not seen a slide of the table.
-    """
-    found: dict[str, dict[str, SlideFeatures]] = {}
-    for features in list_features(folder)[0]:
-        found.setdefault(features.provenance["encoder"]["name"], {})[features.path.stem] = features
-    chosen = {}
-    for encoder, by_name in found.items():
-        names = [scan.slide if scan.slide in by_name else Path(scan.slide).stem for scan in scans]
-        missing = [name for name in names if name not in by_name]
-        if missing:
-            raise UsageError(
-                f"{folder} has no features by {encoder} of {len(missing)} slides of the table, the first "
-                f"{missing[0]}; embed them, or give the folder features_NAME of one encoder"
-            )
-        chosen[encoder] = [by_name[name] for name in names]
-    return chosen
-
-
 def evaluate_robustness(
     folder: Path,
     scans: Sequence[Scan],
@@ -134,7 +112,7 @@ def evaluate_robustness(
         The report, and for its picture the mean embedding of each slide by encoder, float32 [S, D].
 
     Raises:
-        UsageError: as `find_scans`; or fewer than 1 patch.
+        UsageError: as `find_slides`; or fewer than 1 patch.
         OutputError: features cannot be read.
     """
     if patches < 1:
@@ -142,7 +120,7 @@ def evaluate_robustness(
     remarks: list[str] = []
     pairs: dict[str, dict[str, list[Array]]] = {}  # by encoder and kind
     neighbours, clusters, pooled = {}, {}, {}
-    for encoder, features in find_scans(folder, scans).items():
+    for encoder, features in find_slides([folder], [scan.slide for scan in scans]).items():
         log(f"{encoder}: reading")
         read = [_rows_and_mean(f.path, patches) for f in features]
         rows, pooled[encoder] = [some for some, _ in read], np.stack([mean for _, mean in read])

@@ -117,10 +117,15 @@ class Table:
         return self.paired or found
 
     def to_markdown(self) -> str:
-        """Title, table and note."""
-        head = ["", *self.columns, *([self.summary] if self.summary else [])]
+        """Title, table and note; with intervals and differences where they were found otherwise."""
+        lines = (*self.rows, *self.paired)
+        bounds = [INTERVAL] if any(row.interval for row in lines) else []
+        head = ["", *self.columns, *([self.summary] if self.summary else []), *bounds]
         rule = ["---", *["---:"] * (len(head) - 1)]
-        rows = (row.cells(self.summary) for row in self.rows)
+        rows = [
+            [*row.cells(self.summary), *(" to ".join(map(number, row.interval or ())) for _ in bounds)]
+            for row in lines
+        ]
         body = [f"| {' | '.join(cells)} |" for cells in (head, rule, *rows)]
         return "\n".join([f"**{self.title}**", "", *body, *(["", self.note] if self.note else []), ""])
 

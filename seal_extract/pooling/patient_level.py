@@ -96,7 +96,7 @@ def fuse_early(
     bag = [slide for slide in slides if len(slide.grid) > len(unreadable_rows(slide))]
     if not bag:
         raise UsageError(f"patient {patient} has no patches, so that there is nothing to pool")
-    _check_same(patient, bag)
+    check_same(patient, bag)
     check_features(pooling, bag[0].dim, bag[0].provenance["encoder"]["name"])
     left_out = [unreadable_rows(slide).tolist() for slide in bag]
     request = {
@@ -181,7 +181,7 @@ def _facts(patient: str, fusion: str, slides: Sequence[str]) -> dict[str, Any]:
     return {"patient": patient, "fusion": fusion, "slides": slides, "written": written}
 
 
-def _check_same(patient: str, bag: Sequence[SlideFeatures]) -> None:
+def check_same(patient: str, bag: Sequence[SlideFeatures]) -> None:
     """Refuse slides whose patches cannot be one bag, as Patho-Bench does."""
 
     def facts(slide: SlideFeatures) -> dict[str, Any]:

@@ -339,7 +339,7 @@ def pool_rows(slides: Sequence[SlideFeatures], pooling: Pooling) -> Pooled:
     """
     starts = np.cumsum([0, *(len(slide.grid) for slide in slides)])
     left_out = [unreadable_rows(slide) for slide in slides]
-    pieces = chain.from_iterable(map(_pieces, slides, left_out))
+    pieces = chain.from_iterable(map(readable_pieces, slides))
     lost = np.concatenate([rows + start for rows, start in zip(left_out, starts, strict=False)])
     try:
         pooled = pooling.pool(pieces, int(starts[-1]) - len(lost))
@@ -355,8 +355,13 @@ def pool_rows(slides: Sequence[SlideFeatures], pooling: Pooling) -> Pooled:
     return replace(pooled, scores=scores, attention=attention)
 
 
-def _pieces(features: SlideFeatures, left_out: NDArray[np.int64]) -> Iterator[Rows]:
-    start = 0
+def readable_pieces(features: SlideFeatures) -> Iterator[Rows]:
+    """The rows of a slide in pieces, without those of patches that could not be read.
+
+    Raises:
+        OutputError: the file is damaged, or has not a row for each patch.
+    """
+    left_out, start = unreadable_rows(features), 0
     for piece in read_pieces(features.path):
         skipped = left_out[(left_out >= start) & (left_out < start + len(piece))] - start
         start += len(piece)
