@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from seal_extract.slides.readers import Level
 
-pytest_plugins = ("cohort_fixtures", "url_fixtures", "viewer_fixtures")
+pytest_plugins = ("cohort_fixtures", "url_fixtures", "viewer_fixtures", "synthetic_volume")
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # chosen when Triton is imported, which nothing has done yet

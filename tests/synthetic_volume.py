@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 from PIL import Image
 from section_files import make_section, square
 from train_fixtures import TINY
@@ -75,3 +76,45 @@ def write_encoder(folder):
     """A tiny encoder of random weights, frozen in these tests."""
     untrained_encoder(TINY).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A volume of six planes, its expression, and models of one and of three planes, hardly trained."""
+    from seal_extract.train.config import LoopOptions, OmicsOptions
+    from seal_extract.volume.config import DepthOptions, VolumeConfig, VolumeData
+    from seal_extract.volume.train import train_volume
+
+    folder = tmp_path_factory.mktemp("world")
+    path, expression = write_volume(folder / "volume")
+    encoder, models = write_encoder(folder / "encoder"), {}
+    for planes in (1, 3):
+        config = VolumeConfig(
+            name="deep",
+            encoder=str(encoder),
+            out=str(folder / f"model{planes}"),
+            voi=VolumeData(str(path), sections=()),
+            genes=GENES,
+            patch_px=SIDE,
+            batch_size=64,
+            epochs=(0, 0, 1),
+            depth=DepthOptions(planes=planes, width=16),
+            omics=OmicsOptions(hidden=(16, 8), epochs=0),
+            loop=LoopOptions(lr=1e-2),
+        )
+        measured = [section(path, 2, expression)]
+        models[planes] = train_volume(config, sections={str(path): measured}).path
+    return path, expression, models
+
+
+@pytest.fixture(scope="session")
+def predicted(world, tmp_path_factory):
+    """The folder of a prediction of that volume through three planes, with three domains."""
+    from seal_extract.volume.model import load_volume_encoder
+    from seal_extract.volume.predict import predict_volume
+    from seal_extract.volume.volume import open_volume
+
+    path, _, models = world
+    out = tmp_path_factory.mktemp("predicted") / "out"
+    predict_volume(open_volume(path), load_volume_encoder(models[3]), out, all_tissue=True, domains=3)
+    return out

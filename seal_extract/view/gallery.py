@@ -41,8 +41,9 @@ from seal_extract.view.layers import (
     find_attention,
     scale_layer,
 )
+from seal_extract.view.volume import PICTURE_PX, Codes, ShownVolume
 
-TILE_BYTES, FEATURE_BYTES, LAYER_BYTES = 256 << 20, 1 << 30, 64 << 20
+TILE_BYTES, FEATURE_BYTES, LAYER_BYTES, MAP_BYTES = 256 << 20, 1 << 30, 64 << 20, 128 << 20
 MOST_OPEN = 8  # slides at a time
 SAMPLED_SLIDES, SAMPLED_ROWS = 64, 8192  # of a cohort, for colours
 PATCH_IMAGE_PX = 160
@@ -60,6 +61,7 @@ class Gallery:
 
     def __init__(self, collection: Collection, genes: GeneMaps) -> None:
         self.collection, self.genes = collection, genes
+        self.volume = ShownVolume.find(collection)
         self._version = secrets.token_hex(4)  # in addresses, so that no answer of another run is taken
         self._open: LruCache[SlideTiles] = LruCache(MOST_OPEN)
         self._tiles: LruCache[tuple[bytes, str]] = LruCache(TILE_BYTES, lambda tile: len(tile[0]))
@@ -67,6 +69,9 @@ class Gallery:
             FEATURE_BYTES, lambda features: len(features.grid) * (features.dim * 4 + 16)
         )
         self._layers: LruCache[Layer] = LruCache(LAYER_BYTES, lambda layer: layer.rgb.nbytes * 3)
+        self._maps: LruCache[tuple[dict[str, Any], Codes]] = LruCache(
+            MAP_BYTES, lambda found: found[1].nbytes
+        )
         self._small: LruCache[Any] = LruCache(64)  # of a slide or the cohort: components, attention, means
 
     # --- slides ---------------------------------------------------------------------------------------
@@ -235,6 +240,30 @@ class Gallery:
             return answer | {"why": "draw it around some of the patches, not around none or all"}
         state = self.genes.state()
         return answer | (self.genes.of_region(features, inside) if state["named"] else {"why": state["why"]})
+
+    # --- a volume -------------------------------------------------------------------------------------
+
+    def describe_volume(self) -> dict[str, Any]:
+        """What the page needs to show the volume."""
+        return self._volume().describe() | {"version": self._version}
+
+    def plane_picture(self, plane: int, size: str) -> bytes:
+        """A plane as a JPEG: a ``"picture"`` to look at, or a ``"slice"`` of the box."""
+        volume = self._volume()
+        sizes = {"picture": volume.side_px(PICTURE_PX), "slice": volume.slice_px}
+        if size not in sizes:
+            raise UsageError(f"the size is {size!r}; allowed: {', '.join(sizes)}")
+        side = sizes[size]
+        return self._tiles.get((plane, *side), lambda: (volume.picture(plane, side), "image/jpeg"))[0]
+
+    def volume_map(self, kind: str, of: str) -> tuple[dict[str, Any], Codes]:
+        """See `ShownVolume.map`."""
+        return self._maps.get((kind, of), lambda: self._volume().map(kind, of))
+
+    def _volume(self) -> ShownVolume:
+        if self.volume is None:
+            raise UsageError(f"{self.collection.out} holds no predicted volume")
+        return self.volume
 
     # --- what is held ---------------------------------------------------------------------------------
 

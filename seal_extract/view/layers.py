@@ -150,8 +150,15 @@ class Layer:
 
 def scale_layer(title: str, unit: str, values: Rows) -> Layer:
     """Numbers of patches, float32 [N], from dark to light."""
+    legend = scale_legend(title, unit, values)
+    rgb = colour(values, legend["low"], legend["high"], PALETTE)
+    return Layer(rgb, legend, values.astype(np.float32, copy=False))
+
+
+def scale_legend(title: str, unit: str, values: Rows) -> dict[str, Any]:
+    """The legend of numbers, as the page draws it."""
     low, high = limits(values)
-    legend = {
+    return {
         "kind": "scale",
         "title": title,
         "unit": unit,
@@ -161,7 +168,6 @@ def scale_layer(title: str, unit: str, values: Rows) -> Layer:
         "most": float(values.max()),
         "colours": _hex(colour(np.linspace(low, high, STOPS), low, high)),
     }
-    return Layer(colour(values, low, high, PALETTE), legend, values.astype(np.float32, copy=False))
 
 
 # --- embeddings -----------------------------------------------------------------------------------
@@ -232,15 +238,15 @@ def cluster_layer(components: Components, features: Rows, k: int, slides: int) -
     centres = _cluster_centres(components, k)
     distance = (centres**2).sum(1) - 2 * components.project(features) @ centres.T
     labels = np.asarray(distance.argmin(1))  # int64 [N]
-    colours = _cluster_colours(k)
-    legend = {
-        "kind": "clusters",
-        "title": f"{k} clusters",
-        "unit": "k-means of the embeddings" + (f"; the same on all {slides} slides" if slides > 1 else ""),
-        "colours": _hex(colours),
-        "counts": np.bincount(labels, minlength=k).tolist(),
-    }
-    return Layer(colours[labels], legend, labels.astype(np.float32))
+    unit = "k-means of the embeddings" + (f"; the same on all {slides} slides" if slides > 1 else "")
+    legend = cluster_legend(f"{k} clusters", unit, np.bincount(labels, minlength=k))
+    return Layer(_cluster_colours(k)[labels], legend, labels.astype(np.float32))
+
+
+def cluster_legend(title: str, unit: str, counts: NDArray[np.int64]) -> dict[str, Any]:
+    """The legend of clusters with so many patches each, int64 [k]; beyond 12 the colours repeat."""
+    colours = _hex(_cluster_colours(len(counts)))
+    return {"kind": "clusters", "title": title, "unit": unit, "colours": colours, "counts": counts.tolist()}
 
 
 def _cluster_centres(components: Components, k: int) -> Rows:

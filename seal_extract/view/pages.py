@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,12 +18,14 @@ from seal_extract.names import shown
 
 if TYPE_CHECKING:
     from jinja2 import Environment
-    from markupsafe import Markup
 
 WEB = Path(__file__).with_name("web")
 SLIDE_SCRIPTS = ("parts.js", "figure.js", "legend.js", "combo.js", "map.js", "slide.js")
 VIEWER_SCRIPTS = (*SLIDE_SCRIPTS, "server.js", "regions.js", "viewer.js")
 REPORT_SCRIPTS = (*SLIDE_SCRIPTS, "inlined.js")
+BOTH_VOLUME_SCRIPTS = ("parts.js", "legend.js", "combo.js", "box.js", "plane.js", "volume.js")
+VOLUME_SCRIPTS = (*BOTH_VOLUME_SCRIPTS, "server.js", "volume_server.js")
+VOLUME_REPORT_SCRIPTS = (*BOTH_VOLUME_SCRIPTS, "volume_inlined.js")
 
 
 def render(template: str, **values: object) -> Iterator[str]:
@@ -46,13 +48,26 @@ def render_report(**values: object) -> Iterator[str]:
 
     folder = leaflet_folder("report")
     leaflet, style = ((folder / f"leaflet.{end}").read_text(encoding="utf-8") for end in ("js", "css"))
+    leaflet = re.sub(r"^//# sourceMappingURL=.*$", "", leaflet, flags=re.M)
+    style = re.sub(r"url\(images/[^)]*\)", "none", style) + web_text("slide.css")
+    script = web_text(*REPORT_SCRIPTS)
+    return _render_whole("slide.html", (leaflet, script), style, leaflet=Markup(leaflet), **values)
+
+
+def render_volume_report(**values: object) -> Iterator[str]:
+    """The page of a volume as a report, which loads nothing; ``values`` as for `render`."""
+    scripts = (web_text(*VOLUME_REPORT_SCRIPTS),)
+    return _render_whole("volume.html", scripts, web_text("slide.css", "volume.css"), **values)
+
+
+def _render_whole(template: str, scripts: Sequence[str], style: str, **values: object) -> Iterator[str]:
+    """A page that holds its scripts, the last of which is the page's own, and allows these alone."""
+    from markupsafe import Markup
+
+    digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    allowed = Markup(" ".join(f"'sha256-{digest}'" for digest in digests))
     return render(
-        "slide.html",
-        report=True,
-        leaflet=Markup(re.sub(r"^//# sourceMappingURL=.*$", "", leaflet, flags=re.M)),
-        style=Markup(re.sub(r"url\(images/[^)]*\)", "none", style) + web_text("slide.css")),
-        script=Markup(web_text(*REPORT_SCRIPTS)),
-        **values,
+        template, report=True, allowed=allowed, style=Markup(style), script=Markup(scripts[-1]), **values
     )
 
 
@@ -91,13 +106,5 @@ def _environment() -> Environment:  # jinja2 is imported here because most comma
         lstrip_blocks=True,
     )
     environment.globals["text_of"] = lambda name: Markup(web_text(name))
-    environment.filters["allowed"] = _allowed
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     return environment
-
-
-def _allowed(script: str) -> Markup:
-    """A source of a Content-Security-Policy that allows one inline script and nothing else."""
-    from markupsafe import Markup
-
-    return Markup(f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'")

@@ -18,7 +18,7 @@ from seal_extract.errors import SealExtractError, UsageError, how_to_install
 from seal_extract.names import shown
 from seal_extract.view.gallery import Gallery
 from seal_extract.view.guard import Guard, NotFound, Query, http_with_time_limit
-from seal_extract.view.pages import VIEWER_SCRIPTS, leaflet_folder, render, web_text
+from seal_extract.view.pages import VIEWER_SCRIPTS, VOLUME_SCRIPTS, leaflet_folder, render, web_text
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -35,7 +35,7 @@ Endpoint = Callable[["Request"], Awaitable["Response"]]
 
 
 def make_app(gallery: Gallery, port: int, token: str) -> Guard:
-    """The application of the server.
+    """The application of the server; a volume is shown first then, and its planes as slides at ``/slides``.
 
     Raises:
         UsageError: its libraries are not installed.
@@ -52,7 +52,7 @@ def make_app(gallery: Gallery, port: int, token: str) -> Guard:
     routes = [
         *(Route(path, endpoint) for path, endpoint in answers.items()),
         Route("/api/slides/{slide}/region", region, methods=["POST"]),
-        *(Route(path, endpoint) for path, endpoint in _page_files().items()),
+        *(Route(path, endpoint) for path, endpoint in _page_files(gallery.volume is not None).items()),
     ]
     errors = (SealExtractError, NotFound, ClientDisconnect, HTTPException, Exception)
     return Guard(Starlette(routes=routes, exception_handlers=dict.fromkeys(errors, _one_line)), port, token)
@@ -72,7 +72,19 @@ def _answers(gallery: Gallery) -> dict[str, Answer]:
     def tile_of(q: Query) -> tuple[int, int, int, int]:
         return q.number("slide"), q.number("zoom"), q.number("column"), q.number("row")
 
+    def map_of(q: Query) -> tuple[str, str]:
+        return q.word("kind"), q.text("of")
+
+    volume, codes = "/api/volume", "/api/volume/maps/{kind}"
+
     return {
+        volume: lambda q: gallery.describe_volume(),
+        f"{volume}/planes/{{plane}}/{{size}}": lambda q: (
+            gallery.plane_picture(q.number("plane"), q.word("size")),
+            "image/jpeg",
+        ),
+        f"{codes}/legend": lambda q: gallery.volume_map(*map_of(q))[0],
+        f"{codes}/codes": lambda q: (gallery.volume_map(*map_of(q))[1].tobytes(), BYTES),
         "/api/slides": lambda q: gallery.slides(),
         "/api/genes": lambda q: gallery.genes.state(),
         "/api/suggest": lambda q: gallery.genes.suggest(q.text("typed")),
@@ -116,8 +128,8 @@ class _Workers:
         return respond
 
 
-def _page_files() -> dict[str, Endpoint]:
-    """The page and all that it loads, read once."""
+def _page_files(of_volume: bool) -> dict[str, Endpoint]:
+    """The pages and all that they load, read once."""
     from starlette.responses import Response
 
     def file(content: str, suffix: str) -> Endpoint:
@@ -127,11 +139,14 @@ def _page_files() -> dict[str, Endpoint]:
         return respond
 
     leaflet = leaflet_folder("viewer")
-    contents = {name: web_text(name) for name in ("slide.css", "icon.svg")}
+    contents = {name: web_text(name) for name in ("slide.css", "volume.css", "icon.svg")}
     contents |= {name: (leaflet / name).read_text(encoding="utf-8") for name in ("leaflet.js", "leaflet.css")}
-    contents["slide.js"] = web_text(*VIEWER_SCRIPTS)
-    static = {f"/static/{name}": file(text, name.rpartition(".")[2]) for name, text in contents.items()}
-    return {"/": file("".join(render("slide.html", report=False, name="")), "html"), **static}
+    contents |= {"slide.js": web_text(*VIEWER_SCRIPTS), "volume.js": web_text(*VOLUME_SCRIPTS)}
+    files = {f"/static/{name}": file(text, name.rpartition(".")[2]) for name, text in contents.items()}
+    pages = {"/": "volume.html", "/slides": "slide.html"} if of_volume else {"/": "slide.html"}
+    for path, page in pages.items():
+        files[path] = file("".join(render(page, report=False, name="", of_volume=of_volume)), "html")
+    return files
 
 
 async def _one_line(_: Request, exc: Exception) -> Response:

@@ -10,56 +10,18 @@ import tifffile
 import torch
 import zarr
 from PIL import Image
-from synthetic_volume import (
-    GENES,
-    PANEL,
-    SIDE,
-    SPACING_UM,
-    TILES,
-    section,
-    write_encoder,
-    write_volume,
-    write_zarr,
-)
+from synthetic_volume import GENES, PANEL, SIDE, SPACING_UM, TILES, section, write_zarr
 
 from seal_extract import ExtractOptions, extract
 from seal_extract.cli import main
 from seal_extract.errors import SealExtractError
 from seal_extract.features.store import list_features
 from seal_extract.slides.planes import Stack
-from seal_extract.train.config import LoopOptions, OmicsOptions
 from seal_extract.view.pictures import GAP_PX, PATCH_PX, TITLE_PX
-from seal_extract.volume.config import DepthOptions, VolumeConfig, VolumeData
 from seal_extract.volume.model import load_volume_encoder
 from seal_extract.volume.patches import depth_pairs
 from seal_extract.volume.predict import predict_volume
-from seal_extract.volume.train import train_volume
 from seal_extract.volume.volume import open_volume
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A volume of six planes, its expression, and models of one and of three planes, hardly trained."""
-    folder = tmp_path_factory.mktemp("world")
-    path, expression = write_volume(folder / "volume")
-    encoder, models = write_encoder(folder / "encoder"), {}
-    for planes in (1, 3):
-        config = VolumeConfig(
-            name="deep",
-            encoder=str(encoder),
-            out=str(folder / f"model{planes}"),
-            voi=VolumeData(str(path), sections=()),
-            genes=GENES,
-            patch_px=SIDE,
-            batch_size=64,
-            epochs=(0, 0, 1),
-            depth=DepthOptions(planes=planes, width=16),
-            omics=OmicsOptions(hidden=(16, 8), epochs=0),
-            loop=LoopOptions(lr=1e-2),
-        )
-        measured = [section(path, 2, expression)]
-        models[planes] = train_volume(config, sections={str(path): measured}).path
-    return path, expression, models
 
 
 def test_every_plane_is_predicted_through_depth(world, tmp_path):

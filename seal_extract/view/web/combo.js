@@ -1,6 +1,22 @@
 // A text field that suggests: arrows choose, Enter takes, Escape closes. It completes the last of several genes.
 
 const WAIT_MS = 90;
+const MOST_SUGGESTED = 12;
+
+/** Names that begin with the typed text, then those that contain it. */
+function namesLike(names, typed) {
+  const wanted = typed.toUpperCase();
+  const begin = names.filter((name) => name.toUpperCase().startsWith(wanted));
+  const inside = names.filter((name) => name.toUpperCase().includes(wanted) && !begin.includes(name));
+  return [...begin.sort(), ...inside.sort()].slice(0, MOST_SUGGESTED);
+}
+
+/** The gene that was typed, as it is spelled; fails if the page has no such gene. */
+function nameAmong(names, typed) {
+  const name = names.find((one) => one.toUpperCase() === typed.toUpperCase());
+  if (name === undefined) throw new Error(`${typed} is not among the ${count(names.length, "gene")} in this page.`);
+  return name;
+}
 
 class Combo {
   /** `suggest` gives the names for what was typed, or a promise of them; `taken` is told what was entered. */

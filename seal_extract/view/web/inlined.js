@@ -1,8 +1,6 @@
 // Answers for a page from the data that stands in it: the report of one slide.
 /* global L */
 
-const MOST_SUGGESTED = 12;
-
 class Inlined {
   constructor(data) {
     this.data = data;
@@ -23,18 +21,12 @@ class Inlined {
     return { ...this.data.genes, names: this.names, count: this.names.length };
   }
 
-  /** Genes that begin with the typed text, then those that contain it. */
   suggest(typed) {
-    const wanted = typed.toUpperCase();
-    const begin = this.names.filter((name) => name.toUpperCase().startsWith(wanted));
-    const inside = this.names.filter((name) => name.toUpperCase().includes(wanted) && !begin.includes(name));
-    return [...begin.sort(), ...inside.sort()].slice(0, MOST_SUGGESTED);
+    return namesLike(this.names, typed);
   }
 
   async check(typed) {
-    const name = this.names.find((one) => one.toUpperCase() === typed.toUpperCase());
-    if (name === undefined) throw new Error(`${typed} is not among the ${count(this.names.length, "gene")} in this page.`);
-    return name;
+    return nameAmong(this.names, typed);
   }
 
   layer(_, kind, of) {
@@ -62,10 +54,6 @@ class Inlined {
     layer.numbers ??= unpacked(layer.values.type, bytes(layer.values.base64));
     return layer.numbers;
   }
-}
-
-function bytes(base64) {
-  return Uint8Array.from(atob(base64), (char) => char.charCodeAt(0)).buffer;
 }
 
 /** Numbers from bytes: float16, or float32. */

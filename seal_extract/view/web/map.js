@@ -31,6 +31,17 @@ const PatchGrid = L.GridLayer.extend({
   },
 });
 
+const SlideTiles = L.GridLayer.extend({
+  createTile(at, done) {
+    const tile = L.DomUtil.create("img", "slide-tile");
+    tile.alt = "";
+    tile.onload = () => done(null, tile);
+    tile.onerror = () => done(new Error("a tile"), tile);
+    tile.src = this.options.address(`tiles/${-at.z}/${at.x}/${at.y}`);
+    return tile;
+  },
+});
+
 /** Patches of a slide, found by place. */
 class Patches {
   constructor(xy, side) {

@@ -22,3 +22,16 @@ function table(head, rows) {
   const cells = (tag, values) => element("tr", {}, ...values.map((value) => element(tag, {}, value)));
   return element("table", {}, element("thead", {}, cells("th", head)), element("tbody", {}, ...rows.map((row) => cells("td", row))));
 }
+
+/** The bytes that stand in a page. */
+function bytes(base64) {
+  return Uint8Array.from(atob(base64), (char) => char.charCodeAt(0)).buffer;
+}
+
+/** Give a canvas as many pixels as the screen has for it; its width and height on the page. */
+function fitted(canvas) {
+  const [width, height] = [canvas.clientWidth, canvas.clientHeight];
+  const pixels = [width, height].map((side) => Math.round(side * (window.devicePixelRatio || 1)));
+  if (canvas.width !== pixels[0] || canvas.height !== pixels[1]) [canvas.width, canvas.height] = pixels;
+  return [width, height];
+}

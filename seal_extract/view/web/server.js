@@ -1,5 +1,4 @@
 // Answers for a page from the viewer's server.
-/* global L */
 
 class Server {
   constructor() {
@@ -16,7 +15,7 @@ class Server {
 
   /** A slide and the places of its patches, int32 (x, y). */
   async slide(index) {
-    const [slide, xy] = await Promise.all([this.ask(`/api/slides/${index}`), this.#bytes(this.address(index, "patches"))]);
+    const [slide, xy] = await Promise.all([this.ask(`/api/slides/${index}`), this.bytes(this.address(index, "patches"))]);
     return [slide, new Int32Array(xy)];
   }
 
@@ -49,7 +48,7 @@ class Server {
   async layer({ index }, kind, of) {
     const part = (name) => this.address(index, `layers/${kind === "signatures" ? "genes" : kind}/${name}`, { of });
     const legend = await this.ask(part("legend"));
-    return { legend, picture: part("picture"), values: new Float32Array(await this.#bytes(part("values"))) };
+    return { legend, picture: part("picture"), values: new Float32Array(await this.bytes(part("values"))) };
   }
 
   patchImage({ index }, row) {
@@ -79,7 +78,7 @@ class Server {
     return (await this.#fetch(path, options)).json();
   }
 
-  async #bytes(path) {
+  async bytes(path) {
     return (await this.#fetch(path)).arrayBuffer();
   }
 
@@ -103,14 +102,3 @@ class Server {
     setTimeout(() => $("busy").classList.toggle("on", this.asking > 0), 250);
   }
 }
-
-const SlideTiles = L.GridLayer.extend({
-  createTile(at, done) {
-    const tile = L.DomUtil.create("img", "slide-tile");
-    tile.alt = "";
-    tile.onload = () => done(null, tile);
-    tile.onerror = () => done(new Error("a tile"), tile);
-    tile.src = this.options.address(`tiles/${-at.z}/${at.x}/${at.y}`);
-    return tile;
-  },
-});
