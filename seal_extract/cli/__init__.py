@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -72,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         args = _parse(argv)
+        args.typed = shlex.join(["seal-extract", *argv])
     except UsageError as exc:
         return fail(str(exc), exc.exit_status)
     warnings.showwarning = _show_warning

@@ -67,11 +67,10 @@ def add_evaluate_options(p: argparse.ArgumentParser) -> None:
 def run_evaluate(args: argparse.Namespace) -> int:
     """Print the tables, and where they were written."""
     from seal_extract.evaluate.run import REPORT, EvaluateOptions, evaluate
-    from seal_extract.evaluate.table import output_files
     from seal_extract.train.formats import sections_of
 
     options = EvaluateOptions(args.by, args.genes, args.patch_px, args.mpp, args.batch_size, args.seeds)
-    output_files(args.out, args.overwrite, REPORT)
+    _check_out(args, REPORT)
     encoder, base = _encoders(args)
     sections = sections_of(args.sections)
     return _print(args, lambda show: evaluate(sections, encoder, base, options=options, log=show))
@@ -94,16 +93,15 @@ def add_hest_options(p: argparse.ArgumentParser) -> None:
     add(p, "--encoder", required=True)
     _add_base(p)
     p.add_argument("--tasks", type=comma_separated, metavar="TASK[,TASK]", help="tasks to run (default: all)")
-    _add_out(p, "hest", "; embeddings are kept beside them, so that the same command continues")
+    _add_out(p, "hest", ", and embeddings, so that the same command continues")
     add(p, "--batch-size", "--precision", "--device", "--offline")
 
 
 def run_hest(args: argparse.Namespace) -> int:
     """Print HEST's table and those of the splits, and where they were written."""
     from seal_extract.evaluate.hest import REPORT, evaluate_hest
-    from seal_extract.evaluate.table import output_files
 
-    output_files(args.out, args.overwrite, REPORT)
+    _check_out(args, REPORT)
     encoder, base = _encoders(args)
     return _print(
         args,
@@ -155,10 +153,9 @@ def add_spot_classes_options(p: argparse.ArgumentParser) -> None:
 def run_spot_classes(args: argparse.Namespace) -> int:
     """Print the tables, and where they were written."""
     from seal_extract.evaluate.spot_classes import REPORT, evaluate_spots
-    from seal_extract.evaluate.table import output_files
     from seal_extract.train.formats import sections_of
 
-    output_files(args.out, args.overwrite, REPORT)
+    _check_out(args, REPORT)
     encoder, base = _encoders(args)
     columns = {"label_column": args.label, "patient_column": args.donor}
     sections = sections_of(args.source, mpp=args.slide_mpp, **columns)
@@ -230,9 +227,8 @@ def run_labels(args: argparse.Namespace) -> int:
     """Print the tables, and where they were written."""
     from seal_extract.evaluate.labels import read_labels
     from seal_extract.evaluate.slides import REPORT, evaluate_slides
-    from seal_extract.evaluate.table import output_files
 
-    output_files(args.out, args.overwrite, REPORT)
+    _check_out(args, REPORT)
     columns = {name: getattr(args, name) for name in ("event", "by", "splits", "folds", "seed")}
     labels = read_labels(args.labels, args.label, **columns)
     return _print(
@@ -276,25 +272,11 @@ def add_robustness_options(p: argparse.ArgumentParser) -> None:
 
 def run_robustness(args: argparse.Namespace) -> int:
     """Print the tables, and where they and the picture were written."""
-    from seal_extract.evaluate.robustness import REPORT, draw, evaluate_robustness, read_scans
-    from seal_extract.evaluate.table import output_files
-    from seal_extract.publish import publish
+    from seal_extract.evaluate.robustness import REPORT, evaluate_robustness, read_scans
 
-    output_files(args.out, args.overwrite, REPORT)
+    _check_out(args, REPORT)
     scans = read_scans(args.slides)
-    found = {}
-
-    def evaluate(show: Callable[[str], None]) -> Report:
-        report, pooled = evaluate_robustness(args.folder, scans, patches=args.patches, log=show)
-        found.update(pooled)
-        return report
-
-    status = _print(args, evaluate)
-    picture = args.out / f"{REPORT}.png"
-    with publish(picture) as part:
-        draw(found, scans).savefig(part, dpi=120, format="png")
-    echo(f"-> {picture}")
-    return status
+    return _print(args, lambda show: evaluate_robustness(args.folder, scans, patches=args.patches, log=show))
 
 
 # --- what the kinds of evaluation share ---------------------------------------------------------------
@@ -305,9 +287,9 @@ def _add_base(p: argparse.ArgumentParser) -> None:
 
 
 def _add_out(p: argparse.ArgumentParser, name: str, more: str = "") -> None:
-    p.add_argument(
-        "-o", "--out", type=Path, required=True, help=f"folder for {name}.md, .csv and .json{more}"
-    )
+    files = f"{name}.md, .csv and .json{more}"
+    page = "evaluation.html, the page of all evaluations in it"
+    p.add_argument("-o", "--out", type=Path, required=True, help=f"folder for {files}; and for {page}")
     p.add_argument("--overwrite", action="store_true", help="replace the files of another evaluation")
 
 
@@ -317,14 +299,27 @@ def _encoders(args: argparse.Namespace) -> tuple[EncoderRequest, EncoderRequest 
     return encoder_request(args.encoder, args), base
 
 
+def _check_out(args: argparse.Namespace, name: str) -> None:
+    """Refuse to replace files before anything is computed."""
+    from seal_extract.evaluate.table import output_files
+    from seal_extract.view.evaluation_page import check_page
+
+    output_files(args.out, args.overwrite, name)
+    check_page(args.out)
+
+
 def _print(args: argparse.Namespace, evaluate: Callable[[Callable[[str], None]], Report]) -> int:
-    """Evaluate, print the tables, and write them."""
+    """Evaluate, print the tables, and write them and the page of all evaluations in the folder."""
+    from seal_extract.view.evaluation_page import write_evaluation_page
+
     show = progress_line(args.quiet)
     try:
         report = evaluate(show)
     finally:
         show("")
     echo(*report.to_markdown().split("\n"))
-    for file in report.write(args.out, overwrite=args.overwrite):
+    report.about["command"] = args.typed
+    written = report.write(args.out, overwrite=args.overwrite)
+    for file in (*written, write_evaluation_page(args.out)):
         echo(f"-> {file}")
     return 0

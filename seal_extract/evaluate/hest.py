@@ -357,8 +357,8 @@ def _tables(
         "By the protocol of the HEST-Benchmark: mean ± standard deviation over its splits. Handcrafted "
         f"features and permuted rows ({PERMUTATIONS} orders) are not part of the benchmark."
     )
-    columns = tuple(task.name for task in chosen)
-    made = [Table("HEST-Benchmark, Pearson r", columns, tuple(rows), note, "average", "task")]
+    columns, unit = tuple(task.name for task in chosen), "task" if len(chosen) > 1 else ""
+    made = [Table("HEST-Benchmark, Pearson r", columns, tuple(rows), note, "average", unit)]
     for task in chosen:
         splits = scores[first][task.name]
         constant = [f"{split.fold} {split.constant}" for split in splits if split.constant]

@@ -99,7 +99,7 @@ def evaluate_robustness(
     *,
     patches: int = PATCHES,
     log: Log = lambda what: None,
-) -> tuple[Report, dict[str, Array]]:
+) -> Report:
     """Measure how far scanner and stain show in the features of each encoder of a run.
 
     Args:
@@ -109,7 +109,7 @@ def evaluate_robustness(
         log: called with the name of each step.
 
     Returns:
-        The report, and for its picture the mean embedding of each slide by encoder, float32 [S, D].
+        The report, with the picture of `draw`.
 
     Raises:
         UsageError: as `find_slides`; or fewer than 1 patch.
@@ -150,7 +150,7 @@ def evaluate_robustness(
             for encoder, found in pairs.items()
         }
     }
-    return Report(REPORT, made, about, list(dict.fromkeys(remarks)), details), pooled
+    return Report(REPORT, made, about, list(dict.fromkeys(remarks)), details, draw(pooled, scans))
 
 
 def _rows_and_mean(path: Path, most: int) -> tuple[Array, Array]:

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from seal_extract.publish import publish
 
 MEAN_SD = "mean ± sd"
 INTERVAL = "95 % interval"
+VERSIONS = ("seal-extract", "torch", "timm", "numpy", "scikit-learn")
 FEWEST = 3  # columns of which an interval can be told
 
 
@@ -117,14 +119,13 @@ class Table:
         return self.paired or found
 
     def to_markdown(self) -> str:
-        """Title, table and note; with intervals and differences where they were found otherwise."""
-        lines = (*self.rows, *self.paired)
-        bounds = [INTERVAL] if any(row.interval for row in lines) else []
+        """Title, table and note; where rows have intervals, these and the differences too."""
+        bounds = [INTERVAL] if any(map(self.interval, self.rows)) else []
         head = ["", *self.columns, *([self.summary] if self.summary else []), *bounds]
         rule = ["---", *["---:"] * (len(head) - 1)]
         rows = [
-            [*row.cells(self.summary), *(" to ".join(map(number, row.interval or ())) for _ in bounds)]
-            for row in lines
+            [*row.cells(self.summary), *(" to ".join(map(number, self.interval(row) or ())) for _ in bounds)]
+            for row in (*self.rows, *(self.differences() if bounds else ()))
         ]
         body = [f"| {' | '.join(cells)} |" for cells in (head, rule, *rows)]
         return "\n".join([f"**{self.title}**", "", *body, *(["", self.note] if self.note else []), ""])
@@ -183,6 +184,7 @@ class Report:
         about: what was evaluated, and how, as JSON.
         warnings: what weakens the numbers, such as an encoder that saw held-out sections in training.
         details: further numbers, for JSON only.
+        figure: of matplotlib; None without a picture.
     """
 
     name: str
@@ -190,6 +192,7 @@ class Report:
     about: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
+    figure: Any = None
 
     def to_markdown(self) -> str:
         """Warnings, then all tables."""
@@ -198,10 +201,17 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """All numbers, including the details."""
         tables = [table.to_json() for table in self.tables]
-        return {**self.about, "warnings": self.warnings, "tables": tables, **self.details}
+        versions = {name: version(name) for name in VERSIONS}
+        return {
+            **self.about,
+            "versions": versions,
+            "warnings": self.warnings,
+            "tables": tables,
+            **self.details,
+        }
 
     def write(self, folder: Path, *, overwrite: bool = False) -> list[Path]:
-        """Write ``NAME.md``, ``.csv`` and ``.json``.
+        """Write ``NAME.md``, ``.csv`` and ``.json``, and with a figure ``NAME.png``.
 
         Raises:
             OutputError: as `output_files`; or they cannot be written.
@@ -211,6 +221,10 @@ class Report:
         for file, text in zip(files, texts, strict=True):
             with publish(file) as part:
                 part.write_text(text, encoding="utf-8")
+        if self.figure is not None:
+            files.append(folder / f"{self.name}.png")
+            with publish(files[-1]) as part:
+                self.figure.savefig(part, dpi=120, format="png")
         return files
 
 

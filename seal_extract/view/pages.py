@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 WEB = Path(__file__).with_name("web")
+HEAD_BYTES = 4096  # within which a page states by what it was made
 SLIDE_SCRIPTS = ("parts.js", "figure.js", "legend.js", "combo.js", "map.js", "slide.js")
 VIEWER_SCRIPTS = (*SLIDE_SCRIPTS, "server.js", "regions.js", "viewer.js")
 REPORT_SCRIPTS = (*SLIDE_SCRIPTS, "inlined.js")
@@ -71,6 +72,15 @@ def _render_whole(template: str, scripts: Sequence[str], style: str, **values: o
     )
 
 
+def made_by(path: Path, generator: str) -> bool:
+    """Whether a file is a page that ``generator`` wrote: its template states it in the head."""
+    try:
+        with path.open("rb") as file:
+            return f'name="generator" content="{generator}"'.encode() in file.read(HEAD_BYTES)
+    except OSError:
+        return False
+
+
 def web_text(*names: str) -> str:
     """The text of files in ``web/``, one after the other."""
     return "\n".join((WEB / name).read_text(encoding="utf-8") for name in names)
@@ -105,6 +115,6 @@ def _environment() -> Environment:  # jinja2 is imported here because most comma
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals["text_of"] = lambda name: Markup(web_text(name))
+    environment.globals["text_of"] = lambda *names: Markup(web_text(*names))
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     return environment

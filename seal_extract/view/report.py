@@ -37,14 +37,13 @@ from seal_extract.view.layers import (
     find_attention,
     scale_layer,
 )
-from seal_extract.view.pages import render_report
+from seal_extract.view.pages import made_by, render_report
 
 if TYPE_CHECKING:
     from seal_extract.genes.decoder import GeneDecoder
     from seal_extract.genes.gene_lists import Signature
 
 GENERATOR = "seal-extract report"  # in the page, by which it is known
-HEAD_BYTES = 4096  # within which it stands
 SIDE_PX = (256, 3000, 8000)  # longest side of the slide's picture: least, default, most
 QUALITY = 80  # of its JPEG
 COARSE_MPP = 1.0  # beyond which nuclei cannot be judged
@@ -123,11 +122,7 @@ def write_slide_report(
 
 def is_report(path: Path) -> bool:
     """Whether `write_slide_report` wrote the file."""
-    try:
-        with path.open("rb") as file:
-            return f'name="generator" content="{GENERATOR}"'.encode() in file.read(HEAD_BYTES)
-    except OSError:
-        return False
+    return made_by(path, GENERATOR)
 
 
 def check_side(max_px: int) -> None:

@@ -262,6 +262,10 @@ def test_independent_columns_have_intervals_and_paired_differences():
     assert float(written["ours minus base", "95 % interval, high"]) == difference["interval"][1]
     assert float(written["base", "95 % interval, low"]) == as_json["rows"][1]["interval"][0]
 
+    assert "|  | a | b | c | d | mean ± sd | 95 % interval |" in table.to_markdown()
+    line = "| ours minus base | 0.100 | 0.050 | 0.050 | 0.200 | 0.100 ± 0.071 | -0.013 to 0.213 |"
+    assert line in table.to_markdown()
+
     bootstrapped = replace(table, rows=(replace(rows[0], interval=(0.1, 0.9)), rows[1]))
     assert bootstrapped.interval(bootstrapped.rows[0]) == (0.1, 0.9)
     dependent = replace(table, unit="").to_json()
@@ -409,7 +413,7 @@ def place(tmp_path_factory, tiny):
 SMALL = ("--genes", 2, "--mpp", 2, "--patch-px", 64, "--seeds", 2, "--quiet")
 
 
-def test_the_command_prints_the_tables_and_writes_three_files(run, place, tmp_path):
+def test_the_command_prints_the_tables_and_writes_them_and_a_page(run, place, tmp_path):
     words = ("--encoder", place / "encoder", "--base", place / "base", "--sections", place / "st")
     words = (*words, "-o", tmp_path, *SMALL)
     status, out, err = run("evaluate", *words, "--by", "patient")
@@ -426,6 +430,11 @@ def test_the_command_prints_the_tables_and_writes_three_files(run, place, tmp_pa
     assert report["pearson_r_per_gene"]["handcrafted features, held-out ridge, fixed alpha"]["B"]["g1"] > 0.8
     assert (tmp_path / "evaluation.md").read_text().strip() in "\n".join(out)
     assert (tmp_path / "evaluation.csv").read_text().startswith("table,line,fold,value,spread\n")
+    assert (
+        "<code>seal-extract evaluate --encoder encoder --base base"
+        in (tmp_path / "evaluation.html").read_text()
+    )
+    assert out[-1] == f"-> {tmp_path / 'evaluation.html'}"
 
     status, _, err = run("evaluate", *words)
     assert status == 1

@@ -91,6 +91,7 @@ def test_a_scanner_that_shows_is_told_from_one_that_does_not(run, tmp_path):
     assert clusters["sturdy"]["MI, specimen"] > clusters["fragile"]["MI, specimen"]
     assert report["pairs"]["sturdy"]["across scanners"][0][0] > 0.9
     assert (tmp_path / "evaluation/robustness.png").stat().st_size > 10_000
+    assert "data:image/png;base64," in (tmp_path / "evaluation/evaluation.html").read_text()
     one_line(run(*words), 1, "robustness.md exists already; give --overwrite or another -o")
 
 
