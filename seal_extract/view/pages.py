@@ -18,6 +18,7 @@ from seal_extract.names import shown
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from markupsafe import Markup
 
 WEB = Path(__file__).with_name("web")
 HEAD_BYTES = 4096  # within which a page states by what it was made
@@ -65,11 +66,16 @@ def _render_whole(template: str, scripts: Sequence[str], style: str, **values: o
     """A page that holds its scripts, the last of which is the page's own, and allows these alone."""
     from markupsafe import Markup
 
+    filled = {"allowed": _allowed(*scripts), "style": Markup(style), "script": Markup(scripts[-1])}
+    return render(template, report=True, **filled, **values)
+
+
+def _allowed(*scripts: str) -> Markup:
+    """Sources of a Content-Security-Policy that allow these inline scripts and nothing else."""
+    from markupsafe import Markup
+
     digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
-    allowed = Markup(" ".join(f"'sha256-{digest}'" for digest in digests))
-    return render(
-        template, report=True, allowed=allowed, style=Markup(style), script=Markup(scripts[-1]), **values
-    )
+    return Markup(" ".join(f"'sha256-{digest}'" for digest in digests))
 
 
 def made_by(path: Path, generator: str) -> bool:
@@ -115,6 +121,7 @@ def _environment() -> Environment:  # jinja2 is imported here because most comma
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["allowed"] = _allowed
     environment.globals["text_of"] = lambda *names: Markup(web_text(*names))
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     return environment
