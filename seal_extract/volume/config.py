@@ -94,6 +94,7 @@ class VolumeConfig(RunConfig, frozen=True, kw_only=True):
         genes: size of the panel: the most variable genes that all sections have.
         panel: a file of gene names, in place of those.
         smooth: whether half of each spot's expression is the mean of its neighbours'.
+        stretch: whether each gene's prediction gets the spread of the expression that it was trained on.
         patch_px: side of the patches.
         patch_mpp: µm/px of the patches.
         batch_size: pairs in a batch.
@@ -110,6 +111,7 @@ class VolumeConfig(RunConfig, frozen=True, kw_only=True):
     genes: Count = 2000
     panel: str | None = None
     smooth: bool = True
+    stretch: bool = True
     patch_px: Annotated[int, Meta(ge=1, le=MAX_PATCH_PX)] = 224
     patch_mpp: Annotated[float, Meta(ge=PLAUSIBLE_MPP[0], le=PLAUSIBLE_MPP[1])] = 0.5
     batch_size: Count = 128

@@ -10,6 +10,7 @@ that is this package's own choice.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from seal_extract.encoders import Encoder, load_encoder
 from seal_extract.encoders.checkpoint import check_tensors, read_tensors
 from seal_extract.encoders.files import FoundFile, WeightFile
 from seal_extract.encoders.folder import as_record, read_json, write_weights
+from seal_extract.encoders.heads import ExpressionDecoder
 from seal_extract.genes.decoder import GeneDecoder, load_decoder
 from seal_extract.publish import publish
 from seal_extract.train.config import SealOptions
@@ -33,6 +35,7 @@ from seal_extract.volume.config import DepthOptions
 
 DEPTH, SETTINGS = "depth.safetensors", "depth.json"
 ALLOWED = "allowed: a folder that seal-extract volume train wrote"
+MOST_STRETCH = 10.0  # of a gene whose prediction hardly varies
 ROWS = 256  # patches of one pass, always: another number gives other last bits on a CPU
 
 
@@ -120,12 +123,38 @@ class VolumeModel(SealModel):
             batch: ``patches`` uint8 [B, k, 3, S, S]; or ``embedding`` float32 [B, k, D], of a frozen encoder.
             seed: of the augmentation of patches, each plane for itself.
         """
-        planes = batch.embedding
-        if planes is None:
-            flat = embed_patches(self.encoder, batch.patches.flatten(0, 1), self.options.stain, seed)
-            planes = flat.reshape(*batch.patches.shape[:2], -1)
-        contrasted, decoded = self.depth(planes)
+        contrasted, decoded = self.depth(self.embed_planes(batch, seed))
         return self.terms(contrasted, decoded, batch)
+
+    def embed_planes(self, batch: TrainBatch, seed: int | None = None) -> Tensor:
+        """Embeddings of every plane, [B, k, D]; see `forward`."""
+        if batch.embedding is not None:
+            return batch.embedding
+        flat = embed_patches(self.encoder, batch.patches.flatten(0, 1), self.options.stain, seed)
+        return flat.reshape(*batch.patches.shape[:2], -1)
+
+    @torch.no_grad()
+    def stretch(self, batches: Iterable[TrainBatch]) -> None:
+        """Give predictions, gene by gene, the mean and the spread of the expression in some batches.
+
+        A fit by squared error spreads less than what it is fitted to, which makes its maps flat.
+        """
+        self.eval()
+        decoder = self.decoder
+        first, last = (
+            (decoder.hidden, decoder.genes) if isinstance(decoder, ExpressionDecoder) else (None, decoder)
+        )
+        assert isinstance(last, nn.Linear)
+        both = []
+        for batch in batches:
+            rows = self.depth.decoded_embedding(self.embed_planes(batch.to(self.encoder.device)))
+            predicted = last(first(rows).relu() if first else rows)
+            both.append(torch.stack([predicted, batch.expression.to(predicted.device)]))
+        values = torch.cat(both, dim=1)  # float32 [2, N, G]
+        (mean, wanted), (sd, wanted_sd) = values.mean(1), values.std(1)
+        scale = (wanted_sd / sd.clamp_min(1e-6)).clamp_max(MOST_STRETCH)
+        last.weight.mul_(scale[:, None])
+        last.bias.sub_(mean).mul_(scale).add_(wanted)
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,8 @@ def train_volume(
     for stage in stages:
         model.depth = DepthAggregator(encoder.spec.dim, FLAT) if stage.name == PAIRS else depth
         rows = run(stage, model, config.loop)
+    if config.stretch and config.losses.prediction:
+        model.stretch(Batches(stages[-1].pairs, config.batch_size).whole())
     write_depth(out, depth)
     write_encoder(
         out,

@@ -91,6 +91,24 @@ def test_aggregation_begins_at_the_middle_plane_and_counts_depth():
     assert torch.equal(alone, depth.decoded_embedding(planes)[[0, 299]])  # whatever else is in a batch
 
 
+@pytest.mark.parametrize("hidden", [0, 64])
+def test_predictions_get_the_mean_and_spread_of_the_training_spots(world, hidden):
+    path, expression, _ = world
+    torch.manual_seed(0)
+    encoder, places = tiny_encoder(), [(open_volume(path), section(path, 2, expression))]
+    pairs = depth_pairs(places, PANEL, 3, SIDE, 0.5, encoder=encoder)
+    depth = DepthAggregator(encoder.spec.dim, DepthOptions())
+    options = SealOptions(lora=None, alignment=0, reconstruction=0, decoder_hidden=hidden)
+    model = VolumeModel(encoder, depth, None, torch.ones(GENES), options)
+    model.stretch(Batches(pairs, 48).whole())
+    with torch.no_grad():
+        rows = depth.decoded_embedding(torch.from_numpy(pairs.embeddings))
+        layers = [model.decoder.hidden, torch.nn.ReLU(), model.decoder.genes] if hidden else [model.decoder]
+        predicted = torch.nn.Sequential(*layers)(rows).numpy()
+    np.testing.assert_allclose(predicted.mean(0), pairs.expression.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(predicted.std(0), pairs.expression.std(0), rtol=1e-4)
+
+
 def test_three_stages_are_resumed_and_end_in_a_folder_of_an_encoder(world, tmp_path):
     path, expression, _ = world
     other, elsewhere = write_volume(tmp_path / "other", planes=3, seed=1)
