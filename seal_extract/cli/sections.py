@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from seal_extract.cli.features import given_panel
 from seal_extract.cli.options import add, encoder_request
-from seal_extract.cli.terminal import echo, print_each
+from seal_extract.cli.terminal import echo, print_each, progress
 from seal_extract.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def run_train(args: argparse.Namespace) -> int:
         return 0
     from seal_extract.train.run import run
 
-    trained = run(config, log=lambda line: None if args.quiet else echo(line))
+    trained = run(config, log=progress(args))
     echo(f"use it with  seal-extract slide.svs --encoder {trained.path}")
     return 0
 

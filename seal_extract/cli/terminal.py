@@ -5,6 +5,7 @@ No name of a file or slide can move the cursor or colour the text.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -39,6 +40,11 @@ def echo(*lines: object, error: bool = False) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             if not error:
                 fail(f"standard output can no longer be written ({exc.strerror}); the run continues", 1)
+
+
+def progress(args: argparse.Namespace) -> Callable[[object], None]:
+    """What prints a line on the progress of a command; nothing with ``--quiet``."""
+    return (lambda line: None) if args.quiet else echo
 
 
 def warn(message: str) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from seal_extract.cli.options import add, comma_separated
-from seal_extract.cli.terminal import echo
+from seal_extract.cli.terminal import echo, progress
 from seal_extract.errors import UsageError
 
 VOLUME = (
@@ -39,7 +39,7 @@ def run_volume_train(args: argparse.Namespace) -> int:
     from seal_extract.volume.train import train_volume
 
     config = read_volume_config(args.config)
-    trained = train_volume(config, log=lambda line: None if args.quiet else echo(line))
+    trained = train_volume(config, log=progress(args))
     echo(f"use it with  seal-extract volume predict {config.voi.volume} --model {trained.path} -o OUT")
     return 0
 
@@ -102,7 +102,7 @@ def run_volume_predict(args: argparse.Namespace) -> int:
         allow_upsampling=args.allow_upsampling,
         domains=args.domains,
         overwrite=args.overwrite,
-        log=lambda line: None if args.quiet else echo(line),
+        log=progress(args),
     )
     echo(f"-> {path}")
     return 0
@@ -144,17 +144,18 @@ def add_volume_evaluate_options(p: argparse.ArgumentParser) -> None:
     p.set_defaults(handler=run_volume_evaluate)
     p.add_argument("config", type=Path, metavar="CONFIG.toml", help="of a training; voi lists all sections")
     p.add_argument("--hold-out", metavar="NAME[,NAME]", default="", help="sections (default: all inner ones)")
-    p.add_argument("-o", "--out", type=Path, required=True, help="folder for evaluation.md and .csv")
+    p.add_argument("-o", "--out", type=Path, required=True, help="folder for evaluation.md, .csv and .json")
+    p.add_argument("--overwrite", action="store_true", help="replace the report of another evaluation")
 
 
 def run_volume_evaluate(args: argparse.Namespace) -> int:
     """Print the table."""
+    from seal_extract.evaluate.volume import REPORT, evaluate_volume
     from seal_extract.volume.config import read_volume_config
-    from seal_extract.volume.evaluate import evaluate_volume
 
     config, names = read_volume_config(args.config), comma_separated(args.hold_out)
-    evaluate_volume(config, args.out, names, log=lambda line: None if args.quiet else echo(line))
-    table = args.out / "evaluation.md"
+    evaluate_volume(config, args.out, names, overwrite=args.overwrite, log=progress(args))
+    table = args.out / f"{REPORT}.md"
     echo(*table.read_text(encoding="utf-8").splitlines(), f"-> {table}")
     return 0
 

@@ -160,6 +160,11 @@ def _summary(config: VolumeConfig, base: str, volume: Volume, stages: Sequence[S
         f"{base}: {config.variant}. {done}. After the public description of VORTEX (arXiv 2502.17761), whose "
         "sizes, optimiser and epochs are not known.\n"
     )
+    return {"summary": text, "config": decisive_options(config), "base": base}
+
+
+def decisive_options(config: VolumeConfig) -> dict[str, Any]:
+    """The options that decide a result, without names, places and data."""
+    kept = ("variant", "epochs", "depth", "omics", "seal", "lora", "loop", "batch_size", "smooth", "stretch")
     options = to_builtins(config)
-    kept = ("variant", "epochs", "depth", "omics", "seal", "lora", "loop", "batch_size")
-    return {"summary": text, "config": {name: options[name] for name in kept}, "base": base}
+    return {name: options[name] for name in kept}

@@ -7,8 +7,8 @@ that; not trained on the two; rows permuted.
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,9 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from seal_extract.errors import UsageError
-from seal_extract.publish import publish
+from seal_extract.evaluate.expression import mean_r, pearson
+from seal_extract.evaluate.table import Report, Row, Table, output_files
+from seal_extract.genes.gene_lists import read_panel
 from seal_extract.slides.planes import apply
 from seal_extract.train.formats import load_sections
 from seal_extract.train.pairs import Pairs
@@ -26,9 +28,10 @@ from seal_extract.train.sections import Expression, Section, choose_panel
 from seal_extract.volume.config import DepthOptions, VolumeConfig
 from seal_extract.volume.model import load_volume_encoder
 from seal_extract.volume.patches import depth_pairs
-from seal_extract.volume.train import train_volume
+from seal_extract.volume.train import decisive_options, train_volume
 from seal_extract.volume.volume import Volume
 
+REPORT = "evaluation"  # name of the files
 DEPTH, FLAT, BETWEEN, BOTH = "through depth", "one plane", "interpolated", "depth and interpolated"
 UNSEEN, PERMUTED = "not trained on the two", "rows permuted"
 SIGMA, K1, K2 = 1.5, 0.01, 0.03  # of SSIM: Wang et al., IEEE TIP 13 (2004) 600
@@ -59,22 +62,25 @@ def evaluate_volume(
     hold_out: Sequence[str] = (),
     *,
     sections: Sequence[Section] | None = None,
+    overwrite: bool = False,
     log: Callable[[str], None] = lambda line: None,
 ) -> list[Line]:
-    """Hold out sections of the volume of interest in turn; write ``evaluation.md`` and ``evaluation.csv``.
+    """Hold out sections of the volume of interest in turn; write ``evaluation.md``, ``.csv`` and ``.json``.
 
     Args:
         config: a training; all measured sections are listed in its ``voi``. The genes are the most variable
             ones of the two given sections, or its panel.
         out: folder, in which every line is trained.
         hold_out: names; by default each section that has a measured one above and one below.
-        sections: in place of those that the configuration names.
+        sections: in place of those that the configuration names for the volume of interest.
+        overwrite: replace the report of another evaluation; what was trained for it stays in the way.
         log: called with one line per step.
 
     Raises:
         UsageError: a section without a measured one above and below it.
-        SealExtractError: as `train_volume`.
+        SealExtractError: as `train_volume` and `output_files`.
     """
+    output_files(out, overwrite, REPORT)
     volume = config.voi.open()
     own = list(sections or load_sections(config.voi.sections))
     outside = [s.name for s in own if s.name not in volume.sections]
@@ -87,18 +93,32 @@ def evaluate_volume(
             raise UsageError(
                 f"{name} has no measured section above and below it; allowed: {', '.join(inner) or 'none'}"
             )
+    others = {data.volume: load_sections(data.sections) for data in config.volumes}
+    others[""] = load_sections(config.pairs) if config.pairs else []
+    for key, some in others.items():  # also where the configuration of a training lists them all
+        others[key] = [s for s in some if s.name not in volume.sections]
     lines: list[Line] = []
     for name in hold_out or inner:
         at = [s.name for s in own].index(name)
-        lines += _held_out(config, volume, own, at, out / name, log)
-    with publish(out / "evaluation.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["section", "line", "gene", "r", "ssim"])
-        for line in lines:
-            for row in zip(line.genes, line.r, line.ssim, strict=True):
-                writer.writerow([line.section, line.name, *row])
-    with publish(out / "evaluation.md") as part:
-        part.write_text(_table(lines) + "\n", encoding="utf-8")
+        lines += _held_out(config, volume, own, at, others, out / name, log)
+    title = f"{{}} of {config.name} on sections held out, mean of the genes"
+    tables = [
+        _table(title.format("Pearson r"), lines, lambda line: mean_r(line.r)),
+        _table(title.format("SSIM"), lines, lambda line: float(line.ssim.mean())),
+    ]
+    per_gene = [
+        {
+            "section": line.section,
+            "line": line.name,
+            "gene": gene,
+            "r": None if np.isnan(r) else r,
+            "ssim": ssim,
+        }
+        for line in lines
+        for gene, r, ssim in zip(line.genes, line.r.tolist(), line.ssim.tolist(), strict=True)
+    ]
+    about = {"options": decisive_options(config)}
+    Report(REPORT, tables, about, details={"per_gene": per_gene}).write(out, overwrite=overwrite)
     return lines
 
 
@@ -107,37 +127,36 @@ def _held_out(
     volume: Volume,
     own: list[Section],
     at: int,
+    others: Mapping[str, list[Section]],
     out: Path,
     log: Callable[[str], None],
 ) -> list[Line]:
     section, given = own[at], [own[at - 1], own[at + 1]]
     rest = [s for s in own if s is not section and s not in given]
-    panel = choose_panel(given, config.genes)
-    key, (flat, others, _) = config.voi.volume, config.epochs
-    patch = (config.patch_px, config.patch_mpp)
+    panel = read_panel(config.panel) if config.panel else choose_panel(given, config.genes)
     seen: list[Pairs] = []
 
-    def predicted(name: str, voi: list[Section], pairs: list[Section], **over: object) -> Expression:
-        voi_data = replace(config.voi, validation=())
-        one = replace(config, out=str(out / name.replace(" ", "_")), voi=voi_data, **over)
-        path = train_volume(one, sections={"": pairs, key: voi}, panel=panel, log=log).path
-        model = load_volume_encoder(path)
-        k = model.depth.options.planes
-        seen.append(depth_pairs([(volume, section)], panel, k, *patch, encoder=model.encoder))
+    def predicted(name: str, trained_on: list[Section], **over: object) -> Expression:
+        one = replace(config, out=str(out / name.replace(" ", "_")), **over)
+        one = replace(one, voi=replace(one.voi, validation=()))
+        sections = {**others, "": [*others[""], *trained_on], config.voi.volume: trained_on}
+        model = load_volume_encoder(train_volume(one, sections=sections, panel=panel, log=log).path)
+        planes, patch = model.depth.options.planes, (config.patch_px, config.patch_mpp)
+        seen.append(depth_pairs([(volume, section)], panel, planes, *patch, encoder=model.encoder))
         return model.predict(seen[-1])
 
     by_line = {
-        DEPTH: predicted(DEPTH, given, given),
-        FLAT: predicted(FLAT, given, given, depth=DepthOptions(planes=1)),
+        DEPTH: predicted(DEPTH, given),
+        FLAT: predicted(FLAT, given, depth=DepthOptions(planes=1)),
     }
     observed, xy = seen[0].expression, seen[0].xy_um
     by_line[BETWEEN] = _interpolated(volume, section, given, panel, xy)
     by_line[BOTH] = np.asarray((by_line[DEPTH] + by_line[BETWEEN]) / 2, np.float32)
-    if rest and flat:
-        by_line[UNSEEN] = predicted(UNSEEN, rest, rest, epochs=(flat, others, 0))
+    if rest and config.epochs[0]:
+        by_line[UNSEEN] = predicted(UNSEEN, rest, epochs=(*config.epochs[:2], 0))
     by_line[PERMUTED] = np.random.default_rng(0).permutation(by_line[DEPTH])
     return [
-        Line(section.name, name, panel, _pearson(values, observed), _ssim(values, observed, xy))
+        Line(section.name, name, panel, pearson(values, observed), _ssim(values, observed, xy))
         for name, values in by_line.items()
     ]
 
@@ -158,14 +177,6 @@ def _interpolated(
         weight = 1 / abs(plane - depth)
         total, weights = total + weight * inside, weights + weight
     return np.asarray(total / weights, np.float32)
-
-
-def _pearson(predicted: Expression, observed: Expression) -> NDArray[np.float64]:
-    """float64 [G]; NaN where the observed gene does not vary, 0 where only the prediction does not."""
-    p, o = (np.asarray(v, np.float64) - v.mean(0) for v in (predicted, observed))
-    spread = np.sqrt((p**2).sum(0) * (o**2).sum(0))
-    r = (p * o).sum(0) / np.where(spread > 0, spread, 1)
-    return np.where(o.any(0), r, np.nan)
 
 
 def _ssim(predicted: Expression, observed: Expression, xy: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -202,16 +213,12 @@ def _ssim(predicted: Expression, observed: Expression, xy: NDArray[np.float64]) 
     return np.array(found)
 
 
-def _table(lines: Sequence[Line]) -> str:
-    """Markdown: a row per line, mean r and SSIM over the genes for each section."""
-    names = list(dict.fromkeys(line.section for line in lines))
-    rows = ["| | " + " | ".join(f"{name} r | {name} SSIM" for name in names) + " |"]
-    rows.append("|---" * (1 + 2 * len(names)) + "|")
-    for name in dict.fromkeys(line.name for line in lines):
-        found = {line.section: line for line in lines if line.name == name}
-        cells = [
-            f"{np.nanmean(found[s].r):.3f} | {np.mean(found[s].ssim):.3f}" if s in found else "– | –"
-            for s in names
-        ]
-        rows.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+def _table(title: str, lines: Sequence[Line], figure: Callable[[Line], float]) -> Table:
+    """A row per line, a column per section; NaN where a section has no such line."""
+    sections = tuple(dict.fromkeys(line.section for line in lines))
+    found = {(line.name, line.section): figure(line) for line in lines}
+    rows = [
+        Row(name, tuple(found.get((name, section), math.nan) for section in sections))
+        for name in dict.fromkeys(line.name for line in lines)
+    ]
+    return Table(title, sections, tuple(rows), summary="")
