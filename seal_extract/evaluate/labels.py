@@ -125,6 +125,8 @@ def read_labels(
         UsageError: columns or values are missing or wrong, there is one class, a patient has two labels or
             is on both sides of a fold, or there are fewer patients of a class than folds.
     """
+    if by not in BY:
+        raise UsageError(f"--by is {by!r}; allowed: {', '.join(BY)}")
     rows = _rows(path)
     named = "slide_id" if "slide_id" in rows[0] else "slide" if "slide" in rows[0] else "case_id"
     patient = "case_id" if "case_id" in rows[0] else named
@@ -159,7 +161,11 @@ def read_labels(
         what += f", {classes[0]}" if classes and event is None else " the event" if classes else ""
         raise UsageError(f"{path}: all {len(samples)} samples are {what}; allowed: two kinds or more")
     made = _split(path, read, _given(path, read, grouped, splits), classes, folds, seed)
-    return replace(read, folds=made)
+    kinds = [sample.label or str(sample.event) for sample in samples]
+    alone = [fold.name for fold in made if len({kinds[i] for i in fold.test}) == 1 < len(fold.test)]
+    if alone:
+        remarks.append(f"{', '.join(alone)} tests samples of one kind, so that there is no AUC or C-index")
+    return replace(read, folds=made, remarks=tuple(remarks))
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
@@ -303,7 +309,7 @@ def find_slides(folders: Sequence[Path], slides: Sequence[str]) -> dict[str, lis
         for features in listed:
             by_name = found.setdefault(features.provenance["encoder"]["name"], {})
             before = by_name.setdefault(features.path.stem, features)
-            if before is not features and features.path.stem in wanted:
+            if before.path != features.path and features.path.stem in wanted:
                 raise UsageError(
                     f"{before.path} and {features.path} are of one slide and encoder; give the folder of one"
                 )

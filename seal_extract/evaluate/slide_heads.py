@@ -248,7 +248,8 @@ def train_head(
 
 def _as_pooling(probe: LogisticRegression) -> dict[str, Tensor]:
     """A probe as an attention model of AMLab's names, whose attention is equal for all patches."""
-    weight, bias = (torch.from_numpy(np.asarray(v, np.float32)) for v in (probe.coef_, probe.intercept_))
+    values = (probe.coef_, probe.intercept_)
+    weight, bias = (torch.from_numpy(np.ascontiguousarray(v, np.float32)) for v in values)
     if len(weight) == 1:  # of two classes, the logit of the second
         weight, bias = torch.cat([torch.zeros_like(weight), weight]), torch.cat([torch.zeros(1), bias])
     zeros = {"attention.0.weight": weight[:1] * 0, "attention.0.bias": torch.zeros(1)}

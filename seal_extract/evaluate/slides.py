@@ -128,7 +128,7 @@ def evaluate_slides(
     bags = {
         encoder: _bags(labels, features, fusion) for encoder, features in find_slides(folders, names).items()
     }
-    chosen = tuple(heads or allowed)
+    chosen = tuple(dict.fromkeys(heads)) or allowed
     first = next(iter(bags))
     contenders = [Contender(encoder, head) for head in chosen for encoder in bags]
     contenders += [Contender(first, head, permuted=True) for head in chosen]
@@ -147,12 +147,11 @@ def evaluate_slides(
     remarks = list(labels.remarks)
     if unsettled:
         remarks.append(f"{len(unsettled)} heads had not settled, the first of {unsettled[0]}")
-    return Report(
-        REPORT,
-        [_table(figure, labels, scores) for figure in figures_of(len(labels.classes))],
-        _about(labels, bags, chosen, fusion, seed),
-        remarks,
-    )
+    tables = [_table(figure, labels, scores) for figure in figures_of(len(labels.classes))]
+    report = Report(REPORT, tables, _about(labels, bags, chosen, fusion, seed), remarks)
+    with publish(out / HEADS / "README.md") as part:
+        part.write_text(_card(report), encoding="utf-8")
+    return report
 
 
 def _bags(labels: Labels, features: Sequence[SlideFeatures], fusion: str) -> list[Bag]:
@@ -302,3 +301,37 @@ def _about(
         "seed": seed,
         "bootstraps": BOOTSTRAPS,
     }
+
+
+def _card(report: Report) -> str:
+    """The model card of the heads of a run."""
+    about = report.about
+    facts = {
+        "label": about["label"],
+        "classes, in the order of the probabilities": _listed(about["classes"]),
+        "trained on": f"{about['patients']} patients, {about['slides']} slides; for each file, its fold",
+        "features of": ", ".join(about["encoders"]),
+        "a patient's slides": {"early": "one bag", "late": "mean of their embeddings"}[
+            about["patient level"]
+        ],
+        "protocol": "Patho-Bench (arXiv 2502.06750)",
+        "seed": about["seed"],
+        **{head: _listed(settings) for head, settings in about["heads"].items()},
+    }
+    table = "".join(f"| {what} | {value} |\n" for what, value in facts.items())
+    encoder, head, fold = (next(iter(about[what])) for what in ("encoders", "heads", "folds"))
+    path = f"{HEADS}/{encoder}/{head}-{fold}.safetensors"
+    return (
+        f"# Heads that predict {about['label']} from slides\n\nThey were trained to compare encoders, each "
+        "on a part of one cohort, and were not tested on another: they are not for diagnosis.\n\n"
+        f"| | |\n|---|---|\n{table}\n## Use\n\nABMIL and mean MIL have the tensors of Patho-Bench's "
+        "TrainableSlideEncoder, a linear probe has those of an attention model with equal attention for all "
+        "patches. Cox has its coefficients only, for the mean of all patches.\n\n"
+        f"```bash\nseal-extract slides/ -o out --encoder {encoder} --slide-level {path}\n```\n\n"
+        f'```python\nfrom safetensors.torch import load_file\n\nstate_dict = load_file("{path}")\n```\n\n'
+        f"## Figures\n\n{report.to_markdown()}"
+    )
+
+
+def _listed(facts: Mapping[str, Any]) -> str:
+    return "; ".join(f"{what}: {value}" for what, value in facts.items())

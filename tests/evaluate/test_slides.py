@@ -52,7 +52,7 @@ def write_cohort(out):
                 features = noise + strength * (seen * shows[status] + 0.5 * risk * shows[2])
                 write_slide(out, f"s{patient}_{slide}", features, encoder)
             row = {"slide_id": f"s{patient}_{slide}.svs", "case_id": f"p{patient}", "label": "np"[status]}
-            row |= {"coin": "ab"[patient * 7 % 5 % 2], "days": min(time, censored) + 0.001}
+            row |= {"coin": "abc"[patient * 7 % 5 % 3], "days": min(time, censored) + 0.001}
             rows.append(
                 row
                 | {"event": int(time <= censored), "one": "same", "fold_0": ("train", "test")[patient < 8]}
@@ -179,9 +179,11 @@ def test_a_label_that_tissue_carries_is_found_and_another_is_not(run, cohort, ev
         assert found["AUC", f"ours, {head}, labels permuted"]["mean"] < 0.8
     difference = found["quadratic kappa", "ours minus base, linear-probe"]
     assert 0 < difference["interval"][0] < difference["mean"] < difference["interval"][1]
+    assert (evaluated / "slides.md").read_text() in (evaluated / "heads/README.md").read_text()
     lines = (evaluated / "slides.md").read_text().splitlines()
     assert "|  | fold_0 | fold_1 | mean ± sd | 95 % interval |" in lines
-    status, _, err = run(*words_of(cohort, tmp_path, "--label", "coin", "--heads", "linear-probe"))
+    words = ("--label", "coin", "--heads", "linear-probe", "--folds", 3)  # three classes
+    status, _, err = run(*words_of(cohort, tmp_path, *words))
     assert (status, err) == (0, [])
     low, high = scores_of(tmp_path)[1]["AUC", "ours, linear-probe"]["interval"]
     assert low < 0.5 < high
