@@ -219,16 +219,16 @@ def add_labels_options(p: argparse.ArgumentParser) -> None:
         help="all patches of a patient are one bag, or embeddings of slides are averaged (default: early)",
     )
     p.add_argument("--seed", type=int, default=7, metavar="N", help="of folds and heads (default: 7)")
-    _add_out(p, "slides", "; trained heads are kept beside them, so that the same command continues")
+    _add_out(p, "slides-LABEL", ", and trained heads, so that the same command continues")
     add(p, "--device")
 
 
 def run_labels(args: argparse.Namespace) -> int:
     """Print the tables, and where they were written."""
     from seal_extract.evaluate.labels import read_labels
-    from seal_extract.evaluate.slides import REPORT, evaluate_slides
+    from seal_extract.evaluate.slides import evaluate_slides, names_of
 
-    _check_out(args, REPORT)
+    _check_out(args, names_of(args.label)[0])
     columns = {name: getattr(args, name) for name in ("event", "by", "splits", "folds", "seed")}
     labels = read_labels(args.labels, args.label, **columns)
     return _print(

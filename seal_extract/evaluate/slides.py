@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,7 @@ from seal_extract.pooling.patient_level import EARLY, FUSIONS, check_same
 from seal_extract.publish import publish
 from seal_extract.run.provenance import first_difference
 
-REPORT = "slides"  # name of its files
-HEADS = "heads"  # folder of the trained heads
+REPORT, HEADS = "slides", "heads"  # names of the files and of the folder of trained heads, see `names_of`
 VERSION = 1  # raised whenever the same request gives other numbers than before
 METADATA = "seal_extract"  # of a head's file: request, predictions and versions, as JSON
 PERMUTED = "labels permuted"
@@ -55,10 +55,10 @@ class Contender:
         """In tables."""
         return f"{self.encoder}, {self.head}" + (f", {PERMUTED}" if self.permuted else "")
 
-    def file(self, out: Path, fold: str) -> Path:
+    def file(self, heads: Path, fold: str) -> Path:
         """The head that was trained on a fold."""
         permuted = "-permuted" if self.permuted else ""
-        return out / HEADS / self.encoder / f"{self.head}{permuted}-{fold}.safetensors"
+        return heads / self.encoder / f"{self.head}{permuted}-{fold}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ def evaluate_slides(
     Args:
         labels: from `read_labels`.
         folders: of finished runs, or parts of them; their encoders are compared, the first with each other.
-        out: folder in which the heads are kept, ``OUT/heads/ENCODER/HEAD-FOLD.safetensors``: the same command
-            continues a run that was stopped.
+        out: folder in which the heads are kept, ``OUT/heads-LABEL/ENCODER/HEAD-FOLD.safetensors``: the same
+            command continues a run that was stopped.
         heads: of `OF_CLASSES`, or of `COX` for a survival; all of them by default.
         fusion: ``"early"`` makes one bag of a patient's slides, ``"late"`` averages their embeddings.
         seed: of the heads, the permutation and the resamples.
@@ -129,7 +129,7 @@ def evaluate_slides(
         encoder: _bags(labels, features, fusion) for encoder, features in find_slides(folders, names).items()
     }
     chosen = tuple(dict.fromkeys(heads)) or allowed
-    first = next(iter(bags))
+    first, (report_name, kept_in) = next(iter(bags)), names_of(labels.label)
     contenders = [Contender(encoder, head) for head in chosen for encoder in bags]
     contenders += [Contender(first, head, permuted=True) for head in chosen]
     on, scores, unsettled = pick_device(device), {}, []
@@ -138,7 +138,9 @@ def evaluate_slides(
         found = []
         for number, fold in enumerate(labels.folds):
             log(f"{contender.name}: {fold.name}")
-            predicted, settled = _fold(labels, bags, contender, number, seed, fusion, on, out, overwrite)
+            predicted, settled = _fold(
+                labels, bags, contender, number, seed, fusion, on, out / kept_in, overwrite
+            )
             found.append((labels.truth[fold.test], predicted, patients[fold.test]))
             unsettled += [] if settled else [f"{contender.name}, {fold.name}"]
         if all(len(fold.test) == 1 for fold in labels.folds):
@@ -148,10 +150,16 @@ def evaluate_slides(
     if unsettled:
         remarks.append(f"{len(unsettled)} heads had not settled, the first of {unsettled[0]}")
     tables = [_table(figure, labels, scores) for figure in figures_of(len(labels.classes))]
-    report = Report(REPORT, tables, _about(labels, bags, chosen, fusion, seed), remarks)
-    with publish(out / HEADS / "README.md") as part:
+    report = Report(report_name, tables, _about(labels, bags, chosen, fusion, seed), remarks)
+    with publish(out / kept_in / "README.md") as part:
         part.write_text(_card(report), encoding="utf-8")
     return report
+
+
+def names_of(label: str) -> tuple[str, str]:
+    """The name of a label's files and of its folder of heads, so that one folder may hold several labels."""
+    suffix = "" if label == "label" else f"-{re.sub(r'[^a-zA-Z0-9_.]', '_', label)}"
+    return REPORT + suffix, HEADS + suffix
 
 
 def _bags(labels: Labels, features: Sequence[SlideFeatures], fusion: str) -> list[Bag]:
@@ -186,7 +194,7 @@ def _fold(
     seed: int,
     fusion: str,
     device: torch.device,
-    out: Path,
+    kept: Path,
     overwrite: bool,
 ) -> tuple[Array, bool]:
     """`Trained.predicted` and `Trained.settled`, read where the same request made them before."""
@@ -210,7 +218,7 @@ def _fold(
             [(s.path.stem, s.provenance["request"]) for i in both for part in of[i].parts for s in part]
         ),
     }
-    path = contender.file(out, fold.name)
+    path = contender.file(kept, fold.name)
     found = _read(path, request, overwrite)
     if found is None:
         trained = train_head(
@@ -320,7 +328,7 @@ def _card(report: Report) -> str:
     }
     table = "".join(f"| {what} | {value} |\n" for what, value in facts.items())
     encoder, head, fold = (next(iter(about[what])) for what in ("encoders", "heads", "folds"))
-    path = f"{HEADS}/{encoder}/{head}-{fold}.safetensors"
+    path = f"{names_of(about['label'])[1]}/{encoder}/{head}-{fold}.safetensors"
     return (
         f"# Heads that predict {about['label']} from slides\n\nThey were trained to compare encoders, each "
         "on a part of one cohort, and were not tested on another: they are not for diagnosis.\n\n"

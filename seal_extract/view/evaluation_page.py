@@ -25,7 +25,7 @@ from seal_extract.view.pages import made_by, render
 
 PAGE = "evaluation.html"
 GENERATOR = "seal-extract evaluate"  # in the page, by which it is known
-HEADINGS = {  # of the evaluations by the name of their files, in the order of the page
+HEADINGS = {  # of the evaluations by the name of their files up to a hyphen, in the order of the page
     "slides": "Slides and patients",
     "hest": "HEST-Benchmark",
     "evaluation": "Expression by the held-out ridge",
@@ -52,8 +52,8 @@ def write_evaluation_page(folder: Path) -> Path:
     """
     path = check_page(folder)
     found = [part for file in folder.glob("*.json") if (part := Part.read(file))]
-    order = [*HEADINGS, *sorted(part.name for part in found)]
-    parts = sorted(found, key=lambda part: order.index(part.name))
+    order = list(HEADINGS)
+    parts = sorted(found, key=lambda p: (order.index(p.kind) if p.kind in order else len(order), p.name))
     page = render(
         "evaluation.html",
         generator=GENERATOR,
@@ -112,9 +112,15 @@ class Part:
         return cls(file.stem, data, encoded) if tables else None
 
     @property
+    def kind(self) -> str:
+        """The name without the label of slides."""
+        return self.name.partition("-")[0]
+
+    @property
     def heading(self) -> str:
         """Of its section."""
-        return HEADINGS.get(self.name, self.name)
+        label = self.name.removeprefix(self.kind).replace("-", ": ", 1)
+        return HEADINGS.get(self.kind, self.kind) + label
 
     @property
     def tables(self) -> list[dict[str, Any]]:

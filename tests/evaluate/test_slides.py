@@ -149,9 +149,9 @@ def test_patients_are_resampled_with_all_their_samples():
 # --- the command --------------------------------------------------------------------------------------
 
 
-def scores_of(out):
+def scores_of(out, name="slides"):
     """The report, and its lines by figure and name."""
-    report = json.loads((out / "slides.json").read_text())
+    report = json.loads((out / f"{name}.json").read_text())
     lines = {
         (table["title"].split(": ")[1], row["line"]): row
         for table in report["tables"]
@@ -185,10 +185,13 @@ def test_a_label_that_tissue_carries_is_found_and_another_is_not(run, cohort, ev
     words = ("--label", "coin", "--heads", "linear-probe", "--folds", 3)  # three classes
     status, _, err = run(*words_of(cohort, tmp_path, *words))
     assert (status, err) == (0, [])
-    low, high = scores_of(tmp_path)[1]["AUC", "ours, linear-probe"]["interval"]
+    low, high = scores_of(tmp_path, "slides-coin")[1]["AUC", "ours, linear-probe"]["interval"]
     assert low < 0.5 < high
-    assert run(*words_of(cohort, tmp_path / "s", *SURVIVAL, "--folds", 2, "--heads", "cox-0.07"))[0] == 0
-    found = scores_of(tmp_path / "s")[1]
+    assert run(*words_of(cohort, tmp_path, *SURVIVAL, "--folds", 2, "--heads", "cox-0.07"))[0] == 0
+    found = scores_of(tmp_path, "slides-days")[1]
+    page = (tmp_path / "evaluation.html").read_text()
+    assert page.index("<h2>Slides and patients: coin") < page.index("<h2>Slides and patients: days")
+    assert "ours minus base, cox-0.07" in page
     by_chance = found["C-index", "ours, cox-0.07, labels permuted"]["mean"]
     assert found["C-index", "ours, cox-0.07"]["mean"] > 0.7 > by_chance
 
@@ -199,7 +202,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(run, cohort, tmp_path, monkeypa
     words = words_of(cohort, tmp_path, "--folds", 2, "--heads", "abmil", "--patient-level", "late")
     assert run(*words)[0] == 0
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert (len(before), len(trained)) == (10, 6)  # 2 encoders and permuted labels, of 2 folds
+    assert (len(before), len(trained)) == (11, 6)  # 2 encoders and permuted labels, of 2 folds
     for path in (*tmp_path.glob("slides.*"), tmp_path / "heads/base/abmil-fold_1.safetensors"):
         path.unlink()
     assert run(*words)[0] == 0
