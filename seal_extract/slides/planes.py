@@ -193,11 +193,19 @@ class Stack:
 class StackPlane(Reader):
     """One depth of a stack; only the chunks under a region are read."""
 
-    def __init__(self, stack: Stack, z: int, mpp: float, mpp_source: str) -> None:
+    def __init__(self, stack: Stack, z: int, mpp: float | None) -> None:
+        """Open a plane.
+
+        Args:
+            stack: it stays open.
+            z: number of the plane.
+            mpp: µm/px, where the stack does not state it.
+        """
         self.path, self.reader, self._stack, self._z = stack.path, stack.reader, stack, z
+        stated = [("its metadata", *stack.mpp)] if stack.mpp else []
+        self.set_mpp(None if stated else mpp, stated)
         sizes = [(stack.side(i, "x"), stack.side(i, "y")) for i in range(len(stack.levels))]
         self.set_levels(sizes, [sizes[0][0] / width for width, _ in sizes])
-        self.mpp, self.mpp_source = mpp, mpp_source
 
     def read_region(self, xy_l0: tuple[int, int], level: int, size_px: tuple[int, int]) -> Array:
         """See `Slide.read_region`."""
@@ -223,7 +231,7 @@ class StackPlanes(StackPlane):
     def read_region(self, xy_l0: tuple[int, int], level: int, size_px: tuple[int, int]) -> Array:
         """See `Slide.read_region`; the region lies in one plane."""
         z, y = divmod(xy_l0[1], self.size_l0[1])
-        plane = StackPlane(self._stack, z, self.mpp, self.mpp_source)
+        plane = StackPlane(self._stack, z, self.mpp)
         return plane.read_region((xy_l0[0], y), level, size_px)
 
 
@@ -242,7 +250,7 @@ def open_plane(path: Path, plane: Mapping[str, Any], mpp: float, size_px: tuple[
     if "transform" in plane:
         affine = np.array(plane["transform"], np.float64)
         return AlignedSlide(open_slide(path, mpp=mpp), affine, size_px, mpp)
-    return StackPlane(open_stack(path, plane["window"]), plane["z"], mpp, "the volume")
+    return StackPlane(open_stack(path, plane["window"]), plane["z"], mpp)
 
 
 def open_stack(path: Path, window: tuple[float, float] | None = None) -> Stack:

@@ -26,7 +26,7 @@ from seal_extract.slides.entry import SlideEntry, content, open_entry
 from seal_extract.slides.listing import read_table
 from seal_extract.slides.ngff import is_store
 from seal_extract.slides.planes import Affine, AlignedSlide, Stack, StackPlane, StackPlanes, open_stack
-from seal_extract.slides.readers import check_mpp, same_mpp
+from seal_extract.slides.readers import same_mpp
 from seal_extract.slides.slide import Slide
 from seal_extract.train.config import Options, Positive, Whole, convert
 
@@ -143,7 +143,8 @@ class Volume:
     def __post_init__(self) -> None:
         if len(self.planes) < 2:
             raise UsageError(
-                f"{self.path} holds one plane, which is no volume; embed it as a slide: seal-extract SLIDE"
+                f"{self.path} holds {'one' if self.planes else 'no'} plane, which is no volume; embed a plane "
+                "by itself as a slide: seal-extract SLIDE"
             )
         names = [plane.name for plane in self.planes]
         for name in names:
@@ -212,30 +213,16 @@ def open_volume(
     mpp, window = file.mpp or mpp, file.window or window
     if window is not None and not window[0] < window[1]:
         raise UsageError(f"{path}: the window is {window[0]:g} to {window[1]:g}; allowed: LOW below HIGH")
-    sections = {entry.name: (entry.plane, _affine(path, entry.transform)) for entry in file.sections}
-    if file.stack is not None:
-        stack = open_stack(path.parent / file.stack, window)
-        planes = _planes_of_stack(stack, mpp)
-        stated.append((stack.path.name, stack.spacing_um))
-        size_px, mpp_l0 = _frame(planes[0])
-        whole: Callable[[], Slide] | None = partial(StackPlanes, stack, 0, mpp_l0, "the volume")
-        chunk = stack.tile(0)[0]
-    else:
-        whole, chunk = None, 1
-        folder = path if path.is_dir() else path.parent
-        entries = [SlideEntry(folder / e.slide, e.name or Path(e.slide).stem, e.mpp) for e in file.planes]
+    if file.stack is None:
         stated.append(("z_um", _check_depths(path, file.planes)))
-        planes = [_plane(path, entry, mpp) for entry in entries]
-        size_px, mpp_l0 = _frame(planes[0])
-        affines = [_affine(path, e.transform) for e in file.planes]
-        planes = [
-            plane if e.transform is None else _aligned(plane, affine, size_px, mpp_l0)
-            for plane, e, affine in zip(planes, file.planes, affines, strict=True)
-        ]
-        sections = {plane.name: (i, affines[i]) for i, plane in enumerate(planes)}
-        _refuse_unequal(path, planes)
-    spacing_um = _spacing(path, stated)
-    return Volume(path, size_px, mpp_l0, spacing_um, tuple(planes), sections, whole, chunk)
+        planes, size_px, mpp_l0, sections = _listed(path, file.planes, mpp)
+        return Volume(path, size_px, mpp_l0, _spacing(path, stated), planes, sections)
+    stack = open_stack(path.parent / file.stack, window)
+    planes, size_px, mpp_l0 = _planes_of_stack(stack, mpp)
+    stated.append((stack.path.name, stack.spacing_um))
+    sections = {entry.name: (entry.plane, _affine(path, entry.transform)) for entry in file.sections}
+    whole, chunk = partial(StackPlanes, stack, 0, mpp_l0), stack.tile(0)[0]
+    return Volume(path, size_px, mpp_l0, _spacing(path, stated), planes, sections, whole, chunk)
 
 
 def _read_file(path: Path) -> VolumeFile:
@@ -297,59 +284,61 @@ def _check_depths(path: Path, planes: Sequence[PlaneEntry]) -> float | None:
     return spacing
 
 
-def _plane(path: Path, entry: SlideEntry, mpp: float | None) -> Plane:
-    if not entry.path.exists():
-        raise SlideOpenError(f"{path}: plane {entry.name} is missing: {entry.path} does not exist")
-    slide_mpp = mpp if entry.mpp is None else None
-    opened = partial(open_entry, entry, slide_mpp)
-    return Plane(entry.name, entry.path, opened, partial(content, entry.path))
+def _listed(
+    path: Path, entries: Sequence[PlaneEntry], mpp: float | None
+) -> tuple[tuple[Plane, ...], tuple[int, int], float, dict[str, tuple[int, Affine]]]:
+    """The planes of a list, the frame and its µm/px, and the sections that the planes are."""
+    folder, frame = path if path.is_dir() else path.parent, None
+    planes: list[Plane] = []
+    sections = {}
+    for i, one in enumerate(entries):
+        entry = SlideEntry(folder / one.slide, one.name or Path(one.slide).stem, one.mpp)
+        if not entry.path.exists():
+            raise SlideOpenError(f"{path}: plane {entry.name} is missing: {entry.path} does not exist")
+        opened = partial(open_entry, entry, mpp if entry.mpp is None else None)
+        affine, origin = _affine(path, one.transform), None
+        with opened() as slide:
+            frame = frame or (slide.size_l0, slide.mpp)
+            alike = slide.size_l0 == frame[0] and abs(slide.mpp / frame[1] - 1) <= SAME_PX
+            if one.transform is None and not alike:
+                (w, h), (width, height) = slide.size_l0, frame[0]
+                raise GeometryError(
+                    f"{path}: {entry.name} has {w} x {h} px at {slide.mpp:.4g} µm/px, {planes[0].name} "
+                    f"{width} x {height} px at {frame[1]:.4g}; planes have to be alike, or have a transform: "
+                    "seal-extract volume register"
+                )
+        if one.transform is not None:
+            opened, origin = partial(_aligned, opened, affine, *frame), {"transform": affine.tolist()}
+        planes.append(Plane(entry.name, entry.path, opened, partial(content, entry.path), origin))
+        sections[entry.name] = (i, affine)
+    size_px, mpp_l0 = frame or ((0, 0), 0.0)  # a list without planes is refused by `Volume`
+    return tuple(planes), size_px, mpp_l0, sections
 
 
-def _aligned(plane: Plane, affine: Affine, size_px: tuple[int, int], mpp: float) -> Plane:
-    def opened() -> Slide:
-        return AlignedSlide(plane.open(), affine, size_px, mpp)
-
-    return Plane(plane.name, plane.path, opened, plane.content, {"transform": affine.tolist()})
+def _aligned(opened: Callable[[], Slide], affine: Affine, size_px: tuple[int, int], mpp: float) -> Slide:
+    return AlignedSlide(opened(), affine, size_px, mpp)
 
 
-def _planes_of_stack(stack: Stack, given_mpp: float | None) -> list[Plane]:
-    x, y = stack.mpp or (given_mpp, given_mpp)
-    if x is None or y is None:
-        raise ResolutionError(
-            f"{stack.path}: the file does not say how many µm a pixel measures; type --slide-mpp VALUE"
-        )
-    if not same_mpp(x, y) or (given_mpp is not None and not same_mpp(x, given_mpp)):
-        other = f"{y:.4g} down" if given_mpp is None else f"{given_mpp:.4g} is given"
-        raise ResolutionError(
-            f"{stack.path}: {x:.4g} µm/px across, but {other}; give a file with the true one"
-        )
-    mpp, source = x, "its metadata" if stack.mpp else "given"
-    check_mpp(mpp, source, stack.path)
+def _planes_of_stack(stack: Stack, mpp: float | None) -> tuple[tuple[Plane, ...], tuple[int, int], float]:
+    """The planes of a stack, the frame and its µm/px."""
     digits = len(str(stack.side(0, "z") - 1))
-
-    def plane(z: int) -> Plane:
-        opened = partial(StackPlane, stack, z, mpp, source)
-        origin = {"z": z, "window": stack.window}
-        return Plane(f"z{z:0{digits}}", stack.path, opened, lambda: stack.content, origin)
-
-    return [plane(z) for z in range(stack.side(0, "z"))]
-
-
-def _frame(plane: Plane) -> tuple[tuple[int, int], float]:
-    with plane.open() as slide:
-        return slide.size_l0, slide.mpp
-
-
-def _refuse_unequal(path: Path, planes: list[Plane]) -> None:
-    frame = _frame(planes[0])
-    for plane in planes[1:]:
-        (size, mpp), (w, h) = _frame(plane), frame[0]
-        if size != frame[0] or abs(mpp / frame[1] - 1) > SAME_PX:
-            raise GeometryError(
-                f"{path}: {plane.name} has {size[0]} x {size[1]} px at {mpp:.4g} µm/px, {planes[0].name} "
-                f"{w} x {h} px at {frame[1]:.4g}; planes have to be alike, or have a transform: "
-                "seal-extract volume register"
+    planes = tuple(
+        Plane(
+            f"z{z:0{digits}}",
+            stack.path,
+            partial(StackPlane, stack, z, mpp),
+            lambda: stack.content,
+            {"z": z, "window": stack.window},
+        )
+        for z in range(stack.side(0, "z"))
+    )
+    with planes[0].open() as slide:
+        if mpp is not None and not same_mpp(slide.mpp, mpp):
+            raise ResolutionError(
+                f"{stack.path}: {slide.mpp:.4g} µm/px by {slide.mpp_source}, but {mpp:.4g} is given; leave "
+                "that out, or give a file with the true one"
             )
+        return planes, slide.size_l0, slide.mpp
 
 
 def _affine(path: Path, given: tuple[Row, Row] | str | None) -> Affine:
