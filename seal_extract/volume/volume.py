@@ -143,8 +143,8 @@ class Volume:
     def __post_init__(self) -> None:
         if len(self.planes) < 2:
             raise UsageError(
-                f"{self.path} holds {'one' if self.planes else 'no'} plane, which is no volume; embed a plane "
-                "by itself as a slide: seal-extract SLIDE"
+                f"{self.path} holds {'one' if self.planes else 'no'} plane, which is no volume; embed one "
+                "plane as a slide: seal-extract SLIDE"
             )
         names = [plane.name for plane in self.planes]
         for name in names:
