@@ -166,7 +166,9 @@ def train_model(
 def predict_model(model: SlideModel, bags: Sequence[Bag], device: torch.device) -> NDArray[np.float32]:
     """Probabilities, float32 [N, K]; as in Patho-Bench, of a bag that is drawn."""
     model.eval()
-    found = np.empty((len(bags), model.classification_head.out_features), np.float32)
+    classes = model.classification_head.out_features
+    nn.Linear(bags[0].parts[0][0].dim, classes)  # draws as much as Patho-Bench does before it loads a head
+    found = np.empty((len(bags), classes), np.float32)
     with torch.inference_mode():
         for i, drawn in _shuffled(bags):
             logits = model([rows.to(device) for rows in bags[i].read(drawn)])

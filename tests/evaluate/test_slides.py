@@ -6,6 +6,7 @@ from itertools import zip_longest
 
 import numpy as np
 import pytest
+import torch
 from conftest import one_line
 from feature_fixtures import DIM, SIZE, grid_of, provenance_of
 from safetensors import safe_open
@@ -15,7 +16,7 @@ from seal_extract.cli import main
 from seal_extract.errors import UsageError
 from seal_extract.evaluate import slide_heads
 from seal_extract.evaluate.cox import fit_cox
-from seal_extract.evaluate.labels import read_labels
+from seal_extract.evaluate.labels import find_slides, read_labels
 from seal_extract.evaluate.slide_metrics import resampled, score
 from seal_extract.features.feature_file import SlideLabel
 from seal_extract.features.layouts import layout_of_grid
@@ -228,6 +229,37 @@ def test_a_trained_head_pools_slides(cohort, evaluated, head):
     assert pooled.probabilities == pytest.approx(said["predicted"][patients.index(patient)], abs=1e-5)
     if head != "abmil":
         assert pooled.attention == pytest.approx(1 / len(features.grid))
+
+
+@pytest.mark.parametrize(
+    ("head", "bag", "expected"),
+    [
+        ("abmil", 2048, [0.41799, 0.42969, 0.43548, 0.43645, 0.42667, 0.42752, 0.42589, 0.42588]),
+        ("abmil", 16, [0.41549, 0.42729, 0.4359, 0.43861, 0.4311, 0.42521, 0.42905, 0.42019]),
+        ("linear-probe", 16, [0.51472, 0.45594, 0.44138, 0.51665, 0.47923, 0.48073, 0.51748, 0.48139]),
+        ("cox-0.07", 16, [0.0472, -0.3752, -0.3367, -0.3045, -0.5427, -0.202, -0.1576, -0.265]),
+    ],
+)
+def test_heads_are_patho_benchs(cohort, tmp_path, monkeypatch, head, bag, expected):
+    """By its own code at 660e770, with TRIDENT's ABMIL at a91fa84, on this cohort's features of the base.
+
+    Its experiments were built by ExperimentFactory with the values of its configurations, seeded by
+    ``torch.manual_seed(7)`` before, and run on the CPU. Risks are but for a constant.
+    """
+    monkeypatch.setattr(slide_heads, "EPOCHS", 20)
+    monkeypatch.setattr(slide_heads, "BAG", bag)
+    label, event = ("days", "event") if head.startswith("cox") else ("label", None)
+    labels = read_labels(write_table(tmp_path / "labels.csv", cohort[1]), label, event=event)
+    (fold,) = labels.folds
+    names = [slide for sample in labels.samples for slide in sample.slides]
+    features = dict(zip(names, find_slides([cohort[0]], names)["base"], strict=True))
+    bags = [slide_heads.Bag((tuple(features[name] for name in sample.slides),)) for sample in labels.samples]
+    train, test = ([bags[i] for i in side] for side in (fold.train, fold.test))
+    found = slide_heads.train_head(
+        head, train, labels.truth[fold.train], test, 7, torch.device("cpu")
+    ).predicted
+    found = found[:, 1] if found.ndim > 1 else found - found[0] + expected[0]
+    assert found == pytest.approx(expected, abs=1e-3)
 
 
 # --- labels, folds and what is refused ----------------------------------------------------------------
