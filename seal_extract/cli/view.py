@@ -26,6 +26,7 @@ from seal_extract.errors import EncoderError, UsageError
 if TYPE_CHECKING:
     from seal_extract.features.store import SlideFeatures
     from seal_extract.genes.decoder import GeneDecoder
+    from seal_extract.view.collection import Collection
 
 
 def add_view_options(p: argparse.ArgumentParser) -> None:
@@ -68,16 +69,20 @@ def run_view(args: argparse.Namespace) -> int:
     token = secrets.token_urlsafe(24)
     with listen(args.port) as sock, TemporaryDirectory(prefix="seal-extract-") as private:
         address = f"http://127.0.0.1:{sock.getsockname()[1]}/?token={token}"
-        moved = sum(s.problem is not None for s in collection.slides if s.features is not None)
-        if moved:
-            slides = "1 slide is" if moved == 1 else f"{moved} slides are"
-            warn(f"{slides} not where the features say; type --slides FOLDER")
+        _warn_of_moved(collection)
         server = make_server(gallery, sock, token, debug=args.debug)
         with suppress(KeyboardInterrupt):
             _announce(address, len(collection.slides), args, Path(private))
             server.run(sockets=[sock])
     echo("stopped")
     return 0
+
+
+def _warn_of_moved(collection: Collection) -> None:
+    moved = sum(s.problem is not None for s in collection.slides if s.features is not None)
+    if moved:
+        slides = "1 slide is" if moved == 1 else f"{moved} slides are"
+        warn(f"{slides} not where the features say; type --slides FOLDER")
 
 
 def _announce(address: str, slides: int, args: argparse.Namespace, private: Path) -> None:
@@ -117,7 +122,8 @@ def add_report_options(p: argparse.ArgumentParser) -> None:
     """Add the options of ``seal-extract report``."""
     p.description = (
         "Write each slide with its embedding, clusters, predicted genes and attention as one "
-        "HTML file that opens without a server and without a network."
+        "HTML file that opens without a server and without a network. Of the folder of a predicted volume, "
+        "write one file for the volume."
     )
     p.set_defaults(handler=run_report)
     add_features(p)
@@ -141,6 +147,9 @@ def run_report(args: argparse.Namespace) -> int:
     from seal_extract.view.report import check_side, report_path, write_slide_report
 
     check_side(args.max_px)
+    if (path := _volume_report(args)) is not None:
+        echo(f"{path.stat().st_size / 1e6:.1f} MB -> {path}")
+        return 0
     slides, damaged = read_given(args.features, args.encoder)
     check_one_encoder(slides)
     check_one_file_each(slides, lambda slide: report_path(slide, args.out))
@@ -170,6 +179,28 @@ def run_report(args: argparse.Namespace) -> int:
         return f"{len(features.grid):,} patches, {path.stat().st_size / 1e6:.1f} MB -> {path}"
 
     return each_slide(slides, damaged, write_one)
+
+
+def _volume_report(args: argparse.Namespace) -> Path | None:
+    """The page of a volume, if its OME-Zarr lies in the one folder that is given."""
+    from seal_extract.view.collection import Collection
+    from seal_extract.view.volume_report import write_volume_report
+
+    folder, *more = args.features
+    if more or not any(folder.glob("*.ome.zarr")):
+        return None
+    if args.signature or args.panel:
+        raise UsageError(
+            "the page of a volume has the genes that were predicted; --signature and --panel are for slides: "
+            f"give the folder of their features below {folder}"
+        )
+    collection = Collection.find(folder, _name(args.encoder), args.slides)
+    path = (args.out or folder) / f"{collection.encoder}.html"
+    genes = [] if args.no_genes else comma_separated(args.genes) if args.genes else None
+    written = write_volume_report(collection, path, genes=genes, max_px=args.max_px, overwrite=args.overwrite)
+    if written is not None:
+        _warn_of_moved(collection)
+    return written
 
 
 def _decoder_of_slides(args: argparse.Namespace, slides: Sequence[SlideFeatures]) -> GeneDecoder | None:

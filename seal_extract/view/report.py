@@ -97,10 +97,7 @@ def write_slide_report(
     """
     path = Path(path)
     _check(features, slide, decoder, max_px)
-    if path.exists() and not overwrite and not is_report(path):
-        raise OutputError(
-            f"{path} exists and is no report of seal-extract; type --overwrite to replace it, or another -o"
-        )
+    refuse_other(path, overwrite)
     content = _layers(features, decoder, genes, signatures)
     overview = read_overview(slide, slide.mpp * max(slide.size_l0) / max_px, holes=True)
     outline = _outline(features, overview.downsample / 2)
@@ -109,15 +106,29 @@ def write_slide_report(
     data = {
         "slide": described,
         "most_zoom": max(0, 3 - ceil(log2(overview.downsample))),
-        "picture": _base64(jpeg(overview.rgb, QUALITY)),
-        "xy": _base64(features.grid.xy_l0.astype("<i4").tobytes()),
+        "picture": as_base64(jpeg(overview.rgb, QUALITY)),
+        "xy": as_base64(features.grid.xy_l0.astype("<i4").tobytes()),
         "kinds": {kind: layers for kind, layers in content.kinds.items() if layers},
         "genes": {"named": not content.no_genes, "why": content.no_genes, "are": content.genes_are},
     }
-    page = render_report(generator=GENERATOR, name=features.path.stem, data=data, made_by=_made_by(features))
+    page = render_report(
+        generator=GENERATOR, name=features.path.stem, data=data, made_by=foot_of(features.provenance)
+    )
     with publish(path) as part, part.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(page)
     return path
+
+
+def refuse_other(path: Path, overwrite: bool) -> None:
+    """Refuse a file that is no report of this package, unless it may be overwritten.
+
+    Raises:
+        OutputError: it is not.
+    """
+    if path.exists() and not overwrite and not is_report(path):
+        raise OutputError(
+            f"{path} exists and is no report of seal-extract; type --overwrite to replace it, or another -o"
+        )
 
 
 def is_report(path: Path) -> bool:
@@ -259,16 +270,17 @@ def _gene_layers(
 def _packed(layer: Layer, raster: PatchRaster) -> dict[str, Any]:
     """A layer as the page's script takes it."""
     values = None if layer.values is None else pack_numbers(layer.values)
-    return {"legend": layer.legend, "picture": _base64(layer.png(raster)), "values": values}
+    return {"legend": layer.legend, "picture": as_base64(layer.png(raster)), "values": values}
 
 
 def pack_numbers(values: NDArray[np.float32]) -> dict[str, str]:
     """Numbers for a page: float16, or float32 if there are large ones."""
     kind = "f2" if np.abs(values).max(initial=0) < HALF_BELOW else "f4"
-    return {"type": kind, "base64": _base64(values.astype(f"<{kind}").tobytes())}
+    return {"type": kind, "base64": as_base64(values.astype(f"<{kind}").tobytes())}
 
 
-def _base64(data: bytes) -> str:
+def as_base64(data: bytes) -> str:
+    """Bytes as a page holds them."""
     return base64.b64encode(data).decode("ascii")
 
 
@@ -299,15 +311,16 @@ def _notes(features: SlideFeatures, overview: Overview, outline: Rings) -> Itera
     yield f"The slide is here as a picture of {width:,} × {height:,} px, {overview.mpp:.3g} µm each{coarse}."
 
 
-def _made_by(features: SlideFeatures) -> list[tuple[str, str | None]]:
-    encoder = features.provenance["encoder"]
+def foot_of(provenance: dict[str, Any]) -> list[tuple[str, str | None]]:
+    """The foot of a page about such features: label and text; None is not known."""
+    encoder = provenance["encoder"]
     weights = ", ".join(file["sha256"][:12] for file in encoder["weights"])
     return [
         ("Encoder", encoder["name"]),
         ("Weights", f"sha256 {weights}" if weights else None),
         ("Licence", encoder.get("licence") or None),
-        ("Level 0", f"{features.provenance['slide']['mpp']:.4g} µm/px"),
-        ("Features", str(features.provenance.get("written", "–"))[:10]),
+        ("Level 0", f"{provenance['slide']['mpp']:.4g} µm/px"),
+        ("Features", str(provenance.get("written", "–"))[:10]),
         ("Page", f"{datetime.now(timezone.utc):%Y-%m-%d}"),
         ("By", f"seal-extract {version('seal-extract')}"),
     ]

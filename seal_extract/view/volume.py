@@ -36,6 +36,8 @@ MOST_BOX_PX = 2**24  # pixels of the slices of the box together
 STRIP_PX = 2**22  # pixels of a slide that are read at a time
 STEPS = 254  # in which a map tells values apart; code 0 is no patch
 GENES_AT_ONCE = 16
+GONE = "it has no features any more"
+NO_PICTURE = "their pictures were not found, or cannot be read"
 
 Codes = NDArray[np.uint8]
 
@@ -74,7 +76,7 @@ class ShownVolume:
             most_cells: of a map; patches are thinned out likewise.
 
         Raises:
-            OutputError: the OME-Zarr is damaged.
+            OutputError: the OME-Zarr is damaged, or its planes are not in the collection.
         """
         path = collection.out / f"{collection.encoder}.ome.zarr"
         origin = read_store_provenance(path)
@@ -91,6 +93,8 @@ class ShownVolume:
             {s.name: (i, s) for i, s in enumerate(collection.slides)},
         )
         slides = tuple(numbered.get(name) for name in origin["planes"][::every])
+        if not any(slides):
+            raise OutputError(f"{path}: none of its planes has features in {collection.out}; give its own -o")
         thin = ceil(sqrt(len(slides) * shape[1] * shape[2] / most_cells))
         return cls(path, origin, slides, every, max(1, thin), tuple(shape), tuple(um))
 
@@ -109,25 +113,30 @@ class ShownVolume:
         """The provenance of the first plane that has features."""
         return next(slide.provenance for _, slide in filter(None, self.slides))
 
-    def column(self, gene: str) -> int:
-        """The channel of a gene, in any case of letters.
+    def gene(self, typed: str) -> str:
+        """A gene as it is spelled, from any case of letters.
 
         Raises:
             UsageError: it is none of the volume's; the message names the nearest.
         """
-        column_of = {name.upper(): i for i, name in enumerate(self.genes)}
-        if gene.upper() not in column_of:
-            near = get_close_matches(gene.upper(), column_of, n=3, cutoff=0.5) or list(column_of)[:3]
-            names = ", ".join(self.genes[column_of[name]] for name in near)
+        spelled = {name.upper(): name for name in self.genes}
+        if typed in self.genes:
+            return typed
+        if typed.upper() not in spelled:
+            near = get_close_matches(typed.upper(), spelled, n=3, cutoff=0.5) or list(spelled)[:3]
+            names = ", ".join(spelled[name] for name in near)
             raise UsageError(
-                f"{gene} is not among the {len(self.genes)} genes of {self.path.name}; allowed: {names}, ..."
+                f"{typed} is not among the {len(spelled)} genes of {self.path.name}; allowed: {names}, ..."
             )
-        return column_of[gene.upper()]
+        return spelled[typed.upper()]
 
     # --- what the page is told ------------------------------------------------------------------------
 
-    def describe(self) -> dict[str, Any]:
-        """All that the page needs beside pictures and maps; lengths are in µm."""
+    def describe(self, *, shareable: bool = False) -> dict[str, Any]:
+        """All that the page needs beside pictures and maps; lengths are in µm.
+
+        With ``shareable`` it tells nothing of this machine.
+        """
         made, (z_um, y_um, x_um) = self.made, self.um
         size_um = [side * made["slide"]["mpp"] for side in made["slide"]["size_l0"]]
         _, rows, columns = self.cells
@@ -142,7 +151,7 @@ class ShownVolume:
             "cell_um": [x_um * self.thin, y_um * self.thin],
             "patches": [self.shape[2], self.shape[1]],
             "patch_um": x_um,
-            "planes": [self._plane(i) for i in range(len(self.slides))],
+            "planes": [self._plane(i, shareable) for i in range(len(self.slides))],
             "depths": self.shape[0],
             "slice_px": self.slice_px,
             "genes": self.genes,
@@ -150,11 +159,15 @@ class ShownVolume:
             "notes": list(self._notes()),
         }
 
-    def _plane(self, i: int) -> dict[str, Any]:
+    def _plane(self, i: int, shareable: bool) -> dict[str, Any]:
         number, slide = self.slides[i] or (None, None)
-        problem = "it has no features any more" if slide is None else slide.problem
+        problem = GONE if slide is None else slide.problem
         name = self.origin["planes"][i * self.every]
-        return {"name": shown(name), "slide": number, "problem": problem and shown(problem)}
+        return {
+            "name": shown(name),
+            "slide": number,
+            "problem": problem and (NO_PICTURE if shareable else shown(problem)),
+        }
 
     def _notes(self) -> Iterator[str]:
         yield f"Genes are predicted from pictures by {self.made['encoder']['name']}. Nothing was measured."
@@ -162,11 +175,6 @@ class ShownVolume:
             yield f"{len(self.slides):,} of {self.shape[0]:,} planes are shown: one of {self.every}."
         if self.thin > 1:
             yield f"One of {self.thin} × {self.thin} patches is shown, as large as all of them."
-        gone = [plane for plane in map(self._plane, range(len(self.slides))) if plane["problem"]]
-        if gone:
-            names = ", ".join(plane["name"] for plane in gone[:5]) + (", ..." if len(gone) > 5 else "")
-            planes = f"{len(gone):,} of {len(self.slides):,} planes ({names})"
-            yield f"There is no picture of {planes}, which are grey here: {gone[0]['problem']}."
 
     # --- pictures -------------------------------------------------------------------------------------
 
@@ -192,7 +200,7 @@ class ShownVolume:
             raise UsageError(f"there is no plane {plane}; there are {len(self.slides)}, counted from 0")
         found = self.slides[plane]
         if found is None:
-            raise OutputError(f"plane {self.origin['planes'][plane * self.every]} has no features any more")
+            raise OutputError(f"plane {self.origin['planes'][plane * self.every]}: {GONE}")
         with _one_at_a_time, closing(found[1].open()) as slide:
             return jpeg(_read_plane(slide, (size_px[0], size_px[1])))
 
@@ -220,11 +228,11 @@ class ShownVolume:
             return cluster_legend(f"{len(counts)} domains", unit, counts), labels.astype(np.uint8)
         if kind != "genes":
             raise UsageError(f"the map is {kind!r}; allowed: genes{', domains' * self.has_domains}")
-        column = self.column(of)
-        values = self._read("0", (column,))
+        gene = self.gene(of)
+        values = self._read("0", (self.genes.index(gene),))
         there = np.isfinite(values)
         known = values[there] if there.any() else np.zeros(1, np.float32)
-        legend = scale_legend(self.genes[column], self.origin["unit"], known)
+        legend = scale_legend(gene, self.origin["unit"], known)
         low, high = legend["low"], legend["high"]
         codes = np.zeros(values.shape, np.uint8)
         for plane, mask, code in zip(values, there, codes, strict=True):

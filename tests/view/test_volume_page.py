@@ -1,17 +1,24 @@
 """A predicted volume as its page shows it: what the server answers, and in a real browser."""
 
+import base64
 import io
+import json
+import re
+import zlib
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import zarr
+from cohort_fixtures import assert_refused, run_here
 from PIL import Image
 from synthetic_volume import GENES, SIDE, SPACING_UM, TILES
-from viewer_fixtures import gallery_of, serving
+from viewer_fixtures import Page, data_of, gallery_of, serving
 
 from seal_extract.errors import UsageError
+from seal_extract.view import volume_report
 from seal_extract.view.collection import Collection
-from seal_extract.view.volume import ShownVolume
+from seal_extract.view.volume import NO_PICTURE, ShownVolume
 
 pytest.importorskip("uvicorn")
 PLANES = 6
@@ -96,17 +103,22 @@ def test_a_run_of_slides_has_no_volume(client):
     assert (status, "holds no predicted volume" in answer["error"]) == (400, True)
 
 
-def test_planes_without_a_picture_are_named(predicted, world, tmp_path):
-    away = world[0].parent.rename(tmp_path / "away")
+@contextmanager
+def without_pictures(world):
+    """While it lasts, the planes are in another folder."""
+    away = world[0].parent.rename(world[0].parent.with_name("away"))
     try:
-        volume = ShownVolume.find(Collection.find(predicted))
-        described = volume.describe()
-        assert all("--slides FOLDER" in plane["problem"] for plane in described["planes"])
-        assert "no picture of 6 of 6 planes (P0, P1, P2, P3, P4, ...)" in described["notes"][-1]
-        found = ShownVolume.find(Collection.find(predicted, slides=away)).describe()
-        assert [plane["problem"] for plane in found["planes"]] == [None] * PLANES
+        yield away
     finally:
         away.rename(world[0].parent)
+
+
+def test_planes_that_have_moved_are_named_and_found(predicted, world):
+    with without_pictures(world) as away:
+        gone = ShownVolume.find(Collection.find(predicted)).describe()["planes"]
+        assert "plane_0.png is not there any more; start again with --slides FOLDER" in gone[0]["problem"]
+        found = ShownVolume.find(Collection.find(predicted, slides=away)).describe()["planes"]
+        assert [plane["problem"] for plane in found] == [None] * PLANES
 
 
 def test_large_volumes_are_thinned_and_the_page_says_so(predicted):
@@ -127,4 +139,155 @@ def test_genes_that_vary_most_come_first(predicted):
     order = np.argsort(-array(predicted).reshape(GENES, -1).var(1))
     assert volume.most_varying(3) == [volume.genes[i] for i in order[:3]]
     with pytest.raises(UsageError, match="GENEX is not among the 8 genes"):
-        volume.column("GENEX")
+        volume.gene("GENEX")
+
+
+# --- a page to mail --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def page_file(predicted, tmp_path_factory):
+    """The report of the volume."""
+    out = tmp_path_factory.mktemp("page")
+    assert run_here("report", predicted, "-o", out).returncode == 0
+    return out / "deep-depth3.html"
+
+
+def test_the_page_holds_maps_and_pictures_and_loads_nothing(page_file, predicted):
+    html, data = page_file.read_text(encoding="utf-8"), data_of(page_file)
+    assert not re.search(r"\bfetch\(|XMLHttpRequest|WebSocket|^import\b|https?://(?!www.w3.org)", html, re.M)
+    assert str(predicted) not in html
+    volume = ShownVolume.find(Collection.find(predicted))
+    for kind, count in (("genes", GENES), ("domains", 1)):
+        assert len(data["maps"][kind]) == count
+        for one in data["maps"][kind]:
+            legend, codes = volume.map(kind, one["legend"]["title"])
+            assert one["legend"] == legend
+            assert zlib.decompress(base64.b64decode(one["codes"])) == codes.tobytes()
+    pictures = [Image.open(io.BytesIO(base64.b64decode(one))) for one in data["pictures"]]
+    assert [one.size for one in pictures] == [(TILES * SIDE, TILES * SIDE)] * PLANES
+    assert data["volume"]["slice_px"] == [TILES * SIDE, TILES * SIDE]
+
+
+def test_the_page_has_room_for_large_volumes(predicted, tmp_path, monkeypatch):
+    monkeypatch.setattr(volume_report, "MOST_BYTES", 40_000)
+    monkeypatch.setattr(volume_report, "MOST_CODES", 2 * 6 * 36)
+    monkeypatch.setattr(volume_report, "MOST_PLANES", 3)
+    found = Collection.find(predicted)
+    path = volume_report.write_volume_report(found, tmp_path / "small.html", genes=["GENE1"])
+    data, notes = data_of(path), " ".join(data_of(path)["volume"]["notes"])
+    assert len(json.dumps([data["maps"], data["pictures"]])) < 40_000 * 4 / 3 + 2000
+    assert [data["volume"]["genes"], len(data["pictures"])] == [["GENE1"], 3]
+    for words in ("3 of 6 planes", "One of 2 × 2 patches", "1 of 8 genes are in this page, chosen", "px, "):
+        assert words in notes
+
+
+def test_a_page_without_pictures_says_so_and_tells_nothing_of_this_machine(predicted, world, tmp_path):
+    with without_pictures(world):
+        done = run_here("report", predicted, "-o", tmp_path, "--no-genes")
+    assert (done.returncode, "6 slides are not where the features say" in done.stderr) == (0, True)
+    data = data_of(tmp_path / "deep-depth3.html")
+    assert data["pictures"] == [""] * PLANES
+    assert {plane["problem"] for plane in data["volume"]["planes"]} == {NO_PICTURE}
+    assert data["maps"]["genes"] == []
+
+
+def test_what_a_page_cannot_have_is_refused_in_a_line(predicted, tmp_path):
+    assert_refused("GENEX is not among the 8 genes", "report", predicted, "--genes", "GENEX", "-o", tmp_path)
+    assert_refused("for slides: give the folder", "report", predicted, "--signature", "A", "-o", tmp_path)
+    (tmp_path / "deep-depth3.html").write_text("mine")
+    done = run_here("report", predicted, "-o", tmp_path)
+    assert (done.returncode, "is no report of seal-extract" in done.stderr) == (1, True)
+
+
+# --- in a browser ----------------------------------------------------------------------------------
+
+
+class VolumePage(Page):
+    """What one sees of the page of a volume."""
+
+    def open(self, url):
+        self.driver.get("about:blank")
+        self.console()
+        self.driver.get(url)
+        self.until(f"return document.body.dataset.loaded === '{PLANES}'")
+
+    def colours(self, name):
+        """The colours of a view and how many pixels have each: {(r, g, b): count}."""
+        self.driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+        picture = Image.open(io.BytesIO(self.driver.find_element("id", name).screenshot_as_png))
+        counts, colours = zip(*picture.convert("RGB").getcolors(2**24), strict=True)
+        return dict(zip(colours, counts, strict=True))
+
+    def slide(self, name, value):
+        """Put a slider, or choose in a list."""
+        script = "const e = document.getElementById(arguments[0]); e.value = arguments[1];"
+        send = "for (const n of ['input', 'change']) e.dispatchEvent(new Event(n, { bubbles: true }));"
+        self.driver.execute_script(script + send, name, value)
+
+
+@pytest.fixture(params=["viewer", "report"])
+def page(request, chromium):
+    """The page of the volume from the server, and from a file; at the end its console must be empty."""
+    where = {"viewer": ("volume_client", "url"), "report": ("page_file", "as_uri")}[request.param]
+    url = getattr(request.getfixturevalue(where[0]), where[1])
+    page = VolumePage(chromium)
+    page.open(url if isinstance(url, str) else url())
+    yield page
+    assert page.console() == []
+
+
+def test_planes_and_box_are_looked_at_by_pointer_and_by_keyboard(page):
+    from selenium.webdriver import ActionChains
+
+    loaded = "performance.getEntriesByType('resource').every(one => one.name.startsWith(location.origin))"
+    assert page.look(f"location.protocol === 'file:' || {loaded}")
+    assert "6 µm" in page.text("#facts")
+    assert page.look("[...document.querySelectorAll('#labels span')].map(one => one.textContent)") == [
+        "x 192 µm", "y 192 µm", "z 96 µm"
+    ]  # fmt: skip
+    page.keys("d", "1")  # domains on the plane alone
+    page.until_text("#legend-title", "3 domains")
+    page.slide("opacity", 100)
+    legend = page.look("[...document.querySelectorAll('#legend li i')].map(one => one.style.background)")
+    domains = {tuple(map(int, re.findall(r"\d+", one))) for one in legend}
+    first = page.colours("plane")
+    assert domains <= set(first)
+    page.keys("]", "]")
+    assert "P2" in page.text("#z-now")
+    assert page.colours("plane") != first
+    page.keys("2")  # the box alone, from plane 2
+    whole = page.colours("box")
+    assert domains <= set(whole)
+    page.slide("x-0", 0.5)
+    page.slide("z-1", 3)
+    assert page.text("#z-text") == "P2 to P3"
+    assert page.text("#x-text") == "0.10 to 0.19 mm"
+    cut = page.colours("box")
+    assert sum(map(cut.get, domains)) < 0.7 * sum(map(whole.get, domains))
+    box = page.driver.find_element("id", "box")
+    ActionChains(page.driver).drag_and_drop_by_offset(box, 120, 60).perform()
+    turned = page.colours("box")
+    assert turned != cut
+    page.keys("+")
+    larger = page.colours("box")
+    assert sum(map(larger.get, domains)) > 1.5 * sum(map(turned.get, domains))
+    page.slide("times", "10")
+    assert page.text("#labels span:nth-child(3)") == "z 96 µm, drawn × 10"
+    page.keys("n")
+    assert not domains & set(page.colours("box"))
+    page.keys("r", "3")
+    assert page.text("#z-text") == "P0 to P5"
+
+
+def test_a_gene_is_typed_and_its_values_are_pointed_at(page):
+    from selenium.webdriver import ActionChains, Keys
+
+    page.keys("/", "GENEX", Keys.ENTER)
+    page.until_text("#colour-error", "GENEX is not among the 8 genes in this page")
+    page.look("document.activeElement.blur()")
+    page.keys("/", "gene3", Keys.ENTER)
+    page.until_text("#legend-title", "GENE3")
+    plane = page.driver.find_element("id", "plane")
+    ActionChains(page.driver).move_to_element(plane).perform()
+    page.until_text("#legend .here", "here")

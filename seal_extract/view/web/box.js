@@ -9,10 +9,11 @@ out vec3 at;
 uniform vec3 low, high, size;
 uniform mat3 turned;
 uniform vec2 scale, shift;
+uniform vec4 line;
 void main() {
   at = mix(low, high, corner);
   vec3 place = turned * ((at - 0.5) * size * vec3(1, -1, -1));
-  gl_Position = vec4(place.xy * scale + shift, -place.z, 1);
+  gl_Position = vec4(place.xy * scale + shift, -place.z - 0.003 * line.a, 1); // lines lie before the faces that they bound
 }`;
 const FRAGMENT = `#version 300 es
 precision highp float;
@@ -78,8 +79,7 @@ class Box {
     this.#texture(2, "palette", gl.TEXTURE_2D, gl.NEAREST);
     this.paint(null);
     gl.enable(gl.DEPTH_TEST);
-    gl.enable(gl.POLYGON_OFFSET_FILL);
-    gl.polygonOffset(1, 1);
+    gl.depthFunc(gl.LEQUAL);
   }
 
   #program() {
@@ -199,7 +199,8 @@ class Box {
       const away = 1 + 22 / Math.max(1, Math.hypot(x, y));
       const label = this.labels[axis];
       label.textContent = text;
-      label.style.left = `${Math.min(width - 40, Math.max(40, width / 2 + this.view.x + x * away))}px`;
+      const half = label.offsetWidth / 2 + 4;
+      label.style.left = `${Math.min(width - half, Math.max(half, width / 2 + this.view.x + x * away))}px`;
       label.style.top = `${Math.min(height - 12, Math.max(12, height / 2 + this.view.y + y * away))}px`;
     });
   }

@@ -13,7 +13,7 @@ function namesLike(names, typed) {
 
 /** The gene that was typed, as it is spelled; fails if the page has no such gene. */
 function nameAmong(names, typed) {
-  const name = names.find((one) => one.toUpperCase() === typed.toUpperCase());
+  const name = names.includes(typed) ? typed : names.find((one) => one.toUpperCase() === typed.toUpperCase());
   if (name === undefined) throw new Error(`${typed} is not among the ${count(names.length, "gene")} in this page.`);
   return name;
 }

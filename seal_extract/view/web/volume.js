@@ -46,7 +46,7 @@ class VolumePage {
     document.title = `${volume.name} · seal-extract`;
     $("name").textContent = volume.name;
     $("facts").replaceChildren(...volumeFacts(volume));
-    $("notes").replaceChildren(...volume.notes.map((note) => element("li", {}, note)));
+    $("notes").replaceChildren(...[...volume.notes, ...gaps(planes)].map((note) => element("li", {}, note)));
     document.querySelector("input[value=domains]").disabled = !volume.domains;
     $("genes").replaceChildren(...genes.map((gene) => element("option", {}, gene)));
     $("gene").placeholder = `one of ${genes.length.toLocaleString("en")}`;
@@ -68,7 +68,7 @@ class VolumePage {
     const next = async () => {
       for (let plane = waiting.shift(); plane !== undefined; plane = waiting.shift()) {
         try {
-          this.slices[plane] = await loaded(this.source.picture(plane, "slice"));
+          this.slices[plane] = await this.source.picture(plane, "slice");
           this.box.slice(plane, this.slices[plane]);
           this.draw();
         } catch (error) {
@@ -85,7 +85,7 @@ class VolumePage {
     if (!this.pictures.has(plane) && !this.volume.planes[plane].problem) {
       this.pictures.set(plane, null);
       if (this.pictures.size > KEPT) this.pictures.delete(this.pictures.keys().next().value);
-      loaded(this.source.picture(plane, "picture")).then((image) => {
+      this.source.picture(plane, "picture").then((image) => {
         this.pictures.set(plane, image);
         this.draw();
       }, (error) => this.showError(error));
@@ -187,6 +187,11 @@ class VolumePage {
     this.draw();
   }
 
+  /** The plane before or after the one that is shown. */
+  step(by) {
+    this.setCut("z", 0, this.cut.z[0] + by);
+  }
+
   #tell() {
     const { planes, size_um, spacing_um } = this.volume;
     for (const axis of ["x", "y", "z"]) for (const end of [0, 1]) $(`${axis}-${end}`).value = this.cut[axis][end];
@@ -215,7 +220,7 @@ class VolumePage {
   }
 
   zoom(by) {
-    this.plane.zoom(by);
+    if (this.plane.view) this.plane.zoom(by); // it has none before it is drawn
     this.box?.zoom(by);
     this.draw();
   }
@@ -247,7 +252,7 @@ class VolumePage {
     }
     if (!this.box || !$("box").clientWidth) return;
     const cut = { low: [x[0], y[0], z[0] / planes.length], high: [x[1], y[1], (z[1] + 1) / planes.length] };
-    const words = size_um.map((um, i) => `${"xyz"[i]}  ${lengthText(um)}${i === 2 && this.times > 1 ? `, drawn × ${this.times}` : ""}`);
+    const words = size_um.map((um, i) => `${"xyz"[i]} ${lengthText(um)}${i === 2 && this.times > 1 ? `, drawn × ${this.times}` : ""}`);
     this.box.draw(cut, [size_um[0], size_um[1], size_um[2] * this.times], words, this.shares, opacity);
     drawScale("box-scale", this.box.um_per_px);
   }
@@ -277,6 +282,8 @@ class VolumePage {
     on("genes", "change", () => this.takeGene($("genes").value));
     on("opacity", "input", () => this.setOpacity(Number($("opacity").value)));
     on("z", "input", () => this.setCut("z", 0, Number($("z").value)));
+    on("before", "click", () => this.step(-1));
+    on("after", "click", () => this.step(1));
     on("times", "change", then(() => { this.times = Number($("times").value); }));
     on("reset", "click", () => this.reset());
     on("zoom-in", "click", () => this.zoom(1.5));
@@ -290,10 +297,9 @@ class VolumePage {
   #onKey(event) {
     if (event.target.matches("input[type=text], select") || event.ctrlKey || event.metaKey || event.altKey || $("help").open) return;
     const fade = (by) => this.setOpacity(Number($("opacity").value) + by);
-    const step = (by) => this.setCut("z", 0, this.cut.z[0] + by);
     const move = ([dx, dy]) => (event.target === $("box") ? this.box?.turn(dx / 10, dy / 10) : this.plane.move(-60 * dx, -60 * dy));
     const keys = {
-      "[": () => step(-1), "]": () => step(1), "+": () => this.zoom(1.5), "=": () => this.zoom(1.5), "-": () => this.zoom(1 / 1.5),
+      "[": () => this.step(-1), "]": () => this.step(1), "+": () => this.zoom(1.5), "=": () => this.zoom(1.5), "-": () => this.zoom(1 / 1.5),
       f: () => this.fit(), r: () => this.reset(), n: () => this.setKind("none"), g: () => this.setKind("genes"), d: () => this.setKind("domains"),
       "/": () => { this.setKind("genes"); $("gene").focus(); $("gene").select(); }, ",": () => fade(-10), ".": () => fade(10),
       1: () => this.setView("plane"), 2: () => this.setView("box"), 3: () => this.setView("both"), "?": () => $("help").showModal(),
@@ -307,11 +313,11 @@ class VolumePage {
   }
 }
 
-/** An image when it has come. */
-async function loaded(address) {
-  const image = element("img", { src: address });
-  await image.decode().catch(() => { throw new Error("the picture of a plane did not come; is the viewer still running?"); });
-  return image;
+/** A sentence about planes without a picture. */
+function gaps(planes) {
+  const gone = planes.filter(({ problem }) => problem);
+  const names = gone.slice(0, 5).map(({ name }) => name).join(", ") + (gone.length > 5 ? ", …" : "");
+  return gone.length ? [`There is no picture of ${count(gone.length, "plane")} (${names}); drawn in grey: ${gone[0].problem}.`] : [];
 }
 
 /** RGBA of the 256 codes of a map: none, then from low to high, or a colour for each domain. */

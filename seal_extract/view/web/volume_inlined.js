@@ -16,7 +16,7 @@ class InlinedVolume {
   }
 
   picture(plane) {
-    return `data:image/jpeg;base64,${this.data.pictures[plane]}`;
+    return createImageBitmap(new Blob([bytes(this.data.pictures[plane])]));
   }
 
   slide() {

@@ -14,9 +14,9 @@ class ServedVolume extends Server {
     return { legend, codes: new Uint8Array(codes) };
   }
 
-  /** An address of a plane's picture: a `picture` to look at, or a `slice` of the box. */
-  picture(plane, size) {
-    return `/api/volume/planes/${plane}/${size}?v=${this.version}`;
+  /** The picture of a plane: a `picture` to look at, or a `slice` of the box. */
+  async picture(plane, size) {
+    return createImageBitmap(new Blob([await this.bytes(`/api/volume/planes/${plane}/${size}?v=${this.version}`)]));
   }
 
   /** The page on which a plane is shown as a slide is. */
