@@ -195,8 +195,14 @@ def writing(path: Path, option: str = "-o") -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        why = _ADVICE.get(exc.errno or 0, first_line(exc)).replace("another -o", f"another {option}")
+        why = disk_advice(exc, option) or first_line(exc)
         raise OutputError(f"cannot write {path}: {why}; nothing half-written was left") from exc
+
+
+def disk_advice(error: OSError, other: str) -> str | None:
+    """What a disk error means and how to go on, for example with another ``-o``; None of other errors."""
+    advice = _ADVICE.get(error.errno or 0)
+    return advice and advice.replace("another -o", f"another {other}")
 
 
 _ADVICE = {

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seal_extract.encoders.spec import HEAD, HEAD_KINDS, Decoder, Shapes, head_layers
+from seal_extract.encoders.spec import HEAD, Decoder, Shapes, head_layers
 from seal_extract.errors import UsageError
 
+HEAD_KINDS = ("none", "linear", "mlp")
 # the tensors of `ExpressionDecoder`, and their names in the authors' file
 OFFICIAL_KEYS = {
     "hidden.weight": "decoder.decoder.0.weight",

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 from collections.abc import Sequence
@@ -37,7 +36,9 @@ from seal_extract.errors import (
     SealExtractError,
     TokenError,
     UsageError,
+    first_line,
 )
+from seal_extract.publish import disk_advice
 
 # what the HTTP client raises: httpx.HTTPError for huggingface_hub 1, httpx2.HTTPError for 2; before: OSError
 _TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -164,22 +165,12 @@ def translate(
         return NetworkError(
             f"what answered for {repo_id} at {endpoint()} is no Hugging Face Hub; check HF_ENDPOINT and proxy"
         )
-    if isinstance(exc, OSError) and exc.errno in _DISK:
-        return OutputError(f"cannot keep {files} in {cache_folder()}: {_DISK[exc.errno]}")
+    if isinstance(exc, OSError) and (advice := disk_advice(exc, "folder with HF_HOME")):
+        return OutputError(f"cannot keep {files} in {cache_folder()}: {advice}")
     return NetworkError(
-        f"the download of {files} from {repo_id} broke off: {_one_line(exc)}; run it again, or use --offline "
-        "with a copy in the cache"
+        f"the download of {files} from {repo_id} broke off: {first_line(exc)}; run it again, or use "
+        "--offline with a copy in the cache"
     )
-
-
-_MOVE = "choose another folder with HF_HOME"
-_DISK = {
-    errno.ENOSPC: f"the disk is full; free some space or {_MOVE}",
-    errno.EDQUOT: f"the disk quota is used up; free some space or {_MOVE}",
-    errno.EACCES: f"this user may not write there; {_MOVE}",
-    errno.EPERM: f"this user may not write there; {_MOVE}",
-    errno.EROFS: f"that disk is read-only; {_MOVE}",
-}
 
 
 def _not_cached(
@@ -199,7 +190,7 @@ def _not_cached(
             f"on a machine with network, type: hf download {repo_id} {filenames[0]}{at}"
         )
     return NetworkError(
-        f"cannot reach {endpoint()} for {repo_id}: {_one_line(cause)}; "
+        f"cannot reach {endpoint()} for {repo_id}: {first_line(cause)}; "
         "check network and proxy, or use --offline with a copy in the cache"
     )
 
@@ -225,7 +216,7 @@ def _refused(exc: HfHubHTTPError, repo_id: str, page: str) -> HubError:
         )
     if status == 403:
         return TokenError(
-            f"the token may not read {repo_id}: {_one_line(exc.server_message or exc)}; allow it to read "
+            f"the token may not read {repo_id}: {first_line(exc.server_message or exc)}; allow it to read "
             "gated repositories at https://huggingface.co/settings/tokens"
         )
     return _in_trouble(status, repo_id)
@@ -235,11 +226,6 @@ def _in_trouble(status: int, repo_id: str) -> HubError:
     return NetworkError(
         f"the Hub answered {status} for {repo_id}; try again later, or use --offline with a cached copy"
     )
-
-
-def _one_line(what: object) -> str:
-    text = " ".join(str(what).split()) or type(what).__name__
-    return text[:200]
 
 
 def upload(
@@ -268,15 +254,15 @@ def upload(
         if exc.response.status_code not in (401, 403):
             raise translate(exc, repo_id, [p.name for p in folder.iterdir()], revision) from exc
         raise TokenError(
-            f"the Hub does not let this token write to {repo_id}: {_one_line(exc.server_message or exc)}; "
+            f"the Hub does not let this token write to {repo_id}: {first_line(exc.server_message or exc)}; "
             "type: hf auth login, with a token that may write, from https://huggingface.co/settings/tokens"
         ) from exc
     except HFValidationError as exc:
         raise translate(exc, repo_id, (), revision) from exc
     except (_TRANSPORT_ERROR, OSError, RuntimeError) as exc:
         raise NetworkError(
-            f"the upload to {repo_id} at {endpoint()} broke off: {_one_line(exc)}; run it again"
+            f"the upload to {repo_id} at {endpoint()} broke off: {first_line(exc)}; run it again"
         ) from exc
     except ValueError as exc:  # raised by huggingface_hub for a card that the Hub refuses
-        raise UsageError(f"the Hub refuses the files for {repo_id}: {_one_line(exc)}") from exc
+        raise UsageError(f"the Hub refuses the files for {repo_id}: {first_line(exc)}") from exc
     return str(commit.pr_url or commit.commit_url)

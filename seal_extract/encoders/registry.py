@@ -14,7 +14,6 @@ A row with `Published` states how its weight file is laid out. A row without it 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -28,11 +27,6 @@ from seal_extract.encoders.folder import CONFIG, read_config, read_contents
 from seal_extract.encoders.spec import Decoder, EncoderSpec, Lora, Published, recommended_precision
 from seal_extract.errors import UsageError
 from seal_extract.plugins import load_plugins
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 DEFAULT = "seal-tiny"
 GROUP = "seal_extract.encoders"
@@ -109,7 +103,7 @@ def _seal(
 
 def _read_table() -> tuple[dict[str, EncoderSpec], dict[str, str], dict[str, str]]:
     """The rows of ``encoders.toml``, SEAL's first; the name of each alias; and the group of each base."""
-    tables: dict[str, Any] = tomllib.loads(Path(__file__).with_name("encoders.toml").read_text("utf-8"))
+    tables: dict[str, Any] = msgspec.toml.decode(Path(__file__).with_name("encoders.toml").read_bytes())
     bases: dict[str, EncoderSpec] = {}
     seals: dict[str, EncoderSpec] = {}
     aliases: dict[str, str] = {}

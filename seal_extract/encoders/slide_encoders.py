@@ -6,26 +6,19 @@ one that `seal_extract.pooling.checkpoint` reads. The others run code of their a
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from math import isclose
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from seal_extract.encoders.registry import ALIASES
-from seal_extract.encoders.spec import SAME_MPP, Published
+from seal_extract.encoders.spec import Published, TrainedOn
 from seal_extract.errors import UsageError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 @dataclass(frozen=True)
-class SlideEncoder:
+class SlideEncoder(TrainedOn):
     """A model that makes one embedding of the patch features of a slide.
 
     Attributes:
@@ -64,11 +57,6 @@ class SlideEncoder:
         return self.published or Published(files=())
 
     @property
-    def trained_at(self) -> str:
-        """Side and µm/px of the patches it was trained on, as text."""
-        return f"{self.patch_px} px at {self.mpp:g} µm/px"
-
-    @property
     def command(self) -> str:
         """The command that makes features for it."""
         patches = f"--patch-px {self.patch_px} --mpp {self.mpp:g}"
@@ -80,22 +68,10 @@ class SlideEncoder:
         """Whether it takes features of this encoder, whose name may be an alias."""
         return ALIASES.get(encoder, encoder) == self.encoder or encoder in self.known_as
 
-    def mismatch(self, patch_px: int, mpp: float) -> str | None:
-        """A one-line warning if patches differ from those it was trained on, else None.
-
-        Args:
-            patch_px: side of the patches.
-            mpp: their µm/px; a difference of up to 2 % is ignored.
-        """
-        if patch_px == self.patch_px and isclose(mpp, self.mpp, rel_tol=SAME_MPP):
-            return None
-        asked = f"{patch_px} px at {mpp:g} µm/px"
-        return f"{self.name} was trained on patches of {self.trained_at}; these are {asked}"
-
 
 def _read_table() -> tuple[dict[str, SlideEncoder], dict[str, str]]:
     """The rows of ``slide_encoders.toml``, and the name that each alias stands for."""
-    tables: dict[str, Any] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+    tables: dict[str, Any] = msgspec.toml.decode(Path(__file__).with_suffix(".toml").read_bytes())
     rows = {name: msgspec.convert({"name": name, **table}, SlideEncoder) for name, table in tables.items()}
     return rows, {alias: name for name, table in tables.items() for alias in table.get("also_called", ())}
 

@@ -15,11 +15,7 @@ Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
 COUNTER = ".num_batches_tracked"  # of a BatchNorm; no embedding needs it
 
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
-FASTEST = (
-    "float16",
-    "bfloat16",
-    "tf32",
-)  # on a GPU; the first two are equally fast, and so the more exact first
+FASTEST = ("float16", "bfloat16", "tf32")  # on a GPU; of the first two, equally fast, the more exact first
 MOST_ERROR = 1e-3  # of an embedding in a precision that is chosen without being asked for
 PRECISION_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 POOLINGS = ("cls", "cls+mean", "conch", "map", "own")
@@ -27,7 +23,6 @@ FILTERS = ("bilinear", "bicubic")
 MPP_BASES = ("", "stated", "magnification", "convention")
 LAYER_NAMES = ("timm", "transformers", "dinov2", "open_clip", "titan")
 HEAD = "projection_head."  # in front of the projection head's tensors in weight files
-HEAD_KINDS = ("none", "linear", "mlp")
 MOST_MODULES = 64  # of a projection head, activations included
 _HEAD_KEY = re.compile(r"(?:(?P<place>\d{1,3})\.)?(?P<leaf>weight|bias)")
 MOST_PX = 2**16  # of any side or length: a larger one is a mistake and would take all memory
@@ -210,8 +205,33 @@ class Published:
                 raise UsageError(f"sha256 of {file} is {sha256!r}; allowed: 12 to 64 hex digits")
 
 
+class TrainedOn:
+    """The patches that a model was trained on, by its row."""
+
+    name: str
+    patch_px: int
+    mpp: float | None
+    also_mpp: tuple[float, ...] = ()
+
+    @property
+    def trained_at(self) -> str:
+        """Side and µm/px of these patches, as text."""
+        if self.mpp is None:
+            return f"{self.patch_px} px"
+        return f"{self.patch_px} px at {', '.join(f'{m:g}' for m in (self.mpp, *self.also_mpp))} µm/px"
+
+    def mismatch(self, patch_px: int, mpp: float) -> str | None:
+        """A one-line warning if patches have another side, or differ by over 2 % in µm/px, else None."""
+        trained = () if self.mpp is None else (self.mpp, *self.also_mpp)
+        same_mpp = not trained or any(isclose(mpp, t, rel_tol=SAME_MPP) for t in trained)
+        if patch_px == self.patch_px and same_mpp:
+            return None
+        asked = f"{patch_px} px at {mpp:g} µm/px"
+        return f"{self.name} was trained on patches of {self.trained_at}; these are {asked}"
+
+
 @dataclass(frozen=True, repr=False)
-class EncoderSpec:
+class EncoderSpec(TrainedOn):
     """All facts about an encoder that are known before its weights are loaded.
 
     Attributes:
@@ -286,27 +306,6 @@ class EncoderSpec:
             f"EncoderSpec({self.name}: {self.dim} numbers per patch of {self.trained_at}, "
             f"{self.precision}, {self.source or 'local'})"
         )
-
-    @property
-    def trained_at(self) -> str:
-        """Side and µm/px of the patches it was trained on, as text."""
-        if self.mpp is None:
-            return f"{self.patch_px} px"
-        return f"{self.patch_px} px at {', '.join(f'{m:g}' for m in (self.mpp, *self.also_mpp))} µm/px"
-
-    def mismatch(self, patch_px: int, mpp: float) -> str | None:
-        """A one-line warning if patches differ from those it was trained on, else None.
-
-        Args:
-            patch_px: side of the patches.
-            mpp: their µm/px; a difference of up to 2 % is ignored.
-        """
-        trained = () if self.mpp is None else (self.mpp, *self.also_mpp)
-        same_mpp = not trained or any(isclose(mpp, t, rel_tol=SAME_MPP) for t in trained)
-        if patch_px == self.patch_px and same_mpp:
-            return None
-        asked = f"{patch_px} px at {mpp:g} µm/px"
-        return f"{self.name} was trained on patches of {self.trained_at}; these are {asked}"
 
     def precision_for(self, device: str, asked: str | None = None) -> str:
         """The precision asked for, else the recommended one on a GPU and float32 on other device types.

@@ -7,6 +7,7 @@ import re
 from dataclasses import fields, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import timm
@@ -18,7 +19,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 from seal_extract.demo import UNTRAINED, untrained_encoder
 from seal_extract.encoders import EncoderSpec, find_spec, list_encoders, load_encoder, registry
 from seal_extract.encoders.folder import read_config, to_config
-from seal_extract.encoders.registry import ROWS, tomllib
+from seal_extract.encoders.registry import ROWS
 from seal_extract.encoders.spec import Architecture, Head, InputRule, Pooler, Published, recommended_precision
 from seal_extract.encoders.tower import empty_tower, tower_shapes
 from seal_extract.encoders.transform import PatchTransform, fit
@@ -34,7 +35,7 @@ H0 = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
 
 def test_the_table_has_no_key_that_nobody_reads():
     """A mistyped one would be ignored, and its default taken."""
-    table = tomllib.loads(Path(registry.__file__).with_name("encoders.toml").read_text("utf-8"))
+    table = msgspec.toml.decode(Path(registry.__file__).with_name("encoders.toml").read_bytes())
     also = {"like", "group", "statistics", "also_called", "seal"}
     for name, row in table.items():
         for values, kind in (
