@@ -29,7 +29,7 @@ from seal_extract.encoders.locate import adapted, locate, locate_adapter, locate
 from seal_extract.encoders.lora import Update, adapter_updates, merge, merged_layers, read_adapter_config
 from seal_extract.encoders.registry import find_spec
 from seal_extract.encoders.spec import HEAD, EncoderSpec, Published, Shapes, check_precision, head_layers
-from seal_extract.encoders.state_dict import adapter_keys, as_row_spells, fits, place
+from seal_extract.encoders.state_dict import adapter_keys, as_row_spells, misfit, place
 from seal_extract.encoders.tower import as_timm_reads, empty_tower, fill, tower_shapes
 from seal_extract.errors import UsageError
 
@@ -285,39 +285,19 @@ def read_adapters(
     taken: set[tuple[str, int]] = set()  # weight and first row: version 4 and 5 have two names for a layer
     pairs = adapter_keys(tensors, layout.prefix)
     for layer, keys in pairs.items():
-        halves = {half: tensors[key] for half, key in sorted(keys.items())}
-        shapes |= {key: tuple(tensors[key].shape) for key in keys.values()}
-        spot = place(layer, tower)
-        kind = _complaint(layer, halves, layout, tower)
+        held = {half: tuple(tensors[key].shape) for half, key in sorted(keys.items())}
+        shapes |= {keys[half]: shape for half, shape in held.items()}
+        spot, kind = place(layer, tower), misfit(layer, held, layout, tower)
         if not kind and spot is not None and (spot.key, spot.rows[0]) in taken:
             kind = "adapters on a layer that has others"
         if kind or spot is None:
-            listed = ", ".join(f"lora_{half} {list(value.shape)}" for half, value in halves.items())
+            listed = ", ".join(f"lora_{half} {list(shape)}" for half, shape in held.items())
             wrong.setdefault(kind, []).append(f"{layer}: {listed}")
             continue
         taken.add((spot.key, spot.rows[0]))
-        a, b = halves["A"], halves["B"]
+        a, b = tensors[keys["A"]], tensors[keys["B"]]
         updates.append(Update(spot.key, a, b, layout.lora.alpha / len(a), spot.rows[0]))
     complaints = [complaint(kind, layers) for kind, layers in wrong.items()]
     if not pairs:
         complaints.append("no adapters; the file holds no pair of lora_A and lora_B")
     return shapes, updates, complaints
-
-
-def _complaint(layer: str, halves: Mapping[str, Tensor], layout: Published, tower: Shapes) -> str:
-    """What is wrong with an adapter, as a kind of error; empty if nothing is."""
-    if len(halves) < 2:
-        return "half pairs"
-    a, b = halves["A"], halves["B"]
-    if a.ndim != 2 or b.ndim != 2 or not len(a) or a.shape[0] != b.shape[1]:
-        return "adapters of two ranks in a pair"
-    stated = layout.lora.r if layout.lora else None
-    if stated not in (None, len(a)):
-        return f"adapters of another rank than the r {stated} of {layout.settings}"
-    # UNI's adapters must not pass for Phikon-v2's, whose layers have the names of another library
-    spot = place(layer, tower)
-    if spot is None or (f"{layer}.weight" in tower) != (layout.layer_names == "timm"):
-        return "adapters on layers that the tower does not have"
-    if len(tower[spot.key]) != 2:
-        return "adapters on what is no Linear layer"
-    return "" if fits((len(b), a.shape[1]), spot, tower) else "adapters that do not fit their layer"

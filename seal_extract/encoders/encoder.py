@@ -18,7 +18,7 @@ from seal_extract.encoders.dense import Grid, attention_of, embed_densely, pack,
 from seal_extract.encoders.files import WeightFile
 from seal_extract.encoders.heads import ExpressionDecoder, as_rows
 from seal_extract.encoders.precision import LowCopy, arithmetic
-from seal_extract.encoders.registry import names_with_decoder
+from seal_extract.encoders.registry import has_no
 from seal_extract.encoders.spec import EncoderSpec
 from seal_extract.encoders.tower import embed
 from seal_extract.encoders.transform import PatchTransform, check_patches, check_sides, fit, normalise
@@ -334,8 +334,7 @@ class Encoder(nn.Module):
 
     def _needed_decoder(self) -> ExpressionDecoder:
         if self.decoder is None:
-            names = ", ".join(names_with_decoder())
-            raise EncoderError(f"{self.spec.name} has no expression decoder; those that have: {names}")
+            raise EncoderError(has_no(self.spec.name, "expression decoder"))
         return self.decoder
 
     def save_pretrained(self, folder_path: str | os.PathLike[str]) -> None:

@@ -115,10 +115,11 @@ def _official_file(
                 f"one of {', '.join(names)}"
             )
         path = inside[0]
-    return _local(path, spec)
+    return local_file(path, spec)
 
 
-def _local(path: Path, row: EncoderSpec | None = None) -> FoundFile:
+def local_file(path: Path, row: EncoderSpec | SlideEncoder | None = None) -> FoundFile:
+    """A weight file on this disk; with the row that it is to be of, the hashes that the row is pinned to."""
     pins = () if row is None else tuple(row.layout.sha256.values())
     return FoundFile(path, str(path.absolute().parent), pins=pins)
 
@@ -163,7 +164,7 @@ def locate_base(
     for name in names:
         for candidate in (beside.parent / base.name / name, beside.parent / name):
             if candidate.is_file():
-                return _local(candidate, base)
+                return local_file(candidate, base)
     try:
         return fetch_published(base, names, revision, offline)
     except HubError as exc:
@@ -181,7 +182,7 @@ def _own_file(name_or_path: AnyPath, revision: str | None, offline: bool) -> tup
             raise UsageError(
                 f"revision= names a revision on the Hub, and {name} is a folder here; leave it out"
             )
-        return folder.read_config(path / folder.CONFIG), _local(path / folder.WEIGHTS)
+        return folder.read_config(path / folder.CONFIG), local_file(path / folder.WEIGHTS)
     if path.is_file():
         raise UsageError(f"{name} is a file; give the encoder's name and this file as checkpoint=")
     if not is_repository(name_or_path):
@@ -320,7 +321,7 @@ def locate_adapter(adapter: AnyPath, offline: bool = False) -> tuple[FoundFile, 
             inside = sorted(p.parent.name for p in path.glob(f"*/{ADAPTER_CONFIG}"))
             some = f"; it holds {', '.join(inside[:5])}: type {path / inside[0]}" if inside else ""
             raise CheckpointError(f"{path} holds no adapter itself{some}; {_ADAPTER_ALLOWED}")
-        return _local(weights[0]), _local(path / ADAPTER_CONFIG)
+        return local_file(weights[0]), local_file(path / ADAPTER_CONFIG)
     match = None if path.exists() else _IN_REPOSITORY.fullmatch(name)
     if match is None:
         what = "is a file, no folder" if path.exists() else "does not exist"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from seal_extract.encoders.registry import list_encoders
 from seal_extract.encoders.spec import Architecture, EncoderSpec, Shapes
-from seal_extract.encoders.state_dict import adapter_keys, as_row_spells, fits, place
+from seal_extract.encoders.state_dict import adapter_keys, as_row_spells, misfit
 from seal_extract.encoders.tower import empty_tower, tower_shapes
 from seal_extract.errors import UsageError
 
@@ -61,20 +61,13 @@ def _share(row: EncoderSpec, held: Shapes) -> tuple[float, int]:
 
 
 def _adapters_fit(row: EncoderSpec, held: Shapes) -> bool:
-    pairs, tower = adapter_keys(held, row.layout.prefix), _tower(row)
-    by_timm = row.layout.layer_names == "timm"
-    if not pairs or held.get("decoder.decoder.0.weight", ())[1:] != (row.dim,):
+    if held.get("decoder.decoder.0.weight", ())[1:] != (row.dim,):
         return False
-    for layer, keys in pairs.items():
-        spot = place(layer, tower)
-        halves = [held[keys.get(half, "")] if half in keys else () for half in "BA"]
-        if spot is None or [len(shape) for shape in halves] != [2, 2]:
-            return False
-        if (f"{layer}.weight" in tower) != by_timm:
-            return False
-        if not fits((halves[0][0], halves[1][1]), spot, tower):
-            return False
-    return True
+    pairs = adapter_keys(held, row.layout.prefix)
+    adapters = {layer: {half: held[key] for half, key in keys.items()} for layer, keys in pairs.items()}
+    return bool(adapters) and not any(
+        misfit(layer, halves, row.layout, _tower(row)) for layer, halves in adapters.items()
+    )
 
 
 def _tower(row: EncoderSpec) -> Shapes:

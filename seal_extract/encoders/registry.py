@@ -188,10 +188,11 @@ def bundled() -> dict[str, Path]:
     return {path.name: path for path in reversed(found)}
 
 
-def names_with_decoder() -> list[str]:
-    """Names of the encoders that have an expression decoder."""
-    published = [row.name for row in list_encoders() if row.published and row.published.decoder]
-    return published + [name for name, path in bundled().items() if read_contents(path / CONFIG).decoder]
+def has_no(name: str, what: str) -> str:
+    """The message that an encoder has no expression decoder or half, with the names of those that have."""
+    names = [row.name for row in list_encoders() if row.published and row.published.decoder]
+    names += [name for name, path in bundled().items() if read_contents(path / CONFIG).decoder]
+    return f"{name} has no {what}; those that have: {', '.join(names)}"
 
 
 @lru_cache(maxsize=1)

@@ -318,5 +318,31 @@ def fits(shape: tuple[int, ...], spot: Place, tower: Shapes) -> bool:
     return len(weight) == 2 and shape == (spot.rows[1] - spot.rows[0], weight[1])
 
 
+def misfit(layer: str, halves: Mapping[str, tuple[int, ...]], layout: Published, tower: Shapes) -> str:
+    """What is wrong with an adapter of a SEAL file, as a kind of error; empty if nothing is.
+
+    Args:
+        layer: its name in the file.
+        halves: shapes of "A" and "B", of those that are there.
+        layout: of the row.
+        tower: shape of every tensor.
+    """
+    if len(halves) < 2:
+        return "half pairs"
+    a, b = halves["A"], halves["B"]
+    if len(a) != 2 or len(b) != 2 or not a[0] or a[0] != b[1]:
+        return "adapters of two ranks in a pair"
+    stated = layout.lora.r if layout.lora else None
+    if stated not in (None, a[0]):
+        return f"adapters of another rank than the r {stated} of {layout.settings}"
+    # UNI's adapters must not pass for Phikon-v2's, whose layers have the names of another library
+    spot = place(layer, tower)
+    if spot is None or (f"{layer}.weight" in tower) != (layout.layer_names == "timm"):
+        return "adapters on layers that the tower does not have"
+    if len(tower[spot.key]) != 2:
+        return "adapters on what is no Linear layer"
+    return "" if fits((b[0], a[1]), spot, tower) else "adapters that do not fit their layer"
+
+
 def _first(layers: list[str]) -> str:
     return layers[0] + (f" and {len(layers) - 1} more" if len(layers) > 1 else "")

@@ -27,7 +27,7 @@ from seal_extract.encoders.heads import (
     filled_head,
 )
 from seal_extract.encoders.locate import AnyPath, locate
-from seal_extract.encoders.registry import bundled, list_encoders, names_with_decoder
+from seal_extract.encoders.registry import bundled, has_no, list_encoders
 from seal_extract.encoders.spec import HEAD
 from seal_extract.encoders.state_dict import as_row_spells
 from seal_extract.errors import EncoderError, UsageError
@@ -161,8 +161,7 @@ def load_decoder(
     contents = folder.read_contents(config) if own else folder.Contents(spec.dim, spec.layout.decoder)
     shape, genes = contents.decoder, contents.genes
     if shape is None:
-        names = ", ".join(names_with_decoder())
-        raise EncoderError(f"{spec.name} has no expression decoder; those that have: {names}")
+        raise EncoderError(has_no(spec.name, "expression decoder"))
     weights = WeightFile.of(file)
     tensors = read_tensors(file.path)
     if own:

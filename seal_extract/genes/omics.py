@@ -19,8 +19,8 @@ from seal_extract.encoders.files import FoundFile, WeightFile
 from seal_extract.encoders.folder import CONFIG, OMICS, check_panel, read_config, read_contents
 from seal_extract.encoders.heads import as_rows, empty_head, head_shapes
 from seal_extract.encoders.hub import fetch
-from seal_extract.encoders.locate import fetch_published, is_repository
-from seal_extract.encoders.registry import bundled, find_spec, names_with_decoder
+from seal_extract.encoders.locate import fetch_published, is_repository, local_file
+from seal_extract.encoders.registry import bundled, find_spec, has_no
 from seal_extract.errors import CheckpointError, UsageError
 from seal_extract.genes.decoder import named_genes
 
@@ -217,7 +217,7 @@ def load_omics(
     if path.is_file():
         if checkpoint is not None or revision is not None:
             raise UsageError(f"{path} is a file; leave checkpoint= and revision= out")
-        file = FoundFile(path, str(path.absolute().parent))
+        file = local_file(path)
         return _named(_load(path.stem, file, None), path.with_name(CONFIG)).to(target)
     if is_repository(name_or_path):
         repo_id = os.fspath(name_or_path)
@@ -227,13 +227,11 @@ def load_omics(
     spec = find_spec(os.fspath(name_or_path))
     layout = spec.published
     if layout is None or layout.decoder is None:
-        names = ", ".join(names_with_decoder())
-        raise UsageError(f"{spec.name} has no expression half; those that have: {names}")
+        raise UsageError(has_no(spec.name, "expression half"))
     if checkpoint is not None and revision is not None:
         raise UsageError("revision= names a revision on the Hub, checkpoint= a file here; leave one out")
     if checkpoint is not None:
-        local = Path(checkpoint).expanduser()
-        file = FoundFile(local, str(local.absolute().parent))
+        file = local_file(Path(checkpoint).expanduser())
     else:
         files = [name.replace("vision", "omics") for name in layout.files]
         file = fetch_published(spec, files, revision, offline)

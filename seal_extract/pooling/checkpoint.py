@@ -36,15 +36,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from seal_extract.encoders.checkpoint import check_tensors, read_tensors
-from seal_extract.encoders.files import FoundFile, WeightFile, sha256_of
-from seal_extract.encoders.locate import fetch_published
+from seal_extract.encoders.checkpoint import SHOWN, check_tensors, read_tensors
+from seal_extract.encoders.files import WeightFile, sha256_of
+from seal_extract.encoders.locate import fetch_published, local_file
 from seal_extract.encoders.slide_encoders import SlideEncoder
 from seal_extract.errors import CheckpointError
 from seal_extract.pooling.models import AttentionPooling, Gate, Linear, RowsAre, TopInstance
 
 WRAPPERS = ("slide_encoder.", "model.", "wsi_embedder.")  # Patho-Bench, TRIDENT, Hugging Face; TANGLE
-SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -154,8 +153,7 @@ def read_named(row: SlideEncoder, file: str = "", offline: bool = False) -> Atte
         HubError: the Hub does not deliver it.
     """
     if file:
-        path, pins = Path(file).expanduser(), tuple(row.layout.sha256.values())
-        found = FoundFile(path, str(path.absolute().parent), pins=pins)
+        found = local_file(Path(file).expanduser(), row)
     else:
         found = fetch_published(row, row.layout.files, None, offline)
     weights, model = WeightFile.of(found), read_model(found.path)
