@@ -180,11 +180,7 @@ def embed(
             if result.error is not None:
                 _print_failure(result.error, args.debug)
             for outcome in levels.pool(result):
-                log.write_slide_level(result, outcome)
-                if isinstance(outcome, SealExtractError):
-                    fail(f"FAILED {outcome}", 1)
-                else:
-                    echo(outcome)
+                log.write_outcome("slide level", outcome, slide=result.entry.source, name=result.name)
 
         try:
             report = extract_cohort(
@@ -202,11 +198,7 @@ def embed(
             log.write("interrupted")
             raise
         for patient, outcome in levels.pool_patients():
-            log.write_patient_level(patient, outcome)
-            if isinstance(outcome, SealExtractError):
-                fail(f"FAILED {outcome}", 1)
-            else:
-                echo(outcome)
+            log.write_outcome("patient level", outcome, patient=patient)
         seconds = round(report.seconds, 1)
         log.write("end", done=len(report.done), failed=len(report.failed), seconds=seconds)
     processed = len(report.done) + len(report.failed)  # fewer than were listed, with --retry-failed

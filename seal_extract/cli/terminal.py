@@ -139,20 +139,14 @@ class EventLog:
             files=[str(features.path) for features in result.features],
         )
 
-    def write_patient_level(self, patient: str, outcome: str | SealExtractError) -> None:
-        """Write the outcome of one patient-level file."""
+    def write_outcome(self, event: str, outcome: str | SealExtractError, **of: str) -> None:
+        """Print and write the outcome of one slide-level or patient-level file."""
         if isinstance(outcome, SealExtractError):
-            self.write("patient level failed", patient=patient, **_failure(outcome))
+            self.write(f"{event} failed", **of, **_failure(outcome))
+            fail(f"FAILED {outcome}", 1)
         else:
-            self.write("patient level", patient=patient, result=outcome)
-
-    def write_slide_level(self, result: SlideResult, outcome: str | SealExtractError) -> None:
-        """Write the outcome of one slide-level file."""
-        slide = {"slide": result.entry.source, "name": result.name}
-        if isinstance(outcome, SealExtractError):
-            self.write("slide level failed", **slide, **_failure(outcome))
-        else:
-            self.write("slide level", **slide, result=outcome)
+            self.write(event, **of, result=outcome)
+            echo(outcome)
 
 
 def _failure(error: SealExtractError) -> dict[str, str]:
