@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from seal_extract.errors import OutputError, SealExtractError, SlideError, UsageError
 from seal_extract.features.feature_file import MICROMETRES, SlideLabel
-from seal_extract.features.layouts import LAYOUTS, layout_of_grid
+from seal_extract.features.layouts import LAYOUTS, Layout, layout_of_grid
 from seal_extract.features.scverse import SCVERSE, origin_overview
 from seal_extract.features.store import (
     SlideFeatures,
@@ -148,7 +148,7 @@ def _export_one(
     try:
         source = read_features(file)
         result = replace(result, patches=len(source.grid))
-        if layout != "stamp" and find_features(file, MICROMETRES) is not None:
+        if layout != "stamp" and read_provenance(file, MICROMETRES) is not None:
             raise OutputError(
                 f"{source.path} holds float16 (STAMP's layout), but {layout} needs float32; "
                 f"export from a float32 layout, or encode again"
@@ -156,31 +156,25 @@ def _export_one(
         if layout in SCVERSE and not len(source.grid) and not SCVERSE[layout].takes_empty:
             return replace(result, state="left out")
         provenance = shareable(source.provenance) | {EXPORTED_FROM: str(file.relative_to(folder))}
+        name, encoder = file.stem, provenance["encoder"]["name"]
+        target = None if layout in SCVERSE else layout_of_grid(layout, out, source.grid)
         if not overwrite and _is_done(path, layout, provenance):
-            if layout in LAYOUTS:
-                encoder = provenance["encoder"]["name"]
-                layout_of_grid(layout, out, source.grid).complete(source.path.stem, encoder)
+            if target is not None:
+                target.complete(name, encoder)
             return replace(result, state="finished before")
-        if layout in SCVERSE:
-            overview = None
-            try:
-                overview = origin_overview(source, slides)
-            except SlideError as exc:  # the features are complete without a picture
-                result = replace(result, note=f"; without the slide's picture: {exc}")
-            SCVERSE[layout].write(replace(source, provenance=provenance), path, overview)
-        else:
-            _copy(source, provenance, layout, out, overwrite)
-        return replace(result, state="left out") if _is_hidden(source, layout, out) else result
+        if target is not None:
+            _copy(source, provenance, target, overwrite)
+            is_hidden = path != target.features(name, encoder)  # it lies where readers do not look
+            return replace(result, state="left out") if is_hidden else result
+        overview = None
+        try:
+            overview = origin_overview(source, slides)
+        except SlideError as exc:  # the features are complete without a picture
+            result = replace(result, note=f"; without the slide's picture: {exc}")
+        SCVERSE[layout].write(replace(source, provenance=provenance), path, overview)
+        return result
     except SealExtractError as exc:
         return replace(result, state="failed", error=exc)
-
-
-def _is_hidden(source: SlideFeatures, layout: str, out: Path) -> bool:
-    """Whether the file lies where readers of the layout do not look."""
-    if layout in SCVERSE:
-        return False
-    name, encoder = source.path.stem, source.provenance["encoder"]["name"]
-    return _place(source, layout, out) != layout_of_grid(layout, out, source.grid).features(name, encoder)
 
 
 def _is_done(path: Path, layout: str, provenance: dict[str, Any]) -> bool:
@@ -204,10 +198,9 @@ def _without_origin(provenance: dict[str, Any]) -> dict[str, Any]:
     return shareable(kept)  # an older version wrote paths
 
 
-def _copy(source: SlideFeatures, provenance: dict[str, Any], layout: str, out: Path, overwrite: bool) -> None:
+def _copy(source: SlideFeatures, provenance: dict[str, Any], target: Layout, overwrite: bool) -> None:
     slide, encoder = provenance["slide"], provenance["encoder"]["name"]
     label = SlideLabel(source.path.stem, tuple(slide["size_l0"]), slide["mpp"], source.barcodes)
-    target = layout_of_grid(layout, out, source.grid)
     target.write_coords(label, source.grid, provenance, overwrite=overwrite)
     with target.write_features(
         label, source.grid, encoder, source.dim, provenance, overwrite=overwrite

@@ -129,15 +129,21 @@ def write_rows(
         OutputError: the file cannot be written, or rows are missing.
     """
     with new_hdf5(path, keep) as (file, disk):
-        row_bytes = np.dtype(dtype).itemsize * math.prod(shape[1:])
-        rows = max(1, min(shape[0], CHUNK_BYTES // max(1, row_bytes)))
-        chunks = (rows, *shape[1:]) if all(shape) else None  # HDF5 cannot chunk an empty dataset
-        checked = file.create_dataset(dataset, shape, dtype, chunks=chunks, fletcher32=chunks is not None)
-        writer = FeatureWriter(path, checked, disk)
+        writer = FeatureWriter(path, create_rows(file, dataset, shape, dtype), disk)
         describe(file)
         yield writer
         writer.check()
         file.attrs[PROVENANCE] = json.dumps(provenance)
+
+
+def create_rows(
+    file: h5py.File, name: str, shape: tuple[int, ...], dtype: type[np.floating[Any]]
+) -> h5py.Dataset:
+    """An empty dataset of rows, in chunks of whole rows with a checksum each."""
+    row_bytes = np.dtype(dtype).itemsize * math.prod(shape[1:])
+    rows = max(1, min(shape[0], CHUNK_BYTES // max(1, row_bytes)))
+    chunks = (rows, *shape[1:]) if all(shape) else None  # HDF5 cannot chunk an empty dataset
+    return file.create_dataset(name, shape, dtype, chunks=chunks, fletcher32=chunks is not None)
 
 
 def write_described(

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seal_extract.errors import UsageError, how_to_install
-from seal_extract.features.feature_file import CHUNK_BYTES, PIXELS, PROVENANCE
+from seal_extract.features.feature_file import PIXELS, PROVENANCE, create_rows
 from seal_extract.features.store import SlideFeatures, open_origin, read_pieces
 from seal_extract.hdf5 import DAMAGED, new_hdf5, open_hdf5
 from seal_extract.names import shown
@@ -121,9 +121,7 @@ def write_h5ad(
         uns["spatial"] = {slide: _picture(features, overview)}
     with new_hdf5(path) as (file, _):
         file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
-        shape = (len(features.grid), len(names))
-        chunks = (max(1, min(shape[0], CHUNK_BYTES // (4 * shape[1]))), shape[1]) if all(shape) else None
-        rows = file.create_dataset("X", shape, np.float32, chunks=chunks, fletcher32=chunks is not None)
+        rows = create_rows(file, "X", (len(features.grid), len(names)), np.float32)
         rows.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
         done = 0
         for piece in read_pieces(features.path) if pieces is None else pieces:

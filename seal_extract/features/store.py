@@ -176,7 +176,7 @@ def find_features(path: Path, dataset: str | None = None) -> SlideFeatures | Non
         if MICROMETRES in file:  # float32 keeps a tenth of a pixel over any slide
             coords = np.rint(coords.astype(np.float64) / provenance["slide"]["mpp"]).astype(np.int64)
         grid = PatchGrid(coords, **provenance["grid"])
-        rows = _rows(file)
+        rows = rows_of(file)
         if rows.ndim != 2 or len(rows) != len(grid):
             raise ValueError(f"{list(rows.shape)} features for {len(grid)} patches")
     return SlideFeatures(path, grid, provenance)
@@ -306,11 +306,12 @@ def grid_fields(grid: PatchGrid) -> dict[str, Any]:
 def _open_rows(path: Path) -> Iterator[h5py.Dataset]:
     with ExitStack() as closing:
         with reading(path):
-            rows = _rows(closing.enter_context(open_hdf5(path)))
+            rows = rows_of(closing.enter_context(open_hdf5(path)))
         yield rows
 
 
-def _rows(file: h5py.File) -> h5py.Dataset:
+def rows_of(file: h5py.File) -> h5py.Dataset:
+    """The rows of an open feature file, in whichever layout."""
     return file[PIXELS if PIXELS in file else MICROMETRES]
 
 

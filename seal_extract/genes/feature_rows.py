@@ -10,14 +10,12 @@ from io import FileIO
 from pathlib import Path
 from typing import Annotated, Any
 
-import h5py
 import numpy as np
 from msgspec import Meta
 from numpy.typing import NDArray
 
 from seal_extract.errors import OutputError
-from seal_extract.features.feature_file import MICROMETRES, PIXELS
-from seal_extract.features.store import SlideFeatures
+from seal_extract.features.store import SlideFeatures, rows_of
 from seal_extract.hdf5 import DAMAGED, open_hdf5
 from seal_extract.publish import file_state
 
@@ -52,7 +50,7 @@ class RowPlaces:
         """
         try:
             with open_hdf5(path) as file:
-                rows = _rows(file)
+                rows = rows_of(file)
                 (count, dim), dtype, chunk = rows.shape, rows.dtype.str, rows.chunks
                 checked = rows.fletcher32
                 plain = rows.id.get_create_plist().get_nfilters() == int(checked)
@@ -85,7 +83,7 @@ class RowPlaces:
                     read = [self._row(file, row) for row in rows.tolist()]
                     return np.array(read, np.float32).reshape(-1, self.dim)
             with open_hdf5(slide.path) as opened:
-                read = [_rows(opened)[row] for row in rows.tolist()]
+                read = [rows_of(opened)[row] for row in rows.tolist()]
                 return np.array(read, np.float32).reshape(-1, self.dim)
         except DAMAGED as exc:
             raise OutputError(
@@ -115,7 +113,3 @@ def _checksum_fits(chunk: bytes) -> bool:
     return (
         len(chunk) > 4 and (first - (stored & 0xFFFF)) % 65535 == 0 and (second - (stored >> 16)) % 65535 == 0
     )
-
-
-def _rows(file: h5py.File) -> h5py.Dataset:
-    return file[PIXELS if PIXELS in file else MICROMETRES]
