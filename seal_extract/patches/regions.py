@@ -15,7 +15,7 @@ from seal_extract.patches.resample import Resampling
 from seal_extract.slides.readers import Array
 from seal_extract.slides.slide import Slide, open_with_another_reader
 
-ROWS_AT_ONCE = 8  # patches a thread reads at a time: large enough that handing over costs nothing
+ROWS_AT_ONCE = 16  # patches a thread reads at a time: large enough that handing over costs nothing
 
 
 @dataclass(frozen=True)
