@@ -87,8 +87,20 @@ def test_seal_tiny(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)
 def test_examples_are_short(path):
-    most = 220 if path.name == "06_seal_tiny.py" else 60  # which has a pretraining method of its own
-    assert len(path.read_text().splitlines()) < most
+    most = {"06_seal_tiny.py": 220, "07_evaluation.py": 145}  # they have a method, or a cohort, of their own
+    assert len(path.read_text().splitlines()) < most.get(path.name, 60)
+
+
+@pytest.mark.slow  # three minutes
+@pytest.mark.filterwarnings("ignore:.*enlarged", "ignore:.*left out")
+def test_evaluation(tmp_path):
+    her2st = shared("data", "her2st")
+    found = runpy.run_path(str(EXAMPLES / "07_evaluation.py"))["main"](str(tmp_path), str(her2st))
+    assert found["nuclei"][0] > 0.6
+    assert found["coin"][0] < 0.5 < found["coin"][1]
+    page = (tmp_path / "evaluation" / "evaluation.html").read_text()
+    for heading in ("Slides and patients: coin", "HEST-Benchmark", "Expression by", "Classes of", "Scanners"):
+        assert f"<h2>{heading}" in page
 
 
 @pytest.mark.slow  # a minute each: a real section
