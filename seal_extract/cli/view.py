@@ -33,8 +33,8 @@ def add_view_options(p: argparse.ArgumentParser) -> None:
     """Add the options of ``seal-extract view``."""
     p.description = (
         "Look at a finished run in the browser: slides, patches, embeddings, clusters, predicted "
-        "genes, attention. The page is served to this machine only, at the printed address with its "
-        "token, and needs no network."
+        "genes, attention; of a predicted volume, its planes in depth and a box that can be cut. The page "
+        "is served to this machine only, at the printed address with its token, and needs no network."
     )
     p.set_defaults(handler=run_view)
     p.add_argument("out", type=Path, metavar="OUT", help="the -o of a finished run, or a part of it")

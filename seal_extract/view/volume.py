@@ -87,11 +87,9 @@ class ShownVolume:
             _, *um = image["datasets"][0]["coordinateTransformations"][0]["scale"]
             _, *shape = _array(path / "0").shape
         except Exception as exc:  # zarr and damaged metadata raise errors of every kind
-            raise OutputError(f"{path} is damaged ({first_line(exc)}); predict the volume again") from exc
-        every, numbered = (
-            ceil(shape[0] / most_planes),
-            {s.name: (i, s) for i, s in enumerate(collection.slides)},
-        )
+            raise _damaged(path, exc) from exc
+        every = ceil(shape[0] / most_planes)
+        numbered = {slide.name: (i, slide) for i, slide in enumerate(collection.slides)}
         slides = tuple(numbered.get(name) for name in origin["planes"][::every])
         if not any(slides):
             raise OutputError(f"{path}: none of its planes has features in {collection.out}; give its own -o")
@@ -172,9 +170,9 @@ class ShownVolume:
     def _notes(self) -> Iterator[str]:
         yield f"Genes are predicted from pictures by {self.made['encoder']['name']}. Nothing was measured."
         if self.every > 1:
-            yield f"{len(self.slides):,} of {self.shape[0]:,} planes are shown: one of {self.every}."
+            yield f"{len(self.slides):,} of {self.shape[0]:,} planes are shown, one of every {self.every}."
         if self.thin > 1:
-            yield f"One of {self.thin} × {self.thin} patches is shown, as large as all of them."
+            yield f"Of every {self.thin} × {self.thin} patches one is shown, as large as all of them."
 
     # --- pictures -------------------------------------------------------------------------------------
 
@@ -246,19 +244,14 @@ class ShownVolume:
         variance = np.concatenate([np.nanvar(part, axis=(0, 2, 3)) for part in parts])
         return [self.genes[i] for i in np.argsort(-variance, kind="stable")[:count]]
 
-    def _depths(self) -> range:
-        return range(0, self.shape[0], self.every)
-
     def _read(self, array: str, before: tuple[Any, ...]) -> NDArray[Any]:
-        return np.stack([self._plane_of(array, (*before, z)) for z in self._depths()])
-
-    def _plane_of(self, array: str, place: tuple[Any, ...]) -> NDArray[Any]:
+        """What is shown of an array, plane by plane: [z, ..., y, x]."""
+        places = [(*before, z) for z in range(0, self.shape[0], self.every)]
         try:
-            return np.asarray(_array(self.path / array)[place])[..., :: self.thin, :: self.thin]
+            whole, step = _array(self.path / array), self.thin
+            return np.stack([np.asarray(whole[place])[..., ::step, ::step] for place in places])
         except Exception as exc:  # zarr and its codecs raise errors of every kind
-            raise OutputError(
-                f"{self.path} is damaged ({first_line(exc)}); predict the volume again"
-            ) from exc
+            raise _damaged(self.path, exc) from exc
 
 
 _one_at_a_time = threading.Lock()  # of planes that are read: a plain image is decoded whole
@@ -268,6 +261,10 @@ def _array(path: Path) -> Any:
     import zarr
 
     return zarr.open_array(str(path), mode="r")
+
+
+def _damaged(path: Path, exc: Exception) -> OutputError:
+    return OutputError(f"{path} is damaged ({first_line(exc)}); predict the volume again")
 
 
 def _read_plane(slide: Slide, size_px: tuple[int, int]) -> Array:

@@ -42,15 +42,20 @@ const SLICE_PX = 1024; // longest side of a slice
 const INK = [0.1, 0.1, 0.1, 1];
 const FRAME = [0.45, 0.5, 0.55, 1]; // of what is cut away
 
+const ENDS = [[0, 0], [1, 0], [1, 1], [0, 1]];
+
+/** The point at `along` an axis, and at a and b of the two others. */
+function point(axis, along, [a, b]) {
+  const at = [0, 0, 0];
+  [at[axis], at[(axis + 1) % 3], at[(axis + 2) % 3]] = [along, a, b];
+  return at;
+}
+
 /** The corners of a cube's six faces as triangles, then of its twelve edges as lines: (x, y, z) of 0 and 1. */
 function cube() {
-  const faces = [];
-  const edges = [];
-  for (const axis of [0, 1, 2]) {
-    const put = (along, a, b) => { const p = [0, 0, 0]; p[axis] = along; p[(axis + 1) % 3] = a; p[(axis + 2) % 3] = b; return p; };
-    for (const side of [0, 1]) for (const [a, b] of [[0, 0], [1, 0], [1, 1], [0, 0], [1, 1], [0, 1]]) faces.push(...put(side, a, b));
-    for (const [a, b] of [[0, 0], [1, 0], [0, 1], [1, 1]]) edges.push(...put(0, a, b), ...put(1, a, b));
-  }
+  const axes = [0, 1, 2];
+  const faces = axes.flatMap((axis) => [0, 1].flatMap((side) => [0, 1, 2, 0, 2, 3].flatMap((i) => point(axis, side, ENDS[i]))));
+  const edges = axes.flatMap((axis) => ENDS.flatMap((end) => [...point(axis, 0, end), ...point(axis, 1, end)]));
   return new Float32Array([...faces, ...edges]);
 }
 
@@ -194,7 +199,7 @@ class Box {
       return [0, 1].map((i) => (turned[0][i] * x + turned[1][i] * y + turned[2][i] * z) * fill * (i ? -1 : 1));
     };
     words.forEach((text, axis) => {
-      const middles = [[0, 0], [0, 1], [1, 0], [1, 1]].map(([a, b]) => { const p = [0, 0, 0]; p[axis] = 0.5; p[(axis + 1) % 3] = a; p[(axis + 2) % 3] = b; return project(p); });
+      const middles = ENDS.map((end) => project(point(axis, 0.5, end)));
       const [x, y] = middles.reduce((far, one) => (Math.hypot(...one) > Math.hypot(...far) + 1e-6 ? one : far));
       const away = 1 + 22 / Math.max(1, Math.hypot(x, y));
       const label = this.labels[axis];

@@ -201,7 +201,7 @@ class VolumePage {
     $("z").value = first;
     $("z").setAttribute("aria-valuetext", `plane ${planes[first].name}`);
     const where = `${first + 1} of ${planes.length} · ${fixed(first * spacing_um, 0)} µm`;
-    $("z-now").replaceChildren(element("b", {}, planes[first].name), ` ${where}`);
+    $("z-now").replaceChildren(element("b", {}, planes[first].name), ` ${where}${planes[first].problem ? " · no picture" : ""}`);
     const address = planes[first].slide === null ? "" : this.source.slide(planes[first].slide);
     $("as-slide").hidden = !address;
     $("as-slide").href = address;
