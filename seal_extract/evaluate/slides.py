@@ -86,6 +86,23 @@ class Scores:
         return float(low), float(high)
 
 
+@dataclass(frozen=True, eq=False)
+class Cohort:
+    """What is evaluated, and what decides the heads.
+
+    Attributes:
+        labels: with samples and folds.
+        bags: of each sample, by encoder.
+        fusion: of a patient's slides.
+        seed: of all that is drawn.
+    """
+
+    labels: Labels
+    bags: Mapping[str, Sequence[Bag]]
+    fusion: str
+    seed: int
+
+
 def evaluate_slides(
     labels: Labels,
     folders: Sequence[Path],
@@ -125,32 +142,31 @@ def evaluate_slides(
         raise UsageError(f"{what}; allowed: {choice}")
     log("features")
     names = [slide for sample in labels.samples for slide in sample.slides]
-    bags = {
-        encoder: _bags(labels, features, fusion) for encoder, features in find_slides(folders, names).items()
-    }
+    found = find_slides(folders, names)
+    bags = {encoder: _bags(labels, features, fusion) for encoder, features in found.items()}
+    cohort, on = Cohort(labels, bags, fusion, seed), pick_device(device)
+    report_name, kept_in = names_of(labels.label)
     chosen = tuple(dict.fromkeys(heads)) or allowed
-    first, (report_name, kept_in) = next(iter(bags)), names_of(labels.label)
     contenders = [Contender(encoder, head) for head in chosen for encoder in bags]
-    contenders += [Contender(first, head, permuted=True) for head in chosen]
-    on, scores, unsettled = pick_device(device), {}, []
+    contenders += [Contender(next(iter(bags)), head, permuted=True) for head in chosen]
+    scores, unsettled = {}, []
     patients = np.array([sample.patient for sample in labels.samples])
     for contender in contenders:
-        found = []
+        tested = []
         for number, fold in enumerate(labels.folds):
             log(f"{contender.name}: {fold.name}")
-            predicted, settled = _fold(
-                labels, bags, contender, number, seed, fusion, on, out / kept_in, overwrite
-            )
-            found.append((labels.truth[fold.test], predicted, patients[fold.test]))
+            path = contender.file(out / kept_in, fold.name)
+            predicted, settled = _fold(cohort, contender, number, path, on, overwrite)
+            tested.append((labels.truth[fold.test], predicted, patients[fold.test]))
             unsettled += [] if settled else [f"{contender.name}, {fold.name}"]
         if all(len(fold.test) == 1 for fold in labels.folds):
-            found = [tuple(map(np.concatenate, zip(*found, strict=True)))]  # type: ignore[list-item]
-        scores[contender] = Scores(*resampled(found, seed))
+            tested = [tuple(map(np.concatenate, zip(*tested, strict=True)))]  # type: ignore[list-item]
+        scores[contender] = Scores(*resampled(tested, seed))
     remarks = list(labels.remarks)
     if unsettled:
         remarks.append(f"{len(unsettled)} heads had not settled, the first of {unsettled[0]}")
     tables = [_table(figure, labels, scores) for figure in figures_of(len(labels.classes))]
-    report = Report(report_name, tables, _about(labels, bags, chosen, fusion, seed), remarks)
+    report = Report(report_name, tables, _about(cohort, chosen), remarks)
     with publish(out / kept_in / "README.md") as part:
         part.write_text(_card(report), encoding="utf-8")
     return report
@@ -187,43 +203,32 @@ def _bags(labels: Labels, features: Sequence[SlideFeatures], fusion: str) -> lis
 
 
 def _fold(
-    labels: Labels,
-    bags: Mapping[str, Sequence[Bag]],
-    contender: Contender,
-    number: int,
-    seed: int,
-    fusion: str,
-    device: torch.device,
-    kept: Path,
-    overwrite: bool,
+    cohort: Cohort, contender: Contender, number: int, path: Path, device: torch.device, overwrite: bool
 ) -> tuple[Array, bool]:
     """`Trained.predicted` and `Trained.settled`, read where the same request made them before."""
-    fold, truth, of = labels.folds[number], labels.truth, bags[contender.encoder]
-    train = fold.train
+    labels, bags = cohort.labels, cohort.bags[contender.encoder]
+    fold, truth = labels.folds[number], labels.truth
+    train, test = fold.train, fold.test
     if contender.permuted:
-        shuffled = np.random.default_rng([seed, number]).permutation(train)
+        shuffled = np.random.default_rng([cohort.seed, number]).permutation(train)
         truth = truth.copy()
         truth[train] = truth[shuffled]
-    both = np.concatenate([train, fold.test])
+    slides = [slide for i in (*train, *test) for part in bags[i].parts for slide in part]
     request = {
         "version": VERSION,
         "head": contender.head,
         "settings": SETTINGS[contender.head],
-        "seed": seed,
-        "patient level": fusion,
+        "seed": cohort.seed,
+        "patient level": cohort.fusion,
         "classes": labels.classes,
         "training labels": _digest([(labels.samples[i].name, truth[i].tolist()) for i in train]),
-        "test": [labels.samples[i].name for i in fold.test],
-        "features": _digest(
-            [(s.path.stem, s.provenance["request"]) for i in both for part in of[i].parts for s in part]
-        ),
+        "test": [labels.samples[i].name for i in test],
+        "features": _digest([(slide.path.stem, slide.provenance["request"]) for slide in slides]),
     }
-    path = contender.file(kept, fold.name)
     found = _read(path, request, overwrite)
     if found is None:
-        trained = train_head(
-            contender.head, [of[i] for i in train], truth[train], [of[i] for i in fold.test], seed, device
-        )
+        of_train, of_test = ([bags[i] for i in side] for side in (train, test))
+        trained = train_head(contender.head, of_train, truth[train], of_test, cohort.seed, device)
         found = {
             "request": request,
             "predicted": trained.predicted.tolist(),
@@ -288,9 +293,8 @@ def _table(figure: str, labels: Labels, scores: Mapping[Contender, Scores]) -> T
     return Table(title, columns, tuple(rows), note, paired=tuple(paired))
 
 
-def _about(
-    labels: Labels, bags: Mapping[str, Sequence[Bag]], heads: Sequence[str], fusion: str, seed: int
-) -> dict[str, Any]:
+def _about(cohort: Cohort, heads: Sequence[str]) -> dict[str, Any]:
+    labels = cohort.labels
     truth = labels.truth
     kinds = {name: int((truth == i).sum()) for i, name in enumerate(labels.classes)}
     return {
@@ -302,11 +306,11 @@ def _about(
         "slides": sum(len(sample.slides) for sample in labels.samples),
         "folds": {fold.name: {"train": len(fold.train), "test": len(fold.test)} for fold in labels.folds},
         "encoders": {
-            name: of[0].parts[0][0].provenance["request"].get("encoder") for name, of in bags.items()
+            name: of[0].parts[0][0].provenance["request"].get("encoder") for name, of in cohort.bags.items()
         },
         "heads": {head: SETTINGS[head] for head in heads},
-        "patient level": fusion,
-        "seed": seed,
+        "patient level": cohort.fusion,
+        "seed": cohort.seed,
         "bootstraps": BOOTSTRAPS,
     }
 

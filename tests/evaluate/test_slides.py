@@ -79,7 +79,7 @@ def cohort(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def few_epochs(monkeypatch):
-    monkeypatch.setattr(slide_heads, "EPOCHS", 3)
+    monkeypatch.setattr(slide_heads, "EPOCHS", 1)
 
 
 def words_of(cohort, out, *more):
