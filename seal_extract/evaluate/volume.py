@@ -8,7 +8,7 @@ that; not trained on the two; rows permuted.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,13 +22,12 @@ from seal_extract.evaluate.expression import mean_r, pearson
 from seal_extract.evaluate.table import Report, Row, Table, output_files
 from seal_extract.genes.gene_lists import read_panel
 from seal_extract.slides.planes import apply
-from seal_extract.train.formats import load_sections
 from seal_extract.train.pairs import Pairs
 from seal_extract.train.sections import Expression, Section, choose_panel
 from seal_extract.volume.config import DepthOptions, VolumeConfig
 from seal_extract.volume.model import load_volume_encoder
 from seal_extract.volume.patches import depth_pairs
-from seal_extract.volume.train import decisive_options, train_volume
+from seal_extract.volume.train import Given, decisive_options, load_given, train_volume
 from seal_extract.volume.volume import Volume
 
 REPORT = "evaluation"  # name of the files
@@ -61,7 +60,7 @@ def evaluate_volume(
     out: Path,
     hold_out: Sequence[str] = (),
     *,
-    sections: Sequence[Section] | None = None,
+    sections: Given | None = None,
     overwrite: bool = False,
     log: Callable[[str], None] = lambda line: None,
 ) -> list[Line]:
@@ -72,7 +71,7 @@ def evaluate_volume(
             ones of the two given sections, or its panel.
         out: folder, in which every line is trained.
         hold_out: names; by default each section that has a measured one above and one below.
-        sections: in place of those that the configuration names for the volume of interest.
+        sections: in place of those that the configuration names; see `train_volume`.
         overwrite: replace the report of another evaluation; what was trained for it stays in the way.
         log: called with one line per step.
 
@@ -82,7 +81,8 @@ def evaluate_volume(
     """
     output_files(out, overwrite, REPORT)
     volume = config.voi.open()
-    own = list(sections or load_sections(config.voi.sections))
+    others = dict(sections or load_given(config))
+    own = list(others.pop(config.voi.volume))
     outside = [s.name for s in own if s.name not in volume.sections]
     if outside:
         raise UsageError(f"{outside[0]} lies outside {volume.path}; name its plane so, or leave it out")
@@ -93,10 +93,7 @@ def evaluate_volume(
             raise UsageError(
                 f"{name} has no measured section above and below it; allowed: {', '.join(inner) or 'none'}"
             )
-    others = {data.volume: load_sections(data.sections) for data in config.volumes}
-    others[""] = load_sections(config.pairs) if config.pairs else []
-    for key, some in others.items():  # also where the configuration of a training lists them all
-        others[key] = [s for s in some if s.name not in volume.sections]
+    others[""] = [s for s in others.get("", ()) if s.name not in volume.sections]  # given in turn
     lines: list[Line] = []
     for name in hold_out or inner:
         at = [s.name for s in own].index(name)
@@ -127,7 +124,7 @@ def _held_out(
     volume: Volume,
     own: list[Section],
     at: int,
-    others: Mapping[str, list[Section]],
+    others: Given,
     out: Path,
     log: Callable[[str], None],
 ) -> list[Line]:

@@ -60,8 +60,7 @@ def train_volume(
         TrainingError: the loss is NaN or infinite.
     """
     config, out = begin(config)
-    tables = {"": config.pairs} | {data.volume: data.sections for data in (*config.volumes, config.voi)}
-    given = sections or {key: load_sections(some) for key, some in tables.items() if some}
+    given = sections or load_given(config)
     for data in (*config.volumes, config.voi):
         if not given.get(data.volume):
             raise UsageError(f"no section of {data.volume} is named; give one or two with expression")
@@ -118,6 +117,12 @@ def train_volume(
     )
     log(f"written: {out}")
     return Trained(out, panel, rows)
+
+
+def load_given(config: VolumeConfig) -> dict[str, list[Section]]:
+    """The sections that a configuration names, by the path of their volume, or ``""`` for 2D pairs."""
+    tables = {"": config.pairs} | {data.volume: data.sections for data in (*config.volumes, config.voi)}
+    return {key: load_sections(some) for key, some in tables.items() if some}
 
 
 def _stages(

@@ -50,7 +50,7 @@ def config(path, encoder, **over):
 )
 def test_depth_recovers_expression_that_one_plane_does_not_show(tmp_path, variant, over):
     path, expression = write_volume(tmp_path / "volume")
-    sections = [section(path, plane, expression) for plane in (4, 1, 3)]
+    sections = {str(path): [section(path, plane, expression) for plane in (4, 1, 3)]}
     options = config(path, write_encoder(tmp_path / "encoder"), variant=variant, **over)
     lines = evaluate_volume(options, tmp_path / "out", sections=sections)
     r = {line.name: line.r.mean() for line in lines}
@@ -67,6 +67,20 @@ def test_depth_recovers_expression_that_one_plane_does_not_show(tmp_path, varian
     assert BOTH in table
     with pytest.raises(SealExtractError, match="P1 has no measured section above and below it; allowed: P3"):
         evaluate_volume(options, tmp_path / "other", ["P1"], sections=sections)
+
+
+@pytest.mark.slow  # three trainings
+def test_other_volumes_teach_what_depth_means(tmp_path):
+    """Stage 2 by itself: the line that is not trained on the given sections recovers expression."""
+    (path, here), (other, there) = (write_volume(tmp_path / str(i), seed=i) for i in range(2))
+    given = {str(path): [section(path, plane, here) for plane in (1, 3, 4, 5)]}
+    given[str(other)] = [section(other, plane, there) for plane in (1, 2, 3, 4)]
+    options = config(path, write_encoder(tmp_path / "encoder"), variant="regression", batch_size=6,
+                     epochs=(1, 3, 0), volumes=(VolumeData(str(other), sections=()),))  # fmt: skip
+    lines = evaluate_volume(options, tmp_path / "out", ["P3"], sections=given)
+    r = {line.name: line.r.mean() for line in lines}
+    assert r[UNSEEN] > 0.8, r
+    assert abs(r[FLAT]) < 0.2
 
 
 def test_interpolation_weighs_both_sides_by_their_depth(tmp_path):
