@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from seal_extract.cli.options import comma_separated
 from seal_extract.cli.terminal import echo, exit_status
 from seal_extract.errors import OutputError, SealExtractError, UsageError
+from seal_extract.publish import writing
 
 if TYPE_CHECKING:
     from seal_extract.encoders.request import EncoderRequest
@@ -184,7 +185,8 @@ def _without(path: Path, overwrite: bool) -> str:
         raise OutputError(
             f"{path} was made from patches that the slide no longer has; type --overwrite to delete it"
         )
-    path.unlink()
+    with writing(path):
+        path.unlink()
     return f", deleted {path}"
 
 

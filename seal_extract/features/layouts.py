@@ -293,7 +293,9 @@ class ClamLayout(Layout):
         if len(grid):
             super().write_coords(label, grid, provenance, overwrite=overwrite)
         elif overwrite:
-            self.coords(label.name).unlink(missing_ok=True)
+            path = self.coords(label.name)
+            with writing(path):
+                path.unlink(missing_ok=True)
 
     def _describe_coords(
         self, file: h5py.File, label: SlideLabel, grid: PatchGrid, provenance: dict[str, Any]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from seal_extract.encoders.encoder import Encoder
-from seal_extract.errors import UsageError
+from seal_extract.errors import UsageError, first_line
 from seal_extract.features.store import SlideFeatures
 from seal_extract.genes.decoder import GeneDecoder
 from seal_extract.genes.gene_lists import Signature
@@ -137,8 +137,10 @@ def cut_picture(path: Path, mpp: float, like: SlideFeatures) -> Image.Image:
     try:
         with Image.open(path) as opened:
             picture = opened.convert("RGB")
-    except (OSError, ValueError) as exc:
-        raise UsageError(f"{path} cannot be read as a picture; give a PNG or JPEG") from exc
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as exc:
+        raise UsageError(
+            f"{path} cannot be read as a picture ({first_line(exc)}); give a PNG or JPEG"
+        ) from exc
     grid, scale = like.grid, mpp / like.grid.mpp
     width, height = (round(side * scale) for side in picture.size)
     if scale > 1 + MPP_TOLERANCE or min(width, height) < grid.patch_px:

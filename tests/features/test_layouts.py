@@ -162,6 +162,15 @@ def test_clam_never_meets_a_slide_without_patches_and_it_is_still_finished(tmp_p
     assert read_features(place.find("a", "tiny")).features.shape == (0, DIM)
 
 
+def test_coordinates_that_cannot_be_deleted_are_one_line(tmp_path):
+    (tmp_path / "patches/a.h5").mkdir(parents=True)
+    grid = grid_of(0)
+    with pytest.raises(OutputError, match=r"cannot write .*a\.h5: "):
+        layout_of_grid("clam", tmp_path, grid).write_coords(
+            SlideLabel("a", SIZE, 0.25), grid, provenance_of(grid), overwrite=True
+        )
+
+
 def test_clams_own_coordinates_are_taken_back(tmp_path):
     place, _, grid = write(tmp_path, "clam", n=7)
     back = read_grid(place.coords("a"), DrawnSlide(np.zeros((SIZE[1], SIZE[0], 3), np.uint8)))

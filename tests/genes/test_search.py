@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import zlib
 
 import h5py
 import numpy as np
@@ -99,8 +100,18 @@ def test_a_picture_of_a_patch_finds_that_patch(slides, tiny, tmp_path):
     assert found[0].score > 0.99
     with pytest.raises(UsageError, match=r"224 x 224 px at 0\.4 µm/px; allowed: 0\.5 µm/px or finer"):
         embed_picture(tiny, tmp_path / "patch.png", 0.4, slides[0])
-    with pytest.raises(UsageError, match="cannot be read as a picture"):
-        embed_picture(tiny, slides[0].path, 0.5, slides[0])
+    noise = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    picture = (tmp_path / "noise.png").read_bytes()
+    second = picture.rindex(b"IDAT")
+    broken, huge = picture[:second] + bytes(4) + picture[second + 4 :], bytearray(picture)
+    huge[16:24] = (20_000).to_bytes(4, "big") * 2
+    huge[29:33] = zlib.crc32(huge[12:29]).to_bytes(4, "big")
+    damages = {"": b"no picture", "exceeds limit": bytes(huge), "broken PNG": broken}
+    for why, damaged in damages.items():
+        (tmp_path / "damaged.png").write_bytes(damaged)
+        with pytest.raises(UsageError, match=rf"damaged\.png cannot be read as a picture \(.*{why}"):
+            embed_picture(tiny, tmp_path / "damaged.png", 0.5, slides[0])
 
 
 def test_a_profile_is_embedded_as_a_spot_of_training_is(tmp_path):

@@ -397,6 +397,10 @@ def test_overwriting_features_makes_their_embedding_anew_or_deletes_it(
     status, out, _ = run(*command, "--roi", tmp_path / "roi.geojson", "--overwrite")
     assert (status, out[1]) == (0, f"0.svs: slide level by mean, no patches to pool, deleted {path}")
     assert not path.exists()
+    path.mkdir()  # which cannot be deleted as a file is
+    status, _, err = run(*command, "--roi", tmp_path / "roi.geojson", "--overwrite")
+    assert (status, len(err)) == (1, 2)
+    assert f"FAILED 0.svs: slide level by mean: cannot write {path}: " in err[0]
 
 
 def test_the_mean_needs_no_torch():
