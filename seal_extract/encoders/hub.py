@@ -130,9 +130,9 @@ def endpoint() -> str:
 
 
 def _commit(path: Path) -> str | None:
-    """The cache stores files as ``.../snapshots/{commit}/{file}``."""
-    parts = path.parts
-    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
+    """The cache stores files as ``.../models--owner--name/snapshots/{commit}/{file}``."""
+    found = re.search(r"/models--[^/]+/snapshots/([^/]+)/", path.as_posix())
+    return found and found[1]
 
 
 def _promised_sha256(path: Path) -> str | None:

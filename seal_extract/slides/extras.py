@@ -189,8 +189,9 @@ class KfbReader(ExtraReader):
 
     def _open(self, library: Any) -> tuple[list[tuple[int, int]], list[float], Stated]:
         self._handle = library.OpenSlide(str(self.path))
-        mpp = float(self._handle.properties["openslide.mpp-x"])
-        return list(self._handle.level_dimensions), list(self._handle.level_downsamples), [("KFB", mpp, mpp)]
+        mpp = float(self._handle.properties.get("openslide.mpp-x") or 0)
+        stated = [("KFB", mpp, mpp)] if mpp else []
+        return list(self._handle.level_dimensions), list(self._handle.level_downsamples), stated
 
     def _read(self, level: int, x: int, y: int, width: int, height: int) -> Array:
         downsample = self.levels[level].downsample

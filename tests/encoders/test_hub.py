@@ -49,7 +49,8 @@ def hub(tmp_path, monkeypatch):
 # --- what comes ---------------------------------------------------------------------------------------------
 
 
-def test_a_download_is_cached_with_its_commit(hub):
+def test_a_download_is_cached_with_its_commit(hub, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "snapshots" / "hf"))  # a folder with a name of the cache
     found = fetch("lab/open", ["weights.pth"])
     assert found.path.read_bytes() == CONTENT
     assert (found.source, found.revision) == ("lab/open", hub.repos["lab/open"].commit)

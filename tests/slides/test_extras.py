@@ -167,9 +167,11 @@ def test_a_library_of_an_extra_is_asked_for_what_it_has(tmp_path, monkeypatch, n
         open_slide(tmp_path / name)
     (tmp_path / name).write_bytes(b"fine")
     monkeypatch.setattr(Imitation, "mpp_x", 0.0)
-    monkeypatch.setattr(Imitation, "properties", {"openslide.mpp-x": "0"})
+    monkeypatch.setattr(Imitation, "properties", {})
     with pytest.raises(ResolutionError, match=r"gives 0 µm/px, which cannot be true|does not say how"):
         open_slide(tmp_path / name)
+    with open_slide(tmp_path / name, mpp=0.5) as slide:
+        assert slide.mpp == 0.5
 
 
 # --- CZI --------------------------------------------------------------------------------------------------
