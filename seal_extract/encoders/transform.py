@@ -111,12 +111,17 @@ def middle(length: int, side: int) -> int:
 
 
 def check_patches(patches: Tensor, name: str) -> None:
-    """Hold patches to uint8 [B, 3, H, W].
+    """Hold patches to uint8 [B, 3, H, W], with at least one pixel.
 
     Raises:
         UsageError: anything else.
     """
-    if patches.ndim == 4 and patches.shape[1] == 3 and patches.dtype == torch.uint8:
+    if not isinstance(patches, Tensor):
+        raise UsageError(
+            f"{name} got a {type(patches).__name__}; give a tensor, as torch.from_numpy(patches)"
+        )
+    sides = patches.shape[2:]
+    if patches.ndim == 4 and patches.shape[1] == 3 and patches.dtype == torch.uint8 and 0 not in sides:
         return
     kind = str(patches.dtype).removeprefix("torch.")
     hint = "; drop the alpha channel: patches[:, :3]" if patches.ndim == 4 and patches.shape[1] == 4 else ""

@@ -239,7 +239,7 @@ def read_coords(path: Path) -> tuple[NDArray[Any], dict[str, Any] | None] | None
         with open_hdf5(path) as file:
             text = file.attrs.get(PROVENANCE)
             return np.asarray(file["coords"][()]), json.loads(text).get("grid") if text else None
-    except DAMAGED:
+    except (*DAMAGED, AttributeError, TypeError):
         return None
 
 

@@ -281,6 +281,8 @@ def read_table(table: Path, optional: Sequence[str]) -> tuple[str, list[tuple[in
         raise UsageError(f"cannot read {table}: {exc.strerror}; check the path") from exc
     except (UnicodeDecodeError, csv.Error) as exc:
         raise UsageError(f"{table} is no CSV in UTF-8 ({exc}); save it as one") from exc
+    if twice := [name for name in (*SLIDE_COLUMNS, *optional) if columns.count(name) > 1]:
+        raise UsageError(f"{table} has {columns.count(twice[0])} columns {twice[0]}; leave one of them")
     column = next((name for name in SLIDE_COLUMNS if name in columns), None)
     if column is None:
         for mark, name in ((";", "';'"), ("\t", "tabs")):

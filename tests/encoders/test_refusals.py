@@ -245,11 +245,17 @@ def conch():
         ((2, 3, 32, 32), torch.uint16, r"uint16 \[2, 3, 32, 32\]; allowed: uint8"),
         ((3, 32, 32), torch.uint8, r"uint8 \[3, 32, 32\]; allowed: uint8 \[B, 3, H, W\]"),
         ((2, 32, 32, 3), torch.uint8, r"uint8 \[2, 32, 32, 3\]; allowed"),
+        ((2, 3, 0, 32), torch.uint8, r"uint8 \[2, 3, 0, 32\]; allowed"),
     ],
 )
 def test_patches_that_cannot_be_encoded(conch, shape, dtype, words):
     with pytest.raises(UsageError, match=rf"tiny-conch got patches {words}"):
         conch.encode(torch.zeros(shape, dtype=dtype))
+
+
+def test_an_array_in_place_of_a_tensor_is_told(conch):
+    with pytest.raises(UsageError, match=r"tiny-conch got a ndarray; give a tensor: torch.from_numpy"):
+        conch.encode(noise_patches(1, 32))
 
 
 def test_sides_that_the_tower_cannot_cut(conch):

@@ -17,6 +17,7 @@ from seal_extract.features.feature_file import SlideLabel, write_rows
 from seal_extract.features.layouts import FlatLayout, layout_of_grid
 from seal_extract.features.store import (
     find_features,
+    has_coords,
     list_features,
     read_features,
     read_pieces,
@@ -79,6 +80,14 @@ def test_files_of_others_are_told_apart(tmp_path):
     assert read_provenance(path) is None
     with pytest.raises(OutputError, match="not a feature file of seal_extract"):
         read_features(path)
+
+
+@pytest.mark.parametrize("provenance", ["[1]", '"x"', "{"])
+def test_coordinates_beside_provenance_that_is_none_are_not_ours(tmp_path, provenance):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["coords"] = grid_of(3).xy_l0
+        file.attrs["seal_extract"] = provenance
+    assert not has_coords(tmp_path / "a.h5", grid_of(3))
 
 
 def test_a_file_whose_coordinates_are_gone_is_damaged(tmp_path):

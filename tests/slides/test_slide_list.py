@@ -154,6 +154,7 @@ def test_a_slide_that_a_table_names_and_nobody_has_stays_in_the_list(tree):
         ),
         ("slide\tmpp\na.svs\t0.25\n", "separated by tabs; save it with commas"),
         ("slide\n", "names no slide"),
+        ("slide,mpp, mpp\na.svs,0.25,0.5\n", "has 2 columns mpp; leave one of them"),
         ("slide,mpp\na.svs,fine\n", r"line 2: mpp is 'fine'; give µm/px"),
         ("slide,mpp\n,0.5\n", "line 2: no slide; fill it in"),
         ("slide\na.svs\na.svs\n", r"a\.svs given twice"),
