@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import zlib
 from contextlib import contextmanager
 
@@ -15,7 +16,7 @@ from PIL import Image
 from synthetic_volume import GENES, SIDE, SPACING_UM, TILES
 from viewer_fixtures import Page, data_of, gallery_of, serving
 
-from seal_extract.errors import UsageError
+from seal_extract.errors import OutputError, UsageError
 from seal_extract.view import volume_report
 from seal_extract.view.collection import Collection
 from seal_extract.view.volume import NO_PICTURE, ShownVolume
@@ -132,6 +133,16 @@ def test_large_volumes_are_thinned_and_the_page_says_so(predicted):
     notes = " ".join(described["notes"])
     assert "3 of 6 planes are shown, one of every 2" in notes
     assert "Of every 2 × 2 patches one is shown" in notes
+
+
+def test_a_damaged_volume_is_told_in_a_line(predicted, tmp_path):
+    copy = shutil.copytree(predicted, tmp_path / "copy")
+    (copy / "deep-depth3.ome.zarr" / "0" / "0" / "1" / "0" / "0").write_bytes(b"damaged")
+    with pytest.raises(OutputError, match=r"deep-depth3.ome.zarr is damaged \(.*predict the volume again"):
+        ShownVolume.find(Collection.find(copy)).map("genes", "GENE1")
+    (copy / "deep-depth3.ome.zarr" / "0" / ".zarray").unlink()
+    with pytest.raises(OutputError, match="is damaged"):
+        ShownVolume.find(Collection.find(copy))
 
 
 def test_genes_that_vary_most_come_first(predicted):

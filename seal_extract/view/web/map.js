@@ -268,11 +268,9 @@ class Stage {
   #drawScale() {
     if (!this.slide) return;
     const um = this.slide.mpp * 2 ** -this.map.getZoom();
-    const longest = 150 * um;
-    const power = 10 ** Math.floor(Math.log10(longest));
-    const length = [5, 2, 1].map((step) => step * power).find((step) => step <= longest);
+    const [length, text] = scaleLength(150 * um);
     $("scale-bar").style.width = `${length / um}px`;
-    $("scale-text").textContent = length >= 1000 ? `${length / 1000} mm` : `${Number(length.toPrecision(1))} µm`;
+    $("scale-text").textContent = text;
     $("scale-mag").textContent = `${Number((10 / um).toPrecision(2))}×  ·  ${Number(um.toPrecision(2))} µm/px`;
   }
 }

@@ -23,6 +23,13 @@ function table(head, rows) {
   return element("table", {}, element("thead", {}, cells("th", head)), element("tbody", {}, ...rows.map((row) => cells("td", row))));
 }
 
+/** The longest of 1, 2 or 5 times a power of ten in µm that fits, and the words for it. */
+function scaleLength(most_um) {
+  const power = 10 ** Math.floor(Math.log10(most_um));
+  const um = [5, 2, 1].map((step) => step * power).find((step) => step <= most_um);
+  return [um, um >= 1000 ? `${um / 1000} mm` : `${Number(um.toPrecision(1))} µm`];
+}
+
 /** The bytes that stand in a page. */
 function bytes(base64) {
   return Uint8Array.from(atob(base64), (char) => char.charCodeAt(0)).buffer;

@@ -1,7 +1,8 @@
 // The page of a volume: a plane and a box side by side, coloured by a gene or by domains. The viewer and the report share it.
 
 const STEPS = 254; // of a map's codes, from 1
-const KEPT = 24; // pictures of planes
+const KEPT = 6; // pictures of planes
+const REST_MS = 150; // that a plane is shown before its picture is fetched
 const AT_ONCE = 2; // slices of the box on their way
 const TIMES = [1, 2, 5, 10, 20, 50, 100, 200]; // that the depth may be drawn
 const FLAT = 0.2; // of the longer side: a thinner box is drawn deeper at first
@@ -41,6 +42,7 @@ class VolumePage {
       this.box = new Box($("box"), [...document.querySelectorAll("#labels span")], { planes: planes.length, pixels: slice_px, cells });
     } catch (error) {
       $("no-box").hidden = false;
+      $("box-scale").hidden = true;
       $("no-box").textContent = `No box: ${error.message}.`;
     }
     document.title = `${volume.name} · seal-extract`;
@@ -82,15 +84,22 @@ class VolumePage {
 
   /** The picture of a plane, or its slice until that has come; null if there is none. */
   #picture(plane) {
-    if (!this.pictures.has(plane) && !this.volume.planes[plane].problem) {
-      this.pictures.set(plane, null);
-      if (this.pictures.size > KEPT) this.pictures.delete(this.pictures.keys().next().value);
-      this.source.picture(plane, "picture").then((image) => {
-        this.pictures.set(plane, image);
-        this.draw();
-      }, (error) => this.showError(error));
+    if (this.wanted !== plane) {
+      this.wanted = plane;
+      clearTimeout(this.timer);
+      if (!this.pictures.has(plane) && !this.volume.planes[plane].problem) this.timer = setTimeout(() => this.#bring(plane), REST_MS);
     }
     return this.pictures.get(plane) || this.slices[plane];
+  }
+
+  async #bring(plane) {
+    try {
+      this.pictures.set(plane, await this.source.picture(plane, "picture"));
+      if (this.pictures.size > KEPT) this.pictures.delete(this.pictures.keys().next().value);
+      this.draw();
+    } catch (error) {
+      this.showError(error);
+    }
   }
 
   // --- colours ------------------------------------------------------------------------------------------
@@ -365,13 +374,10 @@ function gestures(canvas, drag, zoom, hover) {
 
 const lengthText = (um) => (um >= 1000 ? `${fixed(um / 1000, 1)} mm` : `${Number(um.toPrecision(3))} µm`);
 
-/** A bar of 1, 2 or 5 times a power of ten. */
 function drawScale(id, um_per_px) {
-  const longest = 120 * um_per_px;
-  const power = 10 ** Math.floor(Math.log10(longest));
-  const um = [5, 2, 1].map((step) => step * power).find((step) => step <= longest);
+  const [um, text] = scaleLength(120 * um_per_px);
   $(id).querySelector("i").style.width = `${um / um_per_px}px`;
-  $(id).querySelector("span").textContent = um >= 1000 ? `${um / 1000} mm` : `${Number(um.toPrecision(1))} µm`;
+  $(id).querySelector("span").textContent = text;
 }
 
 function volumeFacts({ size_um, size_l0, mpp, depths, patches, patch_um, encoder, genes }) {

@@ -3,6 +3,7 @@
 class InlinedVolume {
   constructor(data) {
     this.data = data;
+    this.pictures = [];
   }
 
   async describe() {
@@ -16,7 +17,7 @@ class InlinedVolume {
   }
 
   picture(plane) {
-    return createImageBitmap(new Blob([bytes(this.data.pictures[plane])]));
+    return (this.pictures[plane] ??= createImageBitmap(new Blob([bytes(this.data.pictures[plane])])));
   }
 
   slide() {
