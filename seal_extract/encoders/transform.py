@@ -117,9 +117,7 @@ def check_patches(patches: Tensor, name: str) -> None:
         UsageError: anything else.
     """
     if not isinstance(patches, Tensor):
-        raise UsageError(
-            f"{name} got a {type(patches).__name__}; give a tensor, as torch.from_numpy(patches)"
-        )
+        raise UsageError(f"{name} got a {type(patches).__name__}; give a tensor: torch.from_numpy(patches)")
     sides = patches.shape[2:]
     if patches.ndim == 4 and patches.shape[1] == 3 and patches.dtype == torch.uint8 and 0 not in sides:
         return
