@@ -36,20 +36,22 @@ def opened(volume: Volume, plane: int) -> Iterator[Slide]:
         yield slide
 
 
-def plane_reader(
-    volume: Volume, plane: int, slide: Slide, grid: PatchGrid, device: torch.device
+def _reader(
+    volume: Volume,
+    plane: int,
+    slide: Slide,
+    corners: NDArray[np.int64],
+    size_l0: int,
+    patch: tuple[int, float],
+    device: torch.device,
 ) -> PatchReader:
-    """The way to read patches of an open plane."""
+    """The way to read patches with these corners, int64 [N, 2], of an open plane."""
+    level, read_px = level_to_read(slide, patch[0], size_l0)
+    grid = PatchGrid(corners, *patch, size_l0, 0, level, read_px, "spots")
     if volume.planes[plane].origin is None:
         return open_patch_reader(slide, grid, device)
     resampling = Resampling(grid.patch_px, early=device.type == "cpu")
     return RegionReader(slide, grid, resampling, "a plane of a volume")
-
-
-def grid_at(slide: Slide, corners: NDArray[np.int64], size_l0: int, patch_px: int, mpp: float) -> PatchGrid:
-    """Patches with these corners: int64 [N, 2]."""
-    level, read_px = level_to_read(slide, patch_px, size_l0)
-    return PatchGrid(corners, patch_px, mpp, size_l0, 0, level, read_px, "spots")
 
 
 def see(
@@ -88,9 +90,7 @@ def see(
                 rows = order if together else order[planes[order] == plane]
                 below = np.stack([0 * rows, together * planes[rows] * volume.size_px[1]], axis=1)
                 slide = stack.enter_context((volume.whole or volume.planes[plane].open)())
-                yield plane_reader(
-                    volume, plane, slide, grid_at(slide, corners[rows] + below, size_l0, *patch), device
-                )
+                yield _reader(volume, plane, slide, corners[rows] + below, size_l0, patch, device)
 
         for batch in stream_batches(readers(), embedder.batch_size if embedder else READ, device=device):
             rows = order[done : done + len(batch)]
