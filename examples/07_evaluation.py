@@ -82,9 +82,9 @@ def write_sections(sections: Sequence[Section], her2st: Path, out: Path) -> None
     for i, section in enumerate(sections):
         table = pd.read_csv(her2st / f"labels/{section.name}_labels_nn.csv")
         spots = table["x"].astype(str) + "x" + table["y"].astype(str)
-        classes = table["label_nn"].set_axis(spots).replace("undetermined", None)
+        classes = table["label_nn"].set_axis(spots)
         obs, var = pd.DataFrame(index=list(section.barcodes)), pd.DataFrame(index=list(section.genes))
-        obs["class"] = classes.reindex(obs.index)
+        obs["class"] = classes[classes != "undetermined"].reindex(obs.index)
         data = anndata.AnnData(section.counts, obs, var, obsm={"spatial": section.xy_l0})
         data.write_h5ad(out / f"spots/{section.name}.h5ad")
         shutil.copy(section.slide, out / f"spots/{section.name}.jpg")
