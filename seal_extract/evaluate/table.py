@@ -136,6 +136,7 @@ class Table:
             "title": self.title,
             "note": self.note,
             "unit": self.unit,
+            "summary": self.summary,
             "rows": [self._row_to_json(row) for row in self.rows],
             "differences": [self._row_to_json(row) for row in self.differences()],
         }

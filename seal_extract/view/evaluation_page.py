@@ -139,14 +139,16 @@ def _complete(table: dict[str, Any]) -> dict[str, Any]:
     """A table with what older files lack; where rows have intervals, its columns are folds by default."""
     rows = [{"interval": None} | row for row in table["rows"]]
     unit = table.get("unit") or ("fold" if any(row["interval"] for row in rows) else "")
-    return {"differences": []} | table | {"rows": rows, "unit": unit}
+    summary = "" if all(row["mean"] is None for row in rows) else "mean"
+    return {"differences": [], "summary": summary} | table | {"rows": rows, "unit": unit}
 
 
 def _words(value: Any) -> str:
     """A fact in a line; a long list is counted."""
     if not isinstance(value, (dict, list)):
         return str(value)
-    names = [f"{k} {v}" if isinstance(v, (str, int, float)) else str(k) for k, v in dict(value).items()]
+    items = value.items() if isinstance(value, dict) else ((one, None) for one in value)
+    names = [f"{k} {v}" if isinstance(v, (str, int, float)) else str(k) for k, v in items]
     return ", ".join(names) if len(names) <= 24 else f"{len(names)}, from {names[0]} to {names[-1]}"
 
 

@@ -24,12 +24,18 @@ def expression(ours="ours"):
     names = (ours, f"{ours}, rows permuted", "base, before alignment")
     rows = tuple(Row(name, tuple(rng.normal(0.3, 0.1, 4).tolist())) for name in names)
     recall = Table("Recall at 1", SECTIONS, tuple(Row(name, (0.1, 0.2, 0.3, 0.4)) for name in names))
+    undefined = Table("AUC", ("fold_0", "fold_1"), tuple(Row(name, (0.5, float("nan"))) for name in names))
     per_gene = {
         f"{name}, ridge": {s: {f"g{i}": i / 20 + j / 100 if i else None for i in range(12)} for s in SECTIONS}
         for j, name in enumerate(names[::2])
     }
-    tables = [Table(TITLE, SECTIONS, rows, unit="section"), recall]
-    about = {"encoder": "/home/me/ours", "command": "seal-extract evaluate --encoder /home/me/ours"}
+    tables = [Table(TITLE, SECTIONS, rows, unit="section"), recall, undefined]
+    about = {
+        "encoder": "/home/me/ours",
+        "by": ["a", "b"],
+        "base": None,
+        "command": "seal-extract evaluate --encoder /home/me/ours",
+    }
     return Report("evaluation", tables, about, [f"{ours} saw C2"], {"pearson_r_per_gene": per_gene})
 
 
@@ -61,7 +67,7 @@ def rows_of(html):
 def test_the_numbers_are_those_of_the_json(folder):
     html = (folder / "evaluation.html").read_text(encoding="utf-8")
     rows = rows_of(html)
-    (drawn, _), (clusters,) = (
+    (drawn, *_), (clusters,) = (
         json.loads((folder / f"{name}.json").read_text())["tables"] for name in ("evaluation", "robustness")
     )
     assert len(drawn["differences"]) == 2
@@ -81,6 +87,7 @@ def test_the_numbers_are_those_of_the_json(folder):
         cells = ["–" if ours is None else number(ours, 0.1), number(base)]
         assert [figure, " ".join(dots), *cells] in rows
     assert ["ours", "0.100", "0.200", "0.300", "0.400", "0.250 ± 0.129"] in rows  # Recall at 1
+    assert ["ours", "0.500", "–", "–"] in rows  # AUC, without one in a fold
 
 
 def test_warnings_come_first_and_what_was_run_is_named_without_folders(folder):
@@ -97,6 +104,7 @@ def test_warnings_come_first_and_what_was_run_is_named_without_folders(folder):
     places = [text.index(words) for words in order]
     assert places == sorted(places)
     assert f"versions seal-extract {version('seal-extract')}, torch 2." in text
+    assert "by a, b" in text
     assert "/home" not in text
     assert "Of 1 differences" in text
 
@@ -134,7 +142,7 @@ def test_a_file_of_before_has_plain_tables(folder):
             del row["interval"]
     file.write_text(json.dumps(data))
     html = write_evaluation_page(folder).read_text()
-    assert "<details open><summary>2 more tables" in html
+    assert "<details open><summary>3 more tables" in html
     assert "<h2>Differences" not in html
 
 
