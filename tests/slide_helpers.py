@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,16 +101,23 @@ class ImaginaryGpu(Encoder):
         self._rate, self._busy_s, self._began_s, self._free_s = rate, 0.0, 0.0, 0.0
         self._turn = threading.Lock()
 
-    def encode_unchecked(self, patches: Tensor, *_: object) -> Tensor:
+    def queue(self, patches: Tensor) -> Callable[[], NDArray[np.float32]]:
+        """Begin to encode once it is free; a function that waits for the end."""
         seconds = len(patches) / self._rate
         with self._turn:
             now = time.perf_counter()
             self._began_s = self._began_s or now
-            self._free_s = max(self._free_s, now) + seconds
+            self._free_s = done_s = max(self._free_s, now) + seconds
             self._busy_s += seconds
-            wait = self._free_s - now
-        time.sleep(wait)
-        return torch.zeros(len(patches), self.spec.dim)
+
+        def wait() -> NDArray[np.float32]:
+            time.sleep(max(0.0, done_s - time.perf_counter()))
+            return np.zeros((len(patches), self.spec.dim), np.float32)
+
+        return wait
+
+    def encode_unchecked(self, patches: Tensor, *_: object) -> Tensor:
+        return torch.from_numpy(self.queue(patches)())
 
     @property
     def busy(self) -> float:

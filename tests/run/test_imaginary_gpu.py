@@ -11,6 +11,7 @@ from slide_helpers import ImaginaryGpu
 
 from seal_extract.bench import BenchOptions, bench
 from seal_extract.bench.large_slide import write_large_slide
+from seal_extract.run import extract as extract_module
 from seal_extract.run.extract import extract_many
 from seal_extract.run.options import ExtractOptions
 
@@ -24,10 +25,26 @@ def slides(tmp_path_factory):
     return [write_large_slide(folder / f"{i}.svs", (SIDE_PX, SIDE_PX - 256 * i)) for i in range(SLIDES)]
 
 
+class Queue:
+    """An imaginary GPU that is given whole batches without waiting, as `GpuEmbedder` gives them."""
+
+    batch_size = BATCH
+
+    def __init__(self, gpu):
+        self.submit = gpu.queue
+
+    def make_room(self):
+        return False
+
+    def close(self):
+        pass
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rate", [1100, 8000])
-def test_five_slides_with_their_pictures(slides, tmp_path, rate):
+def test_five_slides_with_their_pictures(slides, tmp_path, rate, monkeypatch):
     gpu, began = ImaginaryGpu(rate), time.perf_counter()
+    monkeypatch.setattr(extract_module, "open_embedder", lambda *_, **options: Queue(gpu))
     results = list(extract_many(slides, gpu, tmp_path, options=ExtractOptions(batch_size=BATCH)))
     patches, seconds = sum(len(r.features[0].grid) for r in results), time.perf_counter() - began
     pictures = list(tmp_path.glob("overlays/*/*.jpg"))
