@@ -1,4 +1,4 @@
-"""JPEG tiles to pixels: our kernels, nvImageCodec, torchvision and the CPU, and how they differ."""
+"""Compressed tiles to pixels: our kernels, nvImageCodec, torchvision and the CPU, and how they differ."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import cv2
+import imagecodecs
 import numpy as np
 import simplejpeg
 import tifffile
@@ -32,17 +33,20 @@ KINDS = {  # colours as `abbreviated_jpeg` names them, and the transform of the 
     "4:2:0, APP14 1": ("420", 1),
     "RGB, APP14 0": ("rgb", 0),
 }
+JPEG2000 = ", JPEG 2000"  # at the end of the names of those that decode it
 
 
 def decoding(card: Card) -> Found:
-    """Tiles per second by contender, kind and batch; differences of each from libjpeg-turbo."""
-    tiles = {kind: _tiles(card, *how) for kind, how in KINDS.items()}
+    """Tiles per second by contender, kind and batch; differences of each from the CPU."""
+    tiles = {kind: [_jpeg(tile, *how) for tile in _tiles(card)] for kind, how in KINDS.items()}
+    jpeg2000 = {"RGB": [_jpeg2000(tile) for tile in _tiles(card)]}
     figures: dict[str, object] = {}
     rows: list[Row] = []
     for name, contender in CONTENDERS.items():
         try:
             decode, as_pixels = contender(card)
-            figures[name] = _measure(card, tiles, decode, as_pixels)
+            kinds = jpeg2000 if name.endswith(JPEG2000) else tiles
+            figures[name] = _measure(card, kinds, decode, as_pixels)
         except Exception as exc:  # of a library that is not there, or does not know this card
             why = f"{type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else ''}"
             figures[name] = {"skipped": why}
@@ -52,24 +56,30 @@ def decoding(card: Card) -> Found:
         yield figures, rows
 
 
-def _tiles(card: Card, colours: str, transform: int | None) -> list[bytes]:
-    """Complete streams of different tiles of the bundled slide, at twice its size."""
+def _tiles(card: Card) -> list[np.ndarray]:
+    """Different tiles of the bundled slide, at twice its size."""
     side, count = card.size(256, 16), card.size(256, 3)
     whole = cv2.resize(tifffile.imread(demo_slide(), key=0)[1650:2850, 750:1450], None, fx=2, fy=2)
     spots = np.random.default_rng(0).integers(0, np.array(whole.shape[:2]) - side, (count, 2))
-    streams = []
-    for y, x in spots.tolist():
-        tables, stream = abbreviated_jpeg(whole[y : y + side, x : x + side], colours)
-        adobe = b"" if transform is None else ADOBE + bytes([transform])
-        streams.append(tables[:2] + adobe + tables[2:-2] + stream[2:])
-    return streams
+    return [np.ascontiguousarray(whole[y : y + side, x : x + side]) for y, x in spots.tolist()]
+
+
+def _jpeg(tile: np.ndarray, colours: str, transform: int | None) -> bytes:
+    """A complete stream."""
+    tables, stream = abbreviated_jpeg(tile, colours)
+    adobe = b"" if transform is None else ADOBE + bytes([transform])
+    return tables[:2] + adobe + tables[2:-2] + stream[2:]
+
+
+def _jpeg2000(tile: np.ndarray) -> bytes:
+    return imagecodecs.jpeg2k_encode(tile, level=38, codecformat="j2k", reversible=False, mct=True)
 
 
 def _measure(card: Card, tiles: dict, decode: Decode, as_pixels: Callable[[object], Tensor]) -> dict:
     found: dict[str, dict[str, float]] = {}
     for kind, streams in tiles.items():
         got = as_pixels(decode(streams)).cpu().numpy().astype(int)
-        apart = np.abs(got - np.stack([_by_libjpeg(stream) for stream in streams]))
+        apart = np.abs(got - np.stack([_on_cpu(stream) for stream in streams]))
         found[kind] = {"max": int(apart.max()), "mean": float(apart.mean())}
         for batch in BATCHES if kind == "4:2:0" else BATCHES[1:2]:
             batch = card.size(batch, 4)
@@ -83,7 +93,7 @@ def _rows(name: str, figures: dict) -> list[Row]:
     for kind, found in figures.items():
         rates = {key.split("_")[-1]: rate for key, rate in found.items() if key.startswith("tiles")}
         listed = ", ".join(f"{rate:,.0f}" for rate in rates.values())
-        apart = f"max {found['max']}, mean {found['mean']:.3f} from libjpeg's pixels"
+        apart = f"max {found['max']}, mean {found['mean']:.3f} from the CPU's pixels"
         note = f"tiles/s in batches of {', '.join(rates)}; {apart}"
         rows.append((f"decode, {name}, {kind}", listed, note))
     return rows
@@ -92,8 +102,8 @@ def _rows(name: str, figures: dict) -> list[Row]:
 # --- contenders ---------------------------------------------------------------------------------------
 
 
-def _by_libjpeg(stream: bytes) -> np.ndarray:
-    return simplejpeg.decode_jpeg(stream)
+def _on_cpu(stream: bytes) -> np.ndarray:
+    return (simplejpeg.decode_jpeg if stream[:2] == b"\xff\xd8" else imagecodecs.jpeg2k_decode)(stream)
 
 
 def cpu(card: Card):
@@ -101,10 +111,10 @@ def cpu(card: Card):
 
     def decode(streams):
         with reading_threads(threads) as pool:
-            each(pool, _by_libjpeg, streams)
+            each(pool, _on_cpu, streams)
         return streams
 
-    return decode, lambda streams: torch.from_numpy(np.stack([_by_libjpeg(s) for s in streams]))
+    return decode, lambda streams: torch.from_numpy(np.stack([_on_cpu(s) for s in streams]))
 
 
 def our_kernels(card: Card):
@@ -181,10 +191,12 @@ def _preload() -> None:
 
 
 CONTENDERS: dict[str, Contender] = {
-    "libjpeg-turbo on all cores": cpu,
+    "CPU on all cores": cpu,
     "own kernels": our_kernels,
     "nvImageCodec by CUDA": by_nvimagecodec("GPU_ONLY"),
     "nvImageCodec by CPU and CUDA": by_nvimagecodec("HYBRID_CPU_GPU"),
     "nvImageCodec by hardware": by_nvimagecodec("HW_GPU_ONLY"),
     "torchvision": by_torchvision,
+    "CPU on all cores" + JPEG2000: cpu,
+    "nvImageCodec by CUDA" + JPEG2000: by_nvimagecodec("GPU_ONLY"),
 }
