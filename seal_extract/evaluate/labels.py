@@ -139,21 +139,23 @@ def read_labels(
     if patient == named and named != "case_id":
         remarks.append("No column case_id states the patients, so that each slide counts as one patient")
     for slide, count in Counter(row[named] for row in known).items():
-        if count > 1 or not slide:
+        if count > 1:
             raise UsageError(f"{path}: slide {slide!r} stands {count} times; name each slide once")
     grouped: dict[str, list[dict[str, str]]] = {}
     for row in known:
+        if not (row[named] and row[patient]):
+            raise UsageError(f"{path}: a row lacks its {named} or {patient}; fill it in")
         grouped.setdefault(row[patient if by == PATIENT else named], []).append(row)
     samples = []
     for name, of in grouped.items():
+        sample = Sample(name, of[0][patient], tuple(row[named] for row in of), of[0][label])
+        samples.append(sample if event is None else _survival(path, sample, of[0][event]))
         labels = {(row[label], row[event] if event else "") for row in of}
         if len(labels) > 1:
             raise UsageError(
                 f"{path}: patient {name} has {len(labels)} different labels in {label}; give one to all of a "
                 "patient's slides, or type --by slide"
             )
-        sample = Sample(name, of[0][patient], tuple(row[named] for row in of), of[0][label])
-        samples.append(sample if event is None else _survival(path, sample, of[0][event]))
     read = Labels(label, tuple(samples), (), tuple(remarks))
     classes = read.classes if event is None else tuple(sorted({str(s.event) for s in samples}))
     if len(classes) < 2:
@@ -182,16 +184,13 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 def _survival(path: Path, sample: Sample, event: str) -> Sample:
     """The sample with time and event in place of the class."""
-    if not _is_number(sample.label) or not 0 < float(sample.label) < np.inf or not _is_number(event):
+    time = float(sample.label) if _is_number(sample.label) else -1.0
+    if not 0 <= time < np.inf or event not in ("0", "1", "0.0", "1.0"):
         raise UsageError(
             f"{path}: {sample.name} has the time {sample.label!r} and the event {event!r}; allowed: a time "
-            "above 0, and 1 for an event or 0 for a censored time"
+            "of 0 or more, and 1 for an event or 0 for a censored time"
         )
-    if float(event) not in (0, 1):
-        raise UsageError(
-            f"{path}: {sample.name} has the event {event}; allowed: 1, or 0 where it is censored"
-        )
-    return replace(sample, label="", time=float(sample.label), event=float(event) == 1)
+    return replace(sample, label="", time=time, event=float(event) == 1)
 
 
 def _is_number(text: str) -> bool:
@@ -222,8 +221,8 @@ def _given(
             found[name if name.startswith("fold") else f"fold_{name}"] = sides
     for fold, sides in found.items():
         for name, of in zip(grouped, sides, strict=True):
-            if not of <= {*SIDES, ""}:
-                raise UsageError(f"{path}: {name} is {of.pop()!r} in {fold}; allowed: {', '.join(SIDES)}")
+            for other in sorted(of - {*SIDES, ""}):
+                raise UsageError(f"{path}: {name} is {other!r} in {fold}; allowed: {', '.join(SIDES)}")
     return found
 
 

@@ -285,6 +285,13 @@ def test_folds_of_patho_bench_and_of_clam(run, cohort, tmp_path):
     (fold,) = read_labels(write_table(tmp_path / "a.tsv", cohort[1]), "label").folds
     assert [f.test.tolist() for f in clam] == [fold.test.tolist()] == [list(range(8))]
     assert fold.train.tolist() == list(range(8, 16))
+    split = [row | {"split": row.pop("fold_0")} for row in map(dict, cohort[1])]
+    (named,) = read_labels(write_table(tmp_path / "split.csv", split), "label").folds
+    assert (named.name, named.test.tolist()) == ("split", list(range(8)))
+    numbered = [row | {"fold": int(row["split"] == "train")} for row in map(dict, split)]
+    numbered = [{k: v for k, v in row.items() if k != "split"} for row in numbered]
+    first, second = read_labels(write_table(tmp_path / "fold.csv", numbered), "label").folds
+    assert first.test.tolist() == second.train.tolist() == list(range(8))
     drawn = read_labels(table, "label", folds=4, by="slide")
     assert sorted(np.concatenate([f.test for f in drawn.folds])) == list(range(17))
     assert all(({15, 16} <= {*f.test}) == bool({15, 16} & {*f.test}) for f in drawn.folds)
@@ -306,7 +313,8 @@ def changed(**cells):
         (None, ("--label", "days", "--event", "censored"), r"no column 'censored'; .*type --event COLUMN"),
         (changed(event=lambda i, v: "" if i == 3 else v), SURVIVAL, r"p3 has .* the event ''; allowed"),
         (changed(event=lambda i, v: 0), SURVIVAL, r"all 16 samples are without the event"),
-        (changed(days=lambda i, v: -1 if i else v), SURVIVAL, r"p1 has the time '-1' and .*: a time above 0"),
+        (changed(days=lambda i, v: -1 if i else v), SURVIVAL, r"p1 .* '-1' .*: a time of 0 or more"),
+        (changed(case_id=lambda i, v: v if i else ""), (), r"a row lacks its slide_id or case_id"),
         (changed(case_id=lambda i, v: "p1" if i < 2 else v), (), r"patient p1 has 2 different labels"),
         (changed(slide_id=lambda i, v: "s1" if i < 2 else v), (), r"slide 's1' stands 2 times"),
         (changed(slide_id=lambda i, v: "s99_0" if i == 5 else v), (), r"no features by base of 1 slides"),
