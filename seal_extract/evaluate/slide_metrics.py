@@ -12,13 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-AUC, BALANCED, KAPPA, F1, C_INDEX = (
-    "AUC",
-    "balanced accuracy",
-    "quadratic kappa",
-    "weighted F1",
-    "C-index",
-)
+AUC, BALANCED, F1 = "AUC", "balanced accuracy", "weighted F1"
+KAPPA, C_INDEX = "quadratic kappa", "C-index"
 BOOTSTRAPS = 1000
 TIED = 1e-8  # risks that differ by less are equal, as in scikit-survival
 Array = NDArray[Any]

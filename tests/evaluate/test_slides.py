@@ -365,5 +365,7 @@ def test_features_that_are_refused(run, tmp_path):
     one_line(run(*words), 2, r"s4\.h5 are by different weights of ours; embed all slides in one way")
     write_slide(out, "s4", rng.normal(size=(3, DIM)), patch_px=512)
     one_line(run(*words), 2, r"s4\.h5 are by different sizes of patches of ours")
+    write_slide(out / "again", "s3", rng.normal(size=(3, DIM)))
+    one_line(run(*words), 2, r"s3\.h5 are of one slide and encoder; give the folder of one")
     path.write_bytes(path.read_bytes()[:2000])
     one_line(run(*words), 1, r"s4\.h5 cannot be read .*encode that slide again with --overwrite")
