@@ -261,7 +261,7 @@ def _write_page(
 ALLOWED = {
     *("slides", "out", "encoder", "checkpoint", "adapter", "revision", "precision", "device", "offline"),
     *("patches", "mpp", "slide_mpp", "layout", "batch_size", "workers", "overwrite"),
-    *("quiet", "debug", "handler", "verbose"),
+    *("quiet", "debug", "handler", "typed", "verbose"),
 }
 
 
