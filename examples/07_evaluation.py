@@ -40,7 +40,8 @@ SECTIONS = ("C2", "C3", "C4", "C5")
 
 def windows() -> Array:
     """Windows of the bundled slide that hold tissue, the richest in nuclei last: uint8 [N, S, S, 3]."""
-    whole = np.asarray(Image.open(demo_slide()).convert("RGB"))
+    with Image.open(demo_slide()) as image:
+        whole = np.asarray(image.convert("RGB"))
     places = range(0, whole.shape[0] - WINDOW_PX, 56), range(0, whole.shape[1] - WINDOW_PX, 56)
     cut = np.stack([whole[y : y + WINDOW_PX, x : x + WINDOW_PX] for y in places[0] for x in places[1]])
     features = handcrafted_features(np.moveaxis(cut, 3, 1))
