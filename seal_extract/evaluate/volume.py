@@ -69,10 +69,10 @@ def evaluate_volume(
     Args:
         config: a training; all measured sections are listed in its ``voi``. The genes are the most variable
             ones of the two given sections, or its panel.
-        out: folder, in which every line is trained.
+        out: folder, in which every line is trained; an evaluation that was stopped continues there.
         hold_out: names; by default each section that has a measured one above and one below.
         sections: in place of those that the configuration names; see `train_volume`.
-        overwrite: replace the report of another evaluation; what was trained for it stays in the way.
+        overwrite: replace the report of another evaluation; other options need another folder all the same.
         log: called with one line per step.
 
     Raises:
@@ -137,7 +137,7 @@ def _held_out(
         one = replace(config, out=str(out / name.replace(" ", "_")), **over)
         one = replace(one, voi=replace(one.voi, validation=()))
         sections = {**others, "": [*others[""], *trained_on], config.voi.volume: trained_on}
-        model = load_volume_encoder(train_volume(one, sections=sections, panel=panel, log=log).path)
+        model = load_volume_encoder(train_volume(one, sections=sections, panel=panel, log=log, again=True).path)
         planes, patch = model.depth.options.planes, (config.patch_px, config.patch_mpp)
         seen.append(depth_pairs([(volume, section)], panel, planes, *patch, encoder=model.encoder))
         return model.predict(seen[-1])

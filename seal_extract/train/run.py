@@ -144,16 +144,16 @@ def run(
     return Trained(out, panel, tuple(rows))
 
 
-def begin(config: Config) -> tuple[Config, Path]:
+def begin(config: Config, again: bool = False) -> tuple[Config, Path]:
     """The configuration, checked as one that is read from a file, and the folder of the new encoder.
 
     Raises:
         UsageError: as `convert`.
-        OutputError: the folder holds a finished encoder.
+        OutputError: the folder holds a finished encoder, and it is not to be made ``again``.
     """
     config = convert(to_builtins(config), type(config), "the configuration")
     out = Path(config.out)
-    if (out / folder.CONFIG).exists():
+    if (out / folder.CONFIG).exists() and not again:
         raise OutputError(f"{out} holds a finished encoder; choose another out, or delete it")
     return config, out
 

@@ -45,6 +45,7 @@ def train_volume(
     log: Callable[[str], None] = lambda line: None,
     sections: Given | None = None,
     panel: tuple[str, ...] | None = None,
+    again: bool = False,
 ) -> Trained:
     """Train the aggregation over depth, the decoder and, if asked, adapters; write the encoder's folder.
 
@@ -53,13 +54,14 @@ def train_volume(
         log: called with one line per step.
         sections: in place of those that the configuration names.
         panel: the genes, in place of those of the configuration.
+        again: write a finished encoder again, from its checkpoints.
 
     Raises:
         UsageError: options, sections or a checkpoint that do not go together.
         OutputError: the folder holds a finished encoder, or cannot be written.
         TrainingError: the loss is NaN or infinite.
     """
-    config, out = begin(config)
+    config, out = begin(config, again)
     given = sections or load_given(config)
     for data in (*config.volumes, config.voi):
         if not given.get(data.volume):

@@ -65,6 +65,11 @@ def test_depth_recovers_expression_that_one_plane_does_not_show(tmp_path, varian
     table = (tmp_path / "out" / "evaluation.md").read_text()
     assert f"| {DEPTH} | {r[DEPTH]:.3f} |" in table
     assert BOTH in table
+    checkpoint = next((tmp_path / "out").rglob("checkpoint.pt"))
+    trained_at = checkpoint.stat().st_mtime_ns
+    again = evaluate_volume(options, tmp_path / "out", sections=sections, overwrite=True)
+    assert checkpoint.stat().st_mtime_ns == trained_at  # as after a stop, nothing is trained twice
+    assert {line.name: line.r.mean() for line in again} == r
     with pytest.raises(SealExtractError, match="P1 has no measured section above and below it; allowed: P3"):
         evaluate_volume(options, tmp_path / "other", ["P1"], sections=sections)
 
