@@ -137,7 +137,8 @@ def _held_out(
         one = replace(config, out=str(out / name.replace(" ", "_")), **over)
         one = replace(one, voi=replace(one.voi, validation=()))
         sections = {**others, "": [*others[""], *trained_on], config.voi.volume: trained_on}
-        model = load_volume_encoder(train_volume(one, sections=sections, panel=panel, log=log, again=True).path)
+        trained = train_volume(one, sections=sections, panel=panel, log=log, again=True)
+        model = load_volume_encoder(trained.path)
         planes, patch = model.depth.options.planes, (config.patch_px, config.patch_mpp)
         seen.append(depth_pairs([(volume, section)], panel, planes, *patch, encoder=model.encoder))
         return model.predict(seen[-1])
