@@ -260,10 +260,11 @@ def _split(
             raise UsageError(
                 f"--folds is {folds}, but {fewest} patients are of {what}; allowed: 2 to that number"
             )
-        splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+        names, of = np.unique(patients, return_inverse=True)
+        groups = np.random.default_rng(seed).permutation(len(names))[of]  # older shuffling did not stratify
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of classes with few samples, which is checked below
-            parts = list(splitter.split(kinds, kinds, patients))
+            parts = list(StratifiedGroupKFold(folds).split(kinds, kinds, groups))
         made = tuple(LabelFold(f"fold_{i}", train, test) for i, (train, test) in enumerate(parts))
     else:
         made = tuple(

@@ -292,6 +292,10 @@ def test_folds_of_patho_bench_and_of_clam(run, cohort, tmp_path):
     numbered = [{k: v for k, v in row.items() if k != "split"} for row in numbered]
     first, second = read_labels(write_table(tmp_path / "fold.csv", numbered), "label").folds
     assert first.test.tolist() == second.train.tolist() == list(range(8))
+    spread = read_labels(table, "label", folds=4)
+    kinds = np.array([sample.label for sample in spread.samples])
+    counts = [[(kinds[f.test] == kind).sum() for kind in set(kinds)] for f in spread.folds]
+    assert np.ptp(counts, axis=0).max() <= 1  # each class is spread evenly over the folds
     drawn = read_labels(table, "label", folds=4, by="slide")
     assert sorted(np.concatenate([f.test for f in drawn.folds])) == list(range(17))
     assert all(({15, 16} <= {*f.test}) == bool({15, 16} & {*f.test}) for f in drawn.folds)

@@ -96,6 +96,7 @@ def test_a_chunk_of_several_planes_is_decoded_once_in_bounded_memory(world, tmp_
     for plane in listed.planes:
         with plane.open() as slide:
             pixels.append(slide.read_region((0, 0), 0, slide.size_l0))
+    monkeypatch.setattr("seal_extract.patches.stream.available_cores", lambda: 1)  # no thread falls behind
     monkeypatch.setattr("seal_extract.slides.planes.LEAST_VALUES", 0)
     monkeypatch.setattr("seal_extract.slides.planes.CACHE_BYTES", 8 * 3 * 64 * 64 * 3)  # of 36 * 2 chunks
     volume = open_volume(write_zarr(tmp_path / "v.zarr", np.stack(pixels), shape=(1, 3, 3, 64, 64)))
