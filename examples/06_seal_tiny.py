@@ -173,9 +173,9 @@ def embed_some_tokens(tower: ConchTower, images: Tensor) -> Tensor:
     return embedding
 
 
-def main(her2st: Path, out: Path, hold_out: str | None = None, steps: int = 350, epochs: int = 12) -> None:
+def main(her2st: Path, out: Path, hold_out: Sequence[str] = (), steps: int = 350, epochs: int = 12) -> None:
     """Pretrain, finetune on a small scale, write."""
-    names = [name for name in SECTIONS if name != hold_out]
+    names = [name for name in SECTIONS if name not in hold_out]
     sections = load_sections([{"kind": "st-tables", "folder": str(her2st), "names": names}])
     base = out.with_name(out.name + "-base")
     if not (base / "config.json").exists():
@@ -199,6 +199,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("her2st", type=Path)
     parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--hold-out", choices=SECTIONS)
+    parser.add_argument("--hold-out", nargs="+", choices=SECTIONS, default=())
     args = parser.parse_args()
     main(args.her2st, args.out, args.hold_out)

@@ -78,7 +78,7 @@ def test_without_arguments_an_example_says_how_it_is_run(path, monkeypatch, caps
 @pytest.mark.filterwarnings("ignore:.*enlarged", "ignore:.*left out")
 def test_seal_tiny(tmp_path):
     main = runpy.run_path(str(EXAMPLES / "06_seal_tiny.py"))["main"]
-    main(shared("data", "her2st"), tmp_path / "tiny", "C2", steps=2, epochs=1)
+    main(shared("data", "her2st"), tmp_path / "tiny", ["C2", "C5"], steps=2, epochs=1)
     encoder = load_encoder(tmp_path / "tiny")
     assert (encoder.spec.name, len(encoder.genes or ())) == ("seal-tiny", 500)
     assert "Andersson et al." in (tmp_path / "tiny" / "README.md").read_text()
