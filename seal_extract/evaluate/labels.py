@@ -7,7 +7,6 @@ a fold, always.
 
 from __future__ import annotations
 
-import csv
 import re
 import warnings
 from collections import Counter
@@ -22,6 +21,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from seal_extract.errors import UsageError
 from seal_extract.features.store import SlideFeatures, list_features
+from seal_extract.slides.listing import read_rows
 
 PATIENT, SLIDE = BY = ("patient", "slide")
 SIDES = ("train", "val", "test")
@@ -171,12 +171,8 @@ def read_labels(
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            read = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
-        rows = [{key: (value or "").strip() for key, value in row.items() if key} for row in read]
-    except (OSError, ValueError, AttributeError, csv.Error) as exc:
-        raise UsageError(f"{path} cannot be read as a table of labels, CSV or TSV") from exc
+    columns, lines = read_rows(path, "\t" if path.suffix == ".tsv" else ",")
+    rows = [{name: cells.get(name, "") for name in columns if name} for _, cells in lines]
     if not rows:
         raise UsageError(f"{path} has no rows; give a table with the columns slide_id, case_id and a label")
     return rows

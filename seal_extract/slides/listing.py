@@ -259,6 +259,27 @@ def _in_table(table: Path, slide_folder: Path | str | None) -> list[SlideEntry]:
     return found
 
 
+def read_rows(table: Path, delimiter: str = ",") -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """The columns of a CSV in UTF-8, and the cells of each row with the number of its line.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, delimiter=delimiter, skipinitialspace=True)
+            reader.fieldnames = columns = [name.strip() for name in reader.fieldnames or ()]
+            rows = [
+                (reader.line_num, {key: text.strip() for key, text in row.items() if isinstance(text, str)})
+                for row in reader
+            ]
+    except OSError as exc:
+        raise UsageError(f"cannot read {table}: {exc.strerror}; check the path") from exc
+    except (UnicodeDecodeError, csv.Error) as exc:
+        raise UsageError(f"{table} is no CSV in UTF-8 ({exc}); save it as one") from exc
+    return columns, rows
+
+
 def read_table(table: Path, optional: Sequence[str]) -> tuple[str, list[tuple[int, dict[str, str]]]]:
     """The column that names slides, and the cells of each row with the number of its line.
 
@@ -269,18 +290,7 @@ def read_table(table: Path, optional: Sequence[str]) -> tuple[str, list[tuple[in
     Raises:
         UsageError: it cannot be read, or has no such column.
     """
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            reader.fieldnames = columns = [name.strip() for name in reader.fieldnames or ()]
-            rows = [
-                (reader.line_num, {key: text.strip() for key, text in row.items() if isinstance(text, str)})
-                for row in reader
-            ]
-    except OSError as exc:
-        raise UsageError(f"cannot read {table}: {exc.strerror}; check the path") from exc
-    except (UnicodeDecodeError, csv.Error) as exc:
-        raise UsageError(f"{table} is no CSV in UTF-8 ({exc}); save it as one") from exc
+    columns, rows = read_rows(table)
     if twice := [name for name in (*SLIDE_COLUMNS, *optional) if columns.count(name) > 1]:
         raise UsageError(f"{table} has {columns.count(twice[0])} columns {twice[0]}; leave one of them")
     column = next((name for name in SLIDE_COLUMNS if name in columns), None)

@@ -322,6 +322,7 @@ def changed(**cells):
         (changed(case_id=lambda i, v: "p1" if i < 2 else v), (), r"patient p1 has 2 different labels"),
         (changed(slide_id=lambda i, v: "s1" if i < 2 else v), (), r"slide 's1' stands 2 times"),
         (changed(slide_id=lambda i, v: "s99_0" if i == 5 else v), (), r"no features by base of 1 slides"),
+        (None, ("--labels", "gone.csv"), r"cannot read gone\.csv: No such file or directory; check the path"),
         (lambda rows: [], (), r"has no rows; give a table with the columns slide_id, case_id and a label"),
     ],
 )  # fmt: skip
