@@ -61,39 +61,36 @@ def draw_overlay(
     Raises:
         OutputError: the picture cannot be written.
     """
+    longest = max(slide.size_l0)
+    scale = min(PICTURE_PX, max(MIN_PX, longest)) / longest  # pixels of the picture per level-0 pixel
+    width, height = (max(1, round(side * scale)) for side in slide.size_l0)
+    caption = _caption_strip(width, _caption(slide, mask, grid), slide.mpp / scale)
+    bare = cv2.resize(picture, (width, height), interpolation=cv2.INTER_CUBIC)
+    page = np.empty((height + len(caption), width, 4), np.uint8)  # RGBX, as Pillow has pixels
+    canvas, page[height:] = page[:height], caption
     for file, how in {Path(path): style, **also}.items():
-        canvas, scale = _enlarged(picture, slide.size_l0)
+        cv2.cvtColor(bare, cv2.COLOR_RGB2RGBA, dst=canvas)
         _draw_patches(canvas, grid, scale, how)
         if mask is not None:
             _draw_tissue(canvas, mask, scale)
-        captioned = _with_caption(canvas, _caption(slide, mask, grid), slide.mpp / scale)
-        thumbnail = make_thumbnail(Image.fromarray(canvas))
+        thumbnail = make_thumbnail(_for_pillow(canvas))
         with publish(file) as part:
-            captioned.save(part, "JPEG", quality=88, exif=exif_of(thumbnail))
-
-
-def _enlarged(picture: Array, size_l0: tuple[int, int]) -> tuple[Array, float]:
-    """The picture to draw on, uint8 [h, w, 3], and its pixels per level-0 pixel."""
-    longest = max(size_l0)
-    scale = min(PICTURE_PX, max(MIN_PX, longest)) / longest
-    size = [max(1, round(side * scale)) for side in size_l0]
-    canvas = cv2.resize(picture, size, interpolation=cv2.INTER_CUBIC)
-    return np.asarray(canvas, np.uint8), scale
+            _for_pillow(page).save(part, "JPEG", quality=88, exif=exif_of(thumbnail))
 
 
 def _draw_patches(canvas: Array, grid: PatchGrid, scale: float, style: Style) -> None:
     """Squares with a thin border, faintly filled for a tint; where they are tiny the fill or its outline."""
     side = grid.patch_size_l0 * scale
     corners = [_box(x, y, grid.patch_size_l0, scale) for x, y in grid.xy_l0.tolist()]
-    covered = np.zeros(canvas.shape[:2], np.uint8)
-    for start, end in corners:
-        cv2.rectangle(covered, start, end, 1, cv2.FILLED)
     if style == "tint":
-        share = FAINT if side >= BORDER_FROM_PX else DENSE
-        greys = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, 2)
-        table = cv2.addWeighted(greys, 1 - share, np.full_like(greys, PATCH_RGB), share, 0)
-        cv2.copyTo(cv2.LUT(canvas, table), covered, canvas)
-    if side < BORDER_FROM_PX and style == "outline":
+        share, filled = FAINT if side >= BORDER_FROM_PX else DENSE, canvas.copy()
+        for start, end in corners:
+            cv2.rectangle(filled, start, end, PATCH_RGB, cv2.FILLED)
+        cv2.addWeighted(canvas, 1 - share, filled, share, 0, dst=canvas)
+    elif side < BORDER_FROM_PX:
+        covered = np.zeros(canvas.shape[:2], np.uint8)
+        for start, end in corners:
+            cv2.rectangle(covered, start, end, 1, cv2.FILLED)
         rings, _ = cv2.findContours(covered, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
         cv2.polylines(canvas, rings, True, PATCH_RGB, 2, cv2.LINE_AA)
     if side >= BORDER_FROM_PX:
@@ -124,16 +121,19 @@ def _caption(slide: Slide, mask: TissueMask | None, grid: PatchGrid) -> str:
     )
 
 
-def _with_caption(canvas: Array, text: str, um_per_px: float) -> Image.Image:
-    """The canvas above a white strip with the text on the left and a scale bar on the right."""
-    height, width = canvas.shape[:2]
+def _caption_strip(width: int, text: str, um_per_px: float) -> Array:
+    """A white strip with the text on the left and a scale bar on the right: uint8 [h, width, 4]."""
     most_px = 0.12 * width
     text_px = width - most_px - 60
     font = fitting_font(text, text_px)
-    strip = round(font.size * 2.2)
-    picture = Image.fromarray(np.concatenate([canvas, np.full((strip, width, 3), 255, np.uint8)]))
-    draw = ImageDraw.Draw(picture)
-    middle = height + strip / 2
+    strip = Image.new("RGBX", (width, round(font.size * 2.2)), "white")
+    draw = ImageDraw.Draw(strip)
+    middle = strip.height / 2
     draw_fitting_text(draw, (12, middle), text, text_px, anchor="lm")
     draw_scale_bar(draw, width - 14, middle + font.size * 0.6, um_per_px, most_px, font)
-    return picture
+    return np.asarray(strip)
+
+
+def _for_pillow(rgbx: Array) -> Image.Image:
+    """The pixels where they are; Pillow would copy RGB into new memory, half as slowly as it compresses."""
+    return Image.frombuffer("RGBX", rgbx.shape[1::-1], rgbx, "raw", "RGBX", 0, 1)
