@@ -6,6 +6,7 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -143,15 +144,24 @@ def _quarters(x0: int, y0: int, x1: int, y1: int) -> list[Box]:
 
 def _refuse_fluorescence(slide: Slide, overview: Overview) -> None:
     step = max(1, round((overview.scanned.size / SAMPLE_PX) ** 0.5))
-    channels = cv2.split(np.ascontiguousarray(overview.rgb[::step, ::step]))
-    bright = np.maximum.reduce(channels)[overview.scanned[::step, ::step]]
-    median = float(np.median(bright)) if bright.size else 0.0
+    bright = np.maximum.reduce(cv2.split(np.ascontiguousarray(overview.rgb[::step, ::step])))
+    scanned = np.ascontiguousarray(overview.scanned[::step, ::step]).view(np.uint8)
+    counts = cv2.calcHist([bright], [0], scanned, [256], [0, 256]).ravel()
+    median = percentile(np.arange(256), counts, 50) if counts.any() else 0.0
     if median < FLUORESCENCE_BELOW:
-        why = f"its median brightness is {median:.0f} of 255" if bright.size else "nothing in it was scanned"
+        why = f"its median brightness is {median:.0f} of 255" if counts.any() else "nothing in it was scanned"
         raise UnsupportedSlideError(
             f"{slide.path}: not a brightfield slide: {why} (fluorescence, or an empty scan); "
             f"allowed: 8-bit RGB brightfield, such as H&E"
         )
+
+
+def percentile(values: NDArray[Any], counts: NDArray[Any], percent: float) -> float:
+    """That of rising values of which each occurs so many times."""
+    up_to = np.cumsum(counts, dtype=np.float64)
+    rank = percent / 100 * (up_to[-1] - 1)
+    low, high = values[np.searchsorted(up_to, (np.floor(rank), np.ceil(rank)), side="right")].tolist()
+    return float(low + (high - low) * (rank % 1))
 
 
 def _read_block(slide: Slide, level: int, box: Box, downsample: float) -> tuple[Array, Array]:
@@ -162,7 +172,7 @@ def _read_block(slide: Slide, level: int, box: Box, downsample: float) -> tuple[
     region = slide.read_region(xy_l0, level, (max(1, x1 - x0), max(1, y1 - y0)))
     unscanned = cv2.inRange(region, (0, 0, 0), (UNSCANNED_BELOW - 1,) * 3)  # 255 there, 0 elsewhere
     if unscanned.any():
-        region = np.where(unscanned[..., None] > 0, np.uint8(255), region)
+        region = np.asarray(cv2.bitwise_or(region, cv2.cvtColor(unscanned, cv2.COLOR_GRAY2RGB)), np.uint8)
     return region, np.asarray(unscanned, np.uint8)
 
 

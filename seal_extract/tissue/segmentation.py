@@ -15,13 +15,18 @@ Ruifrok and Johnston, Anal Quant Cytol Histol 23 (2001) 291.
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from seal_extract.slides.overview import Overview, read_overview, read_overview_and_picture
+from seal_extract.slides.overview import (
+    Overview,
+    percentile,
+    read_overview,
+    read_overview_and_picture,
+)
 from seal_extract.slides.readers import Array
 from seal_extract.slides.slide import Slide
 from seal_extract.tissue.geojson import Mask
@@ -154,15 +159,7 @@ def _glass_od(overview: Overview) -> Floats:
     if not scanned.any():
         return np.zeros(3, np.float32)
     counts = (cv2.calcHist([rgb], [i], scanned, [256], [0, 256]).ravel()[::-1] for i in range(3))
-    return np.minimum([_percentile(_OD[::-1], each, 2) for each in counts], DARKEST_GLASS).astype(np.float32)
-
-
-def _percentile(values: Floats, counts: NDArray[Any], percent: float) -> float:
-    """That of rising values of which each occurs so many times."""
-    up_to = np.cumsum(counts, dtype=np.float64)
-    rank = percent / 100 * (up_to[-1] - 1)
-    low, high = values[np.searchsorted(up_to, (np.floor(rank), np.ceil(rank)), side="right")].tolist()
-    return float(low + (high - low) * (rank % 1))
+    return np.minimum([percentile(_OD[::-1], each, 2) for each in counts], DARKEST_GLASS).astype(np.float32)
 
 
 def _padded(rgb: Array, unscanned: Mask, factor: int) -> tuple[Array, Mask]:
