@@ -94,21 +94,24 @@ class JpegCodec:
         ends = ENDS if data.endswith(EOI) else b""
         return b"".join((self._head, memoryview(data)[start:], ends))
 
+    @cached_property
+    def _checked(self) -> dict[tuple[int, int], tuple[bytes, int]]:
+        """For a size in px, how the last checked tile begins, and its `_start`: most tiles begin alike."""
+        return {}
+
     def decode(self, data: bytes, out: Array, factor: int = 1, lenient: bool = False) -> None:
         """See `Codec.decode`."""
-        height, width = out.shape[:2]
-        start = self._start(data)
-        _check_frame(data, start, (width * factor, height * factor))
+        height, width, _ = out.shape
+        size_px = (width * factor, height * factor)
+        begins, start = self._checked.get(size_px, (b"", 0))
+        if not (begins and data.startswith(begins)):
+            start = self._start(data)
+            self._checked[size_px] = (data[: _check_frame(data, start, size_px)], start)
+        scale = {} if factor == 1 else {"min_height": height, "min_width": width, "min_factor": factor}
         try:
             # into existing memory: allocating for each tile would cost half as much again as decoding it
             pixels = simplejpeg.decode_jpeg(
-                self._completed(data, start),
-                "RGB",
-                min_height=0 if factor == 1 else height,
-                min_width=0 if factor == 1 else width,
-                min_factor=factor,
-                buffer=out,
-                strict=not lenient,
+                self._completed(data, start), "RGB", buffer=out, strict=not lenient, **scale
             )
         except ValueError as exc:
             raise TileError(str(exc)) from exc
@@ -126,8 +129,12 @@ def _after_applications(data: bytes) -> int:
     return at
 
 
-def _check_frame(data: bytes, at: int, size_px: tuple[int, int]) -> None:
-    """Refuse another size or number of channels, to which a decoder asked for a scale would adapt."""
+def _check_frame(data: bytes, at: int, size_px: tuple[int, int]) -> int:
+    """Refuse another size or number of channels, to which a decoder asked for a scale would adapt.
+
+    Returns:
+        Where the header has stated them.
+    """
     while data[at : at + 1] == b"\xff":
         marker = data[at + 1 : at + 2]
         if marker in FRAMES:
@@ -138,7 +145,7 @@ def _check_frame(data: bytes, at: int, size_px: tuple[int, int]) -> None:
                 raise TileError(
                     f"{width} x {height} px x {channels} instead of {size_px[0]} x {size_px[1]} x 3"
                 )
-            return
+            return at + 10
         at += 1 if marker == b"\xff" else _segment_bytes(data, at)  # FF may be repeated before a marker
     raise TileError("has no header of a frame")
 

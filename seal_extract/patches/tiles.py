@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,25 +125,16 @@ class TileReader:
         """The tiles under ``rows``, and what each gives to the patches."""
         users: dict[int, list[Part]] = {}
         which = slice(rows.start, rows.stop)
-        ends = (of[which].tolist() for of in (self._xy_px, self._first, self._last))
-        for i, (corner, first, last) in enumerate(zip(*ends, strict=True)):
-            across, down = (self._along(axis, corner[axis], first[axis], last[axis]) for axis in (0, 1))
-            for y, put_y, cut_y in down:
-                for x, put_x, cut_x in across:
+        corners = self._xy_px[which] // self._reduction
+        ends = (of.tolist() for of in (corners, self._first[which], self._last[which]))
+        (width, height), (high, wide, _) = self._tiled.size_px, self._tile_shape
+        for i, ((x, y), (left, top), (right, bottom)) in enumerate(zip(*ends, strict=True)):
+            across = _spans(x, left, right, wide, self._region_px, width)
+            for row, put_y, cut_y in _spans(y, top, bottom, high, self._region_px, height):
+                for column, put_x, cut_x in across:
                     part = ((i, put_y, put_x), (cut_y, cut_x))
-                    users.setdefault(y * self._tiled.across + x, []).append(part)
+                    users.setdefault(row * self._tiled.across + column, []).append(part)
         return users
-
-    def _along(self, axis: int, corner: int, first: int, last: int) -> list[tuple[int, slice, slice]]:
-        """The columns (axis 0) or rows of tiles under a patch; places in the region and in the tile."""
-        side, size = self._tile_shape[1 - axis], self._tiled.size_px[axis]
-        corner //= self._reduction
-        spans = []
-        for at in range(first, last + 1):
-            begin = at * side
-            low, high = max(begin, corner), min(begin + side, corner + self._region_px, size)
-            spans.append((at, slice(low - corner, high - corner), slice(low - begin, high - begin)))
-        return spans
 
     # --- decoding -------------------------------------------------------------------------------------
 
@@ -230,6 +222,19 @@ class TileReader:
         return buffer
 
 
+@lru_cache(maxsize=2**12)  # neighbouring patches share columns or rows
+def _spans(
+    corner: int, first: int, last: int, side: int, region_px: int, size: int
+) -> list[tuple[int, slice, slice]]:
+    """The columns or rows of tiles, ``first`` to ``last``, under a region; places in it and in the tile."""
+    spans = []
+    for at in range(first, last + 1):
+        begin = at * side
+        low, high = max(begin, corner), min(begin + side, corner + region_px, size)
+        spans.append((at, slice(low - corner, high - corner), slice(low - begin, high - begin)))
+    return spans
+
+
 def _on_level(slide: Slide, grid: PatchGrid) -> NDArray[np.int64]:
     """The corners of the patches in pixels of the level, int64 [N, 2], if they are whole numbers."""
     downsample = slide.levels[grid.level].downsample
@@ -262,7 +267,7 @@ class SharedTiles:
     """Counts for each tile the patches that still need it, and keeps the tiles that are needed again."""
 
     def __init__(self, uses: NDArray[np.int64], shape: tuple[int, int, int]) -> None:
-        self._uses, self._shape = uses, shape
+        self._uses, self._shape = uses.tolist(), shape
         self._most = HELD_BYTES // math.prod(shape)
         self._held: dict[int, _Shared] = {}
         self._spare: list[Array] = []
