@@ -152,10 +152,8 @@ def _glass_od(overview: Overview) -> Floats:
     Where hardly any glass is to be seen these are pale tissue, which does not shift the colour of the rest.
     """
     step = math.ceil(math.sqrt(overview.scanned.size / GLASS_SAMPLE_PX))  # a sample is enough
-    rgb, scanned = (
-        np.ascontiguousarray(pixels[::step, ::step])
-        for pixels in (overview.rgb, overview.scanned.view(np.uint8))
-    )
+    rgb = cv2.merge([overview.rgb[::step, ::step, i].copy() for i in range(3)])  # NumPy copies threes slowly
+    scanned = np.ascontiguousarray(overview.scanned[::step, ::step]).view(np.uint8)
     if not scanned.any():
         return np.zeros(3, np.float32)
     counts = (cv2.calcHist([rgb], [i], scanned, [256], [0, 256]).ravel()[::-1] for i in range(3))
@@ -178,7 +176,7 @@ def _flags_of(
         rim = cv2.dilate(unscanned.view(np.uint8), np.ones((5, 5), np.uint8))
         od[rim > 0] = 0  # blended with the scanner's black
     density = _pooled(_shrunk(od, factor), mpp * factor)  # float32 [h, w, 3]
-    channels = np.array(cv2.split(density), np.float32)  # float32 [3, h, w]
+    channels = np.moveaxis(density, 2, 0).copy()  # float32 [3, h, w]
     low, high = channels.min(axis=0), channels.max(axis=0)  # float32 [h, w], as all that follows
     room = np.empty_like(od)  # reused, because new memory costs as much as the sums
     fine, texture = (_texture(od, um, mpp, factor, room) for um in (FINE_UM, DETAIL_UM))
@@ -217,7 +215,7 @@ def _texture(od: Floats, sigma_um: float, mpp: float, factor: int, room: Floats)
     That half, the lighter, would reach beyond the edge of the tissue onto the glass.
     """
     cv2.GaussianBlur(od, (0, 0), max(sigma_um / mpp, 0.8), dst=room)
-    np.maximum(np.subtract(od, room, out=room), 0, out=room)
+    cv2.threshold(np.subtract(od, room, out=room), 0, 0, cv2.THRESH_TOZERO, dst=room)
     squares = np.asarray(cv2.transform(np.multiply(room, room, out=room), 2 * _MEAN), np.float32)
     # OpenCV filters by FFT, which may leave -1e-9
     return np.sqrt(np.maximum(_pooled(_shrunk(squares, factor), mpp * factor), 0))
