@@ -32,7 +32,6 @@ from seal_extract.slides import remote
 from seal_extract.slides.ngff import METADATA, Pyramid, image_of
 from seal_extract.slides.readers import Array, Reader
 
-IS_ZARR_2 = version("zarr").startswith("2.")
 CACHE_BYTES = 2**27  # of tiles that `read_region` may need again
 REQUESTS_AT_ONCE = 16  # to a storage, which answers slowly and many at a time
 RETRY_AFTER_S = (1.0, 5.0)  # a run makes ten thousands of requests; one of them fails now and then
@@ -76,7 +75,7 @@ def _storage(where: Path | str) -> tuple[Any, str]:
             raise UsageError(
                 "is many files, and the signature of a URL is of one; download the folder and give that"
             )
-        if IS_ZARR_2:  # it takes whatever a storage raises for a chunk that was left out
+        if zarr.__version__.startswith("2."):  # takes whatever a storage raises for a chunk left out
             raise UsageError(
                 "is read where it is by zarr 3, on Python 3.11 or newer; download the folder and give that"
             )
@@ -133,7 +132,7 @@ class OmeZarrReader(Reader):
             why = self._reason(exc)
             if type(exc).__name__ == "GroupNotFoundError":
                 why = "it holds no zarr.json and no .zgroup"
-            if IS_ZARR_2:
+            if zarr.__version__.startswith("2."):
                 why += f"; zarr {version('zarr')} reads 0.4, and zarr 3 also 0.5, on Python 3.11 or newer"
             raise SlideOpenError(f"{self._shown} is no OME-Zarr that can be read: {why}") from exc
 

@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 
 WHEELS = ["imagecodecs", "msgspec", "openslide-bin", "openslide-python", "shapely", "simplejpeg", "tifffile"]
-WHEELS += ["tiffslide", "zarr", "nvidia-nvimgcodec-cu13", "nvidia-nvjpeg", "nvidia-nvjpeg2k-cu13"]
+WHEELS += ["tiffslide", "nvidia-nvimgcodec-cu13", "nvidia-nvjpeg", "nvidia-nvjpeg2k-cu13"]
 GLIBC = ("2_28", "2_27", "2_24", "2_17", "2_5")
 CODECS = ("imcd", "jpeg8", "jpeg2k", "png", "shared", "shared_cython", "zlib")  # of the fifty of imagecodecs
 
