@@ -24,7 +24,7 @@ from seal_extract.patches.compressed import Compressed, DeviceDecoder, Numbers
 from seal_extract.patches.grid import PatchGrid
 from seal_extract.patches.jpeg import JpegTiles
 from seal_extract.patches.regions import HostPixels
-from seal_extract.patches.resample import Resampling
+from seal_extract.patches.resample import Memory, Resampling
 from seal_extract.patches.tiled import PROBES, Unsuitable
 from seal_extract.patches.tiles import TileReader
 from seal_extract.slides.readers import Array
@@ -69,7 +69,7 @@ class GpuTileReader(TileReader):
         largest, _ = self._decoder.tolerance
         self.name += " on the GPU" + (f", within {largest} grey levels" if largest else "")
 
-    def read(self, rows: range, out: Array | None = None) -> HostPixels:
+    def read(self, rows: range, out: Memory | None = None) -> HostPixels:
         """See `PatchReader.read`."""
         from seal_extract.patches.kernels import Cut, resample_cut
 

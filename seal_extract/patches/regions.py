@@ -11,7 +11,7 @@ from torch import Tensor
 
 from seal_extract.errors import ReadError
 from seal_extract.patches.grid import PatchGrid
-from seal_extract.patches.resample import Resampling
+from seal_extract.patches.resample import Memory, Resampling
 from seal_extract.slides.readers import Array
 from seal_extract.slides.slide import Slide, open_with_another_reader
 
@@ -48,12 +48,12 @@ class PatchReader(Protocol):
     rows_at_once: int
     on_device: bool
 
-    def read(self, rows: range, out: Array | None = None) -> HostPixels:
+    def read(self, rows: range, out: Memory | None = None) -> HostPixels:
         """Read grid rows; safe to call from several threads.
 
         Args:
             rows: to read.
-            out: host memory that may take the pixels, uint8 [rows, side_px, side_px, 3].
+            out: host memory of that many rows and ``side_px``, which may take the pixels.
         """
         ...
 
@@ -86,7 +86,7 @@ class RegionReader:
             if other is not None:
                 other.close()
 
-    def read(self, rows: range, out: Array | None = None) -> HostPixels:
+    def read(self, rows: range, out: Memory | None = None) -> HostPixels:
         """See `PatchReader.read`; what the slide's reader cannot read is tried with another reader."""
         regions = self._resampling.regions(len(rows), self.grid.read_px, out)
         unreadable: dict[int, str] = {}

@@ -16,6 +16,7 @@ from seal_extract.errors import ReadError, is_of_lost_device
 from seal_extract.patches import available_cores
 from seal_extract.patches.codecs import memory_for_pixels
 from seal_extract.patches.regions import ROWS_AT_ONCE, HostPixels, PatchReader
+from seal_extract.patches.resample import Memory
 
 JOB_BYTES = 32 * 2**20  # fewer where patches are huge
 SLIDES_READ_AHEAD = 4  # beyond the jobs that threads need: each open slide has caches of its own
@@ -68,7 +69,7 @@ class _Job:
     reader: PatchReader
     rows: range
     pixels: Future[HostPixels]
-    place: Tensor | None = None  # in its batch, for the reader to fill if it can
+    place: Memory | None = None  # in its batch, for the reader to fill if it can
 
     @property
     def bytes(self) -> int:
@@ -83,7 +84,7 @@ class _Job:
         if self.place is None or before.place is None:
             return False
         same_size = self.reader.grid.patch_px == before.reader.grid.patch_px
-        return same_size and _are_neighbours(before.place, self.place)
+        return same_size and _are_neighbours(before.place.tensor, self.place.tensor)
 
 
 def stream_batches(
@@ -154,7 +155,7 @@ class _Stream:
         self._max_read_errors, self._on_failure, self._on_read = max_read_errors, on_failure, on_read
         self._make_room = make_room
         self._waiting: deque[_Job] = deque()
-        self._memory: Tensor | None = None  # of the batch that jobs fill at present
+        self._memory: Memory | None = None  # of the batch that jobs fill at present
         self._filled = 0  # rows of it
         self._read: list[_Part] = []  # neighbours in one memory, still on the host
         self._to_patches: Callable[[Tensor], Tensor]  # of their readers
@@ -193,23 +194,23 @@ class _Stream:
         rows, start = len(reader.grid), 0
         step = max(1, min(reader.rows_at_once, JOB_BYTES // (3 * reader.side_px**2)))
         while start < rows and slide not in self._failed:
-            part, place, out = range(start, min(start + step, rows)), None, None
+            part, place = range(start, min(start + step, rows)), None
             if not reader.on_device:
                 place = self._place(reader.side_px, len(part), batch_size)
-                part, out = part[: len(place)], place.permute(0, 2, 3, 1).numpy()
-            yield _Job(slide, reader, part, self._pool.submit(reader.read, part, out), place)
+                part = part[: len(place.array)]
+            yield _Job(slide, reader, part, self._pool.submit(reader.read, part, place), place)
             start = part.stop
         if not rows:
             self._close(slide, reader)
 
-    def _place(self, side_px: int, rows: int, batch_size: int) -> Tensor:
+    def _place(self, side_px: int, rows: int, batch_size: int) -> Memory:
         """Memory for as many of ``rows`` as the batch that is being filled still takes."""
         memory = self._memory
-        if memory is None or self._filled == len(memory) or memory.shape[-1] != side_px:
+        if memory is None or self._filled == len(memory.array) or memory.array.shape[1] != side_px:
             memory = self._memory = self._upload.memory(batch_size, side_px)
             self._filled = 0
         place = memory[self._filled : self._filled + rows]
-        self._filled += len(place)
+        self._filled += len(place.array)
         return place
 
     def _next_parts(self) -> list[_Part]:
@@ -284,9 +285,7 @@ class _Stream:
         if job.slide in self._failed:
             return None
         self._count(job, read)
-        is_in_place = job.place is not None and read.pixels.data_ptr() == job.place.data_ptr()
-        pixels = job.place if job.place is not None and is_in_place else read.pixels
-        return _Part(pixels, job.slide, job.rows, read.unreadable)
+        return _Part(read.pixels, job.slide, job.rows, read.unreadable)
 
     def _count(self, job: _Job, decoded: HostPixels) -> None:
         errors = self._errors[job.slide] = self._errors.get(job.slide, 0) + len(decoded.unreadable)
@@ -306,14 +305,14 @@ class _Upload:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
-    def memory(self, rows: int, side_px: int) -> Tensor:
-        """Memory of the host, uint8 [rows or fewer, 3, side, side], to be brought to the device at once."""
+    def memory(self, rows: int, side_px: int) -> Memory:
+        """Memory of the host for so many rows, or fewer, to be brought to the device at once."""
         if self._stream is None:
             memory = torch.from_numpy(memory_for_pixels(rows, side_px, side_px, 3))
         else:  # from which a GPU copies by itself
             rows = min(rows, max(1, UPLOAD_BYTES // (3 * side_px**2)))
             memory = torch.empty(rows, side_px, side_px, 3, dtype=torch.uint8, pin_memory=True)
-        return memory.permute(0, 3, 1, 2)
+        return Memory(memory.permute(0, 3, 1, 2), memory.numpy())
 
     def __call__(self, to_patches: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
         if self._stream is None:

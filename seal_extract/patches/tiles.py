@@ -17,7 +17,7 @@ from seal_extract.errors import ReadError
 from seal_extract.patches.codecs import REDUCTIONS, TileError, memory_for_pixels, shrink
 from seal_extract.patches.grid import PatchGrid
 from seal_extract.patches.regions import ROWS_AT_ONCE, HostPixels
-from seal_extract.patches.resample import Resampling
+from seal_extract.patches.resample import Memory, Resampling
 from seal_extract.patches.tiled import Unsuitable, open_level, probe, read_tile
 from seal_extract.slides.readers import Array
 from seal_extract.slides.slide import Slide
@@ -67,7 +67,7 @@ class TileReader:
         self.close = self._tiled.close
         self.to_patches = resampling.on_device
 
-    def read(self, rows: range, out: Array | None = None) -> HostPixels:
+    def read(self, rows: range, out: Memory | None = None) -> HostPixels:
         """See `PatchReader.read`; a damaged tile is tried again through the slide's reader."""
         regions = self._new_regions(len(rows), out)
         users = self._users(rows)
@@ -203,7 +203,7 @@ class TileReader:
 
     # --- memory is used again and again, because new memory costs a page fault per 4 KiB -----------------
 
-    def _new_regions(self, rows: int, out: Array | None) -> Array:
+    def _new_regions(self, rows: int, out: Memory | None) -> Array:
         """The regions of a job, uint8 [rows, side, side, 3], black where nothing will be copied."""
         if self._resampling.early and self._region_px != self.grid.patch_px:
             regions = self._own_buffer("regions", (rows, self._region_px, self._region_px, 3))
