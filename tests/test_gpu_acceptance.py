@@ -24,6 +24,7 @@ def test_every_section_runs_on_a_cpu(tmp_path):
     for name in ("conch", "h0mini", "uni", "phikon2", "univ2", "virchow2"):
         assert {"whole", "float32", "bfloat16", "float16"} <= set(report[name]["figures"])
     assert sum(len(part["rows"]) + 1 for part in report.values()) < len(lines)
+    assert report["tests"]["figures"]["status"] == 0  # the tests for a GPU were collected without an error
 
 
 def test_a_section_has_a_limit_of_time_and_the_table_says_so(tmp_path):

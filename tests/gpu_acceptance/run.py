@@ -6,7 +6,7 @@
     python tests/gpu_acceptance/run.py --wheels FOLDER --out OUT
     python tests/gpu_acceptance/run.py --cpu-rehearsal --out OUT        every section, tiny, without a GPU
 
-The machine has torch, torchvision, timm, triton, h5py, OpenCV and no network. Each section is a process of
+The machine has what ``tests/README.md`` lists, and no network. Each section is a process of
 its own, with a limit of time: one that fails or hangs costs only what it had still to measure. The table
 comes last; all figures are in ``OUT/acceptance.json``, which is written anew after each section.
 """
