@@ -1,53 +1,63 @@
-"""Make the bundled encoder: pretrain a small ViT on tissue without labels, then finetune it by SEAL.
+"""Make the bundled encoder: pretrain a small ViT on tissue without labels, then align it with expression.
 
-python examples/06_seal_tiny.py her2st/ -o weights/seal-tiny         # on all four sections
-python examples/06_seal_tiny.py her2st/ -o folds/C2 --hold-out C2    # nothing of C2 is seen
+python examples/06_seal_tiny.py her2st/ -o weights/seal-tiny --more a.svs b.svs     # on all four sections
+python examples/06_seal_tiny.py her2st/ -o folds/C2 --hold-out C2                   # nothing of C2 is seen
 
 ``her2st/`` holds counts, spots and images of https://github.com/almaan/her2st (Andersson et al. 2021,
-CC BY 4.0). The base encoder, before alignment, is written beside the encoder as ``NAME-base``.
+CC BY 4.0); ``--more`` names other slides to pretrain on. The base encoder, before alignment, is written
+beside the encoder as ``NAME-base``, the places of each slide once as ``places/SLIDE.npz``. The same command
+continues a run that was stopped, to the same weights.
 
-The base is pretrained by two tasks on windows of tissue, each seen through half of its tokens: windows of one
-place are told from those of others (InfoNCE, arXiv 1807.03748), and descriptors of the window are predicted
-(after MaskFeat, Wei et al., arXiv 2112.09133).
+The base is pretrained by two tasks, most often on half of the tokens: two windows of one place are told
+from those of others (InfoNCE, arXiv 1807.03748), and handcrafted features of the window and of its
+surroundings are predicted (after MaskFeat, Wei et al., arXiv 2112.09133).
+
+The alignment is linear and in closed form: reduced-rank regression (Izenman, J. Multivar. Anal. 1975, 5: 248)
+from the base's embedding to expression that is smoothed over neighbouring spots. The decoder is the least
+squares behind it; the expression half is trained by SEAL against this embedding.
 """
 
 import argparse
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from msgspec import structs
+from numpy.typing import NDArray
+from scipy.spatial import cKDTree
 from torch import Tensor, nn
 
-from seal_extract import find_tissue, open_slide
+from seal_extract import find_tissue, load_encoder, make_grid, open_slide
 from seal_extract.encoders import Encoder, EncoderSpec
-from seal_extract.encoders.parts import ConchTower
-from seal_extract.encoders.spec import Architecture, InputRule
+from seal_extract.encoders.spec import Architecture, Head, InputRule
 from seal_extract.encoders.tower import empty_tower, fill, tower_shapes
-from seal_extract.train.config import (
-    DataOptions,
-    LoopOptions,
-    LoraOptions,
-    OmicsOptions,
-    SealOptions,
-    TrainConfig,
-)
-from seal_extract.train.finetune import reorient, vary_stain
+from seal_extract.encoders.transform import fit
+from seal_extract.evaluate.handcrafted import FEATURES, handcrafted_features
+from seal_extract.patches.reader import open_patch_reader
+from seal_extract.patches.stream import stream_batches
+from seal_extract.publish import publish
+from seal_extract.train.config import LoopOptions, SealOptions
+from seal_extract.train.finetune import embed_patches, reorient, vary_stain
 from seal_extract.train.formats import load_sections
+from seal_extract.train.loop import train
 from seal_extract.train.losses import info_nce
-from seal_extract.train.run import run
-from seal_extract.train.sections import Section
+from seal_extract.train.pairs import Batches, Pairs, TrainBatch, make_pairs
+from seal_extract.train.run import MIN_SD, write_encoder
+from seal_extract.train.seal import Losses, OmicsModel, SealModel, new_omics
+from seal_extract.train.sections import choose_panel
 
 SECTIONS = ("C2", "C3", "C4", "C5")
 CARD = Path(__file__).parents[1] / "weights" / "seal-tiny.md"  # data, figures, limits
 
 TINY = EncoderSpec(
     name="seal-tiny-base",
-    dim=32,
+    dim=128,
     patch_px=224,
     mpp=0.5,
     mean=(0.75, 0.55, 0.70),
@@ -57,142 +67,226 @@ TINY = EncoderSpec(
     source="",
     architecture=Architecture(
         "vit_tiny_patch16_224",
-        {"img_size": 112, "embed_dim": 128, "depth": 6, "num_heads": 4, "dynamic_img_size": True},
+        {"img_size": 112, "embed_dim": 128, "depth": 6, "num_heads": 4, "dynamic_img_size": True}
+        | {"embed_layer": "ConvStem"},
     ),
     pooling="conch",
     input=InputRule(multiple_of=16, resize_px=112),
 )
-WINDOW_MPP = 1.0  # 224 px at 0.5 µm/px, resized to 112: what the tower sees
-SIDE = 112
-SHIFT_PX = 32  # how far two windows of a place may lie from it, each way
-TOKENS = 25  # of 49 that the trunk sees
-PLACES = 64  # of a batch
-LR, WARMUP_STEPS, CLIP = 1e-3, 30, 3.0
-CONTRAST, TEMPERATURE, STAIN = 0.3, 0.2, 0.05
+SIDE = 112  # px of a window as the tower sees it, 224 at 0.5 µm/px
+SHIFTS = [(y, x) for y in (0, 28, 56, 84) for x in (0, 28, 56, 84)]  # px, of windows within a place
+PLACE = SIDE + 84
+PLACES = 64  # of a batch: as many pairs of windows
+AROUND_UM = 180  # between the middles of a place and of its surroundings, which are 112 µm apart or more
+TOKENS = 25  # of 49 that the trunk sees in `PARTIAL` of the steps
+PARTIAL = 0.7
+CONTRAST, AROUND_WEIGHT, TEMPERATURE, STAIN = 0.3, 0.5, 0.2, 0.05
+GENES = 500
+RANK, COMPONENTS, ALPHA, VIEWS = 6, 32, 10.0, 8  # of the alignment
+PRETRAINING = LoopOptions(lr=1e-3, weight_decay=0.05, clip=3.0)
 
 
 class Places:
-    """Random windows of tissue from whole sections, which are held in memory at 1 µm/px."""
+    """Places of tissue of some slides, cut and described, and batches of two windows of each."""
 
-    def __init__(self, sections: Sequence[Section], seed: int) -> None:
-        self.rng = np.random.default_rng(seed)
-        self.images: list[Any] = []  # uint8 [H, W, 3] at 1 µm/px
-        self.tissue: list[Any] = []  # float64 [T, 2], (x, y) in their pixels
-        for section in sections:
-            with open_slide(section.slide, mpp=section.mpp) as slide:
-                mask = find_tissue(slide)
-                whole = slide.read_region((0, 0), 0, slide.size_l0)
-            scale = slide.mpp / WINDOW_MPP
-            self.images.append(cv2.resize(whole, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA))
-            self.tissue.append(np.argwhere(mask.mask)[:, ::-1] * mask.mpp / WINDOW_MPP)
+    def __init__(self, slides: Sequence[tuple[Path, float | None]], folder: Path) -> None:
+        """Cut them, or read what was cut before into ``folder``."""
+        pixels, targets = [], []
+        for path, mpp in slides:
+            images, features, xy_um = cut_places(path, mpp, folder / f"{path.name}.npz")
+            flat = features.reshape(-1, features.shape[-1])
+            own = ((features - flat.mean(0)) / (flat.std(0) + 1e-6)).clip(-4, 4)
+            near = cKDTree(xy_um).query_ball_point(xy_um, AROUND_UM)
+            around = np.stack([own[rows].mean((0, 1)) for rows in near])
+            around = (around - around.mean(0)) / (around.std(0) + 1e-6)
+            pixels.append(images)
+            targets.append(np.concatenate([own, np.broadcast_to(around[:, None], own.shape)], 2))
+        self.pixels, self.targets = np.concatenate(pixels), np.concatenate(targets).astype(np.float32)
 
-    def windows(self, count: int) -> Tensor:
-        """Two overlapping windows of each place: uint8 [2 * count, 3, S, S], the first ones in front."""
-        windows = np.empty((2, count, SIDE, SIDE, 3), np.uint8)
-        for i in range(count):
-            which = self.rng.integers(len(self.images))
-            image, tissue = self.images[which], self.tissue[which]
-            centre = tissue[self.rng.integers(len(tissue))]
-            for window in windows[:, i]:
-                x, y = (centre - SIDE / 2 + self.rng.integers(-SHIFT_PX, SHIFT_PX + 1, 2)).astype(int)
-                x, y = np.clip((x, y), 0, np.array(image.shape[1::-1]) - SIDE)
-                window[:] = image[y : y + SIDE, x : x + SIDE]
-        return torch.from_numpy(windows.reshape(-1, SIDE, SIDE, 3)).permute(0, 3, 1, 2)
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return max(1, len(self.pixels) // PLACES)
 
-
-def descriptors(images: Tensor) -> Tensor:
-    """Images [B, 3, S, S], 0 to 1, as 29 numbers each: colours, and edges at four scales."""
-    pixels = images.flatten(2)[:, :, ::7]
-    quantiles = pixels.quantile(torch.tensor([0.1, 0.5, 0.9]), dim=2).permute(1, 2, 0).flatten(1)
-    numbers = [images.mean((2, 3)), images.std((2, 3)), quantiles]
-    grey = images.mean(1, keepdim=True)
-    for _ in range(4):
-        across, down = grey.diff(dim=3).abs(), grey.diff(dim=2).abs()
-        numbers += [v[:, None] for v in (across.mean((1, 2, 3)), down.mean((1, 2, 3)), across.std((1, 2, 3)))]
-        grey = F.avg_pool2d(grey, 2)
-    dark = [(images[:, 0] < limit).float().mean((1, 2))[:, None] for limit in (0.45, 0.6)]  # nuclei
-    return torch.cat([*numbers, *dark], dim=1)
+    def epoch(self, number: int, rank: int = 0, ranks: int = 1) -> Iterator[TrainBatch]:
+        """Each place once, by two of its windows, which differ from epoch to epoch."""
+        rng = np.random.default_rng(number)
+        order = rng.permutation(len(self.pixels))
+        shifts = rng.permuted(np.tile(np.arange(len(SHIFTS)), (len(order), 1)), axis=1)
+        for i in range(rank, len(self) - len(self) % ranks, ranks):
+            rows = np.tile(order[i * PLACES : (i + 1) * PLACES], 2)
+            which = shifts[rows, np.repeat((0, 1), len(rows) // 2)]
+            windows = [
+                self.pixels[row, :, y : y + SIDE, x : x + SIDE]
+                for row, (y, x) in zip(rows, np.array(SHIFTS)[which], strict=True)
+            ]
+            yield TrainBatch(*map(torch.from_numpy, (np.stack(windows), self.targets[rows, which], rows)))
 
 
-def pretrain(sections: Sequence[Section], steps: int, seed: int = 0) -> Encoder:
-    """Train the encoder `TINY` on the tissue of sections, in steps of 128 windows; expression is not used."""
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    places = Places(sections, seed)
-    tower = new_tower()
-    encoder = Encoder(TINY, tower, (), torch.float32)
-    tower.requires_grad_(True).train()
-    project = nn.Sequential(nn.Linear(TINY.dim, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, 128))
-    target = descriptors(places.windows(256)[:256].float() / 255)
-    middle, spread = target.mean(0), target.std(0) + 1e-6
-    predict = nn.Linear(TINY.dim, target.shape[1])
-    parameters = [*tower.parameters(), *project.parameters(), *predict.parameters()]
-    optimiser = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.05)
-    for step in range(steps):
-        rate = LR * min(1, (step + 1) / WARMUP_STEPS) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        optimiser.param_groups[0]["lr"] = rate
-        images = reorient(places.windows(PLACES), generator).float() / 255
-        images = vary_stain(images, STAIN, generator)
-        embedded = embed_some_tokens(tower, (images - encoder.mean) / encoder.std)
-        one, other = project(embedded).chunk(2)
-        target = ((descriptors(images) - middle) / spread).clamp(-4, 4)
-        contrast, error = info_nce(one, other, TEMPERATURE), F.smooth_l1_loss(predict(embedded), target)
-        loss = CONTRAST * contrast + error
-        optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(parameters, CLIP)
-        optimiser.step()
-        if step % 50 == 49:
-            print(f"step {step + 1} of {steps}: contrast {contrast:.3f}, descriptors {error:.4f}")
-    tower.eval().requires_grad_(False)
-    return encoder
+def cut_places(path: Path, mpp: float | None, cache: Path) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Places uint8 [N, 3, P, P], handcrafted features of their windows [N, 16, F], corners in µm."""
+    if not cache.exists():
+        pixels, features = [], []
+        zoom = TINY.patch_px // SIDE
+        rule = InputRule(multiple_of=16, resize_px=PLACE)
+        with open_slide(path, mpp=mpp) as slide:
+            side_px, overlap_px = PLACE * zoom, (PLACE - SIDE) * zoom
+            grid = make_grid(slide, find_tissue(slide), side_px, overlap_px=overlap_px, allow_upsampling=True)
+            reader = open_patch_reader(slide, grid, torch.device("cpu"))
+            for batch in stream_batches([reader], 64):
+                pixels.append(fit(batch.patches, rule).numpy())
+                whole, side = batch.patches.numpy(), TINY.patch_px
+                windows = [whole[:, :, y : y + side, x : x + side] for y, x in zoom * np.array(SHIFTS)]
+                features.append(np.stack([handcrafted_features(w) for w in windows], 1))
+        with publish(cache) as part, part.open("wb") as file:
+            images, described = np.concatenate(pixels), np.concatenate(features)
+            np.savez(file, pixels=images, features=described, xy_um=grid.xy_l0 * slide.mpp)
+    with np.load(cache) as held:
+        return held["pixels"], held["features"], held["xy_um"]
 
 
-def new_tower() -> ConchTower:
+class Pretraining(nn.Module):
+    """The base encoder and the heads of its tasks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Encoder(TINY, new_tower(), (), torch.float32)
+        self.encoder.tower.requires_grad_(True)
+        self.project = nn.Sequential(
+            nn.Linear(TINY.dim, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, 128)
+        )
+        self.describe = nn.Linear(TINY.dim, 2 * len(FEATURES))
+
+    def forward(self, batch: TrainBatch, seed: int) -> Losses:
+        """The terms of the loss."""
+        generator = torch.Generator().manual_seed(seed)
+        images = vary_stain(reorient(batch.patches, generator).float() / 255, STAIN, generator)
+        partly = float(torch.rand((), generator=generator)) < PARTIAL
+        embedded = embed(self.encoder.tower, (images - self.encoder.mean) / self.encoder.std, partly)
+        one, other = self.project(embedded).chunk(2)
+        own, around = (self.describe(embedded) - batch.expression).chunk(2, dim=1)
+        return {
+            "contrast": CONTRAST * info_nce(one, other, TEMPERATURE),
+            "own": F.smooth_l1_loss(own, torch.zeros_like(own)),
+            "around": AROUND_WEIGHT * F.smooth_l1_loss(around, torch.zeros_like(around)),
+        }
+
+
+def new_tower() -> nn.Module:
     """With random weights."""
     tower = empty_tower(TINY)
-    assert isinstance(tower, ConchTower)
     weights = {key: torch.empty(shape) for key, shape in tower_shapes(tower).items()}
     for key, value in weights.items():
-        if value.ndim > 1:
+        if value.ndim == 4:
+            nn.init.kaiming_normal_(value)
+        elif value.ndim > 1:
             nn.init.trunc_normal_(value, std=0.02 if "pos_embed" in key or "token" in key else 0.04)
         else:
-            value.fill_(1.0 if key.endswith("weight") else 0.0)
+            value.fill_(1.0 if key.endswith(("weight", "running_var")) else 0.0)
     fill(tower, weights)
     return tower
 
 
-def embed_some_tokens(tower: ConchTower, images: Tensor) -> Tensor:
-    """Images [B, 3, S, S] to the embeddings [B, D] of a random half of their tokens."""
-    trunk: Any = tower.trunk
+def embed(tower: Any, images: Tensor, partly: bool) -> Tensor:
+    """Images [B, 3, S, S] to the embeddings [B, D] of all their tokens, or of a random half of them."""
+    trunk = tower.trunk
     tokens = trunk._pos_embed(trunk.patch_embed(images))
-    chosen = torch.rand(len(tokens), tokens.shape[1] - 1).argsort(1)[:, :TOKENS] + 1  # CLS is always there
-    kept = tokens.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[2]))
-    tokens = trunk.norm(trunk.blocks(torch.cat([tokens[:, :1], kept], dim=1)))
-    embedding: Tensor = tower.ln_contrast(tower.attn_pool_contrast(tokens))
+    if partly:
+        chosen = torch.rand(len(tokens), tokens.shape[1] - 1).argsort(1)[:, :TOKENS] + 1  # CLS stays
+        kept = tokens.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[2]))
+        tokens = torch.cat([tokens[:, :1], kept], dim=1)
+    embedding: Tensor = tower.pool(trunk.norm(trunk.blocks(tokens)))
     return embedding
 
 
-def main(her2st: Path, out: Path, hold_out: Sequence[str] = (), steps: int = 350, epochs: int = 12) -> None:
-    """Pretrain, finetune on a small scale, write."""
+def pretrain(places: Places, folder: Path, epochs: int) -> Encoder:
+    """The base, trained on places; its checkpoint is in ``folder``."""
+    torch.manual_seed(0)
+    model = Pretraining()
+    options = structs.replace(PRETRAINING, epochs=epochs)
+    train(model, places, None, folder, options, on_epoch=lambda row: print(json.dumps(row)))  # type: ignore[arg-type]
+    model.encoder.tower.eval().requires_grad_(False)
+    return model.encoder
+
+
+# --- alignment ----------------------------------------------------------------------------------------
+
+
+def align(base: Encoder, pairs: Pairs) -> tuple[Encoder, nn.Linear]:
+    """The base with a Linear layer behind it, from which ``RANK`` dimensions predict expression best.
+
+    With X the embeddings of the patches in several orientations and stains, standardised, and Y the
+    expression in its first principal components, P = X B is the ridge's prediction of Y. The embedding is P
+    in its own first ``RANK`` principal components, rotated at random so that all its numbers carry the same.
+
+    Returns:
+        The encoder, and the decoder that predicts the expression from its embeddings by least squares.
+    """
+    patches = torch.from_numpy(pairs.patches)
+    with torch.no_grad():
+        views = [embed_patches(base, patches, STAIN, seed).double().numpy() for seed in range(VIEWS)]
+    x = np.concatenate(views)  # [V N, D]
+    mean, sd = x.mean(0), x.std(0)
+    x = (x - mean) / sd
+    y = np.tile(components(pairs), (VIEWS, 1))  # [V N, C]
+    b = np.linalg.solve(x.T @ x + VIEWS * ALPHA * np.eye(len(sd)), x.T @ y)  # [D, C]
+    b = b @ np.linalg.svd(x @ b, full_matrices=False)[2][:RANK].T  # [D, R]
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(TINY.dim, RANK)))[0]  # [D, R]
+    rotation *= np.sqrt(TINY.dim / np.var(x @ b, axis=0).sum())  # to a variance of 1
+    weight = rotation @ b.T / sd  # [D, D] of rank R
+    expression = np.tile(pairs.expression, (VIEWS, 1)).astype(np.float64)  # [V N, G]
+    slopes = np.linalg.lstsq(x @ b, expression - expression.mean(0), rcond=None)[0]  # [R, G]
+    spec = replace(TINY, architecture=replace(TINY.architecture, head=Head((TINY.dim,))))
+    tower, decoder = empty_tower(spec), nn.Linear(TINY.dim, len(pairs.panel))
+    head = {"head.0.weight": weight, "head.0.bias": -weight @ mean}
+    fill(tower, {**base.tower.state_dict(), **{k: torch.from_numpy(v).float() for k, v in head.items()}})
+    decoded = {"weight": np.linalg.pinv(rotation).T @ slopes, "bias": expression.mean(0)}
+    decoder.load_state_dict({k: torch.from_numpy(v.T).float() for k, v in decoded.items()})
+    return Encoder(spec, tower, base.weights, torch.float32), decoder
+
+
+def components(pairs: Pairs) -> NDArray[np.float64]:
+    """The first principal components of the expression, each gene standardised: [N, C]."""
+    y = pairs.expression.astype(np.float64)
+    for section in np.unique(pairs.section):
+        y[pairs.section == section] -= y[pairs.section == section].mean(0)
+    y /= y.std(0) + MIN_SD
+    first: NDArray[np.float64] = y @ np.linalg.svd(y, full_matrices=False)[2][:COMPONENTS].T
+    first /= first.std(0)[0]
+    return first
+
+
+def main(
+    her2st: Path, out: Path, hold_out: Sequence[str] = (), more: Sequence[Path] = (), steps: int = 600
+) -> None:
+    """Pretrain, align, train the expression half and the decoder, write."""
     names = [name for name in SECTIONS if name not in hold_out]
     sections = load_sections([{"kind": "st-tables", "folder": str(her2st), "names": names}])
     base = out.with_name(out.name + "-base")
     if not (base / "config.json").exists():
-        pretrain(sections, steps).save_pretrained(base)
-    config = TrainConfig(
-        name="seal-tiny",
-        encoder=str(base),
-        out=str(out),
-        batch_size=64,
-        licence="CC-BY-4.0",
-        card=CARD.read_text(encoding="utf-8"),
-        data=DataOptions(sections=(), genes=500),
-        omics=OmicsOptions(hidden=(256, 128), epochs=40, lr=1e-3),
-        seal=SealOptions(alignment=0.5, prediction=2.0, lora=LoraOptions(blocks=6)),
-        loop=LoopOptions(epochs=epochs, lr=4e-3),
+        slides = [(s.slide, s.mpp) for s in sections] + [(path, None) for path in more]
+        places = Places(slides, out.parent / "places")
+        epochs = math.ceil(steps / len(places))
+        pretrain(places, out.with_name(out.name + "-pretraining"), epochs).save_pretrained(base)
+    pairs = make_pairs(sections, choose_panel(sections, GENES), smooth=True)
+    encoder, decoder = align(load_encoder(base), pairs)
+    sd = torch.from_numpy(pairs.expression.std(0)).clamp_min(MIN_SD)
+    torch.manual_seed(0)
+    omics = OmicsModel(new_omics(TINY.dim, GENES, (256, 128)), sd)
+    train(omics, Batches(pairs, 64), None, out / "stage_1", LoopOptions(epochs=40, lr=1e-3))
+    model = SealModel(encoder, omics, sd, SealOptions(alignment=5.0, prediction=0.0, lora=None))
+    model.decoder = decoder
+    train(model, Batches(pairs, 64), None, out / "stage_2", LoopOptions(epochs=12, lr=4e-3))
+    summary = f"## Training\n\n{len(pairs)} pairs of patch and spot of {', '.join(names)}, {GENES} genes.\n\n"
+    write_encoder(
+        out,
+        "seal-tiny",
+        model,
+        patch_px=TINY.patch_px,
+        mpp=0.5,
+        licence=TINY.licence,
+        panel=pairs.panel,
+        training={"summary": summary + CARD.read_text(encoding="utf-8"), "sections": names},
     )
-    run(config, sections=sections, log=print)
 
 
 if __name__ == "__main__":
@@ -200,5 +294,6 @@ if __name__ == "__main__":
     parser.add_argument("her2st", type=Path)
     parser.add_argument("-o", "--out", type=Path, required=True)
     parser.add_argument("--hold-out", nargs="+", choices=SECTIONS, default=())
+    parser.add_argument("--more", type=Path, nargs="*", default=[])
     args = parser.parse_args()
-    main(args.her2st, args.out, args.hold_out)
+    main(args.her2st, args.out, args.hold_out, args.more)

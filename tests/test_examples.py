@@ -5,10 +5,13 @@ import shutil
 from pathlib import Path
 
 import h5py
+import pandas as pd
 import pytest
+import torch
 from cohort_fixtures import run_here
 from conftest import shared
 from PIL import Image
+from safetensors.torch import load_file
 
 from seal_extract import extract, load_encoder, load_omics
 from seal_extract.features.export import export
@@ -74,20 +77,36 @@ def test_without_arguments_an_example_says_how_it_is_run(path, monkeypatch, caps
     assert f"examples/{path.name} " in said or "usage: " in said
 
 
-@pytest.mark.slow  # a minute or two: real sections
+@pytest.mark.slow  # two minutes: a real section
 @pytest.mark.filterwarnings("ignore:.*enlarged", "ignore:.*left out")
-def test_seal_tiny(tmp_path):
+def test_seal_tiny_is_trained_to_the_same_weights_after_a_stop(tmp_path, monkeypatch):
     main = runpy.run_path(str(EXAMPLES / "06_seal_tiny.py"))["main"]
-    main(shared("data", "her2st"), tmp_path / "tiny", ["C2", "C5"], steps=2, epochs=1)
+    her2st, others = shared("data", "her2st"), ["C2", "C4", "C5"]
+    main(her2st, tmp_path / "tiny", others, steps=10)  # two epochs
     encoder = load_encoder(tmp_path / "tiny")
     assert (encoder.spec.name, len(encoder.genes or ())) == ("seal-tiny", 500)
     assert "Andersson et al." in (tmp_path / "tiny" / "README.md").read_text()
     assert load_omics(tmp_path / "tiny").genes == encoder.genes
 
+    class StoppedError(Exception):
+        pass
+
+    def stop(*line):  # after the checkpoint of the first epoch
+        raise StoppedError
+
+    monkeypatch.setattr("builtins.print", stop)
+    with pytest.raises(StoppedError):
+        main(her2st, tmp_path / "again", others, steps=10)
+    monkeypatch.undo()
+    main(her2st, tmp_path / "again", others, steps=10)
+    assert pd.read_csv(tmp_path / "again-pretraining/metrics.csv")["epoch"].tolist() == [1, 2]
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("tiny-base", "again-base"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)
 def test_examples_are_short(path):
-    most = {"06_seal_tiny.py": 220, "07_evaluation.py": 145}  # they have a method, or a cohort, of their own
+    most = {"06_seal_tiny.py": 300, "07_evaluation.py": 145}  # they have a method, or a cohort, of their own
     assert len(path.read_text().splitlines()) < most.get(path.name, 60)
 
 

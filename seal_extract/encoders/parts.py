@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -90,19 +92,34 @@ def new_head(shape: Head, inputs: int) -> nn.Sequential:
 
 
 class ConvStem(nn.Module):
-    """CTransPath's patch embedding (Wang et al., doi 10.1016/j.media.2022.102559): three convolutions.
+    """A patch embedding by convolutions, each of which halves the image.
 
-    timm calls it with the arguments of its own; it takes those that it needs.
+    With patches of 4 px it is CTransPath's (Wang et al., doi 10.1016/j.media.2022.102559); with larger ones
+    that of Xiao et al. (arXiv 2106.14881). timm calls it with the arguments of its own; it takes those that
+    it needs.
     """
 
     def __init__(
-        self, img_size: Any = 224, patch_size: int = 4, in_chans: int = 3, embed_dim: int = 96, **_: Any
+        self,
+        img_size: Any = 224,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        embed_dim: int = 96,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+        **_: Any,
     ) -> None:
         super().__init__()
-        if patch_size != 4 or embed_dim % 8:
-            raise UsageError(f"ConvStem has patches of {patch_size} px; allowed: 4, width a multiple of 8")
-        self.patch_size, self.grid_size = (4, 4), tuple(side // 4 for side in to_2tuple(img_size))
-        widths = (in_chans, embed_dim // 8, embed_dim // 4)
+        if patch_size not in (4, 8, 16) or embed_dim % 8:
+            raise UsageError(
+                f"ConvStem has patches of {patch_size} px and width {embed_dim}; allowed: 4, 8 or 16 px, and "
+                "a width that is a multiple of 8"
+            )
+        self.patch_size, self.grid_size = (
+            2 * (patch_size,),
+            tuple(n // patch_size for n in to_2tuple(img_size)),
+        )
+        self.num_patches = math.prod(self.grid_size)
+        widths = [in_chans, *(embed_dim // 8 * 2**i for i in range(patch_size.bit_length() - 1))]
         halvings = [
             part
             for before, after in pairwise(widths)
@@ -113,10 +130,10 @@ class ConvStem(nn.Module):
             )
         ]
         self.proj = nn.Sequential(*halvings, nn.Conv2d(widths[-1], embed_dim, 1))
-        self.norm = nn.LayerNorm(embed_dim)
+        self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] to tokens [B, H / 4, W / 4, D]."""
+        """[B, 3, H, W] to tokens [B, H / P, W / P, D], with patches of P px."""
         tokens: Tensor = self.norm(self.proj(images).permute(0, 2, 3, 1))
         return tokens
 

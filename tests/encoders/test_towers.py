@@ -19,6 +19,8 @@ from torch.nn import functional as F
 
 from seal_extract.encoders import find_spec, load_encoder
 from seal_extract.encoders.registry import ROWS
+from seal_extract.encoders.tower import empty_tower
+from seal_extract.errors import UsageError
 
 WIDTH, DIM = 48, 32
 TEXT = {"text.transformer.w": torch.ones(2), "logit_scale": torch.ones(())}
@@ -275,6 +277,16 @@ def test_ctranspath_is_swin_behind_three_convolutions(is_old, monkeypatch, tmp_p
         named["layers.0.blocks.1.attn_mask"] = torch.zeros(64, 49, 49)
     save_file({key: value.contiguous() for key, value in named.items()}, tmp_path / "model.safetensors")
     hold("ctranspath", tmp_path / "model.safetensors", model, 224)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "said"), [({"patch_size": 32}, "patches of 32 px"), ({"embed_dim": 100}, "width 100; allowed")]
+)
+def test_a_stem_of_convolutions_has_few_sizes(kwargs, said):
+    row = find_spec("seal-tiny")
+    architecture = replace(row.architecture, kwargs={**row.architecture.kwargs, **kwargs})
+    with pytest.raises(UsageError, match=said):
+        empty_tower(replace(row, architecture=architecture))
 
 
 # --- adapters, and what must not load -----------------------------------------------------------------------
