@@ -73,9 +73,9 @@ def test_the_panel_names_the_columns_or_is_refused(tiny, tmp_path):
     assert load_decoder(tmp_path, panel=[f"G{i}" for i in range(500)]).columns(["G7"]) == [7]
 
 
-@pytest.mark.parametrize("rows", [np.zeros((3, 31)), np.zeros(32), np.full((2, 32), np.nan)])
+@pytest.mark.parametrize("rows", [np.zeros((3, 127)), np.zeros(128), np.full((2, 128), np.nan)])
 def test_features_that_cannot_be_its_own_are_refused(decoder, rows):
-    with pytest.raises(UsageError, match=r"takes \[N, 32\]|NaN"):
+    with pytest.raises(UsageError, match=r"takes \[N, 128\]|NaN"):
         decoder.predict(rows)
 
 

@@ -94,7 +94,7 @@ def test_rows_do_not_depend_on_batch_size_or_threads(finished, svs, encoder, tmp
 def test_an_encoder_may_be_given_by_name(svs, tmp_path):
     result = extract(svs, "seal-tiny", tmp_path)
     assert result.path.parent.name == "features_seal-tiny"
-    assert result.features.shape == (len(result.grid), 32)
+    assert result.features.shape == (len(result.grid), 128)
     written = result.path.stat().st_mtime_ns
     assert extract(svs, "seal-tiny", tmp_path).path.stat().st_mtime_ns == written
     with pytest.raises(UsageError, match="seal-tinny"):
