@@ -258,7 +258,7 @@ def components(pairs: Pairs) -> NDArray[np.float64]:
 def main(
     her2st: Path, out: Path, hold_out: Sequence[str] = (), more: Sequence[Path] = (), steps: int = 600
 ) -> None:
-    """Pretrain, align, train the expression half and the decoder, write."""
+    """Pretrain, align, train the expression half, write."""
     names = [name for name in SECTIONS if name not in hold_out]
     sections = load_sections([{"kind": "st-tables", "folder": str(her2st), "names": names}])
     base = out.with_name(out.name + "-base")
