@@ -114,10 +114,8 @@ class ConvStem(nn.Module):
                 f"ConvStem has patches of {patch_size} px and width {embed_dim}; allowed: 4, 8 or 16 px, and "
                 "a width that is a multiple of 8"
             )
-        self.patch_size, self.grid_size = (
-            2 * (patch_size,),
-            tuple(n // patch_size for n in to_2tuple(img_size)),
-        )
+        self.patch_size = (patch_size, patch_size)
+        self.grid_size = tuple(side // patch_size for side in to_2tuple(img_size))
         self.num_patches = math.prod(self.grid_size)
         widths = [in_chans, *(embed_dim // 8 * 2**i for i in range(patch_size.bit_length() - 1))]
         halvings = [
