@@ -132,8 +132,8 @@ class OmeZarrReader(Reader):
             why = self._reason(exc)
             if type(exc).__name__ == "GroupNotFoundError":
                 why = "it holds no zarr.json and no .zgroup"
-            if zarr.__version__.startswith("2."):
-                why += f"; zarr {version('zarr')} reads 0.4, and zarr 3 also 0.5, on Python 3.11 or newer"
+            if self.reader.startswith("zarr 2."):
+                why += f"; {self.reader} reads 0.4, and zarr 3 also 0.5, on Python 3.11 or newer"
             raise SlideOpenError(f"{self._shown} is no OME-Zarr that can be read: {why}") from exc
 
     @property
