@@ -161,7 +161,7 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor, precision: torch.dtype)
     """
 
     def exact(pixels: Tensor) -> Tensor:
-        return pixels.float().div(255).sub(mean).div(std)
+        return pixels.float().div_(255).sub_(mean).div_(std)
 
     if not kernels_run_on(images.device):
         return exact(images)
