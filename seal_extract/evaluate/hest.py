@@ -8,7 +8,6 @@ to 256 principal components; the ridge has no intercept and is solved by LSQR. T
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +31,7 @@ from seal_extract.evaluate.handcrafted import handcrafted_features
 from seal_extract.evaluate.run import HANDCRAFTED, Log, name_of, sections_seen
 from seal_extract.evaluate.table import Report, Row, Table
 from seal_extract.run.patch_images import extract_patches
+from seal_extract.slides.listing import read_rows
 from seal_extract.slides.patch_files import PatchFile, open_patches
 from seal_extract.train.formats.anndata import open_h5ad
 
@@ -118,11 +118,12 @@ def _read_task(name: str, folder: Path) -> Task:
 
 def _read_split(file: Path, folder: Path, samples: dict[str, Sample]) -> tuple[str, ...]:
     """The samples of one side of a split; they are added to ``samples``."""
+    _, rows = read_rows(file)
     try:
-        with file.open(newline="", encoding="utf-8") as opened:
-            rows = list(csv.DictReader(opened))
-        listed = [Sample(r["sample_id"], folder / r["patches_path"], folder / r["expr_path"]) for r in rows]
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as exc:
+        listed = [
+            Sample(r["sample_id"], folder / r["patches_path"], folder / r["expr_path"]) for _, r in rows
+        ]
+    except KeyError as exc:
         raise UsageError(
             f"{file} cannot be read; it needs the columns sample_id, patches_path and expr_path"
         ) from exc

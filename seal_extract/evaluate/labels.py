@@ -172,6 +172,8 @@ def read_labels(
 
 def _rows(path: Path) -> list[dict[str, str]]:
     columns, lines = read_rows(path, "\t" if path.suffix == ".tsv" else ",")
+    if twice := [name for name in columns if name and columns.count(name) > 1]:
+        raise UsageError(f"{path} has {columns.count(twice[0])} columns {twice[0]}; leave one of them")
     rows = [{name: cells.get(name, "") for name in columns if name} for _, cells in lines]
     if not rows:
         raise UsageError(f"{path} has no rows; give a table with the columns slide_id, case_id and a label")

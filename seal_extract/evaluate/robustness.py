@@ -8,7 +8,6 @@ arXiv 2602.14177, whose clustering is not published).
 
 from __future__ import annotations
 
-import csv
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ from seal_extract.evaluate.labels import find_slides
 from seal_extract.evaluate.run import Log
 from seal_extract.evaluate.table import Report, Row, Table
 from seal_extract.features.store import SlideFeatures, read_features
+from seal_extract.slides.listing import read_rows
 from seal_extract.train.formats.source import needed
 
 REPORT = "robustness"  # name of its files
@@ -66,18 +66,16 @@ def read_scans(path: Path) -> list[Scan]:
         UsageError: a column or value is missing, a slide stands twice, there is one scanner or specimen only,
             or a scanner with one slide.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-        scans = []
-        for row in rows:
-            slide, specimen, scanner = row["slide"], row["specimen"], row["scanner"]
-            scans.append(Scan(slide, specimen, scanner, row.get("stain") or "", row.get("label") or specimen))
-    except (OSError, ValueError, KeyError, csv.Error) as exc:
+    columns, rows = read_rows(path)
+    if lacking := [name for name in ("slide", "specimen", "scanner") if name not in columns]:
         raise UsageError(
-            f"{path} cannot be read as a table of slides; it needs the columns slide, specimen and scanner, "
-            "and may have stain and label"
-        ) from exc
+            f"{path} has no {lacking[0]}; it needs the columns slide, specimen and scanner, and may have "
+            "stain and label"
+        )
+    scans = []
+    for _, row in rows:
+        slide, specimen, scanner = (row.get(name, "") for name in ("slide", "specimen", "scanner"))
+        scans.append(Scan(slide, specimen, scanner, row.get("stain", ""), row.get("label") or specimen))
     for i, scan in enumerate(scans):
         if not (scan.slide and scan.specimen and scan.scanner):
             raise UsageError(f"{path}: row {i + 1} lacks its slide, specimen or scanner; fill it in")

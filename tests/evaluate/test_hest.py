@@ -154,7 +154,7 @@ def test_the_command_prints_hests_table_and_goes_on_where_it_stopped(run, encode
             "var_50genes.json",
             r"no task of the HEST-Benchmark; allowed: a folder with TASK/splits/train_0",
         ),
-        ((), "splits/test_1.csv", r"test_1.csv cannot be read; it needs the columns sample_id, patches_path"),
+        ((), "splits/test_1.csv", r"cannot read .*test_1\.csv: No such file or directory; check the path"),
         ((), "splits/train_0.csv", r"IDC has 0 splits and 2 genes"),
     ],
 )
@@ -174,3 +174,6 @@ def test_a_sample_on_both_sides_is_refused_and_counts_that_are_not_raw_are_told(
     assert "the counts of S2, S3, S1 are not whole numbers" in out[0]
     (tmp_path / "IDC/splits/test_0.csv").write_text((tmp_path / "IDC/splits/train_0.csv").read_text())
     one_line(run(*usual, "--overwrite"), 2, r"S[23] is also in the test samples; a sample is on one side")
+    (tmp_path / "IDC/splits/test_0.csv").write_text("sample\nS1\n")
+    message = r"test_0\.csv cannot be read; it needs the columns sample_id, patches_path and expr_path"
+    one_line(run(*usual, "--overwrite"), 2, message)

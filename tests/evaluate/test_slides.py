@@ -337,6 +337,13 @@ def test_what_is_refused_before_training(run, cohort, tmp_path, change, words, m
     assert not (tmp_path / "e").exists()
 
 
+def test_a_column_of_labels_that_stands_twice_is_refused(run, cohort, tmp_path):
+    table = tmp_path / "labels.csv"
+    table.write_text("slide_id,case_id,label,label\ns0_0,p0,a,b\n")
+    result = run("evaluate", "slides", cohort[0], "--labels", table, "-o", tmp_path / "e")
+    one_line(result, 2, r"labels\.csv has 2 columns label; leave one of them")
+
+
 @pytest.mark.parametrize(
     ("fold", "message"),
     [
