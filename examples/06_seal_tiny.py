@@ -1,20 +1,21 @@
 """Make the bundled encoder: pretrain a small ViT on tissue without labels, then align it with expression.
 
-python examples/06_seal_tiny.py her2st/ -o weights/seal-tiny --more a.svs b.svs     # on all four sections
-python examples/06_seal_tiny.py her2st/ -o folds/C2 --hold-out C2                   # nothing of C2 is seen
+python examples/06_seal_tiny.py her2st/ -o weights/seal-tiny --more a.svs b.svs    # on all four sections
+python examples/06_seal_tiny.py her2st/ -o folds/C2 --hold-out C2    # nothing of C2 is seen
 
 ``her2st/`` holds counts, spots and images of https://github.com/almaan/her2st (Andersson et al. 2021,
 CC BY 4.0); ``--more`` names other slides to pretrain on. The base encoder, before alignment, is written
 beside the encoder as ``NAME-base``, the places of each slide once as ``places/SLIDE.npz``. The same command
-continues a run that was stopped, to the same weights.
+continues a stopped run, to the same weights.
 
-The base is pretrained by two tasks, most often on half of the tokens: two windows of one place are told
-from those of others (InfoNCE, arXiv 1807.03748), and handcrafted features of the window and of its
-surroundings are predicted (after MaskFeat, Wei et al., arXiv 2112.09133).
+The base is pretrained by two tasks, most often on half of the tokens (arXiv 2212.00794): two windows of one
+place are told from those of others (InfoNCE, arXiv 1807.03748), and handcrafted features of the window and of
+its surroundings are predicted (after MaskFeat, Wei et al., arXiv 2112.09133).
 
 The alignment is linear and in closed form: reduced-rank regression (Izenman, J. Multivar. Anal. 1975, 5: 248)
 from the base's embedding to expression that is smoothed over neighbouring spots. The decoder is the least
-squares behind it; the expression half is trained by SEAL against this embedding.
+squares behind it. The expression half is pretrained on all tables of counts, those without an image too, and
+trained by SEAL against this embedding.
 """
 
 import argparse
@@ -26,12 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
-from msgspec import structs
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
+from timm.layers.patch_dropout import PatchDropout
 from torch import Tensor, nn
+from torchvision.transforms.functional import gaussian_blur
 
 from seal_extract import find_tissue, load_encoder, make_grid, open_slide
 from seal_extract.encoders import Encoder, EncoderSpec
@@ -43,14 +46,14 @@ from seal_extract.patches.reader import open_patch_reader
 from seal_extract.patches.stream import stream_batches
 from seal_extract.publish import publish
 from seal_extract.train.config import LoopOptions, SealOptions
-from seal_extract.train.finetune import embed_patches, reorient, vary_stain
+from seal_extract.train.finetune import reorient, vary_stain
 from seal_extract.train.formats import load_sections
 from seal_extract.train.loop import train
 from seal_extract.train.losses import info_nce
 from seal_extract.train.pairs import Batches, Pairs, TrainBatch, make_pairs
 from seal_extract.train.run import MIN_SD, write_encoder
 from seal_extract.train.seal import Losses, OmicsModel, SealModel, new_omics
-from seal_extract.train.sections import choose_panel
+from seal_extract.train.sections import TARGET_SUM, choose_panel
 
 SECTIONS = ("C2", "C3", "C4", "C5")
 CARD = Path(__file__).parents[1] / "weights" / "seal-tiny.md"  # data, figures, limits
@@ -78,12 +81,11 @@ SHIFTS = [(y, x) for y in (0, 28, 56, 84) for x in (0, 28, 56, 84)]  # px, of wi
 PLACE = SIDE + 84
 PLACES = 64  # of a batch: as many pairs of windows
 AROUND_UM = 180  # between the middles of a place and of its surroundings, which are 112 µm apart or more
-TOKENS = 25  # of 49 that the trunk sees in `PARTIAL` of the steps
-PARTIAL = 0.7
-CONTRAST, AROUND_WEIGHT, TEMPERATURE, STAIN = 0.3, 0.5, 0.2, 0.05
+CONTRAST, AROUND_WEIGHT, TEMPERATURE = 0.3, 0.5, 0.2
+PARTIAL = 0.7  # of the steps see half of the tokens
+STAIN, BLURRED, SIGMA_PX = 0.05, 0.3, 0.75  # augmentation; see `vary`
 GENES = 500
 RANK, COMPONENTS, ALPHA, VIEWS = 6, 32, 10.0, 8  # of the alignment
-PRETRAINING = LoopOptions(lr=1e-3, weight_decay=0.05, clip=3.0)
 
 
 class Places:
@@ -127,13 +129,12 @@ def cut_places(path: Path, mpp: float | None, cache: Path) -> tuple[NDArray[Any]
     if not cache.exists():
         pixels, features = [], []
         zoom = TINY.patch_px // SIDE
-        rule = InputRule(multiple_of=16, resize_px=PLACE)
         with open_slide(path, mpp=mpp) as slide:
             side_px, overlap_px = PLACE * zoom, (PLACE - SIDE) * zoom
             grid = make_grid(slide, find_tissue(slide), side_px, overlap_px=overlap_px, allow_upsampling=True)
             reader = open_patch_reader(slide, grid, torch.device("cpu"))
             for batch in stream_batches([reader], 64):
-                pixels.append(fit(batch.patches, rule).numpy())
+                pixels.append(fit(batch.patches, InputRule(multiple_of=16, resize_px=PLACE)).numpy())
                 whole, side = batch.patches.numpy(), TINY.patch_px
                 windows = [whole[:, :, y : y + side, x : x + side] for y, x in zoom * np.array(SHIFTS)]
                 features.append(np.stack([handcrafted_features(w) for w in windows], 1))
@@ -151,6 +152,7 @@ class Pretraining(nn.Module):
         super().__init__()
         self.encoder = Encoder(TINY, new_tower(), (), torch.float32)
         self.encoder.tower.requires_grad_(True)
+        self.drop = self.encoder.tower.trunk.patch_drop = PatchDropout()  # type: ignore[union-attr]
         self.project = nn.Sequential(
             nn.Linear(TINY.dim, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, 128)
         )
@@ -158,10 +160,8 @@ class Pretraining(nn.Module):
 
     def forward(self, batch: TrainBatch, seed: int) -> Losses:
         """The terms of the loss."""
-        generator = torch.Generator().manual_seed(seed)
-        images = vary_stain(reorient(batch.patches, generator).float() / 255, STAIN, generator)
-        partly = float(torch.rand((), generator=generator)) < PARTIAL
-        embedded = embed(self.encoder.tower, (images - self.encoder.mean) / self.encoder.std, partly)
+        self.drop.prob = 0.5 if np.random.default_rng(seed).random() < PARTIAL else 0.0
+        embedded = self.encoder((vary(batch.patches, seed) - self.encoder.mean) / self.encoder.std)
         one, other = self.project(embedded).chunk(2)
         own, around = (self.describe(embedded) - batch.expression).chunk(2, dim=1)
         return {
@@ -186,23 +186,20 @@ def new_tower() -> nn.Module:
     return tower
 
 
-def embed(tower: Any, images: Tensor, partly: bool) -> Tensor:
-    """Images [B, 3, S, S] to the embeddings [B, D] of all their tokens, or of a random half of them."""
-    trunk = tower.trunk
-    tokens = trunk._pos_embed(trunk.patch_embed(images))
-    if partly:
-        chosen = torch.rand(len(tokens), tokens.shape[1] - 1).argsort(1)[:, :TOKENS] + 1  # CLS stays
-        kept = tokens.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[2]))
-        tokens = torch.cat([tokens[:, :1], kept], dim=1)
-    embedding: Tensor = tower.pool(trunk.norm(trunk.blocks(tokens)))
-    return embedding
+def vary(patches: Tensor, seed: int) -> Tensor:
+    """Patches uint8 [B, 3, S, S] in other orientations, stains and focus: float, 0 to 1."""
+    generator = torch.Generator().manual_seed(seed)
+    images = vary_stain(reorient(patches, generator).float() / 255, STAIN, generator)
+    blurred = torch.rand(len(images), generator=generator) < BLURRED
+    images[blurred] = gaussian_blur(images[blurred], [5, 5], [SIGMA_PX])
+    return images
 
 
-def pretrain(places: Places, folder: Path, epochs: int) -> Encoder:
-    """The base, trained on places; its checkpoint is in ``folder``."""
+def pretrain(places: Places, folder: Path, steps: int) -> Encoder:
+    """The base, trained on places for whole epochs; its checkpoint is in ``folder``."""
     torch.manual_seed(0)
     model = Pretraining()
-    options = structs.replace(PRETRAINING, epochs=epochs)
+    options = LoopOptions(epochs=math.ceil(steps / len(places)), lr=1e-3, weight_decay=0.05, clip=3.0)
     train(model, places, None, folder, options, on_epoch=lambda row: print(json.dumps(row)))  # type: ignore[arg-type]
     model.encoder.tower.eval().requires_grad_(False)
     return model.encoder
@@ -221,19 +218,24 @@ def align(base: Encoder, pairs: Pairs) -> tuple[Encoder, nn.Linear]:
     Returns:
         The encoder, and the decoder that predicts the expression from its embeddings by least squares.
     """
-    patches = torch.from_numpy(pairs.patches)
+    patches = fit(torch.from_numpy(pairs.patches), TINY.input)
     with torch.no_grad():
-        views = [embed_patches(base, patches, STAIN, seed).double().numpy() for seed in range(VIEWS)]
+        varied = ((vary(patches, seed) - base.mean) / base.std for seed in range(VIEWS))
+        views = [base(images).double().numpy() for images in varied]
     x = np.concatenate(views)  # [V N, D]
     mean, sd = x.mean(0), x.std(0)
     x = (x - mean) / sd
-    y = np.tile(components(pairs), (VIEWS, 1))  # [V N, C]
+    expression = pairs.expression.astype(np.float64)  # [N, G]
+    means = [expression[pairs.section == i].mean(0) for i in range(len(pairs.names))]
+    y = expression - np.stack(means)[pairs.section]
+    y /= y.std(0) + MIN_SD
+    y = y @ np.linalg.svd(y, full_matrices=False)[2][:COMPONENTS].T  # [N, C]
+    y, expression = np.tile(y / y.std(0)[0], (VIEWS, 1)), np.tile(expression, (VIEWS, 1))
     b = np.linalg.solve(x.T @ x + VIEWS * ALPHA * np.eye(len(sd)), x.T @ y)  # [D, C]
     b = b @ np.linalg.svd(x @ b, full_matrices=False)[2][:RANK].T  # [D, R]
     rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(TINY.dim, RANK)))[0]  # [D, R]
     rotation *= np.sqrt(TINY.dim / np.var(x @ b, axis=0).sum())  # to a variance of 1
     weight = rotation @ b.T / sd  # [D, D] of rank R
-    expression = np.tile(pairs.expression, (VIEWS, 1)).astype(np.float64)  # [V N, G]
     slopes = np.linalg.lstsq(x @ b, expression - expression.mean(0), rcond=None)[0]  # [R, G]
     spec = replace(TINY, architecture=replace(TINY.architecture, head=Head((TINY.dim,))))
     tower, decoder = empty_tower(spec), nn.Linear(TINY.dim, len(pairs.panel))
@@ -244,15 +246,16 @@ def align(base: Encoder, pairs: Pairs) -> tuple[Encoder, nn.Linear]:
     return Encoder(spec, tower, base.weights, torch.float32), decoder
 
 
-def components(pairs: Pairs) -> NDArray[np.float64]:
-    """The first principal components of the expression, each gene standardised: [N, C]."""
-    y = pairs.expression.astype(np.float64)
-    for section in np.unique(pairs.section):
-        y[pairs.section == section] -= y[pairs.section == section].mean(0)
-    y /= y.std(0) + MIN_SD
-    first: NDArray[np.float64] = y @ np.linalg.svd(y, full_matrices=False)[2][:COMPONENTS].T
-    first /= first.std(0)[0]
-    return first
+def expression_of_all(her2st: Path, pairs: Pairs, hold_out: Sequence[str]) -> Pairs:
+    """The spots of all tables of counts, as ``pairs`` without patches; 0 for a gene that a table lacks."""
+    found = []
+    tables = [path for path in her2st.glob("counts/*.tsv.gz") if path.name.split(".")[0] not in hold_out]
+    for path in sorted(tables):
+        counts = pd.read_csv(path, sep="\t", index_col=0)
+        expression = np.log1p(TARGET_SUM * counts.div(counts.sum(axis=1).clip(lower=1), axis=0))
+        found.append(expression.reindex(columns=list(pairs.panel), fill_value=0).to_numpy(np.float32))
+    together = np.concatenate(found)
+    return replace(pairs, expression=together, patches=np.empty((len(together), 0), np.uint8))
 
 
 def main(
@@ -265,28 +268,22 @@ def main(
     if not (base / "config.json").exists():
         slides = [(s.slide, s.mpp) for s in sections] + [(path, None) for path in more]
         places = Places(slides, out.parent / "places")
-        epochs = math.ceil(steps / len(places))
-        pretrain(places, out.with_name(out.name + "-pretraining"), epochs).save_pretrained(base)
+        pretrain(places, out.with_name(out.name + "-pretraining"), steps).save_pretrained(base)
     pairs = make_pairs(sections, choose_panel(sections, GENES), smooth=True)
     encoder, decoder = align(load_encoder(base), pairs)
     sd = torch.from_numpy(pairs.expression.std(0)).clamp_min(MIN_SD)
     torch.manual_seed(0)
     omics = OmicsModel(new_omics(TINY.dim, GENES, (256, 128)), sd)
-    train(omics, Batches(pairs, 64), None, out / "stage_1", LoopOptions(epochs=40, lr=1e-3))
+    spots = Batches(expression_of_all(her2st, pairs, hold_out), 256)
+    train(omics, spots, None, out / "stage_1", LoopOptions(epochs=20, lr=1e-3))
     model = SealModel(encoder, omics, sd, SealOptions(alignment=5.0, prediction=0.0, lora=None))
     model.decoder = decoder
     train(model, Batches(pairs, 64), None, out / "stage_2", LoopOptions(epochs=12, lr=4e-3))
     summary = f"## Training\n\n{len(pairs)} pairs of patch and spot of {', '.join(names)}, {GENES} genes.\n\n"
-    write_encoder(
-        out,
-        "seal-tiny",
-        model,
-        patch_px=TINY.patch_px,
-        mpp=0.5,
-        licence=TINY.licence,
-        panel=pairs.panel,
-        training={"summary": summary + CARD.read_text(encoding="utf-8"), "sections": names},
-    )
+    summary += CARD.read_text(encoding="utf-8")
+    form: dict[str, Any] = {"patch_px": TINY.patch_px, "mpp": TINY.mpp, "licence": TINY.licence}
+    training = {"summary": summary, "sections": names, "config": {"data": {"smooth": True}}}
+    write_encoder(out, "seal-tiny", model, **form, panel=pairs.panel, training=training)
 
 
 if __name__ == "__main__":
