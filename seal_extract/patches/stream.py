@@ -258,7 +258,7 @@ class _Stream:
             return True
         if waiting[-1].slide - waiting[0].slide >= SLIDES_READ_AHEAD:
             return False
-        return len(waiting) < 8 * self._workers and sum(job.bytes for job in waiting) < READ_AHEAD_BYTES
+        return len(waiting) < 16 * self._workers and sum(job.bytes for job in waiting) < READ_AHEAD_BYTES
 
     def _result(self, job: _Job) -> _Part | None:
         try:
