@@ -25,19 +25,23 @@ def add_train_options(p: argparse.ArgumentParser) -> None:
     p.set_defaults(handler=run_train)
     p.add_argument("config", type=Path, metavar="CONFIG.toml", help="all options; the README has an example")
     p.add_argument(
-        "--check", action="store_true", help="only check the options, and whether encoder and folders exist"
+        "--check",
+        action="store_true",
+        help="only check the options, and whether encoder and folders exist; print all options as JSON",
     )
 
 
 def run_train(args: argparse.Namespace) -> int:
     """Train and write the encoder's folder, or only check the configuration."""
+    import msgspec
+
     from seal_extract.train.config import check, read_config
     from seal_extract.train.formats import names_of
 
     config = read_config(args.config)
     if args.check:
         check(config, names_of(config.data.sections))
-        echo(config)
+        echo(*msgspec.json.format(msgspec.json.encode(config)).decode().splitlines())
         return 0
     from seal_extract.train.run import run
 

@@ -399,9 +399,8 @@ def test_check_reads_the_options_and_no_more(unreadable, tmp_path, capsys):
         change = ("[loop]", f'[loop]\nprecision = "{short}"')
         config = str(write_config(unreadable, tmp_path / "out", change=change))
         assert main(["train", "--check", config]) == 0
-        said = capsys.readouterr().out
-        assert "batch_size=12" in said
-        assert f"precision='{full}'" in said
+        said = json.loads(capsys.readouterr().out)
+        assert (said["batch_size"], said["loop"]["precision"]) == (12, full)
     assert not (tmp_path / "out").exists()
     program = "import sys; from seal_extract.cli import main; main(sys.argv[1:]); "
     program += "assert 'torch' not in sys.modules"  # which is slow to import
