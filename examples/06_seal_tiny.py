@@ -211,9 +211,9 @@ def pretrain(places: Places, folder: Path, steps: int) -> Encoder:
 def align(base: Encoder, pairs: Pairs) -> tuple[Encoder, nn.Linear]:
     """The base with a Linear layer behind it, from which ``RANK`` dimensions predict expression best.
 
-    With X the embeddings of the patches in several orientations and stains, standardised, and Y the
-    expression in its first principal components, P = X B is the ridge's prediction of Y. The embedding is P
-    in its own first ``RANK`` principal components, rotated at random so that all its numbers carry the same.
+    With X the embeddings of the patches as `vary` shows them, standardised, and Y the expression in its first
+    principal components, P = X B is the ridge's prediction of Y. The embedding is P in its own first ``RANK``
+    principal components, rotated at random so that all its numbers carry the same.
 
     Returns:
         The encoder, and the decoder that predicts the expression from its embeddings by least squares.

@@ -21,7 +21,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from seal_extract.errors import UsageError
 from seal_extract.features.store import SlideFeatures, list_features
-from seal_extract.slides.listing import read_rows
+from seal_extract.slides.listing import read_rows, refuse_repeated
 
 PATIENT, SLIDE = BY = ("patient", "slide")
 SIDES = ("train", "val", "test")
@@ -172,8 +172,7 @@ def read_labels(
 
 def _rows(path: Path) -> list[dict[str, str]]:
     columns, lines = read_rows(path, "\t" if path.suffix == ".tsv" else ",")
-    if twice := [name for name in columns if name and columns.count(name) > 1]:
-        raise UsageError(f"{path} has {columns.count(twice[0])} columns {twice[0]}; leave one of them")
+    refuse_repeated(path, columns, [name for name in columns if name])
     rows = [{name: cells.get(name, "") for name in columns if name} for _, cells in lines]
     if not rows:
         raise UsageError(f"{path} has no rows; give a table with the columns slide_id, case_id and a label")

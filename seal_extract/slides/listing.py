@@ -280,6 +280,17 @@ def read_rows(table: Path, delimiter: str = ",") -> tuple[list[str], list[tuple[
     return columns, rows
 
 
+def refuse_repeated(table: Path, columns: Sequence[str], which: Sequence[str]) -> None:
+    """Refuse a table in which one of the columns ``which`` stands more than once: its cells are ambiguous.
+
+    Raises:
+        UsageError: with its name.
+    """
+    for name in which:
+        if (count := columns.count(name)) > 1:
+            raise UsageError(f"{table} has {count} columns {name}; leave one of them")
+
+
 def read_table(table: Path, optional: Sequence[str]) -> tuple[str, list[tuple[int, dict[str, str]]]]:
     """The column that names slides, and the cells of each row with the number of its line.
 
@@ -291,8 +302,7 @@ def read_table(table: Path, optional: Sequence[str]) -> tuple[str, list[tuple[in
         UsageError: it cannot be read, or has no such column.
     """
     columns, rows = read_rows(table)
-    if twice := [name for name in (*SLIDE_COLUMNS, *optional) if columns.count(name) > 1]:
-        raise UsageError(f"{table} has {columns.count(twice[0])} columns {twice[0]}; leave one of them")
+    refuse_repeated(table, columns, (*SLIDE_COLUMNS, *optional))
     column = next((name for name in SLIDE_COLUMNS if name in columns), None)
     if column is None:
         for mark, name in ((";", "';'"), ("\t", "tabs")):
